@@ -1,0 +1,1 @@
+"""The one description everything else reads: a stack of depths over pools of stored parts. Free of torch."""

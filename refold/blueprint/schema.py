@@ -1,0 +1,104 @@
+"""The blueprint: which parts are stored, and how the stack that uses them is executed."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from refold.families.arch import ArchSpec, Frozen, Rope
+
+Index = Annotated[int, Field(ge=0)]
+Rank = Annotated[int, Field(gt=0)]
+
+
+class Part(Frozen):
+    """A stored part: weights that one or more depths use."""
+
+    sources: tuple[Index, ...] = ()
+    """Source layers it is made from; none: fresh weights."""
+
+
+class MixerPart(Part):
+    """A stored token mixer with the norms that belong to it."""
+
+    type: str = "attention"
+    """A name in the mixer registry."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of that mixer, as its spec declares them."""
+
+
+class MlpPart(Part):
+    """A stored MLP with the norms that belong to it."""
+
+
+class Exit(Frozen):
+    """A place where the stack may be left early: through the final norm and the head all depths share."""
+
+
+class Depth(Frozen):
+    """One executed layer."""
+
+    source: Index
+    """The source layer it stands for."""
+    mixer: Index | None
+    """Which stored mixer it runs; None: dropped."""
+    mlp: Index | None
+    """Which stored MLP it runs; None: dropped."""
+    ranks: dict[str, Rank] = Field(default_factory=dict)
+    """LoRA rank for each linear that is relaxed here."""
+    vectors: Literal["tied", "own"] = "tied"
+    """Whether norms, q/k norms and biases live in the stored parts, or here."""
+    window: Annotated[int, Field(gt=0)] | None = None
+    rope: Rope | None = None
+    exit: Exit | None = None
+
+
+class Blueprint(Frozen):
+    """A stack: pools of stored parts, and the depths that use them, in the order they run."""
+
+    arch: ArchSpec
+    mixers: tuple[MixerPart, ...]
+    mlps: tuple[MlpPart, ...]
+    depths: tuple[Depth, ...]
+
+    @property
+    def num_depths(self) -> int:
+        return len(self.depths)
+
+    def users(self, pool: Literal["mixer", "mlp"], part: int) -> tuple[int, ...]:
+        """Returns the depths that use a stored part, top to bottom."""
+        return tuple(index for index, depth in enumerate(self.depths) if getattr(depth, pool) == part)
+
+    def keeps_vectors(self, pool: Literal["mixer", "mlp"], part: int) -> bool:
+        """Says whether a stored part holds its own norms and biases (its users are `tied`), or each user does."""
+        return self.depths[self.users(pool, part)[0]].vectors == "tied"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Blueprint":
+        num_layers = self.arch.num_layers
+        if not self.depths:
+            raise ValueError("depths: at least one is required (got none)")
+        for index, depth in enumerate(self.depths):
+            if depth.source >= num_layers:
+                raise ValueError(
+                    f"depths[{index}].source: layer {depth.source} is out of range ({num_layers} source layers: "
+                    f"0..{num_layers - 1})"
+                )
+        for pool, parts in (("mixer", self.mixers), ("mlp", self.mlps)):
+            for index, depth in enumerate(self.depths):
+                used = getattr(depth, pool)
+                if used is not None and used >= len(parts):
+                    raise ValueError(f"depths[{index}].{pool}: part {used} is out of range ({len(parts)} stored parts)")
+            for part, stored in enumerate(parts):
+                users = self.users(pool, part)
+                if not users:
+                    raise ValueError(f"{pool}s[{part}]: every stored part must be used by a depth (no depth uses it)")
+                if len({self.depths[user].vectors for user in users}) > 1:
+                    raise ValueError(
+                        f"{pool}s[{part}]: all depths that use it must agree on `vectors` (depths {list(users)} do not)"
+                    )
+                if stored.sources and max(stored.sources) >= num_layers:
+                    raise ValueError(
+                        f"{pool}s[{part}].sources: layer {max(stored.sources)} is out of range "
+                        f"({num_layers} source layers: 0..{num_layers - 1})"
+                    )
+        return self

@@ -1,0 +1,53 @@
+"""Softmax attention: multi-head, grouped-query, with optional biases and query/key norms."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from refold.blueprint.specs.part import PartSpec, Shape, norm_vectors
+from refold.families.arch import ArchSpec
+
+
+def linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    queries = arch.num_attention_heads * arch.head_dim
+    keys = arch.num_key_value_heads * arch.head_dim
+    return {
+        "q_proj": (queries, arch.hidden_size),
+        "k_proj": (keys, arch.hidden_size),
+        "v_proj": (keys, arch.hidden_size),
+        "o_proj": (arch.hidden_size, queries),
+    }
+
+
+def vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
+    shapes = linears(arch, options)
+    biased = (("q_proj", "k_proj", "v_proj") if arch.qkv_bias else ()) + (("o_proj",) if arch.o_bias else ())
+    found = {
+        **norm_vectors("input_norm", arch.norm, arch.hidden_size),
+        **{f"{name}.bias": (shapes[name][0],) for name in biased},
+    }
+    if arch.qk_norm != "none":
+        whole = arch.qk_norm == "full"
+        found["q_norm.weight"] = (shapes["q_proj"][0] if whole else arch.head_dim,)
+        found["k_norm.weight"] = (shapes["k_proj"][0] if whole else arch.head_dim,)
+    if arch.output_norms:
+        found |= norm_vectors("output_norm", arch.norm, arch.hidden_size)
+    return found
+
+
+def score_flops(arch: ArchSpec, options: Mapping[str, Any]) -> int:
+    # One multiply-add for the score and one for the weighted value, for each head dimension.
+    return 4 * arch.num_attention_heads * arch.head_dim
+
+
+def cached_numbers(arch: ArchSpec, options: Mapping[str, Any]) -> int:
+    return 2 * arch.num_key_value_heads * arch.head_dim
+
+
+SPEC = PartSpec(
+    name="attention",
+    url="https://arxiv.org/abs/1706.03762",
+    linears=linears,
+    vectors=vectors,
+    flops_per_context_token=score_flops,
+    cache_elements_per_token=cached_numbers,
+)

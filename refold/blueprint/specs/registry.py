@@ -1,0 +1,36 @@
+"""All mixers, by the name a blueprint uses for them."""
+
+from collections.abc import Mapping
+
+from refold.blueprint.schema import Blueprint, Depth
+from refold.blueprint.specs import attention, mlp
+from refold.blueprint.specs.part import PartSpec
+from refold.errors import RecipeError
+from refold.suggest import did_you_mean
+
+MIXERS: Mapping[str, PartSpec] = {spec.name: spec for spec in (attention.SPEC,)}
+MLP = mlp.SPEC
+
+
+def find_mixer(name: str) -> PartSpec:
+    """Returns a mixer's spec.
+
+    Raises:
+        RecipeError: No mixer of that name.
+    """
+    if name not in MIXERS:
+        raise RecipeError(
+            f"mixers: type: must be one of {', '.join(MIXERS)} (got '{name}'){did_you_mean(name, MIXERS)}"
+        )
+    return MIXERS[name]
+
+
+def depth_linears(blueprint: Blueprint, depth: Depth) -> dict[str, tuple[int, int]]:
+    """Every linear a depth runs: name to `(out, in)`. Names of mixer and MLP linears never meet."""
+    found: dict[str, tuple[int, int]] = {}
+    if depth.mixer is not None:
+        part = blueprint.mixers[depth.mixer]
+        found |= find_mixer(part.type).linears(blueprint.arch, part.options)
+    if depth.mlp is not None:
+        found |= MLP.linears(blueprint.arch, {})
+    return found

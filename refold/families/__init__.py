@@ -1,0 +1,1 @@
+"""Source architectures as data: free of torch, one file per family."""

@@ -1,0 +1,40 @@
+"""All families, by the source's `model_type`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from refold.errors import SourceError
+from refold.families import gpt_neox, llama, mistral
+from refold.families.arch import ArchSpec
+from refold.families.family import Family
+from refold.suggest import did_you_mean
+
+FAMILIES: Mapping[str, Family] = {family.FAMILY.model_type: family.FAMILY for family in (llama, mistral, gpt_neox)}
+
+
+def find_family(model_type: str | None) -> Family:
+    """Returns the family of a `model_type`.
+
+    Raises:
+        SourceError: No such family, with the list of those there are.
+    """
+    if model_type not in FAMILIES:
+        raise SourceError(
+            f"config.json: model_type: must be one of {', '.join(FAMILIES)} (got {model_type!r})"
+            f"{did_you_mean(model_type or '', FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def read_arch(config: Mapping[str, Any]) -> ArchSpec:
+    """Reads a raw `config.json` into an ArchSpec.
+
+    Raises:
+        SourceError: An unknown family, a missing field, or a value refold cannot run.
+    """
+    family = find_family(config.get("model_type"))
+    try:
+        return family.read_config(config)
+    except ValueError as error:
+        message = str(error).splitlines()
+        raise SourceError(f"config.json: {' '.join(line.strip() for line in message[:3])}") from error
