@@ -1,0 +1,1 @@
+"""The model of any blueprint, as a transformers model."""

@@ -1,0 +1,76 @@
+"""`RefoldConfig`: a blueprint in the clothes of a transformers config."""
+
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from refold.blueprint.schema import Blueprint
+from refold.errors import RecipeError
+
+MODEL_TYPE = "refold"
+
+
+class RefoldConfig(PreTrainedConfig):
+    """Configuration of a folded model.
+
+    The blueprint is the only source of truth. The usual fields (`hidden_size`, `num_hidden_layers` = number of depths,
+    `layer_types`, `sliding_window`, ...) are derived from it for caches, masks, generation and other tools.
+
+    Args:
+        blueprint: The blueprint as plain data.
+    """
+
+    model_type = MODEL_TYPE
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    blueprint: dict[str, Any] | None = None
+    vocab_size: int = 0
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    num_hidden_layers: int | None = None
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    max_position_embeddings: int = 0
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any):
+        if self.blueprint is not None:
+            self._derive(self.read_blueprint())
+        super().__post_init__(**kwargs)
+
+    def read_blueprint(self) -> Blueprint:
+        """Returns the blueprint as a checked object."""
+        if self.blueprint is None:
+            raise RecipeError("config.json: `blueprint` is required (not there); is this a refold folder?")
+        return Blueprint.model_validate(self.blueprint)
+
+    def _derive(self, blueprint: Blueprint) -> None:
+        arch = blueprint.arch
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+            setattr(self, name, getattr(arch, name))
+        self.head_dim, self.max_position_embeddings = arch.head_dim, arch.max_position_embeddings
+        self.initializer_range, self.tie_word_embeddings = arch.initializer_range, arch.tied_head
+        # Early-exit drafting lowers this number for a while, so a given one stands.
+        if self.num_hidden_layers is None:
+            self.num_hidden_layers = blueprint.num_depths
+        self.layer_types = layer_types(blueprint)[: self.num_hidden_layers]
+        windows = {depth.window for depth in blueprint.depths if depth.mixer is not None} - {None}
+        if len(windows) > 1:
+            raise RecipeError(f"depths: at most one window size is supported in one model (got {sorted(windows)})")
+        self.sliding_window = windows.pop() if windows else None
+
+
+def layer_types(blueprint: Blueprint) -> list[str]:
+    """transformers' name for what each depth caches; a depth without a mixer caches nothing."""
+    return [
+        "mlp" if depth.mixer is None else "full_attention" if depth.window is None else "sliding_attention"
+        for depth in blueprint.depths
+    ]

@@ -1,0 +1,104 @@
+"""One executed layer: what it owns, and how it runs the stored parts it is given."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from refold.blueprint.schema import Blueprint
+from refold.blueprint.specs.registry import MLP, depth_linears, find_mixer
+from refold.modeling.configuration import RefoldConfig
+from refold.nn.lora import LoraPair
+from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.registry import MIXERS
+from refold.nn.norms import StackNorm
+from refold.nn.part import Lora, OwnVectors, StoredPart
+
+
+class OwnedVectors(nn.Module):
+    """The norms and biases a depth keeps for one of its parts, under the names they have in the part."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], initial: Mapping[str, Tensor]):
+        super().__init__()
+        self.names = tuple(shapes)
+        for name in shapes:
+            owner, kind = name.rsplit(".", 1)
+            if not hasattr(self, owner):
+                self.add_module(owner, nn.Module())
+            getattr(self, owner).register_parameter(kind, nn.Parameter(initial[name]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: self.get_parameter(name) for name in self.names}
+
+
+class Depth(GradientCheckpointingLayer):
+    """One executed layer of the stack.
+
+    It owns its LoRA pairs, its own vectors where it has some, and a parameterless view of its mixer that caches know by
+    `layer_idx`. Stored parts are passed in at each call and registered elsewhere, once.
+    """
+
+    def __init__(self, config: RefoldConfig, blueprint: Blueprint, index: int):
+        super().__init__()
+        spec, arch = blueprint.depths[index], blueprint.arch
+        self.index, self.spec = index, spec
+        self.parallel = arch.residual == "parallel"
+        self.lora = nn.ModuleDict(
+            {
+                name: LoraPair(spec.ranks[name], columns, rows)
+                for name, (rows, columns) in depth_linears(blueprint, spec).items()
+                if name in spec.ranks
+            }
+        )
+        self.view: nn.Module | None = None
+        owned: dict[str, nn.Module] = {}
+        if spec.mixer is not None:
+            part = blueprint.mixers[spec.mixer]
+            self.view = MIXERS[part.type].view(config, arch, index, spec.window)
+            if spec.vectors == "own":
+                owned["mixer"] = _own_vectors(find_mixer(part.type).vectors(arch, part.options), arch.norm)
+        if spec.mlp is not None and spec.vectors == "own":
+            owned["mlp"] = _own_vectors(MLP.vectors(arch, {}), arch.norm)
+        self.vectors = nn.ModuleDict(owned)
+
+    def adapters(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """LoRA pairs by linear name."""
+        return {name: (pair.a, pair.b) for name, pair in self.lora.items()}
+
+    def own_vectors(self, pool: str) -> OwnVectors:
+        """The vectors this depth keeps for its `mixer` or `mlp`, or None where the part holds them."""
+        return self.vectors[pool].tensors() if pool in self.vectors else None
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        *,
+        mixer: StoredPart | None,
+        mlp: StoredPart | None,
+        context: MixerContext | None,
+        past_key_values: Any = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Runs mixer and MLP, either of which may be absent, and adds what they give to the residual stream."""
+        lora: Lora = self.adapters()
+        mixed = hidden_states
+        if mixer is not None:
+            assert context is not None
+            context.past_key_values = past_key_values
+            update = mixer(hidden_states, self.view, context, lora, self.own_vectors("mixer"))
+            mixed = hidden_states + update
+        if mlp is None:
+            return mixed
+        return mixed + mlp(hidden_states if self.parallel else mixed, lora, self.own_vectors("mlp"))
+
+
+def _own_vectors(shapes: Mapping[str, tuple[int, ...]], norm: Any) -> OwnedVectors:
+    initial: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        owner, kind = name.rsplit(".", 1)
+        fresh = StackNorm(norm.model_copy(update={"bias": True}), shape[0])
+        value = fresh.weight if owner.endswith("_norm") and kind == "weight" else fresh.bias
+        assert value is not None
+        initial[name] = value.data
+    return OwnedVectors(shapes, initial)

@@ -1,0 +1,48 @@
+"""Which tokens of a row belong to one document, derived from their positions."""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+def _count_tokens(
+    attention_mask: Tensor | None, past_length: int | Tensor, positions: Int[Tensor, "B T"]
+) -> Int[Tensor, "B T"]:
+    """The positions tokens have when every row is one, possibly left-padded, document."""
+    tokens = positions.shape[1]
+    if attention_mask is not None:
+        return (attention_mask.cumsum(-1) - 1)[:, -tokens:].to(positions.device)
+    return (torch.arange(tokens, device=positions.device) + past_length).expand_as(positions)
+
+
+def document_starts(
+    positions: Int[Tensor, "B T"] | None, attention_mask: Tensor | None, past_length: int | Tensor
+) -> Int[Tensor, "B T"] | None:
+    """Returns, for each token, the slot at which its document begins, or None where every row is one document.
+
+    Slots are counted from the first token ever put into the cache. A token whose position is not its predecessor's plus one
+    begins a document. The first token of a call continues the document its position reaches back into: at slot `s` with
+    position `p` it began at `s - p`. That needs no memory of earlier calls, so packed prompts stay apart with a cache too.
+
+    Args:
+        positions: Position ids, or None: one document per row.
+        attention_mask: `[B, past + T]` with zeros at padding, or None. Masks of other ranks are taken as they are.
+        past_length: Number of slots already in the cache.
+    """
+    if positions is None or (attention_mask is not None and attention_mask.ndim != 2):
+        return None
+    real: Bool[Tensor, "B T"] | bool = True
+    if attention_mask is not None:
+        if attention_mask.shape[1] < positions.shape[1]:
+            return None
+        attention_mask = attention_mask.long()
+        real = attention_mask[:, -positions.shape[1] :].bool()
+    if not torch.compiler.is_compiling():
+        expected = _count_tokens(attention_mask, past_length, positions)
+        if bool(((positions == expected) | ~torch.as_tensor(real, device=positions.device)).all()):
+            return None
+    slots = (torch.arange(positions.shape[1], device=positions.device) + past_length).expand_as(positions)
+    begins = positions[:, 1:] != positions[:, :-1] + 1
+    reached = (slots[:, :1] - positions[:, :1]).clamp(min=0)
+    starts = torch.cat((reached, torch.where(begins, slots[:, 1:], 0)), dim=1)
+    return starts.cummax(dim=1).values

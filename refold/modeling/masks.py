@@ -1,0 +1,72 @@
+"""Attention masks of one forward pass: one for each window that occurs, with documents kept apart."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from refold.errors import RefoldError
+from refold.modeling.configuration import RefoldConfig
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def build_masks(
+    config: RefoldConfig,
+    windows: Mapping[int | None, int],
+    hidden_states: Float[Tensor, "B T D"],
+    attention_mask: Tensor | Mapping[str, Any] | None,
+    past_key_values: Cache | None,
+    past_length: int | Tensor,
+    document_starts: Int[Tensor, "B T"] | None,
+) -> dict[int | None, Any]:
+    """Returns a mask, in the form the configured back-end wants, for each window.
+
+    Args:
+        config: Names the attention back-end and the window.
+        windows: Window (None: whole context) to the first depth that has it, whose cache entry gives the sizes.
+        hidden_states: Only its batch, length, dtype and device matter.
+        attention_mask: `[B, past + T]` padding mask, a ready 4-dimensional mask, one ready mask for each layer type (what
+            `generate` prepares for static caches), or None.
+        past_key_values: Cache, or None.
+        past_length: Slots already in the cache.
+        document_starts: As `document_starts` gives them.
+
+    Raises:
+        RefoldError: Packed documents with a flash-attention back-end that could not keep them apart.
+    """
+    if isinstance(attention_mask, Mapping):
+        return {window: attention_mask[LAYER_TYPES[window is not None]] for window in windows}
+    overlay = None
+    if document_starts is not None:
+        _refuse_leaking_backend(config, hidden_states, past_key_values)
+        starts = document_starts.expand(hidden_states.shape[0], -1)
+
+        def overlay(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return key >= starts[batch, query - past_length]
+
+    masks = {}
+    for window, depth in windows.items():
+        create = create_causal_mask if window is None else create_sliding_window_causal_mask
+        masks[window] = create(
+            config=config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            and_mask_function=overlay,
+            layer_idx=depth,
+        )
+    return masks
+
+
+def _refuse_leaking_backend(config: RefoldConfig, hidden_states: Tensor, past_key_values: Cache | None) -> None:
+    """Flash attention reads packed documents off the position ids, which it does for one uncached row only."""
+    uses_flash = "flash" in (config._attn_implementation or "")
+    if uses_flash and (past_key_values is not None or hidden_states.shape[0] > 1):
+        raise RefoldError(
+            f"attn_implementation: packed documents need sdpa, eager or flex_attention with a cache or more than one row "
+            f"(got {config._attn_implementation}); load the model with attn_implementation='sdpa'"
+        )

@@ -1,0 +1,309 @@
+"""The model of any blueprint: stored parts once, depths that run them."""
+
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from refold.errors import FolderError, RefoldError
+from refold.modeling.configuration import RefoldConfig
+from refold.modeling.depth import Depth, OwnedVectors
+from refold.modeling.documents import document_starts
+from refold.modeling.masks import build_masks
+from refold.modeling.outputs import CausalOutput, StackOutput
+from refold.nn.lora import LoraPair
+from refold.nn.mixers.attention import AttentionView
+from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.registry import MIXERS
+from refold.nn.mlp import Mlp
+from refold.nn.norms import StackNorm
+from refold.nn.part import StoredPart
+from refold.nn.rotary import Rotary
+
+
+class RefoldPreTrainedModel(PreTrainedModel):
+    """What the stack and the language model share: loading, initial weights, what transformers may do with them."""
+
+    config: RefoldConfig
+    config_class = RefoldConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Depth", "Attention", "Mlp")
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": Depth, "attentions": AttentionView}  # noqa: RUF012
+
+    @property
+    def _supports_sdpa(self) -> bool:
+        # scaled_dot_product_attention has no soft-cap, so a soft-capped model falls to eager by itself.
+        return self.config.read_blueprint().arch.attention_softcap is None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, LoraPair):
+            nn.init.normal_(module.a, std=module.a.shape[1] ** -0.5)
+            nn.init.zeros_(module.b)
+        elif isinstance(module, StackNorm) and module.weight is not None:
+            nn.init.constant_(module.weight, 1.0 - module.offset)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, OwnedVectors):
+            norm = self.config.read_blueprint().arch.norm
+            for name, tensor in module.tensors().items():
+                scales = name.endswith("_norm.weight")
+                nn.init.constant_(tensor, 1.0 - norm.offset if scales else 0.0)
+        elif isinstance(module, Rotary):
+            module.reset()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads as transformers does, but raises where tensors are missing, unknown or of another shape.
+
+        Raises:
+            FolderError: The weights are not exactly those of the blueprint.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            names = sorted(str(name) for name in info[problem])
+            if names:
+                shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+                raise FolderError(
+                    f"{pretrained_model_name_or_path}: weights must be those of its blueprint "
+                    f"({len(names)} {problem.replace('_', ' ')}: {shown}); convert the source again"
+                )
+        return (model, info) if wants_info else model
+
+    def compile_parts(self) -> None:
+        """Compiles each stored part once; all depths that run it share the compiled code.
+
+        Adapters are arguments, so depths of equal ranks share a graph. The cache and the attention back-end stay eager.
+        """
+        for module in self.modules():
+            if isinstance(module, StoredPart):
+                module.compile_regions()
+
+
+class RefoldModel(RefoldPreTrainedModel):
+    """Embedding, stored parts, depths and final norm."""
+
+    def __init__(self, config: RefoldConfig):
+        super().__init__(config)
+        blueprint = config.read_blueprint()
+        arch = blueprint.arch
+        self.embedding_scale = arch.embedding_scale
+        self.embed_tokens = nn.Embedding(arch.vocab_size, arch.hidden_size)
+        self.mixers = nn.ModuleList(
+            MIXERS[part.type].create(arch, part.options, blueprint.keeps_vectors("mixer", index))
+            for index, part in enumerate(blueprint.mixers)
+        )
+        self.mlps = nn.ModuleList(
+            Mlp(arch, blueprint.keeps_vectors("mlp", index)) for index in range(len(blueprint.mlps))
+        )
+        self.depths = nn.ModuleList(Depth(config, blueprint, index) for index in range(blueprint.num_depths))
+        self.norm = StackNorm(arch.norm, arch.hidden_size)
+        mixing = [(index, depth) for index, depth in enumerate(blueprint.depths) if depth.mixer is not None]
+        ropes = list(dict.fromkeys(depth.rope for _, depth in mixing if depth.rope is not None))
+        self.rotaries = nn.ModuleList(Rotary(rope, arch.max_position_embeddings) for rope in ropes)
+        self._rope_of = {index: ropes.index(depth.rope) for index, depth in mixing if depth.rope is not None}
+        # The first depth of each window gives caches and masks their sizes.
+        self._windows = {depth.window: index for index, depth in reversed(mixing)}
+        self._exits = frozenset(index for index, depth in enumerate(blueprint.depths) if depth.exit is not None)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        use_cache: bool | None = None,
+        exit_depth: int | None = None,
+        output_exits: bool = False,
+        **kwargs: Any,
+    ) -> StackOutput:
+        """Runs the stack.
+
+        Args:
+            input_ids: Tokens; or give `inputs_embeds`.
+            attention_mask: `[B, past + T]` with zeros at padding, or a mask the back-end takes as it is.
+            position_ids: `[B, T]`. Where they do not count on, a new document begins that sees none of the others.
+            past_key_values: Cache indexed by depth.
+            inputs_embeds: Embeddings instead of tokens.
+            use_cache: Whether to keep keys and values.
+            exit_depth: Run only so many depths, then the final norm.
+            output_exits: Also return the normed hidden states at every exit of the blueprint that is passed.
+            **kwargs: For the attention back-end.
+
+        Raises:
+            RefoldError: `exit_depth` is out of range.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is required")
+        num_depths = self._depths_to_run(exit_depth)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.embedding_scale != 1.0:
+            hidden_states = hidden_states * torch.tensor(self.embedding_scale, dtype=hidden_states.dtype)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        contexts = self._contexts(hidden_states, attention_mask, position_ids, past_key_values, kwargs)
+        exits: list[Tensor] = []
+        for index in range(num_depths):
+            depth = self.depths[index]
+            spec = depth.spec
+            hidden_states = depth(
+                hidden_states,
+                mixer=None if spec.mixer is None else self.mixers[spec.mixer],
+                mlp=None if spec.mlp is None else self.mlps[spec.mlp],
+                context=contexts.get((spec.window, self._rope_of.get(index))),
+                past_key_values=past_key_values,
+            )
+            if output_exits and index in self._exits:
+                exits.append(self.norm(hidden_states))
+        return StackOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            exit_hidden_states=tuple(exits) if output_exits else None,
+        )
+
+    def _depths_to_run(self, exit_depth: int | None) -> int:
+        # num_hidden_layers may be lowered from outside: transformers' early-exit drafting does.
+        available = min(len(self.depths), self.config.num_hidden_layers or len(self.depths))
+        if exit_depth is None:
+            return available
+        if not 1 <= exit_depth <= len(self.depths):
+            raise RefoldError(f"exit_depth: must lie in 1..{len(self.depths)} (got {exit_depth})")
+        return min(exit_depth, available)
+
+    def _contexts(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        extra: dict[str, Any],
+    ) -> dict[tuple[int | None, int | None], MixerContext]:
+        """What mixers need, once for each pair of window and rope that occurs."""
+        if not self._windows:
+            return {}
+        batch, tokens = hidden_states.shape[:2]
+        first_mixer = min(self._windows.values())
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length(first_mixer)
+        mask_2d = attention_mask if isinstance(attention_mask, Tensor) else None
+        if position_ids is not None:
+            position_ids = position_ids.expand(batch, -1)
+        starts = document_starts(position_ids, mask_2d, past_length)
+        if position_ids is None:
+            position_ids = (torch.arange(tokens, device=hidden_states.device) + past_length).unsqueeze(0)
+        masks = build_masks(
+            self.config, self._windows, hidden_states, attention_mask, past_key_values, past_length, starts
+        )
+        rotations = [rotary(position_ids, hidden_states.dtype) for rotary in self.rotaries]
+        extra = {"position_ids": position_ids, **extra}
+        return {
+            (window, rope): MixerContext(
+                None if rope is None else rotations[rope], masks[window], starts, past_key_values, extra
+            )
+            for window in self._windows
+            for rope in (None, *range(len(rotations)))
+        }
+
+
+class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
+    """A folded language model: works wherever a transformers causal model does."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: RefoldConfig):
+        super().__init__(config)
+        self.model = RefoldModel(config)
+        self.vocab_size = config.vocab_size
+        self.logit_softcap = config.read_blueprint().arch.logit_softcap
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def project_logits(self, hidden_states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch N"]:
+        """Puts normed hidden states through the head and its soft-cap."""
+        logits = self.lm_head(hidden_states)
+        if self.logit_softcap is not None:
+            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        return logits
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        exit_depth: int | None = None,
+        output_exits: bool = False,
+        **kwargs: Any,
+    ) -> CausalOutput:
+        """Runs stack and head; arguments as for `RefoldModel.forward`, and:
+
+        Args:
+            labels: Targets in transformers' convention (shifted inside, -100 ignored); adds `loss`.
+            logits_to_keep: Only so many last positions get logits (0: all), or the positions themselves.
+        """
+        loss_arguments = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
+        stack: StackOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            exit_depth=exit_depth,
+            output_exits=output_exits,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.project_logits(stack.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **loss_arguments)
+        exits = stack.exit_hidden_states
+        return CausalOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=stack.past_key_values,
+            hidden_states=stack.hidden_states,
+            attentions=stack.attentions,
+            exit_logits=None if exits is None else tuple(self.project_logits(states[:, kept]) for states in exits),
+        )
+
+

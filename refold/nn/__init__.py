@@ -1,0 +1,1 @@
+"""Small modules that stored parts are built from."""

@@ -1,0 +1,34 @@
+"""The low-rank pair that relaxes one linear at one depth."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Pair = tuple[Tensor, Tensor]
+"""`(a [rank, in], b [out, rank])`."""
+
+
+class LoraPair(nn.Module):
+    """Holds A and B of y = W x + B (A x): scale exactly 1, no dropout (arXiv 2106.09685; 2410.20672, section 2.3).
+
+    A new pair adds nothing: A is Gaussian, B is zero.
+    """
+
+    def __init__(self, rank: int, in_features: int, out_features: int):
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, in_features))
+        self.b = nn.Parameter(torch.zeros(out_features, rank))
+        nn.init.normal_(self.a, std=in_features**-0.5)
+
+    @property
+    def pair(self) -> Pair:
+        return self.a, self.b
+
+    def extra_repr(self) -> str:
+        return f"rank={self.a.shape[0]}, in={self.a.shape[1]}, out={self.b.shape[0]}"
+
+
+def relax(y: Float[Tensor, "*batch out"], x: Float[Tensor, "*batch in"], pair: Pair) -> Float[Tensor, "*batch out"]:
+    """Adds B (A x) to what the stored linear gave."""
+    a, b = pair
+    return y + nn.functional.linear(nn.functional.linear(x, a), b)

@@ -1,0 +1,136 @@
+"""Softmax attention through transformers' registry of attention back-ends."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from refold.blueprint.specs import attention as spec
+from refold.families.arch import ArchSpec
+from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.mixer import Mixer
+from refold.nn.part import Lora, OwnVectors
+from refold.nn.rotary import Rotation, rotate
+
+
+def eager_attention(
+    module: "AttentionView",
+    query: Float[Tensor, "B H T K"],
+    key: Float[Tensor, "B G S K"],
+    value: Float[Tensor, "B G S K"],
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B H T S"]]:
+    """Plain attention that materialises its scores: softmax(scaling Q K^T + mask) V, soft-capped where asked."""
+    groups = module.num_key_value_groups
+    key, value = (states.repeat_interleave(groups, dim=1) if groups > 1 else states for states in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[-2]]
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class AttentionView(nn.Module):
+    """One depth's attention as back-ends and paged caches see it: no weights, its own `layer_idx`, window and scale."""
+
+    def __init__(self, config: PreTrainedConfig, arch: ArchSpec, layer_idx: int, window: int | None):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = arch.head_dim
+        self.num_key_value_groups = arch.num_attention_heads // arch.num_key_value_heads
+        self.scaling = arch.attention_scale
+        self.sliding_window = window
+        self.softcap = arch.attention_softcap
+        self.is_causal = True
+
+    def forward(
+        self,
+        query: Float[Tensor, "B H T K"],
+        key: Float[Tensor, "B G T K"],
+        value: Float[Tensor, "B G T K"],
+        context: MixerContext,
+    ) -> tuple[Float[Tensor, "B T H K"], Tensor | None]:
+        """Appends keys and values to the cache at this depth and attends to all of it."""
+        if context.past_key_values is not None:
+            key, value = context.past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        capped = {} if self.softcap is None else {"softcap": self.softcap}
+        windowed = {} if self.sliding_window is None else {"sliding_window": self.sliding_window}
+        return attend(
+            self,
+            query,
+            key,
+            value,
+            context.attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            **capped,
+            **windowed,
+            **context.extra,
+        )
+
+    def extra_repr(self) -> str:
+        return f"layer_idx={self.layer_idx}, window={self.sliding_window}"
+
+
+class Attention(Mixer):
+    """Attention weights with their norms, run by one or more depths (arXiv 1706.03762; grouped queries: 2305.13245)."""
+
+    @classmethod
+    def create(cls, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool) -> "Attention":
+        return cls(arch, options, stores_vectors)
+
+    @classmethod
+    def view(cls, config: PreTrainedConfig, arch: ArchSpec, layer_idx: int, window: int | None) -> AttentionView:
+        return AttentionView(config, arch, layer_idx, window)
+
+    def __init__(self, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool):
+        super().__init__(spec.linears(arch, options), spec.vectors(arch, options), arch.norm, stores_vectors)
+        self.head_dim, self.qk_norm, self.normalises_output = arch.head_dim, arch.qk_norm, arch.output_norms
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        view: nn.Module,
+        context: MixerContext,
+        lora: Lora,
+        vectors: OwnVectors,
+    ) -> Float[Tensor, "B T D"]:
+        query, key, value = self.read(hidden_states, context.rotation, lora, vectors)
+        heads, _ = view(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), context)
+        return self.write(heads.flatten(-2), lora, vectors)
+
+    def read(
+        self, hidden_states: Tensor, rotation: Rotation | None, lora: Lora, vectors: OwnVectors
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[B, T, H, K]`, normed and rotated."""
+        x = self.normalise("input_norm", hidden_states, vectors)
+        query, key, value = (self.project(name, x, lora, vectors) for name in ("q_proj", "k_proj", "v_proj"))
+        if self.qk_norm == "full":
+            query, key = self.normalise("q_norm", query, vectors), self.normalise("k_norm", key, vectors)
+        query, key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key, value))
+        if self.qk_norm == "head":
+            query, key = self.normalise("q_norm", query, vectors), self.normalise("k_norm", key, vectors)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        return query, key, value
+
+    def write(self, heads: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:
+        """Output projection and, where there is one, output norm."""
+        y = self.project("o_proj", heads, lora, vectors)
+        return self.normalise("output_norm", y, vectors) if self.normalises_output else y
+
+    def compile_regions(self) -> None:
+        self.read = torch.compile(self.read)
+        self.write = torch.compile(self.write)

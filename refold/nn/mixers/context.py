@@ -1,0 +1,29 @@
+"""What a depth hands to whatever mixer it runs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from refold.nn.rotary import Rotation
+
+
+@dataclass
+class MixerContext:
+    """The part of a forward pass that mixers of one window and rope share.
+
+    Attributes:
+        rotation: Cosines and sines, or None without rotary embedding.
+        attention_mask: In the form the attention back-end asks for; None: plainly causal.
+        document_starts: `[B, T]`, for each token the slot (counted from the first token of the cache) where its document
+            begins; None where each row is one document. No mixer may look, or carry state, across it.
+        past_key_values: Cache indexed by depth, or None.
+        extra: Further arguments for the attention back-end.
+    """
+
+    rotation: Rotation | None
+    attention_mask: Any
+    document_starts: Tensor | None
+    past_key_values: Cache | None
+    extra: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,63 @@
+"""What all stored parts share: linears found by name, and norms and biases that a depth may bring along."""
+
+from collections.abc import Mapping
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from refold.blueprint.specs.part import Shape
+from refold.families.arch import Norm
+from refold.nn.lora import Pair, relax
+from refold.nn.norms import StackNorm
+
+Lora = Mapping[str, Pair]
+"""Linear name to the pair that relaxes it at the calling depth."""
+OwnVectors = Mapping[str, Tensor] | None
+"""Vector name to tensor where the calling depth keeps its own norms and biases; None: the part's."""
+
+
+class StoredPart(nn.Module):
+    """Weights that several depths may run: everything that differs between depths arrives as arguments.
+
+    Linears are plain `nn.Linear`s, so that whatever replaces those by name (weight-only quantisation, say) works.
+
+    Args:
+        linears: Linear name to `(out, in)`.
+        vectors: Vector name to shape, as the part's spec lists them.
+        norm: The architecture's norm; used for every vector called `*_norm.weight`.
+        stores_vectors: Whether norms and biases live here, or arrive with each call.
+    """
+
+    def __init__(
+        self, linears: Mapping[str, tuple[int, int]], vectors: Mapping[str, Shape], norm: Norm, stores_vectors: bool
+    ):
+        super().__init__()
+        for name, (rows, columns) in linears.items():
+            self.add_module(name, nn.Linear(columns, rows, bias=stores_vectors and f"{name}.bias" in vectors))
+        for name, shape in vectors.items():
+            owner, kind = name.rsplit(".", 1)
+            if owner.endswith("_norm") and kind == "weight":
+                spec = norm.model_copy(update={"bias": f"{owner}.bias" in vectors})
+                self.add_module(owner, StackNorm(spec, shape[0], stored=stores_vectors))
+
+    def normalise(
+        self, name: str, x: Float[Tensor, "*batch size"], vectors: OwnVectors
+    ) -> Float[Tensor, "*batch size"]:
+        """Runs one of the part's norms, with the depth's own weights where it has some."""
+        norm = getattr(self, name)
+        if vectors is None:
+            return norm(x)
+        return norm(x, vectors[f"{name}.weight"], vectors.get(f"{name}.bias"))
+
+    def project(
+        self, name: str, x: Float[Tensor, "*batch in"], lora: Lora, vectors: OwnVectors
+    ) -> Float[Tensor, "*batch out"]:
+        """Runs one of the part's linears, relaxed and biased as the calling depth asks."""
+        y = getattr(self, name)(x)
+        if vectors is not None and f"{name}.bias" in vectors:
+            y = y + vectors[f"{name}.bias"]
+        return relax(y, x, lora[name]) if name in lora else y
+
+    def compile_regions(self) -> None:
+        """Compiles what this part computes between cache accesses, once for all depths that use it."""
+        raise NotImplementedError

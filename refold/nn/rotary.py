@@ -1,0 +1,61 @@
+"""Rotary position embedding (arXiv 2104.09864), in the half-split layout of transformers."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from refold.families.arch import Rope
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines, each `[B, T, rotary_dim / 2]`."""
+
+
+def inverse_frequencies(rope: Rope, max_positions: int) -> tuple[Float[Tensor, " half"], float]:
+    """Returns the inverse frequencies of a rope kind, and the factor its cosines and sines are scaled by."""
+    if rope.kind == "default":
+        exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float) / rope.rotary_dim
+        return 1.0 / rope.theta**exponents, 1.0
+    parameters = {"rope_type": rope.kind, "rope_theta": rope.theta, **rope.scaling}
+    config = PreTrainedConfig()
+    # transformers' formulas for the other kinds read these names off a config.
+    config.head_dim = rope.rotary_dim
+    config.hidden_size, config.num_attention_heads = rope.rotary_dim, 1
+    config.max_position_embeddings = max_positions
+    config.rope_parameters = parameters
+    frequencies, factor = ROPE_INIT_FUNCTIONS[rope.kind](config, torch.device("cpu"))
+    return frequencies, factor
+
+
+class Rotary(nn.Module):
+    """Cosines and sines for one rope description."""
+
+    inv_freq: Tensor
+
+    def __init__(self, rope: Rope, max_positions: int):
+        super().__init__()
+        self.rope, self.max_positions = rope, max_positions
+        frequencies, self.factor = inverse_frequencies(rope, max_positions)
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+
+    def reset(self) -> None:
+        """Computes the buffer anew (loading on the meta device leaves it undefined)."""
+        frequencies, _ = inverse_frequencies(self.rope, self.max_positions)
+        with torch.no_grad():
+            self.inv_freq.copy_(frequencies)
+
+    @torch.no_grad()
+    def forward(self, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Rotation:
+        """Returns cosines and sines in `dtype`; angles are computed in float32."""
+        angles = positions[..., None].float() * self.inv_freq.float()
+        return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
+
+
+def rotate(x: Float[Tensor, "B T H K"], rotation: Rotation) -> Float[Tensor, "B T H K"]:
+    """Rotates pairs (i, i + rotary_dim / 2) of the first `rotary_dim` dimensions of each head."""
+    cos, sin = (table.unsqueeze(2) for table in rotation)
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
