@@ -1,5 +1,6 @@
 """The blueprint: which parts are stored, and how the stack that uses them is executed."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -8,6 +9,8 @@ from refold.families.arch import ArchSpec, Frozen, Rope
 
 Index = Annotated[int, Field(ge=0)]
 Rank = Annotated[int, Field(gt=0)]
+Pool = Literal["mixer", "mlp"]
+POOLS: tuple[Pool, ...] = ("mixer", "mlp")
 
 
 class Part(Frozen):
@@ -64,11 +67,15 @@ class Blueprint(Frozen):
     def num_depths(self) -> int:
         return len(self.depths)
 
-    def users(self, pool: Literal["mixer", "mlp"], part: int) -> tuple[int, ...]:
+    def pool(self, pool: Pool) -> Sequence[Part]:
+        """Returns the stored mixers, or the stored MLPs."""
+        return self.mixers if pool == "mixer" else self.mlps
+
+    def users(self, pool: Pool, part: int) -> tuple[int, ...]:
         """Returns the depths that use a stored part, top to bottom."""
         return tuple(index for index, depth in enumerate(self.depths) if getattr(depth, pool) == part)
 
-    def keeps_vectors(self, pool: Literal["mixer", "mlp"], part: int) -> bool:
+    def keeps_vectors(self, pool: Pool, part: int) -> bool:
         """Says whether a stored part holds its own norms and biases (its users are `tied`), or each user does."""
         return self.depths[self.users(pool, part)[0]].vectors == "tied"
 
@@ -83,7 +90,8 @@ class Blueprint(Frozen):
                     f"depths[{index}].source: layer {depth.source} is out of range ({num_layers} source layers: "
                     f"0..{num_layers - 1})"
                 )
-        for pool, parts in (("mixer", self.mixers), ("mlp", self.mlps)):
+        for pool in POOLS:
+            parts = self.pool(pool)
             for index, depth in enumerate(self.depths):
                 used = getattr(depth, pool)
                 if used is not None and used >= len(parts):

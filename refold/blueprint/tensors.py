@@ -87,6 +87,6 @@ def _depth_tensors(blueprint: Blueprint, index: int) -> Iterator[TargetTensor]:
         rank = depth.ranks.get(linear)
         if rank is not None:
             pool: Literal["mixer", "mlp"] = "mixer" if linear in mixer_linears else "mlp"
-            for role, shape in (("lora_a", (rank, columns)), ("lora_b", (rows, rank))):
-                name = f"{prefix}.lora.{linear}.{role[-1]}"
-                yield TargetTensor(name, shape, role, pool, depth=index, local=linear)
+            name = f"{prefix}.lora.{linear}"
+            yield TargetTensor(f"{name}.a", (rank, columns), "lora_a", pool, depth=index, local=linear)
+            yield TargetTensor(f"{name}.b", (rows, rank), "lora_b", pool, depth=index, local=linear)

@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is, as data: everything the model, the cost and the converter need to know of a source."""
+"""What a decoder-only transformer is, as data: all that the model, the cost and the converter need to know of one."""
 
 from typing import Annotated, Any, Literal
 
@@ -63,7 +63,7 @@ class ArchSpec(Frozen):
     activation: str
     gated_mlp: bool = True
     residual: Literal["sequential", "parallel"] = "sequential"
-    """`parallel`: mixer and MLP both read the depth's input (GPT-NeoX); `sequential`: the MLP reads the mixer's output."""
+    """`parallel`: mixer and MLP both read the depth's input (GPT-NeoX); `sequential`: the MLP reads after the mixer."""
     output_norms: bool = False
     """Sandwich norms: a second norm on the output of mixer and MLP, before the residual sum (Gemma 2)."""
     qk_norm: Literal["none", "head", "full"] = "none"

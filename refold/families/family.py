@@ -16,7 +16,8 @@ class TensorRule:
     """One source tensor and the canonical pieces it holds.
 
     Canonical names: `embed_tokens.weight`, `norm.weight`, `lm_head.weight`, and in a layer `mixer.q_proj.weight`,
-    `mixer.input_norm.weight`, `mlp.up_proj.bias`, ... A rule whose source name holds `{layer}` stands for one tensor per layer.
+    `mixer.input_norm.weight`, `mlp.up_proj.bias`, ... A rule whose source name holds `{layer}` stands for one tensor
+    per layer.
     """
 
     source: str

@@ -18,7 +18,7 @@ def find_family(model_type: str | None) -> Family:
     Raises:
         SourceError: No such family, with the list of those there are.
     """
-    if model_type not in FAMILIES:
+    if model_type is None or model_type not in FAMILIES:
         raise SourceError(
             f"config.json: model_type: must be one of {', '.join(FAMILIES)} (got {model_type!r})"
             f"{did_you_mean(model_type or '', FAMILIES)}"

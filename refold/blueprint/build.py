@@ -1,0 +1,212 @@
+"""From an architecture and a recipe to the blueprint, with every check across the two."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from refold.blueprint.advice import advise
+from refold.blueprint.cost import count_parameters
+from refold.blueprint.drops import dropped_blocks, dropped_parts
+from refold.blueprint.fold import FoldedStack, fold_layers, require_equal_signatures, tied_sources
+from refold.blueprint.ranks import Linears, choose_ranks
+from refold.blueprint.recipe import Exits, Fold, Recipe
+from refold.blueprint.schema import POOLS, Blueprint, Depth, Exit, MixerPart, MlpPart, Pool
+from refold.blueprint.specs import attention, mlp
+from refold.blueprint.starts import Starts
+from refold.errors import RecipeError
+from refold.families.arch import ArchSpec
+
+
+class Built(NamedTuple):
+    """What a recipe makes of an architecture."""
+
+    blueprint: Blueprint
+    starts: Starts
+    notes: tuple[str, ...]
+    """What the user should know, one line each."""
+
+
+@dataclass(frozen=True)
+class _StoredPool:
+    """The stored parts of one pool.
+
+    Attributes:
+        sources: For each part, the source layers it is made from.
+        users: For each part, the source layers whose depths use it.
+    """
+
+    sources: tuple[tuple[int, ...], ...]
+    users: tuple[tuple[int, ...], ...]
+
+    def part_of(self, layer: int) -> int | None:
+        return next((part for part, users in enumerate(self.users) if layer in users), None)
+
+    def ties(self, layer: int) -> bool:
+        part = self.part_of(layer)
+        return part is not None and len(self.users[part]) > 1
+
+
+def identity_blueprint(arch: ArchSpec) -> Blueprint:
+    """The source as a blueprint: every part used once."""
+    layers = range(arch.num_layers)
+    return Blueprint(
+        arch=arch,
+        mixers=tuple(MixerPart(sources=(layer,)) for layer in layers),
+        mlps=tuple(MlpPart(sources=(layer,)) for layer in layers),
+        depths=tuple(
+            Depth(source=index, mixer=index, mlp=index, window=layer.window, rope=layer.rope)
+            for index, layer in enumerate(arch.layers)
+        ),
+    )
+
+
+def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
+    """Builds the blueprint a recipe asks for.
+
+    Layers are left out first; what remains is divided into prelude, tied block and coda; then attention and MLPs are
+    left out of the depths, ranks chosen and exits placed. The stack keeps one depth for each source layer, in order.
+
+    Args:
+        arch: The source.
+        recipe: The recipe; defaults that depend on other fields are resolved here.
+
+    Raises:
+        RecipeError: The recipe does not fit the architecture.
+    """
+    recipe = recipe.resolved()
+    _require_sensible_starts(recipe)
+    identity = identity_blueprint(arch)
+    counted = count_parameters(identity)
+    layers = _remaining_layers(arch, recipe, counted.layer, counted.final_norm)
+    stack = fold_layers(recipe.fold, layers) if recipe.fold else FoldedStack((), (), 0)
+    layers = tuple(layer for layer in layers if layer not in stack.dropped)
+    pools: dict[Pool, _StoredPool] = {pool: _store(pool, arch, recipe, stack, layers) for pool in POOLS}
+    ranks, rank_notes = _ranks(recipe, arch, pools, counted.non_embedding)
+    blueprint = Blueprint(
+        arch=arch,
+        mixers=tuple(MixerPart(sources=sources) for sources in pools["mixer"].sources),
+        mlps=tuple(MlpPart(sources=sources) for sources in pools["mlp"].sources),
+        depths=tuple(_depth(arch, recipe, layer, pools, ranks) for layer in range(arch.num_layers)),
+    )
+    for pool in POOLS:
+        # Layers of today's families are alike; those of mixed stacks will differ in what this compares.
+        require_equal_signatures(
+            blueprint.pool(pool), pools[pool].users, lambda layer: (arch.hidden_size, arch.intermediate_size)
+        )
+    if recipe.exits is not None:
+        blueprint = _with_exits(blueprint, recipe.exits, recipe.fold, stack)
+    relaxed = any(depth.ranks for depth in blueprint.depths)
+    starts = Starts(
+        weights=recipe.weights,
+        lora=recipe.relax.init if relaxed and recipe.relax else None,
+        svd=recipe.relax.svd if recipe.relax else "auto",
+        seed=recipe.seed,
+    )
+    return Built(blueprint, starts, (*stack.notes, *rank_notes, *advise(recipe, relaxed)))
+
+
+def _require_sensible_starts(recipe: Recipe) -> None:
+    if recipe.relax is None or recipe.relax.init in (None, "zero"):
+        return
+    init = recipe.relax.init
+    if recipe.weights == "fresh":
+        raise RecipeError(f"relax.init: must be zero where weights are fresh (got {init}); leave relax.init out")
+    if recipe.fold is None:
+        return
+    if recipe.fold.init == "random":
+        raise RecipeError(f"relax.init: must be zero where fold.init is random (got {init}); leave relax.init out")
+    if init == "joint" and recipe.fold.init != "average":
+        raise RecipeError(
+            f"fold.init: must be average where relax.init is joint, which makes stored weights from all tied layers "
+            f"(got {recipe.fold.init}); leave fold.init out, or take relax.init svd or zero"
+        )
+
+
+def _remaining_layers(arch: ArchSpec, recipe: Recipe, layer: int, final_norm: int) -> tuple[int, ...]:
+    if recipe.drop is None or recipe.drop.block is None:
+        return tuple(range(arch.num_layers))
+    dropped = dropped_blocks(recipe.drop.block, arch.num_layers, layer, final_norm)
+    return tuple(index for index in range(arch.num_layers) if index not in dropped)
+
+
+def _store(pool: Pool, arch: ArchSpec, recipe: Recipe, stack: FoldedStack, layers: Sequence[int]) -> _StoredPool:
+    key = "attention" if pool == "mixer" else "mlp"
+    drop = getattr(recipe.drop, key) if recipe.drop else None
+    dropped = dropped_parts(drop, layers, f"drop.{key}", arch.num_layers) if drop else frozenset()
+    using = tuple(layer for layer in layers if layer not in dropped)
+    parts: dict[tuple[str, int], tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    tied = recipe.fold is not None and pool in recipe.fold.tie
+    groups = stack.groups(using) if tied else ()
+    sources = tied_sources(recipe.fold, stack, using, arch.num_layers) if tied and recipe.fold else ()
+    places = dict(zip(stack.block, stack.stored, strict=True)) if tied else {}
+    # Stored in the order in which they first run.
+    for layer in using:
+        stored = places.get(layer)
+        if stored is None:
+            parts["layer", layer] = ((layer,), (layer,))
+        else:
+            parts.setdefault(("block", stored), (sources[stored], groups[stored]))
+    fresh = recipe.weights == "fresh"
+    return _StoredPool(
+        sources=tuple(() if fresh else made for made, _ in parts.values()),
+        users=tuple(users for _, users in parts.values()),
+    )
+
+
+def _ranks(
+    recipe: Recipe, arch: ArchSpec, pools: dict[Pool, _StoredPool], non_embedding: int
+) -> tuple[dict[Pool, dict[str, int]], tuple[str, ...]]:
+    if recipe.relax is None:
+        return {pool: {} for pool in POOLS}, ()
+    tied: list[tuple[Pool, ...]] = [
+        tuple(pool for pool in POOLS if pools[pool].ties(layer)) for layer in range(arch.num_layers)
+    ]
+    if not any(tied):
+        raise RecipeError("relax: tied layers are required (no part is used twice); set fold.loops to 2 or more")
+    linears: dict[Pool, Linears] = {"mixer": attention.linears(arch, {}), "mlp": mlp.linears(arch, {})}
+    ranks, notes = choose_ranks(recipe.relax, linears, tied, non_embedding)
+    return {pool: {name: ranks[name] for name in linears[pool] if name in ranks} for pool in POOLS}, notes
+
+
+def _depth(
+    arch: ArchSpec,
+    recipe: Recipe,
+    layer: int,
+    pools: dict[Pool, _StoredPool],
+    ranks: dict[Pool, dict[str, int]],
+) -> Depth:
+    tied: list[Pool] = [pool for pool in POOLS if pools[pool].ties(layer)]
+    own = bool(tied) and recipe.relax is not None and recipe.relax.vectors == "own"
+    return Depth(
+        source=layer,
+        mixer=pools["mixer"].part_of(layer),
+        mlp=pools["mlp"].part_of(layer),
+        ranks={name: rank for pool in tied for name, rank in ranks[pool].items()},
+        vectors="own" if own else "tied",
+        window=arch.layers[layer].window,
+        rope=arch.layers[layer].rope,
+    )
+
+
+def _with_exits(blueprint: Blueprint, exits: Exits, fold: Fold | None, stack: FoldedStack) -> Blueprint:
+    last = blueprint.num_depths - 1
+    if exits.at == "loops":
+        if fold is None or fold.loops == 1 or fold.pattern == "sequence":
+            raise RecipeError(
+                "exits.at: loops needs a block that runs as a whole two or more times (fold.loops above 1 and pattern "
+                "cycle or cycle_reversed); list the depths instead"
+            )
+        places = tuple(end for end in stack.loop_ends() if end != last)
+    else:
+        for depth in exits.at:
+            if depth >= last:
+                raise RecipeError(
+                    f"exits.at: depth {depth} is out of range (an exit is before the last of {last + 1} depths: "
+                    f"0..{last - 1})"
+                )
+        places = exits.at
+    depths = tuple(
+        depth.model_copy(update={"exit": Exit()}) if index in places else depth
+        for index, depth in enumerate(blueprint.depths)
+    )
+    return blueprint.model_copy(update={"depths": depths})

@@ -1,0 +1,133 @@
+"""What a blueprint costs: parameters, bytes, cache, FLOPs; counted from its tensors and specs, never from a formula."""
+
+from collections import Counter
+from typing import NamedTuple
+
+from refold.blueprint.schema import Blueprint, Depth
+from refold.blueprint.specs.part import CacheCost
+from refold.blueprint.specs.registry import MLP, depth_linears, find_mixer
+from refold.blueprint.tensors import target_tensors
+from refold.families.arch import Frozen
+
+STATE_BYTES = 4  # recurrent states are float32
+
+
+class ContextFlops(Frozen):
+    """FLOPs that grow with the context: `flops` for each token looked back to, at most `max_tokens` (None: all)."""
+
+    flops: int
+    max_tokens: int | None
+
+
+class Cost(Frozen):
+    """What a model costs to store and to run. FLOPs count a multiply-add as two."""
+
+    parameters: int
+    non_embedding_parameters: int
+    """Without embedding and head, the way sizes are quoted."""
+    weight_bytes: int
+    cache: tuple[CacheCost, ...]
+    """For one sequence; one entry for each window, widest first."""
+    state_bytes: int
+    """Recurrent state of one sequence."""
+    flops_per_token: int
+    """One token through every depth and the head: all linears with their LoRAs. Not counted: embedding look-up, norms,
+    activations, rotary embedding, biases."""
+    flops_per_context_token: int
+    """One token, for each token it looks back to while all windows still reach it."""
+    context_flops: tuple[ContextFlops, ...]
+    """The same, one entry for each window, widest first."""
+
+    def cache_bytes(self, context: int) -> int:
+        """Bytes cached for one sequence of `context` tokens, recurrent state included."""
+        return self.state_bytes + sum(each.bytes_per_token * _reached(context, each.max_tokens) for each in self.cache)
+
+    def flops(self, context: int) -> int:
+        """FLOPs for the token after `context` tokens."""
+        return self.flops_per_token + sum(
+            each.flops * _reached(context, each.max_tokens) for each in self.context_flops
+        )
+
+
+class ParameterCount(NamedTuple):
+    """Parameters by where they stand."""
+
+    embedding: int
+    head: int
+    final_norm: int
+    layer: int
+    """The mean of all depths; of a source, one layer."""
+
+    non_embedding: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.head + self.non_embedding
+
+
+def _reached(context: int, window: int | None) -> int:
+    return context if window is None else min(context, window)
+
+
+def count_parameters(blueprint: Blueprint) -> ParameterCount:
+    """Counts the parameters of a blueprint, each stored one once."""
+    roles: Counter[str] = Counter()
+    for tensor in target_tensors(blueprint):
+        roles[tensor.role] += tensor.num_elements
+    stack = sum(count for role, count in roles.items() if role not in ("embedding", "head", "final_norm"))
+    return ParameterCount(
+        embedding=roles["embedding"],
+        head=roles["head"],
+        final_norm=roles["final_norm"],
+        layer=stack // blueprint.num_depths,
+        non_embedding=stack + roles["final_norm"],
+    )
+
+
+def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
+    """Prices a blueprint.
+
+    Args:
+        blueprint: What to price.
+        dtype_bytes: Bytes of one weight and of one cached number.
+    """
+    counted, arch = count_parameters(blueprint), blueprint.arch
+    cached: Counter[int | None] = Counter()
+    looked_back: Counter[int | None] = Counter()
+    state = 0
+    flops = 2 * arch.vocab_size * arch.hidden_size
+    for depth in blueprint.depths:
+        flops += _linear_flops(blueprint, depth)
+        if depth.mlp is not None:
+            flops += MLP.flops_per_token(arch, {})
+        if depth.mixer is None:
+            continue
+        options = blueprint.mixers[depth.mixer].options
+        spec = find_mixer(blueprint.mixers[depth.mixer].type)
+        flops += spec.flops_per_token(arch, options)
+        cached[depth.window] += dtype_bytes * spec.cache_elements_per_token(arch, options)
+        looked_back[depth.window] += spec.flops_per_context_token(arch, options)
+        state += STATE_BYTES * spec.state_elements(arch, options)
+    return Cost(
+        parameters=counted.total,
+        non_embedding_parameters=counted.non_embedding,
+        weight_bytes=counted.total * dtype_bytes,
+        cache=tuple(CacheCost(size, window) for window, size in _widest_first(cached)),
+        state_bytes=state,
+        flops_per_token=flops,
+        flops_per_context_token=looked_back.total(),
+        context_flops=tuple(
+            ContextFlops(flops=count, max_tokens=window) for window, count in _widest_first(looked_back)
+        ),
+    )
+
+
+def _linear_flops(blueprint: Blueprint, depth: Depth) -> int:
+    linears = depth_linears(blueprint, depth)
+    dense = sum(rows * columns for rows, columns in linears.values())
+    return 2 * (dense + sum(rank * sum(linears[name]) for name, rank in depth.ranks.items()))
+
+
+def _widest_first(amounts: Counter[int | None]) -> list[tuple[int | None, int]]:
+    found = [(window, amount) for window, amount in amounts.items() if amount]
+    return sorted(found, key=lambda each: float("inf") if each[0] is None else each[0], reverse=True)

@@ -1,0 +1,152 @@
+"""Where each layer stands: prelude, tied block or coda; and which stored layer each place of the block runs."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from refold.blueprint.recipe import Fold
+from refold.blueprint.schema import Part
+from refold.blueprint.spacing import evenly_spaced
+from refold.blueprint.specs.tying import TYING_INITS, TiedBlock, TyingInit, explicit
+from refold.errors import RecipeError
+
+# For each pattern: stored layer of place `place` in a block of `num_stored` layers that runs `loops` times.
+PATTERNS: dict[str, Callable[[int, int, int], int]] = {
+    "cycle": lambda place, num_stored, loops: place % num_stored,
+    "sequence": lambda place, num_stored, loops: place // loops,
+    "cycle_reversed": lambda place, num_stored, loops: (
+        num_stored - 1 - place % num_stored if place // num_stored % 2 else place % num_stored
+    ),
+}
+
+
+@dataclass(frozen=True)
+class FoldedStack:
+    """Which source layers stand in the tied block, and the stored layer each of them runs.
+
+    Attributes:
+        block: Source layers of the block, top to bottom; those outside it are untied.
+        stored: For each of them the stored layer, counted in the order of the first loop.
+        num_stored: Stored layers of the block.
+        dropped: Source layers left out because `loops` did not divide the block.
+        notes: What the user should know.
+    """
+
+    block: tuple[int, ...]
+    stored: tuple[int, ...]
+    num_stored: int
+    dropped: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    def loop_ends(self) -> tuple[int, ...]:
+        """Returns the source layers after which the block has been run once, twice, ..."""
+        return self.block[self.num_stored - 1 :: self.num_stored]
+
+    def groups(self, users: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Returns for each stored layer the source layers tied to it, of those in `users`."""
+        return tuple(
+            tuple(
+                layer
+                for layer, stored in zip(self.block, self.stored, strict=True)
+                if stored == index and layer in users
+            )
+            for index in range(self.num_stored)
+        )
+
+
+def fold_layers(fold: Fold, layers: Sequence[int]) -> FoldedStack:
+    """Divides the layers that remain into prelude, block and coda.
+
+    Args:
+        fold: The recipe's `fold`.
+        layers: Source layers that remain, top to bottom.
+
+    Raises:
+        RecipeError: No block is left, or `loops` does not divide it and `uneven` is `error`.
+    """
+    size = len(layers) - fold.prelude - fold.coda
+    surplus = size % fold.loops
+    if size < fold.loops:
+        raise RecipeError(
+            f"fold.loops: a block of at least {fold.loops} layers is required (got {max(size, 0)}: {len(layers)} "
+            f"layers, prelude {fold.prelude}, coda {fold.coda}); lower loops, prelude or coda"
+        )
+    if surplus and fold.uneven == "error":
+        raise RecipeError(
+            f"fold.loops: must divide the layers of the block (got {size} layers and {fold.loops} loops, {surplus} too "
+            f"many); set fold.uneven to drop or prelude, or change fold.prelude and fold.coda"
+        )
+    prelude = fold.prelude + (surplus if fold.uneven == "prelude" else 0)
+    block = tuple(layers[prelude : len(layers) - fold.coda])
+    dropped: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    if surplus and fold.uneven == "prelude":
+        notes = (f"fold.uneven: {fold.loops} loops leave {surplus} of {size} layers over: prelude is {prelude} layers",)
+    if surplus and fold.uneven == "drop":
+        kept = tuple(block[index] for index in evenly_spaced(size, size - surplus))
+        dropped, block = tuple(layer for layer in block if layer not in kept), kept
+        notes = (f"fold.uneven: {fold.loops} loops leave {surplus} of {size} layers over: left out {list(dropped)}",)
+    num_stored = len(block) // fold.loops
+    pattern = PATTERNS[fold.pattern]
+    stored = tuple(pattern(place, num_stored, fold.loops) for place in range(len(block)))
+    return FoldedStack(block, stored, num_stored, frozenset(dropped), notes)
+
+
+def tied_sources(fold: Fold, stack: FoldedStack, users: Sequence[int], num_layers: int) -> tuple[tuple[int, ...], ...]:
+    """Returns the source layers each stored layer of the block is made from, for one pool.
+
+    A stored layer that a single depth uses is not tied: unless named or fresh, it is that depth's own.
+
+    Args:
+        fold: The recipe's `fold`, with `init` resolved.
+        stack: What `fold_layers` returned.
+        users: Source layers that run their mixer (or MLP).
+        num_layers: Source layers.
+
+    Raises:
+        RecipeError: An explicit list of the wrong length, or with a layer that is out of range.
+    """
+    groups = stack.groups(users)
+    init = _find_init(fold, stack.num_stored, num_layers)
+    sources = init.sources(TiedBlock(stack.block, groups))
+    if init.name in ("explicit", "random"):
+        return sources
+    return tuple(group if len(group) == 1 else made for group, made in zip(groups, sources, strict=True))
+
+
+def _find_init(fold: Fold, num_stored: int, num_layers: int) -> TyingInit:
+    assert fold.init is not None
+    if isinstance(fold.init, str):
+        return TYING_INITS[fold.init]
+    if len(fold.init) != num_stored:
+        raise RecipeError(
+            f"fold.init: one source layer for each of the {num_stored} stored layers is required (got {len(fold.init)})"
+        )
+    for layer in fold.init:
+        if layer >= num_layers:
+            raise RecipeError(
+                f"fold.init: layer {layer} is out of range ({num_layers} source layers: 0..{num_layers - 1})"
+            )
+    return explicit(fold.init)
+
+
+def require_equal_signatures(
+    parts: Sequence[Part], users: Sequence[Sequence[int]], signature: Callable[[int], Hashable]
+):
+    """Refuses to tie layers whose tensors differ in name or shape.
+
+    Args:
+        parts: Stored parts of one pool.
+        users: For each of them the source layers tied to it.
+        signature: What a source layer's part consists of.
+
+    Raises:
+        RecipeError: Layers of one part differ.
+    """
+    for part, tied in zip(parts, users, strict=True):
+        layers = sorted({*part.sources, *tied})
+        differing = [layer for layer in layers if signature(layer) != signature(layers[0])]
+        if differing:
+            raise RecipeError(
+                f"fold: layers that share a part must have equal tensors (got {layers[0]} and {differing[0]}, which "
+                f"differ); choose loops, pattern, prelude or coda so that equal layers meet"
+            )

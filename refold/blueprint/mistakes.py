@@ -1,0 +1,99 @@
+"""Turns what pydantic finds wrong with a recipe into one line for each mistake."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from refold.suggest import did_you_mean
+
+_BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "greater_than": ("gt", "above"),
+    "less_than_equal": ("le", "at most"),
+    "less_than": ("lt", "below"),
+}
+# A union's branch, taken by the type of what was given: what would have been right besides it.
+_ALTERNATIVES = {"<full>": " or a whole number", "<name>": " or a list"}
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "string": "text",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a mapping",
+    "model": "a mapping",
+}
+
+
+def describe_mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Returns `key.path: what is required (got what)` for every mistake, in the order of the recipe.
+
+    Args:
+        error: What pydantic raised.
+        model: The model that was validated, for the legal keys.
+    """
+    return [f"{_path(item)}: {_explain(item, model)}" for item in error.errors(include_url=False)]
+
+
+def _location(item: ErrorDetails) -> tuple[int | str, ...]:
+    # Branches of a union and of dict keys are marked in the location; neither is a key of the recipe.
+    return tuple(key for key in item["loc"] if not (isinstance(key, str) and (key[:1] == "<" or key == "[key]")))
+
+
+def _path(item: ErrorDetails) -> str:
+    path = ""
+    for key in _location(item):
+        path += f"[{key}]" if isinstance(key, int) else f".{key}"
+    return path.lstrip(".") or "recipe"
+
+
+def _explain(item: ErrorDetails, model: type[BaseModel]) -> str:
+    kind, got, context = item["type"], item["input"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        location = _location(item)
+        legal = sorted({name for found in _models_at(model, location[:-1]) for name in found.model_fields})
+        return f"unknown key{did_you_mean(str(location[-1]), legal) or '; must be one of ' + ', '.join(legal)}"
+    if kind == "missing":
+        return "required (not there)"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        legal = re.findall(r"'([^']*)'", context["expected"])
+        return f"must be {_one_of(legal)}{_alternative(item)} (got {got!r}){did_you_mean(str(got), legal)}"
+    if kind in _BOUNDS:
+        key, words = _BOUNDS[kind]
+        return f"must be {words} {context[key]} (got {got!r})"
+    if kind in ("too_short", "string_too_short"):
+        return f"must not be empty (got {got!r})"
+    required = _TYPES.get(kind.split("_")[0])
+    if required is not None:
+        return f"must be {required}{_alternative(item)} (got {got!r})"
+    return f"{item['msg'].lower()} (got {got!r})"
+
+
+def _alternative(item: ErrorDetails) -> str:
+    return _ALTERNATIVES.get(str(item["loc"][-1]), "") if item["loc"] else ""
+
+
+def _one_of(legal: list[str]) -> str:
+    return legal[0] if len(legal) == 1 else f"one of {', '.join(legal)}"
+
+
+def _models_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[type[BaseModel]]:
+    found = [model]
+    for key in location:
+        if isinstance(key, str):
+            fields = [each.model_fields[key] for each in found if key in each.model_fields]
+            found = [inner for field in fields for inner in _models_in(field.annotation)]
+    return found
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)

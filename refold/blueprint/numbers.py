@@ -1,0 +1,42 @@
+"""Numbers as people write them in a recipe: `20M`, `1.5k`, `5e-4`."""
+
+import re
+from decimal import Decimal
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_WRITTEN = re.compile(r"(?P<number>\d[\d_]*(\.\d+)?(e\+?\d+)?)\s*(?P<suffix>[kmbgt]?)", re.IGNORECASE)
+
+
+def read_amount(value: Any) -> Any:
+    """Reads a count with an optional suffix: `20M` is 20,000,000; other types are left for the field to refuse.
+
+    Raises:
+        ValueError: A string that is no number, or not a whole one.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    match = _WRITTEN.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"must be a whole number such as 20000000, 20M or 1.5k (got {value!r})")
+    amount = Decimal(match["number"].replace("_", "")) * SUFFIXES[match["suffix"].lower()]
+    if amount != int(amount):
+        raise ValueError(f"must be a whole number (got {value!r}, which is {amount})")
+    return int(amount)
+
+
+def _refuse_booleans(value: Any) -> Any:
+    # `true` would quietly become 1.0; strings stay welcome because YAML reads 5e-4 as one.
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number (got {str(value).lower()})")
+    return value
+
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+LayerIndex = Annotated[int, Field(strict=True, ge=0)]
+Amount = Annotated[int, BeforeValidator(read_amount), Field(strict=True, ge=1)]
+Real = Annotated[float, BeforeValidator(_refuse_booleans), Field(allow_inf_nan=False)]

@@ -1,0 +1,249 @@
+"""The recipe: what is done to a source, in one file for the whole way. Every section is optional; empty: identity."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from refold.blueprint.numbers import Amount, Count, LayerIndex, Real
+from refold.blueprint.specs.tying import TYING_INITS
+from refold.suggest import did_you_mean
+
+
+class Section(BaseModel):
+    """Base of all recipe sections: immutable, unknown keys refused, fields documented where they stand."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _known_init(name: str) -> str:
+    if name not in TYING_INITS:
+        raise ValueError(
+            f"must be one of {', '.join(TYING_INITS)} or a list of source layers (got {name!r})"
+            f"{did_you_mean(name, TYING_INITS)}"
+        )
+    return name
+
+
+def _no_repeats(values: tuple) -> tuple:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"each may stand only once (got {value!r} {values.count(value)} times)")
+    return values
+
+
+# Tags between angle brackets name the branch of a union; messages leave them out.
+def _list_or_name(value: Any) -> str:
+    return "<list>" if isinstance(value, (list, tuple)) else "<name>"
+
+
+def _kind_of_rank(value: Any) -> str:
+    if isinstance(value, RankShare) or (isinstance(value, dict) and "parameters" in value):
+        return "<share>"
+    return "<linears>" if isinstance(value, dict) else _kind_of_one_rank(value)
+
+
+def _kind_of_one_rank(value: Any) -> str:
+    return "<full>" if isinstance(value, str) else "<number>"
+
+
+SourceLayers = Annotated[tuple[LayerIndex, ...], Field(min_length=1), AfterValidator(_no_repeats)]
+ListedInit = Annotated[tuple[LayerIndex, ...], Field(min_length=1)]
+FoldInit = Annotated[
+    Annotated[str, AfterValidator(_known_init), Tag("<name>")] | Annotated[ListedInit, Tag("<list>")],
+    Discriminator(_list_or_name),
+]
+Rank = Annotated[int, Field(strict=True, ge=0)]
+OneRank = Annotated[
+    Annotated[Rank, Tag("<number>")] | Annotated[Literal["full"], Tag("<full>")], Discriminator(_kind_of_one_rank)
+]
+
+
+class Fold(Section):
+    """Which layers are tied into a block that runs several times, and how the stored layers start."""
+
+    loops: Count
+    """How often the block runs."""
+    pattern: Literal["cycle", "sequence", "cycle_reversed"] = "cycle"
+    """Order in which the K stored layers run: 1..K again and again (`cycle`); each one `loops` times in a row
+    (`sequence`); or forwards in even and backwards in odd loops, counted from 0 (`cycle_reversed`)."""
+    init: FoldInit | None = None
+    """How stored layers start: `stepwise`, `average`, `lower`, `upper`, `random`, or a list with one source layer for
+    each stored layer of the block. Left out: `average` where LoRAs start from `svd` or `joint`, else `stepwise`."""
+    tie: Annotated[tuple[Literal["mixer", "mlp"], ...], Field(min_length=1), AfterValidator(_no_repeats)] = (
+        "mixer",
+        "mlp",
+    )
+    """What is tied. What is not keeps one part for each layer."""
+    prelude: LayerIndex = 0
+    """Number of untied layers kept before the block."""
+    coda: LayerIndex = 0
+    """Number of untied layers kept after the block."""
+    uneven: Literal["error", "drop", "prelude"] = "error"
+    """What to do where `loops` does not divide the layers of the block: refuse (`error`), leave out the surplus, evenly
+    spaced (`drop`), or add the surplus to the prelude (`prelude`)."""
+
+
+class RankShare(Section):
+    """A budget for all LoRAs together: the largest uniform rank that fits is used."""
+
+    parameters: Annotated[Real, Field(gt=0)]
+    """Share of the source's non-embedding parameters, such as 0.15."""
+
+
+class LoraRelax(Section):
+    """Relaxes tied linears by a LoRA for each depth: `y = W x + B (A x)`."""
+
+    type: Literal["lora"] = "lora"
+    rank: Annotated[
+        Annotated[Rank, Tag("<number>")]
+        | Annotated[Literal["full"], Tag("<full>")]
+        | Annotated[RankShare, Tag("<share>")]
+        | Annotated[dict[str, OneRank], Field(min_length=1), Tag("<linears>")],
+        Discriminator(_kind_of_rank),
+    ]
+    """One rank for all linears; `full`; `{parameters: 0.15}`, a budget as a share of the source's non-embedding
+    parameters; or a mapping of linears (`q_proj`) and groups (`mixer`, `mlp`, `all`) to ranks, where the more specific
+    name wins and what is not named gets none. Capped at the smaller side of each linear; 0 is no LoRA."""
+    init: Literal["svd", "zero", "joint"] | None = None
+    """How LoRAs start: from the truncated SVD of what tying lost (`svd`), without effect (`zero`), or fitted together
+    with the stored weights (`joint`). Left out: `zero` for stored layers that start `stepwise` or fresh, else `svd`."""
+    vectors: Literal["tied", "own"] = "tied"
+    """Whether norms, q/k norms and biases are tied with the linears, as in the paper, or kept for each depth."""
+    svd: Literal["auto", "exact"] = "auto"
+    """`auto` takes the fastest method that is accurate enough; `exact` forces LAPACK's full decomposition."""
+
+
+# A tagged union on `type` as soon as there is a second way to relax.
+Relax = LoraRelax
+
+
+class PartDrop(Section):
+    """Which parts are left out: exactly one of the amounts says how many, or which."""
+
+    count: LayerIndex | None = None
+    """How many are left out."""
+    share: Annotated[Real, Field(ge=0, le=1)] | None = None
+    """Share that is left out, rounded to whole layers, half to even."""
+    layers: SourceLayers | None = None
+    """Source layers that lose it."""
+    by: Literal["even"] = "even"
+    """How those to keep are chosen: evenly spaced, first and last included."""
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> "PartDrop":
+        amounts = [name for name in type(self).model_fields if name != "by"]
+        given = [name for name in amounts if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"exactly one of {', '.join(amounts)} is required (got {', '.join(given) or 'none'})")
+        return self
+
+
+class BlockDrop(PartDrop):
+    """Which whole layers are left out."""
+
+    parameters: Amount | None = None
+    """Keep as many whole layers as fit into this number of non-embedding parameters, such as 500M."""
+
+
+class Drop(Section):
+    """What is left out of the stack."""
+
+    block: BlockDrop | None = None
+    """Whole layers, before anything is tied."""
+    attention: PartDrop | None = None
+    """Token mixers, of the depths that remain."""
+    mlp: PartDrop | None = None
+    """MLPs, of the depths that remain."""
+
+
+class Exits(Section):
+    """Where the stack may be left early."""
+
+    at: Annotated[
+        Annotated[Literal["loops"], Tag("<name>")] | Annotated[SourceLayers, Tag("<list>")],
+        Discriminator(_list_or_name),
+    ] = "loops"
+    """After each loop, or after the depths listed (counted from 0)."""
+
+
+class IgnoredTensor(Section):
+    """Source tensors that are left out on purpose."""
+
+    name: str
+    """Name, or a pattern with `*`."""
+    reason: Annotated[str, Field(min_length=1)]
+    """Why; it is written into the plan."""
+
+
+class HealStage(Section):
+    """One training stage after conversion."""
+
+    objective: Literal["distil", "next_token"] = "distil"
+    """`distil`: cross-entropy and forward KL to the source's distribution; `next_token`: cross-entropy alone."""
+    tokens: Amount
+    """Training tokens, such as 20M."""
+    learning_rate: Annotated[Real, Field(gt=0)] = 3e-4
+    """Peak learning rate of AdamW; it follows a cosine after the warm-up."""
+    batch_tokens: Amount = 16_384
+    """Tokens for each optimizer step."""
+    context: Annotated[Count, Field(ge=2)] | None = None
+    """Tokens in one packed sequence; left out: 1024, or what the source was made for if that is less."""
+    ce_weight: Annotated[Real, Field(ge=0)] = 0.5
+    """Weight of the cross-entropy when distilling."""
+    kl_weight: Annotated[Real, Field(ge=0)] = 0.5
+    """Weight of the forward KL when distilling."""
+    temperature: Annotated[Real, Field(gt=0)] = 1.0
+    """Temperature of both distributions in the KL."""
+    warmup: Annotated[Real, Field(ge=0, le=1)] = 0.02
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """AdamW's weight decay, on matrices only."""
+    seed: LayerIndex = 0
+    """Seed of the order of the data."""
+
+    @model_validator(mode="after")
+    def _weights_fit_the_objective(self) -> "HealStage":
+        if self.objective == "distil":
+            if self.ce_weight + self.kl_weight == 0:
+                raise ValueError("ce_weight and kl_weight: at least one above 0 is required (got 0 and 0)")
+            return self
+        unused = sorted({"ce_weight", "kl_weight", "temperature"} & self.model_fields_set)
+        # A dumped recipe names every field, so only values that would change a distillation are refused.
+        unused = [name for name in unused if getattr(self, name) != type(self).model_fields[name].default]
+        if unused:
+            raise ValueError(f"{', '.join(unused)}: only `objective: distil` has it (got objective: next_token)")
+        return self
+
+
+class Recipe(Section):
+    """Everything that is done to a source."""
+
+    description: str = ""
+    """One line for `refold recipes`."""
+    weights: Literal["source", "fresh"] = "source"
+    """`fresh`: the same architecture with new weights, the from-scratch control."""
+    seed: LayerIndex = 0
+    """Seed of every weight that starts fresh."""
+    fold: Fold | None = None
+    """Ties layers into a loop."""
+    relax: Relax | None = None
+    """Relaxes the tie with something small for each depth."""
+    drop: Drop | None = None
+    """Leaves out layers, token mixers or MLPs."""
+    exits: Exits | None = None
+    """Places where the stack may be left early."""
+    ignore_tensors: tuple[IgnoredTensor, ...] = ()
+    """Source tensors that are left out on purpose, each with the reason."""
+    heal: tuple[HealStage, ...] = ()
+    """Training stages after conversion, in order."""
+
+    def resolved(self) -> "Recipe":
+        """Returns the recipe with the defaults filled in that depend on other fields: `fold.init` and `relax.init`."""
+        fold, relax = self.fold, self.relax
+        if relax is not None and relax.init is None:
+            fresh = self.weights == "fresh" or (fold is not None and fold.init in ("stepwise", "random"))
+            relax = relax.model_copy(update={"init": "zero" if fresh else "svd"})
+        if fold is not None and fold.init is None:
+            averaged = relax is not None and relax.init != "zero"
+            fold = fold.model_copy(update={"init": "average" if averaged else "stepwise"})
+        return self.model_copy(update={"fold": fold, "relax": relax})

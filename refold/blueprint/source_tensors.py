@@ -1,0 +1,77 @@
+"""Every tensor a source must have, by its name in the checkpoint, and where a canonical piece lies in it."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from refold.blueprint.specs import attention, mlp
+from refold.blueprint.specs.part import Shape, norm_vectors
+from refold.families.arch import ArchSpec
+from refold.families.family import Family, TensorRule
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of a source checkpoint.
+
+    Attributes:
+        name: As in the checkpoint, such as `model.layers.3.self_attn.q_proj.weight`.
+        shape: The shape it must have.
+        rule: What it holds.
+        layer: The layer it belongs to; None outside the layers.
+    """
+
+    name: str
+    shape: Shape
+    rule: TensorRule
+    layer: int | None
+
+
+class SourcePiece(NamedTuple):
+    """Where a canonical tensor lies: piece number `index` of the checkpoint's tensor `name`, packed as `rule` says."""
+
+    name: str
+    rule: TensorRule
+    index: int
+
+
+def canonical_tensors(arch: ArchSpec) -> dict[str, Shape]:
+    """Returns name and shape of all canonical tensors: outside the layers, then those of one layer."""
+    table = (arch.vocab_size, arch.hidden_size)
+    found: dict[str, Shape] = {"embed_tokens.weight": table, **norm_vectors("norm", arch.norm, arch.hidden_size)}
+    if not arch.tied_head:
+        found["lm_head.weight"] = table
+    for pool, spec in (("mixer", attention.SPEC), ("mlp", mlp.SPEC)):
+        found |= {f"{pool}.{name}": shape for name, shape in spec.vectors(arch, {}).items()}
+        found |= {f"{pool}.{name}.weight": shape for name, shape in spec.linears(arch, {}).items()}
+    return found
+
+
+def source_tensors(arch: ArchSpec, family: Family) -> dict[str, SourceTensor]:
+    """Returns all tensors a checkpoint of this architecture must have, by name."""
+    canonical = canonical_tensors(arch)
+    found: dict[str, SourceTensor] = {}
+    for rule in family.rules:
+        shapes = [canonical[piece] for piece in rule.pieces if piece in canonical]
+        if not shapes:
+            continue
+        assert len(shapes) == len(rule.pieces), f"{rule.source}: only some of its pieces exist"
+        shape = (sum(each[0] for each in shapes), *shapes[0][1:])
+        for layer in range(arch.num_layers) if rule.per_layer else (None,):
+            name = rule.source.format(layer=layer)
+            found[name] = SourceTensor(name, shape, rule, layer)
+    return found
+
+
+def locate_piece(family: Family, canonical: str, layer: int | None = None) -> SourcePiece:
+    """Finds a canonical tensor in a family's checkpoints.
+
+    Args:
+        family: The family.
+        canonical: `mixer.q_proj.weight`, `mlp.input_norm.weight`, `embed_tokens.weight`, ...
+        layer: The source layer; None outside the layers.
+    """
+    for rule in family.rules:
+        if canonical in rule.pieces:
+            assert rule.per_layer == (layer is not None), f"{canonical}: layer {layer}"
+            return SourcePiece(rule.source.format(layer=layer), rule, rule.pieces.index(canonical))
+    raise KeyError(f"{family.model_type} has no {canonical}")

@@ -1,0 +1,16 @@
+"""What the converter has to know besides the blueprint: how weights and LoRAs start."""
+
+from typing import Literal
+
+from refold.families.arch import Frozen
+
+
+class Starts(Frozen):
+    """How the tensors of a target start. With the blueprint it says everything about a conversion."""
+
+    weights: Literal["source", "fresh"] = "source"
+    """`fresh`: every tensor of the target starts fresh, embeddings and head included."""
+    lora: Literal["svd", "zero", "joint"] | None = None
+    """How LoRAs start; None: there are none."""
+    svd: Literal["auto", "exact"] = "auto"
+    seed: int = 0

@@ -1,0 +1,218 @@
+"""plan.json: what a recipe makes of a source, before any weight is read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from refold.blueprint.build import build_blueprint, identity_blueprint
+from refold.blueprint.cost import Cost, cost
+from refold.blueprint.load import RecipeLike, built_in_recipes, load_recipe
+from refold.blueprint.recipe import Recipe
+from refold.blueprint.schema import Blueprint, Depth
+from refold.blueprint.specs.registry import depth_linears
+from refold.blueprint.starts import Starts
+from refold.checkpoint.locate import Source
+from refold.convert.plan_lines import PlanLine, plan_lines
+from refold.convert.source_model import SourceModel, read_source_model
+from refold.errors import RecipeError, RefoldError
+from refold.families.arch import Frozen
+
+PLAN_FORMAT = 1
+SUMMARY_CONTEXT = 8192
+
+
+class PlanSource(Frozen):
+    """Which source a plan is for."""
+
+    path: str | None
+    """Its folder; None on the hub."""
+    id: str | None
+    """Its hub id; None in a folder."""
+    revision: str | None
+    model_type: str
+    config_sha256: str | None
+    index_sha256: str | None
+    """Of the index file or the single file's header; None without weights."""
+    dtype: str
+
+
+class CostPair(Frozen):
+    """What the source costs, and what the target will."""
+
+    source: Cost
+    target: Cost
+
+
+class SummaryRow(NamedTuple):
+    """One quantity of source and target."""
+
+    quantity: str
+    source: int
+    target: int
+
+    @property
+    def ratio(self) -> float | None:
+        """Target over source; None where the source has none of it."""
+        return self.target / self.source if self.source else None
+
+
+class Plan(Frozen):
+    """Everything `convert` needs besides the weights."""
+
+    format: Literal[1] = PLAN_FORMAT
+    source: PlanSource
+    recipe: Recipe
+    """With its defaults resolved."""
+    starts: Starts
+    blueprint: Blueprint
+    cost: CostPair
+    lines: tuple[PlanLine, ...]
+    notes: tuple[str, ...]
+
+    def summary(self, context: int = SUMMARY_CONTEXT) -> list[SummaryRow]:
+        """Returns the costs side by side, cache and FLOPs at a context of `context` tokens."""
+        source, target = self.cost.source, self.cost.target
+        return [
+            SummaryRow("parameters", source.parameters, target.parameters),
+            SummaryRow("non_embedding_parameters", source.non_embedding_parameters, target.non_embedding_parameters),
+            SummaryRow("weight_bytes", source.weight_bytes, target.weight_bytes),
+            SummaryRow("cache_bytes", source.cache_bytes(context), target.cache_bytes(context)),
+            SummaryRow("flops", source.flops(context), target.flops(context)),
+        ]
+
+    @property
+    def needs_healing(self) -> bool:
+        """Whether the target computes something else than its source."""
+        return self.starts.weights == "fresh" or not all(
+            _equals_source(self.blueprint, self.starts, depth) for depth in self.blueprint.depths
+        )
+
+
+@dataclass(frozen=True)
+class PlannedRecipe:
+    """A built-in recipe on a source: its plan, or why there is none."""
+
+    name: str
+    description: str
+    plan: Plan | None
+    error: str | None = None
+
+
+def plan(
+    source: str | Path | Source, recipe: RecipeLike = None, overrides: Sequence[str] = (), allow_larger: bool = False
+) -> Plan:
+    """Plans a conversion from `config.json` and safetensors headers alone.
+
+    Args:
+        source: Folder or hub id; a folder with only `config.json` can be planned.
+        recipe: Built-in name, YAML file, mapping or Recipe; None for the identity.
+        overrides: `key.path=value` strings.
+        allow_larger: Accept a target that is larger than its source in something and smaller in nothing.
+
+    Raises:
+        RecipeError: The recipe is wrong, or does not fit the source.
+        SourceError: The source is missing, broken or unknown, or a tensor has no place.
+    """
+    loaded = load_recipe(recipe, overrides)
+    return plan_model(read_source_model(source), loaded, allow_larger)
+
+
+def plan_all(source: str | Path | Source) -> list[PlannedRecipe]:
+    """Plans every built-in recipe; one that does not fit the source says why."""
+    model = read_source_model(source)
+    planned: list[PlannedRecipe] = []
+    for name, description in built_in_recipes().items():
+        try:
+            planned.append(PlannedRecipe(name, description, plan_model(model, load_recipe(name))))
+        except RecipeError as error:
+            planned.append(PlannedRecipe(name, description, None, str(error)))
+    return planned
+
+
+def plan_model(model: SourceModel, recipe: Recipe, allow_larger: bool = False) -> Plan:
+    """Plans a conversion of a source that has been read; see `plan`."""
+    recipe = recipe.resolved()
+    ignored = model.check_tensors(recipe.ignore_tensors)
+    blueprint, starts, notes = build_blueprint(model.arch, recipe)
+    costs = CostPair(
+        source=cost(identity_blueprint(model.arch), model.dtype_bytes), target=cost(blueprint, model.dtype_bytes)
+    )
+    if not allow_larger:
+        _require_smaller(costs, model.arch.max_position_embeddings)
+    source = model.source
+    made = Plan(
+        source=PlanSource(
+            path=None if source.path is None else str(source.path.resolve()),
+            id=source.hub_id,
+            revision=source.revision,
+            model_type=model.family.model_type,
+            dtype=model.dtype,
+            **source.fingerprint(),
+        ),
+        recipe=recipe,
+        starts=starts,
+        blueprint=blueprint,
+        cost=costs,
+        lines=plan_lines(blueprint, starts, model.family, model.expected, ignored),
+        notes=notes,
+    )
+    return made.model_copy(update={"notes": (*notes, *_say_aloud(made))})
+
+
+def read_plan(path: Path) -> Plan:
+    """Reads a plan.json.
+
+    Raises:
+        RefoldError: It cannot be read, or is none of ours.
+    """
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise RefoldError(f"{path}: a readable plan is required ({error.strerror}); check the path") from None
+    except ValueError as error:
+        first = " ".join(str(error).split())[:160]
+        raise RefoldError(f"{path}: a plan of format {PLAN_FORMAT} is required ({first}); plan again") from None
+
+
+def _comparable(costs: Cost, context: int) -> dict[str, int]:
+    return {
+        "weight bytes": costs.weight_bytes,
+        "cache": costs.cache_bytes(context),
+        "FLOPs per token": costs.flops(context),
+        "FLOPs per token without context": costs.flops(0),
+    }
+
+
+def _require_smaller(costs: CostPair, context: int) -> None:
+    source, target = _comparable(costs.source, context), _comparable(costs.target, context)
+    larger = [name for name in source if target[name] > source[name]]
+    if larger and not any(target[name] < source[name] for name in source):
+        name = larger[0]
+        raise RecipeError(
+            f"recipe: a target that is smaller than its source in something is required (got {name} "
+            f"{target[name]:,} for {source[name]:,}, nothing smaller); lower the rank, raise fold.loops, or allow it"
+        )
+
+
+def _say_aloud(made: Plan) -> list[str]:
+    said = []
+    context = made.blueprint.arch.max_position_embeddings
+    source, target = (_comparable(each, context) for each in (made.cost.source, made.cost.target))
+    saved = [name for name in source if target[name] < source[name]]
+    if saved == ["weight bytes"]:
+        said.append("tying saves weights only: the cache is the source's, and FLOPs are no fewer")
+    if made.needs_healing:
+        said.append("before healing the model is worse than its source, often not usable")
+    return said
+
+
+def _equals_source(blueprint: Blueprint, starts: Starts, depth: Depth) -> bool:
+    """Whether a depth computes what its source layer does."""
+    if depth.mixer is None or depth.mlp is None:
+        return False
+    stored = (blueprint.mixers[depth.mixer].sources, blueprint.mlps[depth.mlp].sources)
+    if all(sources == (depth.source,) for sources in stored):
+        return True
+    full = all(depth.ranks.get(name) == min(shape) for name, shape in depth_linears(blueprint, depth).items())
+    return full and depth.vectors == "own" and starts.lora in ("svd", "joint")

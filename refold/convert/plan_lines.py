@@ -1,0 +1,110 @@
+"""What a plan says of every tensor group: how it is made, from which source layers, and why."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from refold.blueprint.origins import Origin, origin
+from refold.blueprint.schema import Blueprint
+from refold.blueprint.source_tensors import SourceTensor, locate_piece
+from refold.blueprint.starts import Starts
+from refold.blueprint.tensors import TargetTensor, target_tensors
+from refold.families.arch import Frozen
+from refold.families.family import Family
+
+How = Literal["copied", "averaged", "split", "fresh", "factorised", "joint", "dropped", "ignored"]
+_INDEX = re.compile(r"\.\d+\.")
+
+
+class PlanLine(Frozen):
+    """A group of tensors that are made alike."""
+
+    tensors: str
+    """Name in the target with `*` for the index; of what is `dropped` or `ignored`, the name in the source."""
+    how: How
+    count: int
+    """How many tensors."""
+    layers: tuple[int, ...] = ()
+    """Source layers that are read, or left out."""
+    reason: str = ""
+
+
+class _Lines:
+    """Collects tensors into lines, in the order in which groups first appear."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[str, How, str], tuple[int, set[int]]] = {}
+
+    def add(self, tensors: str, how: How, reason: str, layers: tuple[int, ...] = ()) -> None:
+        count, seen = self._groups.get((tensors, how, reason), (0, set()))
+        self._groups[tensors, how, reason] = (count + 1, seen | set(layers))
+
+    def __iter__(self) -> Iterator[PlanLine]:
+        for (tensors, how, reason), (count, layers) in self._groups.items():
+            yield PlanLine(tensors=tensors, how=how, count=count, layers=tuple(sorted(layers)), reason=reason)
+
+
+def plan_lines(
+    blueprint: Blueprint,
+    starts: Starts,
+    family: Family,
+    expected: Mapping[str, SourceTensor],
+    ignored: Mapping[str, tuple[str, str]],
+) -> tuple[PlanLine, ...]:
+    """Returns a line for each group of target tensors, then of source tensors that are not used.
+
+    Args:
+        blueprint: The target.
+        starts: How it starts.
+        family: Of the source.
+        expected: Source tensors, from `source_tensors`.
+        ignored: Source tensors outside of those: name to pattern and reason.
+    """
+    lines = _Lines()
+    used: set[tuple[str, int | None]] = set()
+    for tensor in target_tensors(blueprint):
+        made = origin(blueprint, starts, tensor)
+        if made.how != "fresh":
+            used |= {(made.canonical, layer) for layer in made.layers or (None,)}
+        how, reason = _explain(made, tensor, starts, family)
+        name = tensor.name
+        if tensor.role in ("lora_a", "lora_b"):
+            name = name.rpartition(".")[0] + ".*"
+        lines.add(_INDEX.sub(".*.", name), how, reason, made.layers)
+    for tensor in expected.values():
+        if not any((piece, tensor.layer) in used for piece in tensor.rule.pieces):
+            reason = _why_unused(blueprint, starts, tensor)
+            layers = () if tensor.layer is None else (tensor.layer,)
+            lines.add(tensor.rule.source.replace("{layer}", "*"), "dropped", reason, layers)
+    for pattern, reason in ignored.values():
+        lines.add(pattern, "ignored", reason)
+    return tuple(lines)
+
+
+def _explain(made: Origin, tensor: TargetTensor, starts: Starts, family: Family) -> tuple[How, str]:
+    if made.how == "fresh":
+        if tensor.role in ("lora_a", "lora_b"):
+            zero = starts.lora == "zero" or starts.weights == "fresh"
+            return "fresh", "Gaussian A, zero B" + ("" if zero else ": nothing to correct")
+        return "fresh", "weights: fresh" if starts.weights == "fresh" else "fold.init: random"
+    if made.how == "factorised":
+        return "factorised", f"truncated SVD of source minus stored weight (svd: {starts.svd})"
+    if made.how == "joint":
+        return "joint", "stored weight and LoRAs fitted together"
+    fused = locate_piece(family, made.canonical, made.layers[0] if made.layers else None).rule
+    if fused.layout != "whole":
+        name = fused.source.rsplit(".", 2)[-2]
+        return ("split", f"split from {name}") if made.how == "copied" else ("averaged", f"split from {name} first")
+    return made.how, ""
+
+
+def _why_unused(blueprint: Blueprint, starts: Starts, tensor: SourceTensor) -> str:
+    if starts.weights == "fresh":
+        return "weights: fresh"
+    depths = [depth for depth in blueprint.depths if depth.source == tensor.layer]
+    if all(depth.mixer is None and depth.mlp is None for depth in depths):
+        return "layer left out"
+    pool = tensor.rule.pieces[0].split(".")[0]
+    if all(getattr(depth, pool) is None for depth in depths):
+        return "attention left out" if pool == "mixer" else "MLP left out"
+    return "tied: replaced by what its stored layer starts from"
