@@ -1,0 +1,1 @@
+"""How stored weights and LoRA pairs begin, one file each."""

@@ -1,0 +1,32 @@
+"""The usual LoRA start: A Gaussian, B zero, so that the folded model begins as the strict one."""
+
+import torch
+from torch import Tensor
+
+from refold.convert.starts.group import Fitted, LinearGroup
+from refold.convert.svd import SvdMode
+from refold.nn.lora import Pair
+
+
+def mean_weight(weights: tuple[Tensor, ...]) -> Tensor:
+    """The mean of a part's source weights; with one source the weight itself."""
+    return weights[0] if len(weights) == 1 else torch.stack(weights).mean(dim=0)
+
+
+def zero_pair(stored: Tensor, rank: int, seed: int) -> Pair:
+    """A pair that adds nothing: A has standard deviation in^(-1/2) (arXiv 2106.09685), B is zero."""
+    rows, columns = stored.shape
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(rank, columns, generator=generator) * columns**-0.5
+    return a, torch.zeros(rows, rank)
+
+
+def fit_zero(group: LinearGroup, svd: SvdMode) -> Fitted:
+    """Stored weight: the sources' mean. Pairs add nothing."""
+    stored = mean_weight(group.sources)
+    pairs = {
+        depth: zero_pair(stored, member.rank, group.seed + depth)
+        for depth, member in group.members.items()
+        if member.rank
+    }
+    return Fitted(stored, pairs, dict.fromkeys(pairs, 0.0))
