@@ -242,6 +242,7 @@ class Recipe(Section):
         fold, relax = self.fold, self.relax
         if relax is not None and relax.init is None:
             fresh = self.weights == "fresh" or (fold is not None and fold.init in ("stepwise", "random"))
+            fresh = fresh or relax.rank == 0
             relax = relax.model_copy(update={"init": "zero" if fresh else "svd"})
         if fold is not None and fold.init is None:
             averaged = relax is not None and relax.init != "zero"

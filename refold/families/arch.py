@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Size = Annotated[int, Field(gt=0)]
+
 
 class Frozen(BaseModel):
     """Base of all descriptions: immutable, unknown keys refused."""
@@ -51,13 +53,13 @@ class ArchSpec(Frozen):
 
     family: str
     """The source's `model_type`; only reading and dense export look at it."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    max_position_embeddings: Size
     layers: tuple[Layer, ...]
     norm: Norm
     activation: str

@@ -6,7 +6,16 @@ from typing import Any
 from refold.families.arch import ArchSpec, Norm
 from refold.families.family import Family, TensorRule
 from refold.families.llama import linear_rules
-from refold.families.reading import only_layer, read_activation, read_or, read_rope, require, same_layers, write_rope
+from refold.families.reading import (
+    only_layer,
+    read_activation,
+    read_or,
+    read_rope,
+    read_size,
+    require,
+    same_layers,
+    write_rope,
+)
 
 
 def read_config(config: Mapping[str, Any]) -> ArchSpec:
@@ -14,7 +23,10 @@ def read_config(config: Mapping[str, Any]) -> ArchSpec:
     heads = require(config, "num_attention_heads")
     head_dim = hidden_size // heads
     attention_bias = read_or(config, "attention_bias", True)
-    rope = read_rope(config, head_dim, theta_key="rotary_emb_base", partial=read_or(config, "rotary_pct", 0.25))
+    max_positions = read_size(config, "max_position_embeddings", 2048)
+    rope = read_rope(
+        config, head_dim, max_positions, theta_key="rotary_emb_base", partial=read_or(config, "rotary_pct", 0.25)
+    )
     return ArchSpec(
         family="gpt_neox",
         vocab_size=require(config, "vocab_size"),
@@ -23,7 +35,7 @@ def read_config(config: Mapping[str, Any]) -> ArchSpec:
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=head_dim,
-        max_position_embeddings=read_or(config, "max_position_embeddings", 2048),
+        max_position_embeddings=max_positions,
         layers=same_layers(require(config, "num_hidden_layers"), None, rope),
         norm=Norm(kind="layer", eps=read_or(config, "layer_norm_eps", 1e-5), bias=True),
         activation=read_activation(config, "hidden_act", "gelu"),

@@ -5,24 +5,34 @@ from typing import Any
 
 from refold.families.arch import ArchSpec, Norm
 from refold.families.family import Family, TensorRule
-from refold.families.reading import only_layer, read_activation, read_or, read_rope, require, same_layers, write_rope
+from refold.families.reading import (
+    only_layer,
+    read_activation,
+    read_or,
+    read_rope,
+    read_size,
+    require,
+    same_layers,
+    write_rope,
+)
 
 
 def read_config(config: Mapping[str, Any]) -> ArchSpec:
     hidden_size = require(config, "hidden_size")
     heads = require(config, "num_attention_heads")
-    head_dim = read_or(config, "head_dim", hidden_size // heads)
+    head_dim = read_size(config, "head_dim", hidden_size // heads)
     attention_bias = read_or(config, "attention_bias", False)
-    rope = read_rope(config, head_dim)
+    max_positions = read_size(config, "max_position_embeddings", 2048)
+    rope = read_rope(config, head_dim, max_positions)
     return ArchSpec(
         family="llama",
         vocab_size=require(config, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=require(config, "intermediate_size"),
         num_attention_heads=heads,
-        num_key_value_heads=read_or(config, "num_key_value_heads", heads),
+        num_key_value_heads=read_size(config, "num_key_value_heads", heads),
         head_dim=head_dim,
-        max_position_embeddings=read_or(config, "max_position_embeddings", 2048),
+        max_position_embeddings=max_positions,
         layers=same_layers(require(config, "num_hidden_layers"), None, rope),
         norm=Norm(kind="rms", eps=read_or(config, "rms_norm_eps", 1e-6)),
         activation=read_activation(config, "hidden_act", "silu"),

@@ -6,18 +6,33 @@ from typing import Any
 from refold.errors import SourceError
 from refold.families.arch import Layer, Rope
 
-ROPE_KINDS = ("default", "linear", "llama3")
-ROPE_ALIASES = {"su": "longrope"}
+# The numbers each kind needs; what else a config carries beside them has no effect.
+ROPE_KINDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+DEFAULT_THETA = 10000.0
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu")
 
 
-def require(config: Mapping[str, Any], key: str) -> Any:
-    """Returns a field that has no default; raises SourceError where it is missing."""
+def require(config: Mapping[str, Any], key: str) -> int:
+    """Returns a size that has no default; raises SourceError where it is missing or no positive whole number."""
     if config.get(key) is None:
         raise SourceError(
             f"config.json: `{key}` is required (not there); is this a complete {config.get('model_type')} folder?"
         )
-    return config[key]
+    return read_size(config, key, 0)
+
+
+def read_size(config: Mapping[str, Any], key: str, default: int) -> int:
+    """Returns a size, or its default; raises SourceError where it is no positive whole number."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SourceError(f"config.json: `{key}` must be a positive whole number (got {value!r})")
+    return value
 
 
 def read_or(config: Mapping[str, Any], key: str, default: Any) -> Any:
@@ -36,34 +51,42 @@ def read_activation(config: Mapping[str, Any], key: str, default: str) -> str:
 def read_rope(
     config: Mapping[str, Any],
     head_dim: int,
-    default_theta: float = 10000.0,
+    max_position_embeddings: int,
     theta_key: str = "rope_theta",
-    partial: float = 1.0,
+    partial: float | None = None,
 ) -> Rope:
     """Reads one rope description from `rope_parameters` (v5) or from `rope_theta` and `rope_scaling` (v4).
 
     Args:
         config: Raw `config.json`.
         head_dim: Size of a head.
-        default_theta: Base where the config names none.
+        max_position_embeddings: Stands for the original one where `llama3` names none.
         theta_key: Name of the base in v4 configs.
-        partial: Share of a head that is rotated where the config names none.
+        partial: Share of a head that is rotated where the config names none; None: this family rotates whole heads,
+            whatever the config says, as transformers does.
+
+    Raises:
+        SourceError: A kind that refold does not run, or one of its numbers is missing.
     """
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    # In this order, as transformers reads them where both are there.
+    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
-    kind = ROPE_ALIASES.get(kind, kind)
     if kind not in ROPE_KINDS:
         raise SourceError(f"config.json: rope kind must be one of {', '.join(ROPE_KINDS)} (got {kind!r})")
     theta = given.pop("rope_theta", None)
     theta = config.get(theta_key) if theta is None else theta
-    share = given.pop("partial_rotary_factor", None)
-    rotary_dim = int(head_dim * (partial if share is None else share))
-    if kind == "default":
-        given = {}
-    if kind == "linear":
-        given = {"factor": given.get("factor", 1.0)}
-    return Rope(kind=kind, theta=float(default_theta if theta is None else theta), rotary_dim=rotary_dim, scaling=given)
+    if kind == "llama3" and given.get("original_max_position_embeddings") is None:
+        given["original_max_position_embeddings"] = max_position_embeddings
+    missing = [name for name in ROPE_KINDS[kind] if given.get(name) is None]
+    if missing:
+        raise SourceError(f"config.json: rope kind {kind} needs {', '.join(missing)} (not there)")
+    share = 1.0 if partial is None else read_or(given, "partial_rotary_factor", partial)
+    return Rope(
+        kind=kind,
+        theta=float(DEFAULT_THETA if theta is None else theta),
+        rotary_dim=int(head_dim * share),
+        scaling={name: given[name] for name in ROPE_KINDS[kind]},
+    )
 
 
 def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from refold.errors import SourceError
 from refold.families import gpt_neox, llama, mistral
 from refold.families.arch import ArchSpec
@@ -35,6 +37,10 @@ def read_arch(config: Mapping[str, Any]) -> ArchSpec:
     family = find_family(config.get("model_type"))
     try:
         return family.read_config(config)
-    except ValueError as error:
-        message = str(error).splitlines()
-        raise SourceError(f"config.json: {' '.join(line.strip() for line in message[:3])}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(key) for key in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise SourceError(
+            f"config.json: {field}: {message} (got {first['input']!r})" if field else f"config.json: {message}"
+        ) from error
