@@ -1,0 +1,301 @@
+"""Safetensors headers: names, dtypes, shapes and byte ranges of a checkpoint, read without data and without torch."""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from refold.errors import SourceError
+from refold.suggest import did_you_mean
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+DTYPE_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
+
+_AGAIN = "download or save it again"
+_PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One stored tensor: safetensors dtype name, shape, and its bytes `start..end` from the beginning of `file`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class CheckpointHeaders:
+    """All tensors of a checkpoint, in file order, and the size in bytes of each of its files."""
+
+    tensors: dict[str, TensorInfo]
+    files: dict[str, int]
+    # What stands for the checkpoint's identity: sha256 of the index file, or of a single file's header.
+    sha256: str = field(default="", compare=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensor data, without headers."""
+        return sum(info.num_bytes for info in self.tensors.values())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(info.num_elements for info in self.tensors.values())
+
+    def info(self, name: str) -> TensorInfo:
+        """Returns the named tensor's header entry.
+
+        Raises:
+            SourceError: no such tensor.
+        """
+        if name not in self.tensors:
+            raise SourceError(f"{name}: no such tensor in the checkpoint{did_you_mean(name, self.tensors)}")
+        return self.tensors[name]
+
+
+def read_headers(folder: Path, *, config_only: bool = False) -> CheckpointHeaders | None:
+    """Reads the headers of a checkpoint folder.
+
+    Args:
+        folder: a transformers folder with `model.safetensors`, or an index and its shards.
+        config_only: a folder without any weights gives None instead of an error.
+
+    Raises:
+        SourceError: the folder or a shard is missing, or a file is damaged.
+    """
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise SourceError(f"{folder}: a readable folder is required ({error.strerror}); check the path") from None
+
+    def read(name: str) -> bytes:
+        try:
+            return (folder / name).read_bytes()
+        except OSError as error:
+            raise SourceError(f"{folder / name}: cannot be read ({error.strerror}); check the file") from None
+
+    return collect_headers(
+        str(folder),
+        names,
+        read,
+        lambda files: (read_header_bytes(folder / file) for file in files),
+        config_only=config_only,
+    )
+
+
+def collect_headers(
+    where: str,
+    names: Collection[str],
+    read: Callable[[str], bytes],
+    read_header: Callable[[Sequence[str]], Iterable[tuple[bytes, int]]],
+    *,
+    config_only: bool = False,
+) -> CheckpointHeaders | None:
+    """Puts the headers of all shards together, wherever they lie (a folder, the hub).
+
+    Args:
+        where: the folder or hub id, for messages.
+        names: the file names there.
+        read: gives a small file's bytes.
+        read_header: gives, for each file in turn, its JSON header's bytes and the file's size.
+        config_only: no weights at all gives None instead of an error.
+    """
+    raw_index = read(INDEX_NAME) if INDEX_NAME in names else b""
+    index = _read_index(f"{where}/{INDEX_NAME}", raw_index) if INDEX_NAME in names else None
+    if index is None and SINGLE_NAME not in names:
+        _require_no_weights(where, names, config_only)
+        return None
+    files = sorted(set(index.values())) if index is not None else [SINGLE_NAME]
+    if index is not None and SINGLE_NAME in names and SINGLE_NAME not in files:
+        raise SourceError(
+            f"{where}: one checkpoint is required (got {SINGLE_NAME} and {INDEX_NAME} with other shards); "
+            f"move away the one you do not mean"
+        )
+    for file in files:
+        if file not in names:
+            raise SourceError(f"{where}: shard {file} is required (missing); complete the download or the copy")
+
+    tensors: dict[str, TensorInfo] = {}
+    sizes: dict[str, int] = {}
+    digest = hashlib.sha256(raw_index)
+    for file, (header, file_bytes) in zip(files, read_header(files), strict=True):
+        sizes[file] = file_bytes
+        if index is None:
+            digest.update(header)
+        for name, info in parse_header(header, file, file_bytes, where=f"{where}/{file}").items():
+            if name in tensors:
+                raise SourceError(
+                    f"{where}: each tensor is required once (got {name} in {tensors[name].file} and {file}); "
+                    f"save the checkpoint again"
+                )
+            tensors[name] = info
+    for name, file in (index or {}).items():
+        if name not in tensors or tensors[name].file != file:
+            raise SourceError(
+                f"{where}/{file}: tensor {name} is required (the index lists it, the shard does not hold it); "
+                f"index and shards are of different checkpoints: download or save both again"
+            )
+    return CheckpointHeaders(tensors, sizes, digest.hexdigest())
+
+
+def read_header_bytes(path: Path) -> tuple[bytes, int]:
+    """Returns a safetensors file's JSON header, unparsed, and the file's size in bytes."""
+    try:
+        with path.open("rb") as file:
+            file_bytes = path.stat().st_size
+            length = header_length(file.read(8), file_bytes, where=str(path))
+            return file.read(length), file_bytes
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror}); check the file") from None
+
+
+def header_length(first: bytes, file_bytes: int, *, where: str) -> int:
+    """Returns the length of the JSON header that a file's first eight bytes declare, within the file's size."""
+    if len(first) < 8:
+        raise SourceError(f"{where}: truncated: a header is required (got {len(first)} bytes); {_AGAIN}")
+    (length,) = struct.unpack("<Q", first[:8])
+    if length > MAX_HEADER_BYTES:
+        raise SourceError(
+            f"{where}: a header of at most {MAX_HEADER_BYTES} bytes is required (got {length}); "
+            f"this is not a safetensors file, or a damaged one"
+        )
+    if 8 + length > file_bytes:
+        raise SourceError(f"{where}: truncated: the header needs {8 + length} bytes (got {file_bytes}); {_AGAIN}")
+    return length
+
+
+def parse_header(header: bytes, file: str, file_bytes: int, *, where: str) -> dict[str, TensorInfo]:
+    """Parses and checks one file's JSON header.
+
+    Args:
+        header: the JSON, without the eight bytes of its length.
+        file: the file's name, kept in each `TensorInfo`.
+        file_bytes: the whole file's size.
+        where: the file, for messages.
+
+    Raises:
+        SourceError: not JSON, not of the format, or byte ranges that do not tile the file's data exactly.
+    """
+    entries = _parse_json(header, where, "a JSON header")
+    entries.pop("__metadata__", None)
+    base = 8 + len(header)
+    infos = {name: _parse_entry(where, name, entry, file, base) for name, entry in entries.items()}
+    ordered = dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)))
+    position = base
+    for name, info in ordered.items():
+        if info.start != position:
+            fault = "overlaps the one before" if info.start < position else "leaves a gap before it"
+            raise SourceError(
+                f"{where}: tensors side by side are required ({name} {fault}: starts at {info.start - base}, "
+                f"expected {position - base}); the file is damaged: {_AGAIN}"
+            )
+        position = info.end
+    if position > file_bytes:
+        raise SourceError(f"{where}: truncated: {position} bytes are required (got {file_bytes}); {_AGAIN}")
+    if position < file_bytes:
+        raise SourceError(
+            f"{where}: {position} bytes are required (got {file_bytes}, {file_bytes - position} too many); "
+            f"the file is damaged: {_AGAIN}"
+        )
+    return ordered
+
+
+def _parse_entry(where: str, name: str, entry: Any, file: str, base: int) -> TensorInfo:
+    legal = (
+        isinstance(entry, dict)
+        and set(entry) == {"dtype", "shape", "data_offsets"}
+        and isinstance(entry["dtype"], str)
+        and _is_counts(entry["shape"])
+        and _is_counts(entry["data_offsets"])
+        and len(entry["data_offsets"]) == 2
+    )
+    if not legal:
+        raise SourceError(
+            f"{where}: tensor {name} needs dtype, shape and two data_offsets (got {str(entry)[:80]}); "
+            f"the header is damaged: {_AGAIN}"
+        )
+    dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in DTYPE_BITS:
+        raise SourceError(
+            f"{where}: tensor {name} has an unknown dtype (got {dtype[:40]}{did_you_mean(dtype, DTYPE_BITS)}); "
+            f"save it in a dtype of the safetensors format"
+        )
+    required = math.prod(shape) * DTYPE_BITS[dtype]
+    if required % 8 or end - start != required // 8:
+        raise SourceError(
+            f"{where}: tensor {name} of {dtype} {list(shape)} requires {required / 8:.15g} bytes (got {end - start}); "
+            f"the header is damaged: {_AGAIN}"
+        )
+    return TensorInfo(dtype, shape, file, base + start, base + end)
+
+
+def _is_counts(value: Any) -> bool:
+    # 2**63 bounds each number as the format does, so that products stay cheap and messages short.
+    return isinstance(value, list) and len(value) < 64 and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _read_index(where: str, raw: bytes) -> dict[str, str]:
+    weight_map = _parse_json(raw, where, "a JSON index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{where}: a weight_map of tensor names to shards is required; {_AGAIN}")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or "/" in file or "\\" in file or not file.endswith(".safetensors"):
+            raise SourceError(f"{where}: {name} must name a .safetensors file beside the index (got {str(file)[:80]})")
+    return weight_map
+
+
+def _parse_json(raw: bytes, where: str, what: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition("\n")[0][:80]
+        raise SourceError(f"{where}: {what} is required ({reason}); {_AGAIN}") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{where}: {what} with an object is required (got {type(value).__name__})")
+    return value
+
+
+def _require_no_weights(where: str, names: Collection[str], config_only: bool) -> None:
+    loose = sorted(name for name in names if fnmatch(name, "*.safetensors"))
+    if any(fnmatch(name, "model*.safetensors") for name in loose):
+        raise SourceError(f"{where}: {INDEX_NAME} is required beside shards (got {', '.join(loose[:3])} without it)")
+    pickles = sorted(name for name in names if any(fnmatch(name, pattern) for pattern in _PICKLES))
+    if pickles and not loose:
+        raise SourceError(
+            f"{where}: safetensors weights are required (got pickle: {pickles[0]}, which can run code when read); "
+            f"convert with transformers: AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(FOLDER)"
+        )
+    if not config_only:
+        found = f"got {', '.join(loose[:3])}" if loose else "got no weights"
+        raise SourceError(f"{where}: {SINGLE_NAME} or {INDEX_NAME} is required ({found}); give a folder with weights")

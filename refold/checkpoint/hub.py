@@ -1,0 +1,176 @@
+"""Sources on the hub: configs and headers by small requests, whole checkpoints only when they are to be converted."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from refold.checkpoint.companions import is_companion
+from refold.checkpoint.headers import INDEX_NAME, header_length, read_header_bytes
+from refold.checkpoint.locate import CONFIG_NAME, Source
+from refold.errors import SourceError
+
+_FIRST_BYTES = 1 << 16  # holds most headers whole, so that one request per shard does
+_NUM_CONNECTIONS = 8
+
+
+class HubSource(Source):
+    """A repository of the Hugging Face hub, resolved to a commit when it is made.
+
+    Without a network, or with `HF_HUB_OFFLINE`, what the local cache holds of it is used.
+
+    Args:
+        hub_id: `org/name`.
+        revision: branch, tag or commit; None for the default branch.
+
+    Raises:
+        SourceError: offline and not in the cache, gated, or no such repository or revision.
+    """
+
+    def __init__(self, hub_id: str, revision: str | None = None):
+        from huggingface_hub import HfApi, snapshot_download
+
+        self.hub_id: str = hub_id
+        self._asked = f"{hub_id}@{revision}" if revision else hub_id
+        self._branch = revision
+        self._snapshot: Path | None = None
+        self._names: list[str] = []
+        try:
+            with _explained(self._asked):
+                info = HfApi().model_info(hub_id, revision=revision, timeout=30)
+                self._commit = info.sha
+                self._names = [sibling.rfilename for sibling in info.siblings or []]
+        except _Unreachable:
+            # The cache's own fallback for a missing network, taken openly: the commit used is in every report.
+            with _explained(self._asked):
+                # Only the config is required to be there: missing shards are named when headers are read.
+                needed = [CONFIG_NAME]
+                found = snapshot_download(hub_id, revision=revision, local_files_only=True, allow_patterns=needed)
+            self._snapshot = Path(found)
+            self._commit = self._snapshot.name
+            self._names = [path.relative_to(self._snapshot).as_posix() for path in self._snapshot.rglob("*")]
+
+    @property
+    def revision(self) -> str | None:
+        return self._commit
+
+    @property
+    def where(self) -> str:
+        return f"{self.hub_id}@{self._commit}" if self._commit else self._asked
+
+    def names(self) -> Collection[str]:
+        return self._names
+
+    def fetch(self) -> Path:
+        """Downloads safetensors, config, tokenizer and licence files, never pickles or code, and returns their folder.
+
+        Raises:
+            SourceError: there are no safetensors weights, or the download fails.
+        """
+        from huggingface_hub import snapshot_download
+
+        headers = self.headers()
+        if self._snapshot is not None:
+            return self._snapshot
+        assert headers is not None
+        wanted = {CONFIG_NAME, INDEX_NAME, *headers.files}
+        # Exact names: a pattern for shards would also fetch the second copies some repositories keep in other layouts.
+        files = [name for name in self._names if name in wanted or is_companion(name)]
+        with _explained(self.where):
+            # By the name asked for, so that the cache knows it when offline; by commit where the branch has moved.
+            folder = Path(snapshot_download(self.hub_id, revision=self._branch, allow_patterns=files))
+            if folder.name != self._commit:
+                folder = Path(snapshot_download(self.hub_id, revision=self._commit, allow_patterns=files))
+        return folder
+
+    def _read(self, name: str) -> bytes:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            if self._snapshot is not None:
+                return (self._snapshot / name).read_bytes()
+            with _explained(self.where):
+                return Path(hf_hub_download(self.hub_id, name, revision=self._commit)).read_bytes()
+        except OSError as error:
+            raise SourceError(f"{self.where}/{name}: cannot be read ({error.strerror}); check the hub cache") from None
+
+    def _read_headers(self, files: Sequence[str]) -> Iterable[tuple[bytes, int]]:
+        with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
+            return list(pool.map(self._read_header, files))
+
+    def _read_header(self, file: str) -> tuple[bytes, int]:
+        from huggingface_hub import hf_hub_url, try_to_load_from_cache
+
+        if self._snapshot is not None:
+            return read_header_bytes(self._snapshot / file)
+        cached = try_to_load_from_cache(self.hub_id, file, revision=self._commit)
+        if isinstance(cached, str):
+            return read_header_bytes(Path(cached))
+        url = hf_hub_url(self.hub_id, file, revision=self._commit)
+        with _explained(self.where):
+            raw, file_bytes = _get_range(url, _FIRST_BYTES)
+            end = 8 + header_length(raw, file_bytes, where=f"{self.where}/{file}")
+            if end > len(raw):
+                raw, file_bytes = _get_range(url, end)
+        return raw[8:end], file_bytes
+
+
+class _Unreachable(SourceError):
+    pass
+
+
+def _get_range(url: str, num_bytes: int) -> tuple[bytes, int]:
+    """Returns a remote file's first bytes and its whole size."""
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    headers = {**build_hf_headers(), "Range": f"bytes=0-{num_bytes - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=headers, timeout=30) as response:
+        if response.status_code >= 400:
+            response.read()
+        hf_raise_for_status(response)
+        if response.status_code == 206:
+            size = int(response.headers["Content-Range"].rpartition("/")[2])
+        else:
+            size = int(response.headers.get("Content-Length", 0))
+        raw = bytearray()
+        # A server without ranges sends the whole file: stop reading where we have what we asked for.
+        for chunk in response.iter_bytes(1 << 16):
+            raw += chunk
+            if len(raw) >= num_bytes:
+                break
+    return bytes(raw[:num_bytes]), size
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Turns the hub client's errors into one line each."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise SourceError(
+            f"{where}: gated on the hub: access is required; ask for it on the model's page, then `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise SourceError(f"{where}: no such revision on the hub; check the part after @") from None
+    except errors.RepositoryNotFoundError:
+        raise SourceError(
+            f"{where}: no such folder here and no such model on the hub (or a private one); "
+            f"check the name, or `hf auth login`"
+        ) from None
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        reason = "offline mode is on" if isinstance(error, errors.OfflineModeIsEnabled) else "no network, or offline"
+        raise _Unreachable(
+            f"{where}: no such folder here, and the hub cannot be asked ({reason}; not whole in the cache); "
+            f"go online once, or give a folder"
+        ) from None
+    except errors.HFValidationError as error:
+        raise SourceError(f"{where}: a hub id org/name is required ({str(error).splitlines()[0][:120]})") from None
+    except errors.HfHubHTTPError as error:
+        raise SourceError(f"{where}: the hub refused ({str(error).splitlines()[0][:120]}); try again later") from None
+    except (ConnectionError, TimeoutError, errors.HTTPError) as error:
+        raise _Unreachable(
+            f"{where}: no such folder here, and the hub cannot be reached ({type(error).__name__}); "
+            f"go online, or give a folder"
+        ) from None

@@ -1,0 +1,148 @@
+"""`manifest.json`: size and sha256 of every file of a folder, written last: a folder without it is not whole."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from refold.errors import FolderError
+from refold.version import __version__
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = 1
+# The model card is for people to edit; `verify` still names it when it changed, loading does not mind.
+_EDITABLE = {"README.md"}
+_BLOCK_BYTES = 1 << 20
+
+
+def write_manifest(folder: Path, known_hashes: Mapping[str, str] | None = None) -> None:
+    """Writes the manifest of a finished folder and flushes it to disk.
+
+    Args:
+        folder: every file in it, at any depth, is listed, the manifest itself excepted.
+        known_hashes: sha256 by file name where the writer has it already; other files are read and hashed.
+    """
+    known_hashes = known_hashes or {}
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": known_hashes.get(name) or hash_file(folder / name)}
+        for name in _list_files(folder)
+    }
+    unknown = sorted(set(known_hashes) - set(files))
+    if unknown:
+        raise FolderError(f"{folder}: a file is required for each known hash (missing: {', '.join(unknown)})")
+    with (folder / MANIFEST_NAME).open("w") as file:
+        json.dump({"format": FORMAT, "refold": __version__, "files": files}, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_refold_folder(folder: Path) -> bool:
+    """Says whether the folder was written by refold, whole or damaged since: its manifest is ours."""
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and "refold" in manifest and isinstance(manifest.get("files"), dict)
+
+
+def check(folder: Path) -> None:
+    """Checks quickly that a folder is whole: the manifest is there, and every file it lists, with its size.
+
+    Raises:
+        FolderError: no manifest, or a file missing or of another size, each named.
+    """
+    found = _compare_sizes(folder)
+    faults = [f"{name} ({fault})" for name, fault in found if name not in _EDITABLE]
+    if faults:
+        raise FolderError(
+            f"{folder}: the files of {MANIFEST_NAME} are required whole (got {', '.join(faults)}); "
+            f"copy the folder again or make it anew"
+        )
+
+
+def verify(folder: Path, progress: Callable[[int], None] | None = None) -> tuple[str, ...]:
+    """Checks every file's bytes against the manifest.
+
+    Args:
+        folder: a folder written by refold.
+        progress: called with the number of bytes hashed since the last call.
+
+    Returns:
+        Files that the manifest does not list. They do no harm and are only named.
+
+    Raises:
+        FolderError: every file that is missing, of another size or of other content, each named.
+    """
+    files = _read_files(folder)
+    faults = dict(_compare_sizes(folder))
+    for name, entry in files.items():
+        if name not in faults and hash_file(folder / name, progress) != entry["sha256"]:
+            faults[name] = "content differs from its sha256"
+    if faults:
+        listed = ", ".join(f"{name} ({fault})" for name, fault in faults.items())
+        raise FolderError(
+            f"{folder}: the files of {MANIFEST_NAME} are required unchanged (got {listed}); "
+            f"copy the folder again or make it anew"
+        )
+    return tuple(name for name in _list_files(folder) if name not in files)
+
+
+def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Returns a file's sha256 as hex digits."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_BLOCK_BYTES))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+                if progress is not None:
+                    progress(count)
+    except OSError as error:
+        raise FolderError(f"{path}: cannot be read ({error.strerror}); check the file") from None
+    return digest.hexdigest()
+
+
+def _list_files(folder: Path) -> list[str]:
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST_NAME)
+
+
+def _compare_sizes(folder: Path) -> Iterator[tuple[str, str]]:
+    for name, entry in _read_files(folder).items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            yield name, "missing"
+            continue
+        if size != entry["bytes"]:
+            yield name, f"{size} bytes instead of {entry['bytes']}"
+
+
+def _read_files(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FolderError(
+            f"{folder}: {MANIFEST_NAME} is required (missing: not a refold folder, or a torn one); "
+            f"give one that refold wrote"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FolderError(f"{path}: readable JSON is required ({str(error)[:80]}); copy the folder again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise FolderError(f"{path}: manifest format {FORMAT} is required (got {got}); use the refold that wrote it")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
+        raise FolderError(f"{path}: `files` with bytes and sha256 of each is required; copy the folder again")
+    return files
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+    if not inside or not isinstance(entry, dict):
+        return False
+    return isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)

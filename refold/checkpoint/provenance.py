@@ -1,0 +1,112 @@
+"""`provenance.json`: how a model folder came to be, stage by stage."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from refold.checkpoint.locate import Source, locate
+from refold.errors import FolderError, SourceError
+from refold.version import __version__
+
+PROVENANCE_NAME = "provenance.json"
+FORMAT = 1
+
+
+def _versions() -> dict[str, str]:
+    found = {"refold": __version__, "python": sys.version.split()[0]}
+    for package in ("torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step on the way, such as `convert` or `heal`.
+
+    Attributes:
+        stage: its name.
+        source: what it read: `path` or `id`, `revision`, `fingerprint` (see `describe_source`).
+        recipe: the recipe's section or whole, as plain data.
+        seed: the seed of everything random in it.
+        tokens: training tokens seen, 0 for stages that do not train.
+        command: the command line as typed.
+        versions: of refold, python, torch and transformers, taken when the stage is made.
+        time: local time with offset, likewise.
+    """
+
+    stage: str
+    source: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    tokens: int = 0
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=_versions)
+    time: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+
+
+def describe_source(source: Source) -> dict[str, Any]:
+    """Returns what a stage keeps of its source: `path` (absolute) or `id`, `revision` and `fingerprint`."""
+    place = {"path": str(source.path.resolve())} if source.path is not None else {"id": source.hub_id}
+    return {**place, "revision": source.revision, "fingerprint": source.fingerprint()}
+
+
+def read(folder: Path) -> list[Stage]:
+    """Returns a folder's stages, first to last; none where it has no provenance.
+
+    Raises:
+        FolderError: the file is there and not readable.
+    """
+    path = folder / PROVENANCE_NAME
+    try:
+        data = json.loads(path.read_bytes())
+        known = {entry.name for entry in fields(Stage)}
+        # Keys of a later version are let go: an older refold reads a newer folder.
+        return [Stage(**{key: value for key, value in stage.items() if key in known}) for stage in data["stages"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FolderError(f"{path}: a list of stages is required ({str(error)[:80]}); copy the folder again") from None
+
+
+def append(before: Path | Sequence[Stage], stage: Stage) -> list[Stage]:
+    """Returns the stages of a folder, or those given, with one more; nothing is written."""
+    return [*(read(before) if isinstance(before, Path) else before), stage]
+
+
+def write(folder: Path, stages: Sequence[Stage]) -> None:
+    """Writes the stages into a folder that is being made."""
+    data = {"format": FORMAT, "stages": [asdict(stage) for stage in stages]}
+    (folder / PROVENANCE_NAME).write_text(json.dumps(data, indent=2, default=str) + "\n")
+
+
+def teacher(folder: Path) -> Source:
+    """Finds the model a folder was folded from: the source of its first convert stage.
+
+    Raises:
+        FolderError: the folder does not tell.
+        SourceError: the source is gone or is no longer the one that was converted.
+    """
+    found = next((stage for stage in read(folder) if stage.stage == "convert"), None)
+    if found is None or not (found.source.get("path") or found.source.get("id")):
+        raise FolderError(f"{folder}: a convert stage in {PROVENANCE_NAME} is required (none); name the teacher")
+    place = found.source.get("path")
+    if place is None:
+        place = "@".join(part for part in (found.source["id"], found.source.get("revision")) if part)
+    elif not Path(place).is_dir():
+        raise SourceError(f"{folder}: its source {place} is required (missing); put it back or name the teacher")
+    source = locate(place)
+    fingerprint = found.source.get("fingerprint")
+    if fingerprint and source.fingerprint() != fingerprint:
+        raise SourceError(
+            f"{folder}: its source {place} is required as it was converted (config or weights changed since); "
+            f"put it back or name the teacher"
+        )
+    return source

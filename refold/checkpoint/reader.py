@@ -1,0 +1,100 @@
+"""Tensors of a checkpoint folder, one at a time, with an account of what was never read."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from refold.checkpoint.folder import settle
+from refold.checkpoint.headers import CheckpointHeaders, TensorInfo, read_headers
+from refold.errors import SourceError
+
+
+class CheckpointReader:
+    """Reads tensors by name.
+
+    A tensor read in its own dtype is a view of the mapped file: it takes no anonymous memory, its pages come in on
+    first use and the kernel may drop them again. A converted one is a copy of its own.
+
+    Args:
+        path: a folder with safetensors weights. One written by refold is repaired and checked for wholeness first.
+
+    Raises:
+        SourceError: the folder, a shard or a header is missing or damaged.
+        FolderError: the folder was written by refold and is torn.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = settle(path)
+        headers = read_headers(self.path)
+        assert headers is not None
+        self.headers: CheckpointHeaders = headers
+        self._unread = dict.fromkeys(headers.tensors)
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> "CheckpointReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def names(self) -> list[str]:
+        """Returns all tensor names, in file order."""
+        return list(self.headers.tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """Returns dtype, shape and place of a tensor.
+
+        Raises:
+            SourceError: no such tensor.
+        """
+        return self.headers.info(name)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Returns a tensor on the CPU; treat it as read-only.
+
+        Args:
+            name: its name.
+            dtype: converts to this dtype; None keeps the stored one.
+
+        Raises:
+            SourceError: no such tensor, or its file is damaged.
+        """
+        info = self.info(name)
+        try:
+            tensor = self._open(info.file).get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise self._damaged(info.file, error) from None
+        self._unread.pop(name, None)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def read_rows(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Returns rows `start..stop` of a tensor's first dimension; the tensor counts as read."""
+        info = self.info(name)
+        try:
+            tensor = self._open(info.file).get_slice(name)[start:stop]
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise self._damaged(info.file, error) from None
+        self._unread.pop(name, None)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def unread(self) -> list[str]:
+        """Returns the names never read so far, in file order."""
+        return list(self._unread)
+
+    def close(self) -> None:
+        """Lets go of the files; tensors read before stay valid."""
+        self._files.clear()
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            self._files[file] = safe_open(self.path / file, framework="pt")
+        return self._files[file]
+
+    def _damaged(self, file: str, error: Exception) -> SourceError:
+        reason = str(error).partition("\n")[0][:120]
+        return SourceError(f"{self.path / file}: readable safetensors are required ({reason}); save it again")

@@ -1,0 +1,280 @@
+"""Sharded safetensors, written tensor by tensor at places fixed up front."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from refold.checkpoint.dtypes import dtype_name
+from refold.checkpoint.hashing import RunningHash
+from refold.checkpoint.headers import INDEX_NAME, SINGLE_NAME
+from refold.errors import FolderError
+
+GIB = 1 << 30
+TensorSpecs = Mapping[str, tuple[Sequence[int], torch.dtype]]
+
+
+def count_bytes(tensors: TensorSpecs) -> int:
+    """Returns the bytes of data of tensors given as name -> (shape, dtype)."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
+
+
+class ShardedWriter:
+    """Writes tensors whose names, shapes and dtypes are known, in any order, each from its memory to its place.
+
+    Shards are filled in the order given (within one, wider dtypes first, so that each tensor is aligned) and
+    preallocated, so a disk that is too small shows before any work is done. Files are hashed and flushed to disk in the
+    background while they are written.
+
+    Args:
+        folder: an existing folder, usually an `AtomicFolder`'s `path`.
+        tensors: name -> (shape, dtype) of everything to be written.
+        max_shard_bytes: data bytes per file; a larger tensor has a file of its own.
+        metadata: the header's `__metadata__`.
+
+    Attributes:
+        hashes: after `close`, sha256 by file name; give them to `AtomicFolder.hashes`.
+        num_bytes: bytes of all files.
+
+    Raises:
+        FolderError: the disk is too small, or the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: TensorSpecs,
+        max_shard_bytes: int = 4 * GIB,
+        metadata: Mapping[str, str] | None = None,
+    ):
+        self.folder = folder
+        self.hashes: dict[str, str] = {}
+        self._specs = {name: (tuple(shape), dtype) for name, (shape, dtype) in tensors.items()}
+        # Two shards may be hashed at a time, and one flushed: hashing waits for a core, flushing for the disk.
+        self._pool = ThreadPoolExecutor(3, thread_name_prefix="refold-writer")
+        groups = _plan_shards(self._specs, max_shard_bytes)
+        names = [SINGLE_NAME] if len(groups) == 1 else _shard_names(len(groups))
+        header = {"__metadata__": dict(metadata or {"format": "pt"})}
+        self._shards: list[_Shard] = []
+        try:
+            for name, group in zip(names, groups, strict=True):
+                self._shards.append(_Shard(folder / name, {key: self._specs[key] for key in group}, header, self._pool))
+            self.num_bytes = sum(shard.num_bytes for shard in self._shards)
+            self._preallocate()
+        except BaseException:
+            self.abort()
+            raise
+        self._shard_of = {name: shard for shard in self._shards for name in shard.places}
+
+    def __enter__(self) -> "ShardedWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes one tensor.
+
+        Args:
+            name: one of the names planned, not written before.
+            tensor: of the planned shape and dtype; from another device, or not contiguous, it is copied first.
+
+        Raises:
+            FolderError: the tensor does not fit the plan, was written before, or the disk does not take it.
+        """
+        if name not in self._specs:
+            raise FolderError(f"{self.folder}: tensor {name} has no place (not planned)")
+        shape, dtype = self._specs[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise FolderError(
+                f"{self.folder}: tensor {name} is required as {dtype} {list(shape)} "
+                f"(got {tensor.dtype} {list(tensor.shape)})"
+            )
+        shard = self._shard_of[name]
+        if name in shard.written:
+            raise FolderError(f"{self.folder}: tensor {name} is required once (written before)")
+        try:
+            shard.write(name, tensor)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def close(self) -> None:
+        """Finishes all files and writes the index where there is more than one.
+
+        Raises:
+            FolderError: tensors that were never written, each named, or the disk failed.
+        """
+        missing = [name for shard in self._shards for name in shard.places if name not in shard.written]
+        if missing:
+            self.abort()
+            raise FolderError(f"{self.folder}: {len(missing)} tensors were never written: {_listed(missing)}")
+        try:
+            self.hashes = {shard.path.name: shard.finish() for shard in self._shards}
+            if len(self._shards) > 1:
+                self._write_index()
+        except OSError as error:
+            raise self._failed(error) from None
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Closes all files as they are."""
+        for shard in self._shards:
+            shard.stop()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for shard in self._shards:
+            shard.close()
+
+    def _preallocate(self) -> None:
+        try:
+            for shard in self._shards:
+                shard.allocate()
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _write_index(self) -> None:
+        index = {
+            "metadata": {
+                "total_size": count_bytes(self._specs),
+                "total_parameters": sum(math.prod(shape) for shape, _ in self._specs.values()),
+            },
+            "weight_map": {name: self._shard_of[name].path.name for name in self._specs},
+        }
+        (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _failed(self, error: OSError) -> FolderError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            for shard in self._shards:
+                shard.stop()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            for shard in self._shards:
+                shard.close(remove=True)
+            free = shutil.disk_usage(self.folder).free
+            return FolderError(
+                f"{self.folder}: disk full: {self.num_bytes} bytes are required (free: {free}; {error.strerror}); "
+                f"make room or choose another output"
+            )
+        return FolderError(f"{self.folder}: a writable folder is required ({error.strerror}); check path and rights")
+
+
+class _Shard:
+    """One file: its header, its tensors' places, and how much of its front is final."""
+
+    def __init__(
+        self,
+        path: Path,
+        specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        header: Mapping[str, object],
+        pool: ThreadPoolExecutor,
+    ):
+        self.path = path
+        self.fd = -1
+        self.written: set[str] = set()
+        entries: dict[str, object] = dict(header)
+        offsets: dict[str, tuple[int, int]] = {}
+        position = 0
+        # Wider dtypes first, as safetensors does: each tensor then starts at a multiple of its item size.
+        for name, (shape, dtype) in sorted(specs.items(), key=lambda item: -item[1][1].itemsize):
+            end = position + math.prod(shape) * dtype.itemsize
+            offsets[name] = (position, end)
+            entries[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [position, end]}
+            position = end
+        raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)
+        self._head = struct.pack("<Q", len(raw)) + raw
+        base = len(self._head)
+        self.num_bytes = base + position
+        self.places = {name: (base + start, base + end) for name, (start, end) in offsets.items()}
+        self._order = list(self.places)
+        self._num_final = 0
+        self._pool = pool
+        self._hash: RunningHash | None = None
+        self._flushed: Future[None] | None = None
+
+    def allocate(self) -> None:
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self.fd, 0, self.num_bytes)
+        else:
+            os.ftruncate(self.fd, self.num_bytes)
+        self._hash = RunningHash(self.fd, self._pool)
+        _write_all(self.fd, memoryview(self._head), 0)
+        self._advance()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            _write_all(self.fd, flat.view(torch.uint8).numpy().data, self.places[name][0])
+        self.written.add(name)
+        self._advance()
+
+    def finish(self) -> str:
+        """Waits until the whole file is hashed and on disk, and returns its sha256."""
+        assert self._hash is not None
+        assert self._flushed is not None
+        digest = self._hash.result()
+        self._flushed.result()
+        return digest
+
+    def stop(self) -> None:
+        if self._hash is not None:
+            self._hash.stop()
+
+    def close(self, remove: bool = False) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            if remove:
+                self.path.unlink(missing_ok=True)
+
+    def _advance(self) -> None:
+        while self._num_final < len(self._order) and self._order[self._num_final] in self.written:
+            self._num_final += 1
+        assert self._hash is not None
+        if self._num_final == len(self._order):
+            self._hash.advance(self.num_bytes)
+            self._flushed = self._pool.submit(os.fsync, self.fd)
+        else:
+            self._hash.advance(self.places[self._order[self._num_final]][0])
+
+
+def _plan_shards(specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]], max_shard_bytes: int) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, (shape, dtype) in specs.items():
+        size = math.prod(shape) * dtype.itemsize
+        if groups[-1] and filled + size > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _write_all(fd: int, data: memoryview, position: int) -> None:
+    while data:
+        # Linux writes at most 2 GiB at once, a full disk any smaller part.
+        count = os.pwrite(fd, data, position)
+        data = data[count:]
+        position += count
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f", ... ({len(names) - 5} more)" if len(names) > 5 else "")
