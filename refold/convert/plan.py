@@ -1,9 +1,11 @@
 """plan.json: what a recipe makes of a source, before any weight is read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from pydantic import Field
 
 from refold.blueprint.build import build_blueprint, identity_blueprint
 from refold.blueprint.cost import Cost, cost
@@ -69,6 +71,8 @@ class Plan(Frozen):
     cost: CostPair
     lines: tuple[PlanLine, ...]
     notes: tuple[str, ...]
+    kept_energy: Mapping[str, float] = Field(default_factory=dict)
+    """After conversion, by `depths.<d>.<linear>`: the share of what tying lost that the LoRA holds."""
 
     def summary(self, context: int = SUMMARY_CONTEXT) -> list[SummaryRow]:
         """Returns the costs side by side, cache and FLOPs at a context of `context` tokens."""

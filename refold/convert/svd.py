@@ -1,4 +1,4 @@
-"""Truncated singular value decomposition: the Gram matrix where a side is short, block Krylov iteration where both are long."""
+"""Truncated singular value decomposition: Gram matrix where a side is short, block Krylov where both are long."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -52,10 +52,10 @@ class Truncated:
 def truncated_svd(matrix: Float[Tensor, "rows columns"], rank: int, mode: SvdMode = "auto", seed: int = 0) -> Truncated:
     """Returns the leading singular triples of a float32 matrix.
 
-    `exact` is LAPACK's divide and conquer. `auto` takes the left vectors from the Gram matrix M M^T (in float64) where the
-    smaller side is at most 512 or the rank above a third of it; else from block Krylov iteration (Musco and Musco, arXiv
-    1504.05477): the space spanned by G, (M M^T) G, (M M^T)^2 G, ... for a Gaussian block G, grown until the kept energy
-    stands still. Right vectors and singular values follow from M^T u, so that u s v^T is exactly the projection u u^T M.
+    `exact` is LAPACK's divide and conquer. `auto` takes the left vectors from the Gram matrix M M^T (in float64) where
+    the smaller side is at most 512 or the rank above a third of it; else from block Krylov iteration (Musco and Musco,
+    arXiv 1504.05477): the space spanned by G, (M M^T) G, (M M^T)^2 G, ... for a Gaussian block G, grown until the kept
+    energy stands still. Right vectors and singular values follow from M^T u, so that u s v^T is the projection u u^T M.
 
     Args:
         matrix: float32.

@@ -69,8 +69,11 @@ class RefoldConfig(PreTrainedConfig):
 
 
 def layer_types(blueprint: Blueprint) -> list[str]:
-    """transformers' name for what each depth caches; a depth without a mixer caches nothing."""
+    """transformers' name for what each depth caches.
+
+    `moe` is its only accepted name for a layer that caches nothing, which is what a depth without a mixer is.
+    """
     return [
-        "mlp" if depth.mixer is None else "full_attention" if depth.window is None else "sliding_attention"
+        "moe" if depth.mixer is None else "full_attention" if depth.window is None else "sliding_attention"
         for depth in blueprint.depths
     ]

@@ -20,9 +20,10 @@ def document_starts(
 ) -> Int[Tensor, "B T"] | None:
     """Returns, for each token, the slot at which its document begins, or None where every row is one document.
 
-    Slots are counted from the first token ever put into the cache. A token whose position is not its predecessor's plus one
-    begins a document. The first token of a call continues the document its position reaches back into: at slot `s` with
-    position `p` it began at `s - p`. That needs no memory of earlier calls, so packed prompts stay apart with a cache too.
+    Slots are counted from the first token ever put into the cache. A token whose position is not its predecessor's plus
+    one begins a document. The first token of a call continues the document its position reaches back into: at slot `s`
+    with position `p` it began at `s - p`. That needs no memory of earlier calls, so packed prompts stay apart with a
+    cache too.
 
     Args:
         positions: Position ids, or None: one document per row.

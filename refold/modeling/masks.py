@@ -29,8 +29,8 @@ def build_masks(
         config: Names the attention back-end and the window.
         windows: Window (None: whole context) to the first depth that has it, whose cache entry gives the sizes.
         hidden_states: Only its batch, length, dtype and device matter.
-        attention_mask: `[B, past + T]` padding mask, a ready 4-dimensional mask, one ready mask for each layer type (what
-            `generate` prepares for static caches), or None.
+        attention_mask: `[B, past + T]` padding mask, a ready 4-dimensional mask, one ready mask for each layer type
+            (what `generate` prepares for static caches), or None.
         past_key_values: Cache, or None.
         past_length: Slots already in the cache.
         document_starts: As `document_starts` gives them.
@@ -67,6 +67,6 @@ def _refuse_leaking_backend(config: RefoldConfig, hidden_states: Tensor, past_ke
     uses_flash = "flash" in (config._attn_implementation or "")
     if uses_flash and (past_key_values is not None or hidden_states.shape[0] > 1):
         raise RefoldError(
-            f"attn_implementation: packed documents need sdpa, eager or flex_attention with a cache or more than one row "
-            f"(got {config._attn_implementation}); load the model with attn_implementation='sdpa'"
+            f"attn_implementation: packed documents need sdpa, eager or flex_attention with a cache or more than one "
+            f"row (got {config._attn_implementation}); load the model with attn_implementation='sdpa'"
         )

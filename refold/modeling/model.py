@@ -1,6 +1,5 @@
 """The model of any blueprint: stored parts once, depths that run them."""
 
-
 from typing import Any
 
 import torch
@@ -80,9 +79,7 @@ class RefoldPreTrainedModel(PreTrainedModel):
             FolderError: The weights are not exactly those of the blueprint.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = sorted(str(name) for name in info[problem])
             if names:
@@ -305,5 +302,3 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
             attentions=stack.attentions,
             exit_logits=None if exits is None else tuple(self.project_logits(states[:, kept]) for states in exits),
         )
-
-

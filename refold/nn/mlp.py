@@ -18,9 +18,7 @@ class Mlp(StoredPart):
         self.activation = ACT2FN[arch.activation]
         self.gated, self.normalises_output = arch.gated_mlp, arch.output_norms
 
-    def forward(
-        self, hidden_states: Float[Tensor, "B T D"], lora: Lora, vectors: OwnVectors
-    ) -> Float[Tensor, "B T D"]:
+    def forward(self, hidden_states: Float[Tensor, "B T D"], lora: Lora, vectors: OwnVectors) -> Float[Tensor, "B T D"]:
         """Returns what the MLP adds to the residual stream."""
         return self.transform(hidden_states, lora, vectors)
 

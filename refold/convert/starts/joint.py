@@ -1,11 +1,10 @@
 """Stored weight and pairs fitted together: minimise sum_b ||W_b - W' - L_b||^2 over W' and L_b of rank r_b.
 
-The paper's start spends both pairs of a two-loop fold on one subspace: its residuals are D/2 and -D/2 for D = W_1 - W_2. Here
-the pairs share the singular directions of D between them, so that together they correct D to rank r_1 + r_2.
+The paper's start spends both pairs of a two-loop fold on one subspace: its residuals are D/2 and -D/2 for
+D = W_1 - W_2. Here the pairs share the singular directions of D, so that together they correct D to rank r_1 + r_2.
 """
 
 import torch
-from torch import Tensor
 
 from refold.convert.starts.group import Fitted, LinearGroup, Member
 from refold.convert.starts.zero import mean_weight, zero_pair
@@ -57,19 +56,18 @@ def _share_difference(members: dict[int, Member], svd: SvdMode, seed: int) -> di
         turns[min(free, key=lambda depth: len(turns[depth]))].append(direction)
     dealt = {first: found.take(torch.tensor(turns[first])), second: found.take(torch.tensor(turns[second]))}
     dealt[second] = Truncated(-dealt[second].u, dealt[second].s, dealt[second].v, found.energy)
-    return {depth: _fill(part, members[depth].rank) for depth, part in dealt.items() if members[depth].rank}
+    return {depth: _fill(part, members[depth].rank, seed) for depth, part in dealt.items() if members[depth].rank}
 
 
-def _fill(found: Truncated, rank: int) -> Truncated:
-    """Pads to the full rank with zero triples where D has too few directions for both pairs."""
+def _fill(found: Truncated, rank: int, seed: int) -> Truncated:
+    """Pads to the rank where D has too few directions for both pairs, as a zero start would: trainable, adding 0."""
     missing = rank - found.s.shape[0]
     if missing <= 0:
         return found
-
-    def widen(matrix: Tensor) -> Tensor:
-        return torch.cat((matrix, matrix.new_zeros(matrix.shape[0], missing)), dim=1)
-
-    return Truncated(widen(found.u), torch.cat((found.s, found.s.new_zeros(missing))), widen(found.v), found.energy)
+    a, b = zero_pair(found.u.new_empty(found.u.shape[0], found.v.shape[0]), missing, seed)
+    widened = ((found.u, b), (found.v, a.T))
+    u, v = (torch.cat((have, more.to(have.device)), dim=1) for have, more in widened)
+    return Truncated(u, torch.cat((found.s, found.s.new_zeros(missing))), v, found.energy)
 
 
 def _alternate(members: dict[int, Member], svd: SvdMode, seed: int) -> dict[int, Truncated]:

@@ -1,4 +1,4 @@
-"""The paper's start: the stored weight as it is, each pair the truncated SVD of what tying lost (arXiv 2410.20672, 2.3)."""
+"""The paper's start: each pair is the truncated SVD of what tying lost (arXiv 2410.20672, section 2.3)."""
 
 import torch
 

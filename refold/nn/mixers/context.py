@@ -16,8 +16,8 @@ class MixerContext:
     Attributes:
         rotation: Cosines and sines, or None without rotary embedding.
         attention_mask: In the form the attention back-end asks for; None: plainly causal.
-        document_starts: `[B, T]`, for each token the slot (counted from the first token of the cache) where its document
-            begins; None where each row is one document. No mixer may look, or carry state, across it.
+        document_starts: `[B, T]`, for each token the slot (counted from the first token of the cache) where its
+            document begins; None where each row is one document. No mixer may look, or carry state, across it.
         past_key_values: Cache indexed by depth, or None.
         extra: Further arguments for the attention back-end.
     """

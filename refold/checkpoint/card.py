@@ -1,0 +1,53 @@
+"""The model card of a folder refold writes."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+CARD_NAME = "README.md"
+_FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+
+
+def read_licence(folder: Path) -> str | None:
+    """Returns the `license:` a model card names, or None."""
+    try:
+        front = _FRONT.match((folder / CARD_NAME).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = re.search(r"^license:\s*(\S+)\s*$", front.group(1), re.MULTILINE) if front else None
+    return found.group(1) if found else None
+
+
+def write_card(
+    folder: Path,
+    base_model: str,
+    title: str,
+    facts: Mapping[str, str],
+    notes: Sequence[str] = (),
+    licence: str | None = None,
+) -> None:
+    """Writes `README.md` with the front matter the hub reads.
+
+    Args:
+        folder: A folder that is being made.
+        base_model: Hub id or folder name of the source.
+        title: The card's heading.
+        facts: Rows of the table: quantity to value.
+        notes: Sentences under the table.
+        licence: The source's, where its card names one.
+    """
+    front = ["---", f"base_model: {base_model}", "library_name: transformers", "tags: [refold]"]
+    front += [f"license: {licence}"] if licence else []
+    rows = [f"| {name} | {value} |" for name, value in facts.items()]
+    usage = (
+        "```python",
+        "import refold",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")',
+        "```",
+    )
+    body = [f"# {title}", "", "| | |", "|---|---|", *rows, "", *(f"- {note}" for note in notes), "", *usage]
+    text = "\n".join([*front, "---", "", *body]) + "\n"
+    (folder / CARD_NAME).write_text(text, encoding="utf-8")

@@ -1,0 +1,137 @@
+"""A plan carried out: one pass over the source's tensors, streamed into a new model folder."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from refold.blueprint.load import RecipeLike, load_recipe
+from refold.blueprint.tensors import target_tensors
+from refold.checkpoint import provenance
+from refold.checkpoint.card import read_licence, write_card
+from refold.checkpoint.companions import copy_companions
+from refold.checkpoint.folder import AtomicFolder
+from refold.checkpoint.locate import Source, locate
+from refold.checkpoint.reader import CheckpointReader
+from refold.checkpoint.writer import ShardedWriter, count_bytes
+from refold.convert.pieces import PieceReader
+from refold.convert.plan import Plan, plan_model
+from refold.convert.source_model import read_source_model
+from refold.convert.tensors import TargetBuilder
+from refold.errors import SourceError
+from refold.modeling.configuration import RefoldConfig
+
+PLAN_NAME = "plan.json"
+PASSED_ON = ("bos_token_id", "eos_token_id", "pad_token_id")
+Progress = Callable[[int, int], None]
+"""Called with tensors done and tensors in all."""
+
+
+def convert(
+    source: str | Path | Source,
+    destination: str | Path,
+    recipe: RecipeLike = None,
+    overrides: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+    allow_larger: bool = False,
+    device: str = "cpu",
+    command: str = "",
+    progress: Progress | None = None,
+) -> Plan:
+    """Folds a source into a new model folder.
+
+    Args:
+        source: Folder or hub id.
+        destination: The folder to write: there whole afterwards, or not at all.
+        recipe: Built-in name, YAML file, mapping or Recipe; None for the identity.
+        overrides: `key.path=value` strings.
+        overwrite: Replace a folder refold wrote.
+        allow_larger: Accept a target that is smaller than its source in nothing.
+        device: Where residuals are decomposed.
+        command: Command line, for the provenance.
+        progress: Told how far the conversion is.
+
+    Returns:
+        The plan with the kept energy of every residual.
+
+    Raises:
+        RecipeError: The recipe is wrong, or does not fit the source.
+        SourceError: The source is missing, broken or unknown.
+        FolderError: The destination is taken, locked or cannot be written.
+    """
+    located = source if isinstance(source, Source) else locate(source)
+    loaded = load_recipe(recipe, overrides)
+    plan = plan_model(read_source_model(located), loaded, allow_larger)
+    return carry_out(plan, located, destination, overwrite, device, command, progress)
+
+
+def carry_out(
+    plan: Plan,
+    source: Source,
+    destination: str | Path,
+    overwrite: bool = False,
+    device: str = "cpu",
+    command: str = "",
+    progress: Progress | None = None,
+) -> Plan:
+    """Carries a plan out on the source it was made for; arguments as for `convert`.
+
+    Raises:
+        SourceError: The source is not the one the plan was made for, or has no weights.
+    """
+    if source.headers(config_only=True) is None:
+        raise SourceError(f"{source.where}: safetensors weights are required (only config.json is there)")
+    fingerprint = source.fingerprint()
+    if plan.source.config_sha256 not in (None, fingerprint["config_sha256"]):
+        raise SourceError(f"{source.where}: the source of the plan is required (config.json differs); plan again")
+    dtype = getattr(torch, plan.source.dtype)
+    specs = {tensor.name: (tensor.shape, dtype) for tensor in target_tensors(plan.blueprint)}
+    folder = source.fetch()
+    with (
+        AtomicFolder(destination, overwrite, needed_bytes=count_bytes(specs)) as out,
+        CheckpointReader(folder) as reader,
+    ):
+        builder = TargetBuilder(plan, PieceReader(read_source_model(locate(folder)), reader), dtype, device)
+        with ShardedWriter(out.path, specs) as writer, torch.inference_mode():
+            for done, (name, value) in enumerate(builder.build(), start=1):
+                writer.write(name, value)
+                if progress is not None:
+                    progress(done, len(specs))
+        out.hashes.update(writer.hashes)
+        companions = copy_companions(folder, out.path)
+        made = plan.model_copy(update={"kept_energy": builder.kept_energy})
+        if not companions.has_tokenizer:
+            made = made.model_copy(update={"notes": (*made.notes, "the source has no tokenizer: none was copied")})
+        _write_config(plan, source, out.path)
+        (out.path / PLAN_NAME).write_text(made.model_dump_json(indent=2) + "\n")
+        stage = provenance.Stage(
+            stage="convert",
+            source=provenance.describe_source(source),
+            recipe=plan.recipe.model_dump(mode="json", exclude_none=True),
+            seed=plan.starts.seed,
+            command=command,
+        )
+        provenance.write(out.path, [stage])
+        _write_card(made, source, folder, out.path)
+    return made
+
+
+def _write_config(plan: Plan, source: Source, folder: Path) -> None:
+    raw = source.read_config()
+    config = RefoldConfig(
+        blueprint=plan.blueprint.model_dump(mode="json"),
+        architectures=["RefoldForCausalLM"],
+        dtype=plan.source.dtype,
+        **{name: raw[name] for name in PASSED_ON if raw.get(name) is not None},
+    )
+    config.save_pretrained(folder)
+
+
+def _write_card(plan: Plan, source: Source, folder: Path, target: Path) -> None:
+    base = source.hub_id or folder.name
+    facts = {row.quantity.replace("_", " "): f"{row.target:,} (source {row.source:,})" for row in plan.summary()}
+    kept = plan.kept_energy.values()
+    if kept:
+        facts["kept residual energy"] = f"{min(kept):.1%} to {max(kept):.1%} over {len(kept)} matrices"
+    write_card(target, base, f"{base}, folded", facts, plan.notes, read_licence(folder))

@@ -1,0 +1,32 @@
+"""Fresh tensors: what a target's weights are where nothing is carried over."""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from refold.blueprint.tensors import TargetTensor
+from refold.families.arch import ArchSpec
+
+
+def tensor_seed(seed: int, name: str) -> int:
+    """A seed of its own for each tensor, so that the order of writing does not matter."""
+    return seed * 1_000_003 + zlib.crc32(name.encode())
+
+
+def fresh_tensor(tensor: TargetTensor, arch: ArchSpec, seed: int) -> Tensor:
+    """Returns float32 start values: normal weights, unit norms, zero biases; LoRA with Gaussian A and zero B.
+
+    Args:
+        tensor: What is to be filled.
+        arch: Gives the standard deviation and the norm's offset.
+        seed: The conversion's seed.
+    """
+    if tensor.role == "lora_b":
+        return torch.zeros(tensor.shape)
+    if tensor.role in ("vector", "final_norm"):
+        scales = tensor.local.endswith("norm.weight")
+        return torch.full(tensor.shape, 1.0 - arch.norm.offset if scales else 0.0)
+    generator = torch.Generator().manual_seed(tensor_seed(seed, tensor.name))
+    std = tensor.shape[1] ** -0.5 if tensor.role == "lora_a" else arch.initializer_range
+    return torch.randn(tensor.shape, generator=generator) * std

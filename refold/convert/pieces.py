@@ -1,0 +1,34 @@
+"""Canonical tensors read out of a source checkpoint, fused ones split on the way."""
+
+import torch
+from torch import Tensor
+
+from refold.blueprint.source_tensors import canonical_tensors
+from refold.checkpoint.reader import CheckpointReader
+from refold.convert.source_model import SourceModel
+
+
+class PieceReader:
+    """Reads a source's canonical tensors, such as `mixer.q_proj.weight` of layer 3, whatever they are packed in."""
+
+    def __init__(self, model: SourceModel, reader: CheckpointReader):
+        self._model, self._reader = model, reader
+        self._shapes = canonical_tensors(model.arch)
+
+    def read(self, canonical: str, layer: int | None, dtype: torch.dtype) -> Tensor:
+        """Returns a canonical tensor on the CPU in `dtype`; an unfused one in its own dtype is a view of the file.
+
+        Raises:
+            SourceError: Its file is damaged.
+        """
+        name, rule, index = self._model.locate(canonical, layer)
+        packed = self._reader.read(name)
+        rows = self._shapes[canonical][0]
+        if rule.layout == "rows":
+            start = sum(self._shapes[piece][0] for piece in rule.pieces[:index])
+            packed = packed[start : start + rows]
+        elif rule.layout == "heads":
+            # [heads, pieces, head_dim] by rows, as GPT-NeoX packs query, key and value.
+            heads = rows // self._model.arch.head_dim
+            packed = packed.unflatten(0, (heads, len(rule.pieces), -1))[:, index].flatten(0, 1)
+        return packed.to(dtype)

@@ -1,0 +1,90 @@
+"""Every tensor of a target, computed from the source a few matrices at a time."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from refold.blueprint.origins import origin
+from refold.blueprint.schema import Pool
+from refold.blueprint.tensors import TargetTensor, target_tensors
+from refold.convert.fresh import fresh_tensor, tensor_seed
+from refold.convert.pieces import PieceReader
+from refold.convert.plan import Plan
+from refold.convert.starts.group import LinearGroup, Member
+from refold.convert.starts.registry import STARTS
+
+
+class TargetBuilder:
+    """Computes a plan's target tensor by tensor.
+
+    Residuals, means and decompositions are float32 from the source's own weights; what is only copied stays as it is.
+
+    Attributes:
+        kept_energy: After `build`, by `depths.<d>.<linear>`: the share of what tying lost that the LoRA holds.
+    """
+
+    def __init__(self, plan: Plan, pieces: PieceReader, dtype: torch.dtype, device: str = "cpu"):
+        self._plan, self._pieces, self._dtype, self._device = plan, pieces, dtype, device
+        self.kept_energy: dict[str, float] = {}
+
+    def build(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields name and value of every target tensor once, in the dtype of the target."""
+        blueprint, starts = self._plan.blueprint, self._plan.starts
+        fitted: set[str] = set()
+        for tensor in target_tensors(blueprint):
+            if tensor.name in fitted:
+                continue
+            made = origin(blueprint, starts, tensor)
+            if tensor.role == "linear" and self._is_fitted(tensor):
+                for name, value in self._fit(tensor):
+                    fitted.add(name)
+                    yield name, value.to(self._dtype)
+            elif made.how == "fresh":
+                yield tensor.name, fresh_tensor(tensor, blueprint.arch, starts.seed).to(self._dtype)
+            elif made.how == "averaged":
+                layers = [self._pieces.read(made.canonical, layer, torch.float32) for layer in made.layers]
+                yield tensor.name, torch.stack(layers).mean(dim=0).to(self._dtype)
+            else:
+                layer = made.layers[0] if made.layers else None
+                yield tensor.name, self._pieces.read(made.canonical, layer, self._dtype)
+
+    def _users(self, tensor: TargetTensor) -> dict[int, int]:
+        """Depth to LoRA rank of those that run a stored linear."""
+        assert tensor.pool is not None
+        assert tensor.part is not None
+        linear = tensor.local.removesuffix(".weight")
+        depths = self._plan.blueprint.depths
+        return {
+            depth: depths[depth].ranks.get(linear, 0) for depth in self._plan.blueprint.users(tensor.pool, tensor.part)
+        }
+
+    def _is_fitted(self, tensor: TargetTensor) -> bool:
+        """Whether a stored linear and its LoRAs start from source weights together."""
+        assert tensor.part is not None
+        pool: Pool = tensor.pool or "mixer"
+        from_source = self._plan.starts.weights == "source" and self._plan.blueprint.pool(pool)[tensor.part].sources
+        return bool(from_source) and any(self._users(tensor).values())
+
+    def _fit(self, tensor: TargetTensor) -> Iterator[tuple[str, Tensor]]:
+        blueprint, starts = self._plan.blueprint, self._plan.starts
+        assert tensor.pool is not None
+        assert tensor.part is not None
+        assert starts.lora is not None
+        linear = tensor.local.removesuffix(".weight")
+        canonical = f"{tensor.pool}.{tensor.local}"
+        users = self._users(tensor)
+        sources = blueprint.pool(tensor.pool)[tensor.part].sources
+        wanted = dict.fromkeys((*sources, *(blueprint.depths[depth].source for depth in users)))
+        weights = {layer: self._pieces.read(canonical, layer, torch.float32).to(self._device) for layer in wanted}
+        group = LinearGroup(
+            sources=tuple(weights[layer] for layer in sources),
+            members={depth: Member(weights[blueprint.depths[depth].source], rank) for depth, rank in users.items()},
+            seed=tensor_seed(starts.seed, tensor.name) % 2**31,
+        )
+        found = STARTS[starts.lora](group, starts.svd)
+        yield tensor.name, found.stored.cpu()
+        for depth, (a, b) in found.pairs.items():
+            self.kept_energy[f"depths.{depth}.{linear}"] = round(found.kept[depth], 6)
+            yield f"model.depths.{depth}.lora.{linear}.a", a.cpu()
+            yield f"model.depths.{depth}.lora.{linear}.b", b.cpu()

@@ -1,0 +1,121 @@
+"""Models and tokenizers from a folder or hub id: folded ones and sources alike."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from refold.checkpoint.companions import has_tokenizer
+from refold.checkpoint.folder import settle
+from refold.checkpoint.locate import Source, locate
+from refold.errors import RefoldError, SourceError
+from refold.families.registry import find_family
+from refold.modeling.configuration import MODEL_TYPE
+from refold.modeling.registration import register
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """Returns the device asked for; without a wish cuda, else mps, else cpu.
+
+    Raises:
+        RefoldError: No such device here.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise RefoldError(f"device: one of this machine's devices is required (got '{name}': {reason})") from None
+    return device
+
+
+def choose_dtype(name: str | torch.dtype | None = None) -> torch.dtype | str:
+    """Returns the dtype asked for; without a wish `auto`, the one the weights are stored in.
+
+    Raises:
+        RefoldError: Not one of float32, bfloat16, float16.
+    """
+    if name is None or name == "auto":
+        return "auto"
+    if isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise RefoldError(f"dtype: must be one of {', '.join(DTYPES)} (got '{name}')")
+    return getattr(torch, name)
+
+
+def open_source(source: str | Path | Source) -> tuple[Source, Path]:
+    """Locates a model, fetches it where it is on the hub, and checks that it is whole and of a known family.
+
+    Raises:
+        SourceError: Missing, unreachable or of an unknown family.
+        FolderError: A folder refold wrote is torn.
+    """
+    located = source if isinstance(source, Source) else locate(source)
+    folder = settle(located.fetch())
+    model_type = located.read_config().get("model_type")
+    if model_type != MODEL_TYPE:
+        find_family(model_type)
+    located.headers()
+    return located, folder
+
+
+def load_model(
+    source: str | Path | Source,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Loads a folded model, or a source, ready to evaluate. Code in a checkpoint is never run.
+
+    Args:
+        source: Folder, hub id, or a located source.
+        dtype: Dtype of the weights; None: as stored.
+        device: Where to put it; None: `choose_device()`.
+        attn_implementation: transformers' name of an attention back-end; None: its choice.
+
+    Raises:
+        SourceError: Missing, broken, or of an unknown family.
+        FolderError: Torn, or weights that are not those of its blueprint.
+    """
+    register()
+    _, folder = open_source(source)
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=choose_dtype(dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{folder}: cannot be loaded ({str(error).splitlines()[0][:160]})") from error
+    target = device if isinstance(device, torch.device) else choose_device(device)
+    return model.to(target).eval()
+
+
+def load_tokenizer(source: str | Path | Source) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a folder or hub id.
+
+    Raises:
+        SourceError: There is none, or it cannot be loaded.
+    """
+    register()
+    located = source if isinstance(source, Source) else locate(source)
+    folder = settle(located.fetch())
+    if not has_tokenizer([path.name for path in folder.iterdir()]):
+        raise SourceError(f"{folder}: a tokenizer is required (none there); copy the tokenizer's files into it")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise SourceError(f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0][:160]})") from error

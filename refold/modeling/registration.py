@@ -1,0 +1,79 @@
+"""Makes `AutoModelForCausalLM.from_pretrained` know refold's models after a plain `import refold`.
+
+Importing transformers takes seconds, so `import refold` does not. Where transformers is loaded already it registers at
+once; otherwise it waits, by an import hook, for transformers to load the two modules that hold the Auto classes.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+CONFIG_MODULE = "transformers.models.auto.configuration_auto"
+MODEL_MODULE = "transformers.models.auto.modeling_auto"
+
+
+def register() -> None:
+    """Registers config and model now, importing transformers if need be. Calling it again does nothing."""
+    importlib.import_module(MODEL_MODULE)
+    _register_config()
+    _register_model()
+
+
+def register_when_imported() -> None:
+    """Registers now if transformers has its Auto classes loaded, else as soon as it has."""
+    if CONFIG_MODULE in sys.modules:
+        _register_config()
+    if MODEL_MODULE in sys.modules:
+        _register_model()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _register_config() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+    from refold.modeling.configuration import MODEL_TYPE, RefoldConfig
+
+    if MODEL_TYPE not in CONFIG_MAPPING:
+        AutoConfig.register(MODEL_TYPE, RefoldConfig)
+
+
+def _register_model() -> None:
+    from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
+
+    from refold.modeling.configuration import RefoldConfig
+    from refold.modeling.model import RefoldForCausalLM, RefoldModel
+
+    AutoModel.register(RefoldConfig, RefoldModel, exist_ok=True)
+    AutoModelForCausalLM.register(RefoldConfig, RefoldForCausalLM, exist_ok=True)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds the two modules as ever, and registers once each has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in (CONFIG_MODULE, MODEL_MODULE):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Registering(spec.loader, fullname)
+        return spec
+
+
+class _Registering(importlib.abc.Loader):
+    """A module's own loader, followed by the registration."""
+
+    def __init__(self, loader: importlib.abc.Loader, name: str):
+        self._loader, self._name = loader, name
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        (_register_config if self._name == CONFIG_MODULE else _register_model)()
