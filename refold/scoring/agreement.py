@@ -1,0 +1,182 @@
+"""How well a model predicts a text, and how far it predicts like a reference model; never holding all logits."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from refold.errors import DataError
+from refold.scoring.divergences import forward_kl
+from refold.scoring.head import CHUNK_BYTES, Predictions, check_same_vocabulary, chunks, scored_positions
+
+
+class TokenScores(NamedTuple):
+    """Scores per position; 0 and False where the label is -100.
+
+    Attributes:
+        nll: negative log-likelihood of the label, nats.
+        is_correct: whether the likeliest token is the label.
+        agrees: whether the likeliest token is the reference's; None without a reference.
+        kl: `KL(reference || model)`, nats; None without a reference.
+    """
+
+    nll: Float[Tensor, "*M"]
+    is_correct: Bool[Tensor, "*M"]
+    agrees: Bool[Tensor, "*M"] | None
+    kl: Float[Tensor, "*M"] | None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums over tokens, to be added up over batches (`sum(scores, Scores())`).
+
+    Attributes:
+        nll: nats, summed in float64.
+        num_tokens: scored tokens.
+        num_correct: of them, those predicted first.
+        num_compared: of them, those a reference was there for.
+        num_agreeing: of the compared, those with the reference's likeliest token.
+        kl: nats over the compared, summed in float64.
+    """
+
+    nll: float = 0.0
+    num_tokens: int = 0
+    num_correct: int = 0
+    num_compared: int = 0
+    num_agreeing: int = 0
+    kl: float = 0.0
+
+    def __add__(self, other: "Scores") -> "Scores":
+        return Scores(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    @property
+    def perplexity(self) -> float:
+        """See `perplexity`."""
+        return perplexity(self.nll, self.num_tokens)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of scored tokens predicted first."""
+        return _ratio(self.num_correct, self.num_tokens, "scored token")
+
+    @property
+    def agreement(self) -> float:
+        """Share of compared tokens where model and reference have the same likeliest token."""
+        return _ratio(self.num_agreeing, self.num_compared, "token compared with a reference")
+
+    @property
+    def mean_kl(self) -> float:
+        """`KL(reference || model)`, nats per compared token."""
+        return _ratio(self.kl, self.num_compared, "token compared with a reference")
+
+    def bits_per_byte(self, num_bytes: int) -> float:
+        """See `bits_per_byte`."""
+        return bits_per_byte(self.nll, num_bytes)
+
+
+@torch.no_grad()
+def token_scores(
+    model: Predictions,
+    labels: Int64[Tensor, "*M"],
+    *,
+    reference: Predictions | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> TokenScores:
+    """Scores every position by itself.
+
+    Args:
+        model: hidden states `[*M, D]` and head.
+        labels: the id each position predicts (already shifted), -100: not scored.
+        reference: the same positions' hidden states and head of the model to compare with.
+        chunk_bytes: size of the float32 logits held at a time.
+
+    Raises:
+        SourceError: the vocabularies differ.
+    """
+    if reference is not None:
+        check_same_vocabulary(model.head, reference.head)
+    index = scored_positions(labels)
+    kept = labels.reshape(-1) if index is None else labels.reshape(-1).index_select(0, index)
+    columns = _score(model.flat(index), kept, None if reference is None else reference.flat(index), chunk_bytes)
+    return TokenScores(*(None if column is None else _spread(column, index, labels) for column in columns))  # pyright: ignore
+
+
+def score(
+    model: Predictions,
+    labels: Int64[Tensor, "*M"],
+    *,
+    reference: Predictions | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Scores:
+    """Sums `token_scores` over all scored positions. Same arguments and errors."""
+    scores = token_scores(model, labels, reference=reference, chunk_bytes=chunk_bytes)
+    num_tokens = int((labels != -100).sum())
+    return Scores(
+        # On the CPU, because not every device has float64.
+        nll=float(scores.nll.cpu().double().sum()),
+        num_tokens=num_tokens,
+        num_correct=int(scores.is_correct.sum()),
+        num_compared=0 if scores.agrees is None else num_tokens,
+        num_agreeing=0 if scores.agrees is None else int(scores.agrees.sum()),
+        kl=0.0 if scores.kl is None else float(scores.kl.cpu().double().sum()),
+    )
+
+
+def bits_per_byte(nll: float, num_bytes: int) -> float:
+    """Returns `nll / log 2 / num_bytes`: bits the model needs per UTF-8 byte of text, whatever its tokenizer.
+
+    Args:
+        nll: sum over the text's tokens, nats.
+        num_bytes: UTF-8 bytes of the text.
+
+    Raises:
+        DataError: there are no bytes.
+    """
+    return _ratio(nll / math.log(2), num_bytes, "byte of text")
+
+
+def perplexity(nll: float, num_tokens: int) -> float:
+    """Returns `exp(nll / num_tokens)`, infinity where that is too large for a float.
+
+    Raises:
+        DataError: there are no tokens.
+    """
+    mean = _ratio(nll, num_tokens, "scored token")
+    return math.exp(mean) if mean < 709 else math.inf
+
+
+def _score(
+    model: Predictions, labels: Tensor, reference: Predictions | None, chunk_bytes: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    dtype = torch.promote_types(model.head.weight.dtype, torch.float32)
+    count, device = len(labels), labels.device
+    nll = torch.zeros(count, dtype=dtype, device=device)
+    is_correct = torch.zeros(count, dtype=torch.bool, device=device)
+    agrees = None if reference is None else torch.zeros(count, dtype=torch.bool, device=device)
+    kl = None if reference is None else torch.zeros(count, dtype=dtype, device=device)
+    for rows in chunks(count, model.head.vocab_size, 1 if reference is None else 2, chunk_bytes):
+        log_q = model.head.logits(model.hidden[rows]).log_softmax(-1)
+        nll[rows] = -log_q.gather(1, labels[rows, None]).squeeze(1)
+        best = log_q.argmax(-1)
+        is_correct[rows] = best == labels[rows]
+        if reference is not None and agrees is not None and kl is not None:
+            log_p = reference.head.logits(reference.hidden[rows]).to(dtype).log_softmax(-1)
+            agrees[rows] = best == log_p.argmax(-1)
+            kl[rows] = forward_kl(log_q, log_p)[0]
+    return nll, is_correct, agrees, kl
+
+
+def _spread(column: Tensor, index: Tensor | None, labels: Tensor) -> Tensor:
+    if index is None:
+        return column.reshape(labels.shape)
+    spread = torch.zeros(labels.numel(), dtype=column.dtype, device=column.device)
+    return spread.index_copy_(0, index, column).reshape(labels.shape)
+
+
+def _ratio(amount: float | int, count: int, what: str) -> float:
+    if count <= 0:
+        raise DataError(f"scoring: at least one {what} is required (got {count})")
+    return amount / count

@@ -1,0 +1,238 @@
+"""Cross-entropy and distillation losses that hold the logits of a few tokens at a time.
+
+The gradient of a token's loss depends on that token's logits only, so the forward pass computes, chunk by chunk, the
+loss and at once the gradients of hidden states and head; the backward pass scales them. Beyond one chunk's logits this
+needs one gradient of the hidden states and one of the head, which training needs anyway.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from refold.errors import HealError
+from refold.scoring.divergences import DIVERGENCES
+from refold.scoring.head import CHUNK_BYTES, Head, Predictions, check_same_vocabulary, chunks, scored_positions
+from refold.suggest import did_you_mean
+
+_FLOAT32_SHARE = 0.15  # of the logits of one copy; the naive computation holds several
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """What a loss is made of: `cross_entropy * CE + sum of divergences[name] * temperature^2 * D_name`.
+
+    Attributes:
+        cross_entropy: weight of the cross-entropy with the labels, always at temperature 1.
+        divergences: weights by name, see `DIVERGENCES`.
+        temperature: both models' logits are divided by it within divergences, whose value is multiplied by its square
+            so that gradients keep their size (arXiv 1503.02531, section 2).
+
+    Raises:
+        HealError: an unknown divergence, a negative weight, or a temperature that is not positive.
+    """
+
+    cross_entropy: float = 1.0
+    divergences: Mapping[str, float] = field(default_factory=dict)
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, weight in {"cross_entropy": self.cross_entropy, **self.divergences}.items():
+            if name != "cross_entropy" and name not in DIVERGENCES:
+                hint = did_you_mean(name, DIVERGENCES)
+                raise HealError(f"divergences: one of {', '.join(DIVERGENCES)} is required (got '{name}'){hint}")
+            if weight < 0:
+                raise HealError(f"{name}: a weight of at least 0 is required (got {weight})")
+        if self.temperature <= 0:
+            raise HealError(f"temperature: a number above 0 is required (got {self.temperature})")
+
+
+class ChunkedLoss(NamedTuple):
+    """A loss and its parts.
+
+    Attributes:
+        total: what to call `backward` on; float32 (float64 for float64 inputs).
+        means: by name (`cross_entropy` and each divergence), without weights and gradients: sums over the scored tokens
+            divided by the same denominator as `total`.
+        num_tokens: scored tokens here.
+    """
+
+    total: Float[Tensor, ""]
+    means: dict[str, Float[Tensor, ""]]
+    num_tokens: int
+
+
+def chunked_loss(
+    student: Predictions,
+    labels: Int64[Tensor, "*M"],
+    objectives: Objectives | None = None,
+    *,
+    teacher: Predictions | None = None,
+    num_tokens: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> ChunkedLoss:
+    """Computes the mean loss over the positions whose label is not -100, and readies its gradients.
+
+    Gradients reach `student.hidden`, `student.head.weight` and `.bias` where those require them; a tied embedding gets
+    its share like any other use of the tensor. In half precision the head's gradient is summed over chunks in float32
+    where that is small beside the logits, else in the weight's dtype. There are no gradients of gradients.
+
+    Args:
+        student: hidden states `[*M, D]` and head.
+        labels: the id each position predicts (already shifted), -100: not scored, in the divergences neither.
+        objectives: weights; None: cross-entropy alone.
+        teacher: hidden states `[*M, Dt]` and head of the teacher; gets no gradient. Needed by divergences.
+        num_tokens: denominator of the means, for gradient accumulation (the tokens of all micro-batches); None: the
+            scored tokens here. Better than scaling the loss, which costs a copy of the head's gradient.
+        chunk_bytes: size of the float32 logits held at a time.
+
+    Raises:
+        HealError: divergences without a teacher.
+        SourceError: the vocabularies differ.
+    """
+    objectives = objectives or Objectives()
+    if objectives.divergences:
+        if teacher is None:
+            raise HealError(f"divergences: a teacher is required for {', '.join(objectives.divergences)} (got none)")
+        check_same_vocabulary(student.head, teacher.head)
+    else:
+        teacher = None
+    index = scored_positions(labels)
+    kept = labels.reshape(-1) if index is None else labels.reshape(-1).index_select(0, index)
+    student = student.flat(index)
+    call = _Call(
+        head=student.head,
+        labels=kept,
+        objectives=objectives,
+        teacher=None if teacher is None else Predictions(teacher.hidden.detach(), teacher.head.detached()).flat(index),
+        denominator=max(1, len(kept) if num_tokens is None else num_tokens),
+        chunk_bytes=chunk_bytes,
+        wants_gradients=torch.is_grad_enabled(),
+    )
+    total, means = _ChunkedLoss.apply(student.hidden, student.head.weight, student.head.bias, call)  # pyright: ignore
+    names = ["cross_entropy", *objectives.divergences]
+    return ChunkedLoss(total, dict(zip(names, means.unbind(), strict=True)), len(kept))
+
+
+@dataclass(frozen=True)
+class _Call:
+    head: Head
+    labels: Tensor
+    objectives: Objectives
+    teacher: Predictions | None
+    denominator: int
+    chunk_bytes: int
+    wants_gradients: bool  # inside an autograd function gradients are off, and needs_input_grad ignores no_grad
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        needs = [needed and call.wants_gradients for needed in ctx.needs_input_grad[:3]]
+        with torch.autocast(device, enabled=False):
+            head = Head(weight.to(dtype), bias, call.head.scale, call.head.softcap)
+            sums, gradients = _pass(hidden, head, call, needs)
+        targets = (hidden, weight, bias)
+        ctx.save_for_backward(
+            *(None if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, targets, strict=True))
+        )
+        means = sums / call.denominator
+        ctx.mark_non_differentiable(means)
+        return (means * _weights(call.objectives, means)).sum(), means
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # A factor of one, the usual case, must not cost a second copy of the head's gradient.
+        is_one = bool(grad_total == 1)
+        return *(g if g is None or is_one else (g * grad_total).to(g.dtype) for g in ctx.saved_tensors), None
+
+
+def _pass(
+    hidden: Tensor, head: Head, call: _Call, needs: list[bool]
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Sums of the objectives, and the gradients of the total loss by hidden states, head weight and head bias."""
+    needs_hidden, needs_weight, needs_bias = needs
+    work_dtype = torch.promote_types(head.weight.dtype, torch.float32)
+    sums = torch.zeros(1 + len(call.objectives.divergences), dtype=work_dtype, device=hidden.device)
+    grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+    grad_weight = _weight_accumulator(call) if needs_weight else None
+    grad_bias = torch.zeros(head.vocab_size, dtype=work_dtype, device=hidden.device) if needs_bias else None
+    factor = head.scale / call.denominator
+    for rows in chunks(len(hidden), head.vocab_size, 1 if call.teacher is None else 2, call.chunk_bytes):
+        chunk = Predictions(hidden[rows].to(head.weight.dtype), head)
+        teacher = None if call.teacher is None else Predictions(call.teacher.hidden[rows], call.teacher.head)
+        values, slope = _objectives(chunk, call.labels[rows], teacher, call.objectives, any(needs))
+        sums += values
+        if slope is None:
+            continue
+        if grad_bias is not None:
+            grad_bias.add_(slope.sum(0), alpha=factor)
+        slope = slope.to(head.weight.dtype)
+        if grad_hidden is not None:
+            grad_hidden[rows] = torch.mm(slope, head.weight).mul_(factor)
+        if grad_weight is not None and grad_weight.dtype == slope.dtype:
+            grad_weight.addmm_(slope.t(), chunk.hidden, alpha=factor)
+        elif grad_weight is not None:
+            grad_weight.add_(torch.mm(slope.t(), chunk.hidden), alpha=factor)
+        del slope  # the next chunk's logits take its place
+    return sums, (grad_hidden, grad_weight, grad_bias)
+
+
+def _objectives(
+    student: Predictions, labels: Tensor, teacher: Predictions | None, objectives: Objectives, wants_slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sums over a chunk, and the gradient by the logits before soft-cap and scale."""
+    head = student.head
+    logits = head.logits(student.hidden)
+    log_q = logits.log_softmax(-1)
+    cap_slope = None
+    if head.softcap is not None and wants_slope:
+        cap_slope = 1 - (logits / head.softcap).square_()
+    del logits
+    sums = [-log_q.gather(1, labels[:, None]).sum()]
+    slope = None
+    if teacher is not None:
+        log_p = _soften(teacher.head.logits(teacher.hidden).to(log_q.dtype), objectives.temperature)
+        softened = log_q if objectives.temperature == 1 else _soften(log_q, objectives.temperature)
+        for name, weight in objectives.divergences.items():
+            value, part = DIVERGENCES[name](softened, log_p)
+            sums.append(value.sum() * objectives.temperature**2)
+            part.mul_(weight * objectives.temperature)
+            slope = part if slope is None else slope.add_(part)
+            del part
+        del log_p, softened
+    if objectives.cross_entropy and wants_slope:
+        part = log_q.exp_()
+        part.scatter_add_(1, labels[:, None], torch.full_like(labels[:, None], -1, dtype=part.dtype))
+        part.mul_(objectives.cross_entropy)
+        slope = part if slope is None else slope.add_(part)
+    if slope is not None and cap_slope is not None:
+        slope.mul_(cap_slope)
+    return torch.stack(sums), slope if wants_slope else None
+
+
+def _soften(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
+
+
+def _weight_accumulator(call: _Call) -> Tensor:
+    """Zeros for the head's gradient: float32 where that is at most a chunk or small beside the logits."""
+    weight = call.head.weight
+    num_bytes = 4 * weight.numel()
+    naive = 4 * weight.shape[0] * len(call.labels)
+    is_cheap = num_bytes <= max(call.chunk_bytes, _FLOAT32_SHARE * naive)
+    dtype = torch.promote_types(weight.dtype, torch.float32) if is_cheap else weight.dtype
+    return torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+
+
+def _weights(objectives: Objectives, like: Tensor) -> Tensor:
+    return torch.tensor(
+        [objectives.cross_entropy, *objectives.divergences.values()], dtype=like.dtype, device=like.device
+    )

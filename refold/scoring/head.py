@@ -1,0 +1,106 @@
+"""What turns hidden states into logits: a matrix, and what some families add to it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from refold.errors import SourceError
+
+CHUNK_BYTES = 64 * 2**20
+"""Default for the float32 logits of one chunk, model and reference together. Working copies take a small multiple."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """`logits = softcap * tanh(z / softcap)` with `z = scale * (hidden weight^T + bias)`; without a soft-cap, z.
+
+    Attributes:
+        weight: may be the embedding's own tensor (tied).
+        bias: None where the family has none.
+        scale: factor on logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
+        softcap: Gemma 2's `final_logit_softcapping`; None: none.
+    """
+
+    weight: Float[Tensor, "N D"]
+    bias: Float[Tensor, "N"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """N."""
+        return self.weight.shape[0]
+
+    def logits(self, hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M N"]:
+        """Returns all logits of these positions: float32, float64 where the weight is.
+
+        The matrix product runs in the weight's dtype, or in autocast's where that is on; all after it in float32.
+        """
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(self.weight.dtype)
+        logits = F.linear(hidden, self.weight)
+        with torch.autocast(hidden.device.type, enabled=False):
+            # Products in half precision keep 8 or 11 bits; sums over the vocabulary must not.
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if self.bias is not None:
+                logits = logits + self.bias
+            if self.scale != 1.0:
+                logits = logits * self.scale
+            if self.softcap is not None:
+                logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def detached(self) -> "Head":
+        """Returns the same head without gradients."""
+        bias = None if self.bias is None else self.bias.detach()
+        return Head(self.weight.detach(), bias, self.scale, self.softcap)
+
+
+class Predictions(NamedTuple):
+    """A model's next-token predictions, kept as what its logits would be computed from.
+
+    Attributes:
+        hidden: last hidden states, after the final norm.
+        head: what reads them.
+    """
+
+    hidden: Float[Tensor, "*M D"]
+    head: Head
+
+    def flat(self, index: Int64[Tensor, "K"] | None) -> "Predictions":
+        """Returns the positions named by a flat index, or all, as `[K, D]`."""
+        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
+        return Predictions(hidden if index is None else hidden.index_select(0, index), self.head)
+
+
+def scored_positions(labels: Int64[Tensor, "*M"]) -> Int64[Tensor, "K"] | None:
+    """Returns the flat index of positions whose label is not -100, None where that is all of them."""
+    kept = labels.reshape(-1) != -100
+    return None if bool(kept.all()) else kept.nonzero().squeeze(-1)
+
+
+def chunks(num_positions: int, vocab_size: int, num_matrices: int, chunk_bytes: int) -> Iterator[slice]:
+    """Yields ranges of at least one position whose float32 logits, `num_matrices` of them, fit in `chunk_bytes`."""
+    length = max(1, chunk_bytes // (4 * vocab_size * num_matrices))
+    if length > 16:
+        length -= length % 16  # matrix kernels work in tiles
+    for start in range(0, num_positions, length):
+        yield slice(start, min(start + length, num_positions))
+
+
+def check_same_vocabulary(model: Head, reference: Head) -> None:
+    """Refuses two heads whose logits cannot be compared.
+
+    Raises:
+        SourceError: the vocabularies differ in size.
+    """
+    if model.vocab_size != reference.vocab_size:
+        raise SourceError(
+            f"scoring: model and reference must share one vocabulary (got {model.vocab_size} and "
+            f"{reference.vocab_size} tokens); compare models that share a tokenizer"
+        )
