@@ -129,8 +129,8 @@ def read_source_model(source: str | Path | Source) -> SourceModel:
     config = located.read_config()
     if config.get("model_type") == "refold":
         raise SourceError(
-            f"{located.where}: a transformers checkpoint is required (got a folder refold wrote); give the source it was "
-            f"made from, or export it first"
+            f"{located.where}: a transformers checkpoint is required (got a folder refold wrote); give the source it "
+            f"was made from, or export it first"
         )
     if config.get("quantization_config"):
         method = dict(config["quantization_config"]).get("quant_method", "unknown")
