@@ -15,8 +15,8 @@ from refold.blueprint.schema import Blueprint, Depth
 from refold.blueprint.specs.registry import depth_linears
 from refold.blueprint.starts import Starts
 from refold.checkpoint.locate import Source
-from refold.convert.plan_lines import PlanLine, plan_lines
-from refold.convert.source_model import SourceModel, read_source_model
+from refold.conversion.plan_lines import PlanLine, plan_lines
+from refold.conversion.source_model import SourceModel, read_source_model
 from refold.errors import RecipeError, RefoldError
 from refold.families.arch import Frozen
 

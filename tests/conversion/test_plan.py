@@ -12,9 +12,9 @@ from refold.blueprint.build import identity_blueprint
 from refold.blueprint.cost import cost
 from refold.blueprint.load import built_in_recipes
 from refold.blueprint.source_tensors import source_tensors
-from refold.convert.plan import Plan, plan, plan_all, read_plan
-from refold.convert.plan_lines import PlanLine
-from refold.convert.source_model import read_source_model
+from refold.conversion.plan import Plan, plan, plan_all, read_plan
+from refold.conversion.plan_lines import PlanLine
+from refold.conversion.source_model import read_source_model
 from refold.errors import RecipeError, RefoldError, SourceError
 from refold.families.registry import find_family, read_arch
 
@@ -333,7 +333,7 @@ def test_planning_a_70b_config_imports_neither_torch_nor_transformers(config_fol
         num_hidden_layers=80,
     )
     code = (
-        "import sys; from refold.convert.plan import plan, plan_all\n"
+        "import sys; from refold.conversion.plan import plan, plan_all\n"
         f"plan({str(folder)!r}, 'relaxed'); plan_all({str(folder)!r})\n"
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )

@@ -8,11 +8,11 @@ from torch import Tensor
 from refold.blueprint.origins import origin
 from refold.blueprint.schema import Pool
 from refold.blueprint.tensors import TargetTensor, target_tensors
-from refold.convert.fresh import fresh_tensor, tensor_seed
-from refold.convert.pieces import PieceReader
-from refold.convert.plan import Plan
-from refold.convert.starts.group import LinearGroup, Member
-from refold.convert.starts.registry import STARTS
+from refold.conversion.fresh import fresh_tensor, tensor_seed
+from refold.conversion.pieces import PieceReader
+from refold.conversion.plan import Plan
+from refold.conversion.starts.group import LinearGroup, Member
+from refold.conversion.starts.registry import STARTS
 
 
 class TargetBuilder:

@@ -2,9 +2,9 @@
 
 import torch
 
-from refold.convert.starts.group import Fitted, LinearGroup
-from refold.convert.starts.zero import mean_weight, zero_pair
-from refold.convert.svd import SvdMode, Truncated, truncated_svd
+from refold.conversion.starts.group import Fitted, LinearGroup
+from refold.conversion.starts.zero import mean_weight, zero_pair
+from refold.conversion.svd import SvdMode, Truncated, truncated_svd
 
 
 def fit_svd(group: LinearGroup, svd: SvdMode) -> Fitted:

@@ -14,10 +14,10 @@ from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import Source, locate
 from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.writer import ShardedWriter, count_bytes
-from refold.convert.pieces import PieceReader
-from refold.convert.plan import Plan, plan_model
-from refold.convert.source_model import read_source_model
-from refold.convert.tensors import TargetBuilder
+from refold.conversion.pieces import PieceReader
+from refold.conversion.plan import Plan, plan_model
+from refold.conversion.source_model import read_source_model
+from refold.conversion.tensors import TargetBuilder
 from refold.errors import SourceError
 from refold.modeling.configuration import RefoldConfig
 

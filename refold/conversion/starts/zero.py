@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from refold.convert.starts.group import Fitted, LinearGroup
-from refold.convert.svd import SvdMode
+from refold.conversion.starts.group import Fitted, LinearGroup
+from refold.conversion.svd import SvdMode
 from refold.nn.lora import Pair
 
 

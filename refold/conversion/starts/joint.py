@@ -6,9 +6,9 @@ D = W_1 - W_2. Here the pairs share the singular directions of D, so that togeth
 
 import torch
 
-from refold.convert.starts.group import Fitted, LinearGroup, Member
-from refold.convert.starts.zero import mean_weight, zero_pair
-from refold.convert.svd import SvdMode, Truncated, truncated_svd
+from refold.conversion.starts.group import Fitted, LinearGroup, Member
+from refold.conversion.starts.zero import mean_weight, zero_pair
+from refold.conversion.svd import SvdMode, Truncated, truncated_svd
 
 ROUNDS = 6
 """Alternating rounds for three and more members; further ones change the loss by less than a percent."""

@@ -1,0 +1,5 @@
+"""`python -m refold.cli`."""
+
+from refold.cli import main
+
+main()

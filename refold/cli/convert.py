@@ -1,0 +1,37 @@
+"""`refold convert`: carry out a recipe on a source."""
+
+from refold.cli import options
+from refold.cli.plan_tables import print_plan
+from refold.cli.show import note, print_json, progress
+
+
+def command(
+    source: options.Source,
+    out: options.Out,
+    recipe: options.Recipe = None,
+    set_: options.Set = None,
+    device: options.Device = "cpu",
+    overwrite: options.Overwrite = False,
+    allow_larger: options.AllowLarger = False,
+    json: options.Json = False,
+) -> None:
+    """Fold a source into a new model folder, streaming: a few matrices are in memory at a time."""
+    from refold.conversion.convert import convert
+
+    with progress("converting", "tensors") as report:
+        made = convert(
+            source,
+            out,
+            recipe,
+            set_ or (),
+            overwrite=overwrite,
+            allow_larger=allow_larger,
+            device=device or "cpu",
+            command=options.command_line(),
+            progress=report,
+        )
+    if json:
+        print_json(made)
+    else:
+        print_plan(made, context=8192, lines=False)
+    note(f"written: {out}")

@@ -1,0 +1,45 @@
+"""`refold generate`: continue a text."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from refold.cli import options
+
+
+def command(
+    model: options.Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; `-` reads standard input.")],
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's message: apply the chat template.")
+    ] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    exit_depth: Annotated[int | None, typer.Option(help="Run only so many depths.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Continue a prompt with a folded model, or with a source."""
+    from refold.engine.generate import generate, stream_text
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    settings = {
+        "chat": chat,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "exit_depth": exit_depth,
+        "device": device,
+        "dtype": dtype,
+    }
+    if stream:
+        for piece in stream_text(model, text, **settings):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        print(generate(model, text, **settings))

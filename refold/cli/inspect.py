@@ -1,0 +1,26 @@
+"""`refold inspect`: what a folded model consists of, and whether its files are as they were written."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from refold.cli import options
+from refold.cli.inspect_tables import print_inspection
+from refold.cli.show import note, print_json
+from refold.conversion.inspect import inspect
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="A folded model's folder.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Also hash every file: finds a flipped bit.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Show a folded model's blueprint, cost, history and kept energy."""
+    found = inspect(model, verify=verify)
+    if json:
+        print_json(found)
+    else:
+        print_inspection(found)
+    if verify:
+        note(f"verified: {found.num_files} files are as they were written")

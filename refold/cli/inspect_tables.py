@@ -1,0 +1,50 @@
+"""A folded model's description as tables."""
+
+from refold.cli.show import format_bytes, format_count, print_table
+from refold.conversion.inspect import Inspection
+
+
+def print_inspection(found: Inspection) -> None:
+    """Cost beside the source's, the stack depth by depth, kept energy, history."""
+    source, target = found.cost.source, found.cost.target
+    rows = [
+        ("parameters", format_count(source.parameters), format_count(target.parameters)),
+        ("weight bytes", format_bytes(source.weight_bytes), format_bytes(target.weight_bytes)),
+        *(
+            (f"cache + state at {context:,}", *(format_bytes(each.cache_bytes(context)) for each in (source, target)))
+            for context in (1_024, 32_768, 1_048_576)
+        ),
+        ("FLOPs per token", format_count(source.flops_per_token), format_count(target.flops_per_token)),
+    ]
+    print_table(("", "source", "folded"), rows, f"{found.path} ({found.blueprint.arch.family}, {found.dtype})")
+    print()
+    stack = []
+    for index, depth in enumerate(found.blueprint.depths):
+        kept = [value for name, value in found.kept_energy.items() if name.startswith(f"depths.{index}.")]
+        ranks = sorted(set(depth.ranks.values()))
+        stack.append(
+            (
+                str(index),
+                str(depth.source),
+                _part(depth.mixer),
+                _part(depth.mlp),
+                "-" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}..{ranks[-1]}",
+                depth.vectors,
+                f"{min(kept):.1%}" if kept else "-",
+                "yes" if depth.exit is not None else "-",
+            )
+        )
+    print_table(("depth", "layer", "mixer", "mlp", "rank", "vectors", "least kept energy", "exit"), stack)
+    for said in found.notes:
+        print(f"- {said}")
+    if found.stages:
+        print()
+        history = [
+            (stage["stage"], stage["time"], f"{stage['tokens']:,}", str(stage["seed"]), stage["command"])
+            for stage in found.stages
+        ]
+        print_table(("stage", "time", "tokens", "seed", "command"), history)
+
+
+def _part(index: int | None) -> str:
+    return "dropped" if index is None else str(index)

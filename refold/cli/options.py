@@ -1,0 +1,49 @@
+"""Options that several sub-commands share."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Source = Annotated[str, typer.Argument(help="Folder of a transformers checkpoint, or hub id `org/name[@revision]`.")]
+Model = Annotated[str, typer.Argument(help="A folded model's folder; a source's folder or hub id works too.")]
+Out = Annotated[Path, typer.Argument(help="Folder to write. It is there whole afterwards, or not at all.")]
+Recipe = Annotated[
+    str | None, typer.Option("--recipe", "-r", help="Built-in name (see `refold recipes`) or YAML file.")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe key: `fold.loops=3`.")
+]
+Data = Annotated[
+    list[Path], typer.Option("--data", "-d", help="Text, jsonl or parquet files, or folders of them. Repeatable.")
+]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Left out: the best one there is.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Left out: as stored.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if refold wrote it.")]
+AllowLarger = Annotated[
+    bool, typer.Option("--allow-larger", help="Accept a target that is smaller than its source in nothing.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def command_line() -> str:
+    """The command as typed, for the provenance."""
+    return shlex.join(["refold", *sys.argv[1:]])
+
+
+def parse_amount(text: str | None) -> int | None:
+    """Reads `20M`, `1.5k` or a plain number of tokens.
+
+    Raises:
+        typer.BadParameter: Anything else.
+    """
+    if text is None:
+        return None
+    from refold.blueprint.numbers import read_amount
+
+    try:
+        return read_amount(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

@@ -1,0 +1,37 @@
+"""`refold plan`: what a recipe would make of a source."""
+
+from typing import Annotated
+
+import typer
+
+from refold.cli import options
+from refold.cli.plan_tables import print_all, print_plan
+from refold.cli.show import print_json
+from refold.conversion.plan import plan, plan_all
+
+
+def command(
+    source: options.Source,
+    recipe: options.Recipe = None,
+    set_: options.Set = None,
+    context: Annotated[int, typer.Option(help="Context length at which cache and FLOPs are counted.")] = 8192,
+    lines: Annotated[bool, typer.Option("--lines", help="Also say how every tensor group is made.")] = False,
+    allow_larger: options.AllowLarger = False,
+    json: options.Json = False,
+) -> None:
+    """Say what a recipe would make of a source, from config.json and file headers alone.
+
+    Without --recipe and --set all built-in recipes stand side by side. A folder with only config.json can be planned.
+    """
+    if recipe is None and not set_:
+        planned = plan_all(source)
+        if json:
+            print_json({each.name: each.error or (each.plan and each.plan.model_dump(mode="json")) for each in planned})
+        else:
+            print_all(planned, context)
+        return
+    made = plan(source, recipe, set_ or (), allow_larger)
+    if json:
+        print_json(made)
+    else:
+        print_plan(made, context, lines)

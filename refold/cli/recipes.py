@@ -1,0 +1,28 @@
+"""`refold recipes`: the built-in recipes."""
+
+from importlib.resources import files
+from typing import Annotated
+
+import typer
+
+from refold.blueprint.load import built_in_recipes, load_recipe
+from refold.cli.options import Json
+from refold.cli.show import print_json, print_table
+
+
+def command(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this recipe's YAML, to be changed and used by its path.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List the built-in recipes, or print one."""
+    if name is not None:
+        loaded = load_recipe(name)
+        print_json(loaded) if json else typer.echo(
+            (files("refold.recipes") / f"{name}.yaml").read_text("utf-8"), nl=False
+        )
+    elif json:
+        print_json(built_in_recipes())
+    else:
+        print_table(("recipe", "what it does"), list(built_in_recipes().items()))

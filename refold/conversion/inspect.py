@@ -1,0 +1,75 @@
+"""What a folded model's folder says of itself, without loading a weight."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from refold.blueprint.build import identity_blueprint
+from refold.blueprint.cost import cost
+from refold.blueprint.schema import Blueprint
+from refold.checkpoint import provenance
+from refold.checkpoint.folder import settle
+from refold.checkpoint.headers import read_headers
+from refold.checkpoint.locate import locate
+from refold.checkpoint.manifest import verify as verify_files
+from refold.conversion.plan import CostPair, read_plan
+from refold.conversion.source_model import DTYPE_BYTES
+from refold.errors import FolderError
+from refold.families.arch import Frozen
+
+PLAN_NAME = "plan.json"
+
+
+class Inspection(Frozen):
+    """A folded model's folder, described."""
+
+    path: str
+    blueprint: Blueprint
+    cost: CostPair
+    dtype: str
+    num_files: int
+    """Weight files, or with `verify` all files that were hashed."""
+    stages: tuple[dict[str, Any], ...]
+    """The provenance, first to last."""
+    kept_energy: dict[str, float]
+    """By `depths.<d>.<linear>`: the share of what tying lost that the LoRA held at conversion."""
+    notes: tuple[str, ...]
+
+
+def inspect(folder: str | Path, *, verify: bool = False) -> Inspection:
+    """Describes a folded model's folder.
+
+    Args:
+        folder: The folder.
+        verify: Also hash every file against the manifest.
+
+    Raises:
+        FolderError: Not a folded model, torn, or with `verify` changed since it was written.
+        SourceError: Missing, or a weight file is damaged.
+    """
+    path = settle(folder)
+    config = locate(path).read_config()
+    if "blueprint" not in config:
+        raise FolderError(
+            f"{folder}: a folded model is required (got model_type {config.get('model_type')!r}); use plan"
+        )
+    blueprint = Blueprint.model_validate(config["blueprint"])
+    headers = read_headers(path)
+    assert headers is not None
+    num_files = len(headers.files)
+    if verify:
+        verify_files(path)
+        num_files = len(json.loads((path / "manifest.json").read_text())["files"])
+    dtype = str(config.get("dtype") or "float32").removeprefix("torch.")
+    plan = read_plan(path / PLAN_NAME) if (path / PLAN_NAME).exists() else None
+    size = DTYPE_BYTES[dtype]
+    return Inspection(
+        path=str(path),
+        blueprint=blueprint,
+        cost=CostPair(source=cost(identity_blueprint(blueprint.arch), size), target=cost(blueprint, size)),
+        dtype=dtype,
+        num_files=num_files,
+        stages=tuple(vars(stage) for stage in provenance.read(path)),
+        kept_energy=dict(plan.kept_energy) if plan is not None else {},
+        notes=plan.notes if plan is not None else (),
+    )
