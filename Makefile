@@ -1,0 +1,66 @@
+# `make demo` and `make test` set up all they need. Variables:
+#   PYTHON    interpreter to make the virtual environment with (3.11 or later)
+#   VENV      folder of the virtual environment; empty (`make demo VENV=`): the active one
+#   PIP_ARGS  passed on to pip, such as an index to install from
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+
+ifeq ($(strip $(VENV)),)
+RUN_PYTHON := $(PYTHON)
+STAMPS := .stamps
+else
+
+RUN_PYTHON := $(VENV)/bin/python
+STAMPS := $(VENV)/.stamps
+endif
+
+PIP := $(RUN_PYTHON) -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+INPUTS := pyproject.toml constraints.txt refold/version.py
+# Threads that spin while they wait make two busy processes on few cores many times slower.
+QUIET := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
+TEST := $(QUIET) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2
+
+.PHONY: demo test test-long lint docs clean
+
+demo: $(STAMPS)/package
+	$(QUIET) $(RUN_PYTHON) -m refold.cli demo
+
+test: $(STAMPS)/dev
+	$(TEST) -m "not long"
+
+test-long: $(STAMPS)/dev
+	$(TEST) -m long
+
+lint: $(STAMPS)/dev
+	$(RUN_PYTHON) -m ruff check refold tests benchmarks scripts docs
+	$(RUN_PYTHON) -m ruff format --check refold tests benchmarks scripts docs
+	$(RUN_PYTHON) -m pyright --pythonpath $$($(RUN_PYTHON) -c 'import sys; print(sys.executable)')
+
+docs: $(STAMPS)/dev
+	$(RUN_PYTHON) docs/make_recipe_reference.py
+
+$(STAMPS)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is required (got %d.%d); set PYTHON=" % sys.version_info[:2])'
+ifneq ($(strip $(VENV)),)
+	$(PYTHON) -m venv $(VENV)
+endif
+	@mkdir -p $(STAMPS)
+	@touch $@
+
+# torch first and alone: left to choose, pip would take the newest build with gigabytes of accelerator libraries.
+$(STAMPS)/torch: $(STAMPS)/python constraints.txt
+	$(PIP) torch
+	@touch $@
+
+$(STAMPS)/package: $(STAMPS)/torch $(INPUTS)
+	$(PIP) -e .
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/torch $(INPUTS)
+	$(PIP) -e '.[dev]'
+	@touch $(STAMPS)/package $@
+
+clean:
+	rm -rf .venv .stamps build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,59 @@
+"""Text held out from training, when the user names none."""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from refold.data.readers import Block, DataSource
+from refold.errors import DataError
+
+EVERY = 50
+PIECE = 8_000
+"""Characters of the pieces long documents are cut into, so that a single long text can be split too."""
+
+
+@dataclass(frozen=True)
+class HalfBlock(Block):
+    """The pieces of a block's documents that fall on one side of the split."""
+
+    block: Block
+    every: int
+    held_out: bool
+
+    def documents(self) -> Sequence[str]:
+        pieces = (piece for text in self.block.documents() for piece in cut(text))
+        # By content: the side does not depend on the order of files, and equal pieces never stand on both sides.
+        return [piece for piece in pieces if (zlib.crc32(piece.encode()) % self.every == 0) == self.held_out]
+
+
+def cut(text: str, size: int = PIECE) -> Iterator[str]:
+    """Yields a text in pieces of about `size` characters, cut behind line ends where there are any."""
+    start = 0
+    while len(text) - start > 2 * size:
+        stop = text.rfind("\n", start + size // 2, start + size) + 1 or start + size
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def split(source: DataSource, every: int = EVERY) -> tuple[DataSource, DataSource]:
+    """Splits documents into training text and held-out text, one piece in `every`.
+
+    Args:
+        source: The documents.
+        every: One piece in so many is held out.
+
+    Raises:
+        DataError: Nothing falls to one of the sides.
+    """
+    sides = []
+    for held_out in (False, True):
+        blocks = tuple(HalfBlock(block, every, held_out) for block in source.blocks)
+        side = "held out" if held_out else "training"
+        made = DataSource(blocks, f"{source.identity} {side} 1/{every}", f"{source.name} ({side} part)")
+        if next(made.documents(), None) is None:
+            raise DataError(
+                f"{source.name}: more text is required to hold some out (got too little); name held-out text"
+            )
+        sides.append(made)
+    return sides[0], sides[1]
