@@ -1,0 +1,58 @@
+"""Writes docs/recipe-reference.md from the field docstrings of the recipe's sections."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from refold.blueprint import recipe
+from refold.blueprint.specs.tying import TYING_INITS
+
+TARGET = Path(__file__).parent / "recipe-reference.md"
+SECTIONS: tuple[tuple[str, type[recipe.Section]], ...] = (
+    ("the recipe", recipe.Recipe),
+    ("fold", recipe.Fold),
+    ("relax", recipe.LoraRelax),
+    ("relax.rank as a budget", recipe.RankShare),
+    ("drop", recipe.Drop),
+    ("drop.block", recipe.BlockDrop),
+    ("drop.attention, drop.mlp", recipe.PartDrop),
+    ("exits", recipe.Exits),
+    ("ignore_tensors[]", recipe.IgnoredTensor),
+    ("heal[]", recipe.HealStage),
+)
+
+
+def render() -> str:
+    """Returns the whole page."""
+    lines = [
+        "# Recipe reference",
+        "",
+        "Made by `python docs/make_recipe_reference.py` from the docstrings in `refold/blueprint/recipe.py`.",
+        "Every section and every key is optional unless it says *required*. Unknown keys are refused.",
+    ]
+    for title, section in SECTIONS:
+        lines += ["", f"## {title}", "", " ".join((section.__doc__ or "").split()), "", "| key | default | meaning |"]
+        lines += ["|---|---|---|"]
+        for name, field in section.model_fields.items():
+            text = " ".join((field.description or "").split()).replace("|", "\\|")
+            lines.append(f"| `{name}` | {_default(field)} | {text} |")
+    lines += ["", "## Starts of stored layers (`fold.init`)", "", "| name | rule |", "|---|---|"]
+    lines += [f"| `{name}` | {init.summary} ([source]({init.url})) |" for name, init in TYING_INITS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: Any) -> str:
+    if field.default is PydanticUndefined:
+        return "*required*" if field.default_factory is None else ""
+    if isinstance(field.default, recipe.Section) or field.default in (None, (), ""):
+        return ""
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"`{value}`"
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if TARGET.read_text(encoding="utf-8") == render() else f"{TARGET} is stale: run {__file__}")
+    TARGET.write_text(render(), encoding="utf-8")
