@@ -204,18 +204,23 @@ def _objectives(
         for name, weight in objectives.divergences.items():
             value, part = DIVERGENCES[name](softened, log_p)
             sums.append(value.sum() * objectives.temperature**2)
-            part.mul_(weight * objectives.temperature)
-            slope = part if slope is None else slope.add_(part)
+            slope = _weighted_sum(slope, part, weight * objectives.temperature)
             del part
         del log_p, softened
     if objectives.cross_entropy and wants_slope:
         part = log_q.exp_()
         part.scatter_add_(1, labels[:, None], torch.full_like(labels[:, None], -1, dtype=part.dtype))
-        part.mul_(objectives.cross_entropy)
-        slope = part if slope is None else slope.add_(part)
+        slope = _weighted_sum(slope, part, objectives.cross_entropy)
     if slope is not None and cap_slope is not None:
         slope.mul_(cap_slope)
     return torch.stack(sums), slope if wants_slope else None
+
+
+def _weighted_sum(total: Tensor | None, part: Tensor, weight: float) -> Tensor:
+    """Adds in place; a chunk's logits are large enough for each pass over them to cost."""
+    if total is not None:
+        return total.add_(part, alpha=weight)
+    return part if weight == 1 else part.mul_(weight)
 
 
 def _soften(logits: Tensor, temperature: float) -> Tensor:
