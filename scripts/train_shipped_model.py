@@ -132,7 +132,8 @@ def train(run: Path, settings: Settings, device: str, compile_layers: bool, chec
 
     torch.manual_seed(settings.seed)
     AttentionInterface.register("blocked", blocked_attention)
-    model = LlamaForCausalLM(llama_config()).to(device)
+    model = LlamaForCausalLM(llama_config())
+    nn.Module.to(model, device)
     if device == "cpu":
         model.config._attn_implementation = "blocked"
     if compile_layers:  # one layer at a time: they share one compiled graph
@@ -306,7 +307,8 @@ def measure(run: Path, device: str) -> None:
     _, tokens, num_bytes = load_tokens(run, device)
     sample = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)[::16].flatten()
     sample_bytes = num_bytes * len(sample) / len(tokens)
-    model = final_model(run).to(device)
+    model = final_model(run)
+    nn.Module.to(model, device)
     layers = list(model.model.layers)
 
     def leave_out(without: tuple[int, ...]) -> LlamaForCausalLM:
@@ -339,22 +341,24 @@ def measure(run: Path, device: str) -> None:
 def final_model(run: Path) -> LlamaForCausalLM:
     model = LlamaForCausalLM(llama_config())
     copy_weights(run / "final.safetensors", model)
-    return model.to(torch.bfloat16)
+    nn.Module.to(model, torch.bfloat16)
+    return model
 
 
-def finish(run: Path, out: Path) -> None:
+def finish(run: Path, out: Path, machine: str | None) -> None:
     """Writes the model folder with its card, from what the other three commands left in `run`."""
     out.mkdir(parents=True, exist_ok=True)
     model = final_model(run)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
     PreTrainedTokenizerFast.from_pretrained(run / "tokenizer").save_pretrained(out)
     lines = (run / "training.jsonl").read_text().splitlines(keepends=True)
     thin = math.ceil(len(lines) / 400)
     kept = [line for i, line in enumerate(lines) if i % thin == 0 or "held_out" in line]
     (out / "training.jsonl").write_text("".join(kept))
     settings = Settings(**json.loads((run / "settings.json").read_text()))
-    corpus, measured, machine = (
+    corpus, measured, recorded = (
         json.loads((run / f"{name}.json").read_text()) for name in ("corpus", "measurements", "machine")
     )
     card = CARD.read_text().format(
@@ -370,7 +374,7 @@ def finish(run: Path, out: Path) -> None:
         epochs=settings.tokens / corpus["train"]["tokens"],
         corpus=corpus,
         measured=measured,
-        machine=machine,
+        machine=machine or recorded["machine"],
         hours=json.loads(lines[-1])["seconds"] / 3600,
     )
     (out / "README.md").write_text(card)
@@ -405,6 +409,7 @@ def main() -> None:
         command.add_argument("run", type=Path, help="folder of this training run")
         if name == "finish":
             command.add_argument("out", type=Path, help="model folder to write")
+            command.add_argument("--machine", help="what it was trained on, in words, for the card")
         if name in ("train", "measure"):
             command.add_argument("--device", default=device, choices=("cuda", "cpu"))
         if name == "train":
@@ -424,7 +429,7 @@ def main() -> None:
     elif given.command == "measure":
         measure(given.run, given.device)
     else:
-        finish(given.run, given.out)
+        finish(given.run, given.out, given.machine)
 
 
 if __name__ == "__main__":
