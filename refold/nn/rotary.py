@@ -24,7 +24,9 @@ def inverse_frequencies(rope: Rope, max_positions: int) -> tuple[Float[Tensor, "
     config.hidden_size, config.num_attention_heads = rope.rotary_dim, 1
     config.max_position_embeddings = max_positions
     config.rope_parameters = parameters
-    frequencies, factor = ROPE_INIT_FUNCTIONS[rope.kind](config, torch.device("cpu"))
+    # Models are built on the meta device, where those formulas cannot compute.
+    with torch.device("cpu"):
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope.kind](config, torch.device("cpu"))
     return frequencies, factor
 
 

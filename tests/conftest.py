@@ -1,0 +1,118 @@
+"""Fixtures for all tests, and shape annotations checked while tests run."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jaxtyping import install_import_hook
+
+
+class Unchecked(PathFinder):
+    """Finds modules whose annotations stay unchecked.
+
+    transformers makes a config a dataclass whose `__init__` takes more than its fields, which jaxtyping does not know.
+    """
+
+    @classmethod
+    def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return super().find_spec(fullname, path, target) if fullname == "refold.modeling.configuration" else None
+
+
+assert "refold" not in sys.modules, "refold was imported before its annotations could be checked"
+install_import_hook(["refold"], "beartype.beartype")
+sys.meta_path.insert(0, Unchecked)
+
+ROOT = Path(__file__).parents[1]
+LLAMA = {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+V4_LINEAR = {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 3.0}}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {**LLAMA},
+    "llama-mha-bias": {"num_key_value_heads": 4, "attention_bias": True, "hidden_act": "gelu_pytorch_tanh"},
+    "llama-mqa-mlp-bias": {"num_key_value_heads": 1, "mlp_bias": True, "tie_word_embeddings": True},
+    "llama-linear": {**LLAMA, "head_dim": 16, "rope_parameters": {"rope_type": "linear", "rope_theta": 99, "factor": 2}},
+    "llama-llama3": {**LLAMA, "rope_parameters": LLAMA3, "tie_word_embeddings": True, "hidden_act": "gelu"},
+    "llama-v4": {**LLAMA, "raw": V4_LINEAR, "attention_bias": True, "hidden_act": "relu"},
+    "mistral-window": {"num_key_value_heads": 2, "sliding_window": 8},
+    "mistral-full": {"num_key_value_heads": 4, "sliding_window": None, "hidden_act": "gelu_new"},
+    "mistral-head-dim": {"num_key_value_heads": 1, "sliding_window": 5, "head_dim": 16, "tie_word_embeddings": True},
+    "gpt_neox": {},
+    "gpt_neox-sequential": {
+        "use_parallel_residual": False,
+        "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 777.0, "partial_rotary_factor": 1.0},
+    },
+    "gpt_neox-v4": {"raw": {"rotary_pct": 0.5, "rotary_emb_base": 500}, "hidden_act": "gelu_new"},
+    "gpt_neox-tied": {"use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_fast"},
+}
+"""Config fields of each kind of source, by a name that begins with its `model_type`; `raw` ones stand in the
+`config.json` as transformers 4 wrote them, instead of `rope_parameters`."""
+
+
+@pytest.fixture(scope="session")
+def material() -> Path:
+    """The folder with real models and texts; skips where there is none."""
+    folder = Path(os.environ.get("REFOLD_MATERIAL") or ROOT.parent / "shared")
+    if not (folder / "models").is_dir():
+        pytest.skip(f"real models are required: set REFOLD_MATERIAL to a folder that has them (got {folder})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes source folders as transformers does: 4 layers, hidden size 32, all weights at a standard deviation of 0.3.
+
+    Norms and biases vary as well, so that no tensor can be lost or exchanged unseen. A folder made once is given again.
+    """
+    made: dict[str, Path] = {}
+
+    def make(variant: str = "llama", dtype: str = "float32", **fields: Any) -> Path:
+        key = json.dumps([variant, dtype, fields], sort_keys=True)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(variant)
+            _write_source(made[key], variant.split("-")[0], dtype, {**VARIANTS[variant], **fields})
+        return made[key]
+
+    return make
+
+
+def _write_source(folder: Path, model_type: str, dtype: str, fields: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    raw = fields.pop("raw", None)
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        # Outside the vocabulary: generation never stops early.
+        "eos_token_id": 96,
+        "pad_token_id": 0,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **fields}))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = 0.3 * torch.randn(weight.shape, generator=generator)
+            weight.copy_(noise + (1.0 if weight.ndim == 1 and name.endswith("weight") else 0.0))
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if raw is not None:
+        del config["rope_parameters"]
+        (folder / "config.json").write_text(json.dumps({**config, **raw}))
