@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from refold.families.arch import Rope
 
 Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines, each `[B, T, rotary_dim / 2]`."""
+"""Cosines and sines, each `[B, T, 1, rotary_dim]`; the first half of the sines is negated."""
 
 
 def inverse_frequencies(rope: Rope, max_positions: int) -> tuple[Float[Tensor, " half"], float]:
@@ -50,14 +50,16 @@ class Rotary(nn.Module):
     @torch.no_grad()
     def forward(self, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Rotation:
         """Returns cosines and sines in `dtype`; angles are computed in float32."""
-        angles = positions[..., None].float() * self.inv_freq.float()
-        return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
+        angles = (positions[..., None].float() * self.inv_freq.float()).unsqueeze(2)
+        cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x: Float[Tensor, "B T H K"], rotation: Rotation) -> Float[Tensor, "B T H K"]:
     """Rotates pairs (i, i + rotary_dim / 2) of the first `rotary_dim` dimensions of each head."""
-    cos, sin = (table.unsqueeze(2) for table in rotation)
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
+    cos, sin = rotation
+    size = cos.shape[-1]
+    if size == x.shape[-1]:
+        return x * cos + x.roll(size // 2, dims=-1) * sin
+    turned = x[..., :size]
+    return torch.cat((turned * cos + turned.roll(size // 2, dims=-1) * sin, x[..., size:]), dim=-1)
