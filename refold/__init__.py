@@ -1,8 +1,50 @@
-"""refold: fold a pretrained language model into one that is cheaper to store and to run."""
+"""refold: fold a pretrained language model into one that is cheaper to store and to run.
+
+    import refold
+
+    plan = refold.plan("path/to/model", "relaxed")
+    refold.convert("path/to/model", "folded", "relaxed")
+    refold.heal("folded", "healed", ["corpus.parquet"], refold.HealStage(tokens="20M"))
+    refold.evaluate("healed", ["held-out.txt"], against="path/to/model")
+    refold.export("healed", "dense", to="dense")
+
+After `import refold`, transformers' Auto classes load folded models.
+"""
+
+from importlib import import_module
+from typing import Any
 
 from refold.modeling.registration import register_when_imported
 from refold.version import __version__
 
+_API = {
+    "plan": "refold.conversion.plan",
+    "convert": "refold.conversion.convert",
+    "inspect": "refold.conversion.inspect",
+    "heal": "refold.healing.heal",
+    "evaluate": "refold.evaluation.evaluate",
+    "generate": "refold.engine.generate",
+    "export": "refold.exporting.export",
+    "run": "refold.studies.run",
+    "Recipe": "refold.blueprint.recipe",
+    "HealStage": "refold.blueprint.recipe",
+    "RunSettings": "refold.studies.run",
+    "load_model": "refold.modeling.load",
+    "load_tokenizer": "refold.modeling.load",
+    "RefoldError": "refold.errors",
+}
+
 register_when_imported()
 
-__all__ = ["__version__"]
+__all__ = [*_API, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for, when it is asked for: torch takes seconds."""
+    if name not in _API:
+        raise AttributeError(f"module 'refold' has no attribute '{name}'")
+    return getattr(import_module(_API[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,7 +1,6 @@
 """`refold convert`: carry out a recipe on a source."""
 
 from refold.cli import options
-from refold.cli.plan_tables import print_plan
 from refold.cli.show import note, print_json, progress
 
 
@@ -16,6 +15,7 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Fold a source into a new model folder, streaming: a few matrices are in memory at a time."""
+    from refold.cli.plan_tables import print_plan
     from refold.conversion.convert import convert
 
     with progress("converting", "tensors") as report:

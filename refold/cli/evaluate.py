@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from refold.cli import options
-from refold.cli.evaluation_tables import print_evaluation
 from refold.cli.show import print_json, progress
 
 
@@ -19,13 +18,14 @@ def command(
     context: Annotated[int | None, typer.Option(help="Tokens in a window. Left out: as the model allows.")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens a window moves on. Left out: half the context.")] = None,
     max_tokens: Annotated[str | None, typer.Option(help="Read no more than this, such as 200k.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at a time.")] = 8,
+    batch_size: Annotated[int | None, typer.Option(help="Windows at a time. Left out: what 4,096 tokens hold.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the result to this file as JSON.")] = None,
     json: options.Json = False,
 ) -> None:
     """Measure bits per byte, perplexity and, against another model, agreement and KL."""
+    from refold.cli.evaluation_tables import print_evaluation
     from refold.evaluation.evaluate import evaluate
 
     with progress("evaluating", "windows") as report:

@@ -6,9 +6,7 @@ from typing import Annotated
 import typer
 
 from refold.cli import options
-from refold.cli.inspect_tables import print_inspection
 from refold.cli.show import note, print_json
-from refold.conversion.inspect import inspect
 
 
 def command(
@@ -17,6 +15,9 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Show a folded model's blueprint, cost, history and kept energy."""
+    from refold.cli.inspect_tables import print_inspection
+    from refold.conversion.inspect import inspect
+
     found = inspect(model, verify=verify)
     if json:
         print_json(found)

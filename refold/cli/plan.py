@@ -5,9 +5,7 @@ from typing import Annotated
 import typer
 
 from refold.cli import options
-from refold.cli.plan_tables import print_all, print_plan
 from refold.cli.show import print_json
-from refold.conversion.plan import plan, plan_all
 
 
 def command(
@@ -23,6 +21,9 @@ def command(
 
     Without --recipe and --set all built-in recipes stand side by side. A folder with only config.json can be planned.
     """
+    from refold.cli.plan_tables import print_all, print_plan
+    from refold.conversion.plan import plan, plan_all
+
     if recipe is None and not set_:
         planned = plan_all(source)
         if json:

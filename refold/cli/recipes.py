@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from refold.blueprint.load import built_in_recipes, load_recipe
 from refold.cli.options import Json
 from refold.cli.show import print_json, print_table
 
@@ -17,6 +16,8 @@ def command(
     json: Json = False,
 ) -> None:
     """List the built-in recipes, or print one."""
+    from refold.blueprint.load import built_in_recipes, load_recipe
+
     if name is not None:
         loaded = load_recipe(name)
         print_json(loaded) if json else typer.echo(

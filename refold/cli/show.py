@@ -6,9 +6,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 
 def print_json(data: Any) -> None:
     """Prints plain data, or a pydantic model, as JSON."""
@@ -17,7 +14,10 @@ def print_json(data: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Prints a table: the first column to the left, numbers to the right; as wide as it needs where stdout is no terminal."""
+    """Prints a table, names to the left, numbers to the right; as wide as it needs where stdout is no terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
@@ -55,6 +55,7 @@ def progress(label: str, unit: str = "") -> Iterator[Callable[[int, int], None]]
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())

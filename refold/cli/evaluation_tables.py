@@ -1,0 +1,39 @@
+"""An evaluation as a table."""
+
+from refold.cli.show import print_table
+from refold.evaluation.result import Evaluation
+
+
+def with_error(value: float, error: float | None, sign: str = "") -> str:
+    """`1.234 ± 0.005`."""
+    return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def print_evaluation(found: Evaluation) -> None:
+    """The figures of one evaluation, the model compared with beside it."""
+    other = found.against
+    rows = [
+        ("bits per byte", with_error(found.bits_per_byte, found.bits_per_byte_error)),
+        ("perplexity", f"{found.perplexity:.3f}"),
+        ("accuracy", f"{found.accuracy:.2%}"),
+    ]
+    if other is None:
+        print_table(("", found.model.name), rows)
+    else:
+        others = (
+            with_error(other.bits_per_byte, other.bits_per_byte_error),
+            f"{other.perplexity:.3f}",
+            f"{other.accuracy:.2%}",
+        )
+        print_table(
+            ("", found.model.name, other.model.name), [(*row, value) for row, value in zip(rows, others, strict=True)]
+        )
+        print(f"\ndifference {with_error(other.difference, other.difference_error, '+')} bits per byte", end=", ")
+        print(f"same likeliest token {other.agreement:.2%}, KL {other.kl:.4f} nats per token")
+    for left in found.exits:
+        print(
+            f"leaving after {left.depths} depths: {left.bits_per_byte:.4f} bits per byte, accuracy {left.accuracy:.2%}"
+        )
+    part = "" if found.is_whole_data else f", the first {found.max_tokens:,} tokens only"
+    print(f"\n{found.documents:,} documents, {found.tokens:,} tokens, {found.bytes:,} bytes{part}; ", end="")
+    print(f"windows of {found.context} tokens, stride {found.stride}; {found.tokens_per_second:,.0f} tokens/s")

@@ -1,0 +1,61 @@
+"""`refold run`: the whole way in one go."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from refold.cli import options
+from refold.cli.show import note, print_json
+
+
+def command(
+    source: options.Source,
+    out: Annotated[Path, typer.Argument(help="Run folder. The same command again goes on where it was interrupted.")],
+    data: options.Data,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Built-in name or YAML file.")] = "relaxed",
+    set_: options.Set = None,
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", "-t", help="Healing tokens, such as 20M; 0: none. Left out: the recipe's.")
+    ] = None,
+    held_out: Annotated[
+        list[Path] | None, typer.Option(help="Text to evaluate on. Left out: a fiftieth of --data is kept for that.")
+    ] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="pruned, trained-source or none; repeatable. Each costs as much again.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate, over the recipe's.")] = None,
+    eval_tokens: Annotated[str, typer.Option(help="Held-out tokens to read.")] = "200k",
+    seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
+    device: options.Device = None,
+    allow_larger: options.AllowLarger = False,
+    json: options.Json = False,
+) -> None:
+    """Plan, convert, heal and evaluate, beside a depth-pruned model of the same size treated alike."""
+    from refold.studies.run import RunSettings, read_baselines, run
+
+    settings = RunSettings(
+        tokens=options.parse_amount(tokens),
+        baselines=read_baselines(baseline),
+        eval_tokens=options.parse_amount(eval_tokens),
+        learning_rate=learning_rate,
+        seed=seed,
+        device=device,
+    )
+    found = run(
+        source,
+        out,
+        recipe,
+        data,
+        set_ or (),
+        held_out=held_out,
+        settings=settings,
+        allow_larger=allow_larger,
+        command=options.command_line(),
+        say=note,
+    )
+    note(f"model: {found.model}\nfigures: {out / 'summary.json'}")
+    if json:
+        print_json({"line": found.line, "model": str(found.model)})
+    else:
+        print(found.line)

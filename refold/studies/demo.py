@@ -1,0 +1,154 @@
+"""What refold is for, on the model it ships: a table of folds, two of them healed, and what they write."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from refold.blueprint.load import load_recipe
+from refold.blueprint.recipe import HealStage, Recipe
+from refold.conversion.convert import convert
+from refold.conversion.plan import Plan
+from refold.data.readers import DataSource
+from refold.engine.generate import generate
+from refold.evaluation.evaluate import evaluate
+from refold.evaluation.result import Evaluation
+from refold.healing.heal import heal
+from refold.studies.report_line import report_line
+from refold.studies.run import pruned_recipe
+from refold.studies.shipped import held_out_data, shipped_model, training_data
+
+HEAL_TOKENS = 200_000
+EVAL_TOKENS = 30_000
+CONTEXT = 512
+LEARNING_RATE = 1e-3
+PROMPT = "def load(path):\n"
+HEALED = ("relaxed, joint start", "pruned to that size")
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class DemoRow:
+    """One model of the table."""
+
+    name: str
+    folder: Path
+    plan: Plan | None
+    before: Evaluation
+    after: Evaluation | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.before.model.weight_bytes
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found.
+
+    Attributes:
+        rows: The table, source first.
+        samples: What source and healed model write after `PROMPT`.
+        line: The report of the healed model.
+        context: Tokens at which caches are compared.
+    """
+
+    rows: list[DemoRow]
+    samples: dict[str, str] = field(default_factory=dict)
+    line: str = ""
+    context: int = 0
+
+
+def demo(folder: Path, *, heal_tokens: int = HEAL_TOKENS, say: Say = lambda text: None) -> DemoResult:
+    """Folds the shipped model in several ways, heals two of the results, measures all.
+
+    Args:
+        folder: Where the folded models are left; ones of an earlier demo are replaced.
+        heal_tokens: Healing tokens for each of the two.
+        say: Told what begins.
+
+    Raises:
+        RefoldError: As the stages do.
+    """
+    source, held_out = shipped_model(), held_out_data()
+
+    def measure(model: Path) -> Evaluation:
+        return evaluate(
+            model, held_out, against=source, context=CONTEXT, stride=CONTEXT, max_tokens=EVAL_TOKENS, device="cpu"
+        )
+
+    say("measuring the source")
+    rows = [DemoRow("source", source, None, measure(source))]
+    for name, recipe in _arms().items():
+        rows.append(_row(name, recipe, folder, source, measure, say))
+    joint = next(row for row in rows if row.name == HEALED[0])
+    assert joint.plan is not None
+    rows.append(_row(HEALED[1], pruned_recipe(joint.plan), folder, source, measure, say))
+    training = training_data()
+    for row in rows:
+        if row.name in HEALED:
+            row.after = _heal(row, folder, training, heal_tokens, measure, say)
+    say("writing samples")
+    healed = folder / f"{_slug(joint.name)}-healed"
+    samples = {
+        name: generate(model, PROMPT, max_new_tokens=48, device="cpu")
+        for name, model in (("source", source), (joint.name, healed))
+    }
+    return DemoResult(rows, samples, _line(rows), joint.plan.blueprint.arch.max_position_embeddings)
+
+
+def _arms() -> dict[str, Recipe]:
+    relaxed: dict[str, Any] = {"fold": {"loops": 2}}
+    full = {**relaxed, "relax": {"rank": "full", "vectors": "own"}}
+    return {
+        "strict recursive": load_recipe("recursive"),
+        **{
+            f"relaxed, rank {rank}": load_recipe({**relaxed, "relax": {"rank": rank, "init": "svd"}})
+            for rank in (8, 16, 32)
+        },
+        "relaxed, full rank": load_recipe(full),
+        HEALED[0]: load_recipe("joint"),
+        "pruned to the strict size": load_recipe("pruned"),
+    }
+
+
+def _row(
+    name: str, recipe: Recipe, folder: Path, source: Path, measure: Callable[[Path], Evaluation], say: Say
+) -> DemoRow:
+    say(f"folding: {name}")
+    target = folder / _slug(name)
+    plan = convert(source, target, recipe, overwrite=True, allow_larger=True)
+    return DemoRow(name, target, plan, measure(target))
+
+
+def _heal(
+    row: DemoRow,
+    folder: Path,
+    training: DataSource,
+    tokens: int,
+    measure: Callable[[Path], Evaluation],
+    say: Say,
+) -> Evaluation:
+    say(f"healing: {row.name}, {tokens:,} tokens")
+    stage = HealStage(tokens=tokens, learning_rate=LEARNING_RATE, batch_tokens=4096, context=CONTEXT)
+    target = folder / f"{_slug(row.name)}-healed"
+    heal(row.folder, target, training, stage, device="cpu", overwrite=True, restart=True)
+    return measure(target)
+
+
+def _line(rows: list[DemoRow]) -> str:
+    joint, pruned = (next(row for row in rows if row.name == name) for name in HEALED)
+    assert joint.plan is not None
+    assert joint.after is not None
+    assert joint.after.against is not None
+    assert pruned.after is not None
+    assert pruned.after.against is not None
+    context = joint.plan.blueprint.arch.max_position_embeddings
+    lost = {"pruned to the same size": pruned.after.against.difference}
+    found = joint.after.against
+    return report_line("relaxed", joint.plan, found.difference, found.difference_error, lost, context)
+
+
+def _slug(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")

@@ -1,0 +1,302 @@
+"""The whole way in one resumable go: plan, convert, heal, evaluate, beside baselines treated alike."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from refold.blueprint.load import RecipeLike, load_recipe
+from refold.blueprint.recipe import BlockDrop, Drop, HealStage, Recipe
+from refold.checkpoint.folder import settle
+from refold.checkpoint.locate import Source, locate
+from refold.checkpoint.lock import FolderLock
+from refold.checkpoint.manifest import check, is_refold_folder
+from refold.conversion.convert import carry_out
+from refold.conversion.plan import Plan, plan_model, read_plan
+from refold.conversion.source_model import SourceModel, read_source_model
+from refold.data.readers import DataSource, open_data
+from refold.data.split import split
+from refold.errors import FolderError, RecipeError
+from refold.evaluation.evaluate import evaluate
+from refold.evaluation.result import Evaluation, read_evaluation
+from refold.healing.heal import heal
+from refold.studies.report_line import report_line
+
+RUN_NAME = "run.json"
+SUMMARY_NAME = "summary.json"
+CONTEXT = 8192
+
+Baseline = Literal["pruned", "trained-source"]
+Say = Callable[[str], None]
+"""Told what begins."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run is made of; a run folder goes on only with the settings it was begun with.
+
+    Attributes:
+        tokens: Healing tokens, over the recipe's own; 0: no healing; None: the recipe's.
+        baselines: Which rivals are converted, healed and measured alike.
+        eval_tokens: How much held-out text is read.
+        learning_rate: Over the recipe's own.
+        seed: Of the order of the data.
+        device: Where to train and evaluate; None: the best there is.
+    """
+
+    tokens: int | None = None
+    baselines: tuple[Baseline, ...] = ("pruned",)
+    eval_tokens: int | None = 200_000
+    learning_rate: float | None = None
+    seed: int = 0
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run found.
+
+    Attributes:
+        plan: Of the folded model.
+        model: Its folder, healed.
+        unhealed: Evaluation right after conversion.
+        healed: Evaluation of `model`.
+        baselines: Evaluations of the rivals, by name.
+        line: The report.
+    """
+
+    plan: Plan
+    model: Path
+    unhealed: Evaluation
+    healed: Evaluation
+    baselines: dict[str, Evaluation]
+    line: str
+
+
+@dataclass
+class _Way:
+    """One arm of a run: its folder and what it goes through."""
+
+    folder: Path
+    source: Source
+    train: DataSource
+    held_out: DataSource
+    settings: RunSettings
+    stages: tuple[HealStage, ...]
+    command: str
+    say: Say
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+
+    def convert(self, plan: Plan) -> Path:
+        target = self.folder / "converted"
+        if not _stands(target):
+            self.say(f"{self.folder.name}: converting")
+            carry_out(plan, self.source, target, command=self.command)
+        return target
+
+    def heal(self, start: str | Path) -> Path:
+        """Runs the stages one after the other; each begins from what the last one wrote."""
+        for index, stage in enumerate(self.stages):
+            last = index == len(self.stages) - 1
+            target = self.folder / ("model" if last else f"stage-{index + 1}")
+            if not _stands(target):
+                self.say(f"{self.folder.name}: healing for {stage.tokens:,} tokens")
+                heal(start, target, self.train, stage, device=self.settings.device, command=self.command)
+            start = target
+        return Path(start)
+
+    def evaluate(self, model: str | Path, name: str) -> Evaluation:
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            self.say(f"{self.folder.name}: evaluating ({name})")
+            evaluate(
+                model,
+                self.held_out,
+                against=self.source.where,
+                max_tokens=self.settings.eval_tokens,
+                device=self.settings.device,
+            ).write(path)
+        return read_evaluation(path)
+
+
+def run(
+    source: str | Path,
+    destination: str | Path,
+    recipe: RecipeLike = "relaxed",
+    data: Sequence[str | Path] | DataSource = (),
+    overrides: Sequence[str] = (),
+    *,
+    held_out: Sequence[str | Path] | DataSource | None = None,
+    settings: RunSettings | None = None,
+    allow_larger: bool = False,
+    command: str = "",
+    say: Say = lambda text: None,
+) -> RunResult:
+    """Plans, converts, heals and evaluates, and does the same to the baselines. Calling it again goes on.
+
+    The run folder holds `folded/` and a folder for each baseline, each with `converted/`, `model/` (healed) and its
+    evaluations, and `summary.json`.
+
+    Args:
+        source: Folder or hub id.
+        destination: The run folder.
+        recipe: Built-in name, YAML file, mapping or Recipe.
+        data: Text to heal on; without `held_out` a fiftieth of it, chosen by content, is kept for evaluation.
+        overrides: `key.path=value` strings.
+        held_out: Text to evaluate on.
+        settings: Tokens, baselines and the like.
+        allow_larger: Accept a target that is smaller than its source in nothing.
+        command: Command line, for the provenance.
+        say: Told what begins.
+
+    Raises:
+        RefoldError: As the stages do, or the folder holds something else.
+    """
+    settings = settings or RunSettings()
+    loaded = load_recipe(recipe, overrides)
+    name = (
+        recipe if isinstance(recipe, str) and "/" not in recipe and not recipe.endswith((".yaml", ".yml")) else "folded"
+    )
+    located = locate(source)
+    model = read_source_model(located)
+    plan = plan_model(model, loaded, allow_larger)
+    stages = _stages(plan.recipe, settings)
+    opened = data if isinstance(data, DataSource) else open_data(data)
+    train, test = split(opened) if held_out is None else (opened, _open(held_out))
+    root = _claim(Path(destination), plan, settings, train, test)
+    with FolderLock(root):
+        ways = {
+            arm: _Way(root / arm, located, train, test, settings, stages, command, say)
+            for arm in ("folded", *settings.baselines)
+        }
+        folded = ways["folded"]
+        converted = folded.convert(plan)
+        unhealed = folded.evaluate(converted, "unhealed")
+        healed_model = folded.heal(converted)
+        healed = folded.evaluate(healed_model, "healed") if stages else unhealed
+        rivals = {arm: _baseline(ways[arm], model, plan) for arm in settings.baselines}
+        made = read_plan(converted / "plan.json")
+        result = _summarise(
+            name, made, healed_model, unhealed, healed, {k: v for k, v in rivals.items() if v is not None}
+        )
+        _write_summary(root, result, settings)
+    return result
+
+
+def pruned_recipe(plan: Plan) -> Recipe:
+    """Depth pruning that keeps as many whole layers as fit into the stack of a plan's target."""
+    budget = plan.cost.target.non_embedding_parameters
+    return Recipe(drop=Drop(block=BlockDrop(parameters=budget)))
+
+
+def read_baselines(names: Sequence[str] | None) -> tuple[Baseline, ...]:
+    """Reads the baselines a user names; none named: depth pruning.
+
+    Raises:
+        RecipeError: An unknown one.
+    """
+    if not names:
+        return ("pruned",)
+    known = get_args(Baseline)
+    for name in names:
+        if name not in (*known, "none"):
+            raise RecipeError(f"baseline: must be one of {', '.join((*known, 'none'))} (got '{name}')")
+    return tuple(name for name in known if name in names)
+
+
+def _baseline(way: _Way, model: SourceModel, plan: Plan) -> Evaluation | None:
+    start: str | Path = way.source.where
+    if way.folder.name == "pruned":
+        try:
+            start = way.convert(plan_model(model, pruned_recipe(plan)))
+        except RecipeError as error:
+            way.say(f"pruned: no baseline ({error})")
+            return None
+    elif not way.stages:
+        return None
+    return way.evaluate(way.heal(start), "healed" if way.stages else "unhealed")
+
+
+def _stages(recipe: Recipe, settings: RunSettings) -> tuple[HealStage, ...]:
+    if settings.tokens == 0:
+        return ()
+    stages = recipe.heal or ((HealStage(tokens=settings.tokens),) if settings.tokens else ())
+    changes: dict[str, Any] = {"seed": settings.seed}
+    if settings.learning_rate is not None:
+        changes["learning_rate"] = settings.learning_rate
+    total = sum(stage.tokens for stage in stages)
+    scale = 1.0 if settings.tokens is None else settings.tokens / total
+    return tuple(
+        stage.model_copy(update={**changes, "tokens": max(1, round(stage.tokens * scale))}) for stage in stages
+    )
+
+
+def _open(data: Sequence[str | Path] | DataSource) -> DataSource:
+    return data if isinstance(data, DataSource) else open_data(data)
+
+
+def _stands(folder: Path) -> bool:
+    """Whether a folder was finished in an earlier go."""
+    settle(folder)
+    if not folder.exists():
+        return False
+    if is_refold_folder(folder):
+        check(folder)
+    return True
+
+
+def _claim(root: Path, plan: Plan, settings: RunSettings, train: DataSource, held_out: DataSource) -> Path:
+    """Makes the run folder, or checks that it is the one of this very run."""
+    wanted = {
+        "format": 1,
+        "source": plan.source.model_dump(mode="json"),
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "settings": {key: value for key, value in vars(settings).items() if key != "device"},
+        "data": train.identity,
+        "held_out": held_out.identity,
+    }
+    wanted = json.loads(json.dumps(wanted))
+    path = root / RUN_NAME
+    if path.exists():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        different = sorted(key for key in wanted if begun.get(key) != wanted[key])
+        if different:
+            raise FolderError(
+                f"{root}: this run is required to go on with what it began with (different: {', '.join(different)}); "
+                f"choose another output"
+            )
+        return root
+    if root.exists() and any(root.iterdir()):
+        raise FolderError(f"{root}: a new folder, or one of an earlier run, is required (it holds other files)")
+    root.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+    return root
+
+
+def _summarise(
+    name: str, plan: Plan, model: Path, unhealed: Evaluation, healed: Evaluation, rivals: dict[str, Evaluation]
+) -> RunResult:
+    assert healed.against is not None
+    descriptions = {"pruned": "pruned to the same size", "trained-source": "source trained alike"}
+    lost = {descriptions[arm]: found.against.difference for arm, found in rivals.items() if found.against is not None}
+    context = min(CONTEXT, plan.blueprint.arch.max_position_embeddings)
+    line = report_line(name, plan, healed.against.difference, healed.against.difference_error, lost, context)
+    return RunResult(plan, model, unhealed, healed, rivals, line)
+
+
+def _write_summary(root: Path, result: RunResult, settings: RunSettings) -> None:
+    data = {
+        "line": result.line,
+        "model": str(result.model.relative_to(root)) if result.model.is_relative_to(root) else str(result.model),
+        "cost": result.plan.cost.model_dump(mode="json"),
+        "settings": vars(settings),
+        "unhealed": result.unhealed.model_dump(mode="json"),
+        "healed": result.healed.model_dump(mode="json"),
+        "baselines": {name: found.model_dump(mode="json") for name, found in result.baselines.items()},
+    }
+    unfinished = root / f"{SUMMARY_NAME}.tmp"
+    unfinished.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(root / SUMMARY_NAME)
