@@ -198,6 +198,12 @@ class HealStage(Section):
     """Share of the steps over which the learning rate rises."""
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     """AdamW's weight decay, on matrices only."""
+    gradient_clip: Annotated[Real, Field(gt=0)] = 1.0
+    """Longest gradient (2-norm over all weights) of a step; a longer one is shortened to it."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What matrix products run in; weights and optimizer are float32 always. `auto`: see `refold.healing.precision`."""
+    micro_batch: Count | None = None
+    """Sequences in one forward pass; gradients add up to those of the whole batch. Left out: what memory allows."""
     seed: LayerIndex = 0
     """Seed of the order of the data."""
 

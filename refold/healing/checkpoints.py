@@ -1,0 +1,122 @@
+"""Checkpoints of a run: the newest two, each a whole folder or none, and finding the newest that is whole."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from refold.checkpoint.folder import AtomicFolder, repair
+from refold.checkpoint.manifest import verify
+from refold.checkpoint.reader import CheckpointReader
+from refold.checkpoint.writer import ShardedWriter, count_bytes
+from refold.errors import FolderError, HealError
+
+STATE_NAME = "state.json"
+NUM_KEPT = 2
+_NAME = re.compile(r"step-(\d{9})")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands, apart from its tensors. Plain data, so that it is JSON.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included. It gives learning rate and data position as well.
+        bad_steps: steps in a row, up to now, whose loss or gradient was not finite.
+        skipped_steps: such steps in all.
+        seconds: training time so far.
+    """
+
+    step: int = 0
+    bad_steps: int = 0
+    skipped_steps: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Attributes:
+        folder: holds them, one folder for each step.
+        identity: everything the run's result depends on, by name: settings, model, teacher, data. A checkpoint of a
+            run with another identity is not resumed.
+        tell: gets a line for the user.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    tell: Callable[[str], None] = print
+
+    def save(self, state: RunState, tensors: Mapping[str, Tensor]) -> Path:
+        """Writes a checkpoint, then removes all but the newest two.
+
+        Raises:
+            FolderError: the disk is full or cannot be written; earlier checkpoints stay as they are.
+        """
+        path = self.folder / f"step-{state.step:09d}"
+        specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        with AtomicFolder(path, overwrite=True, needed_bytes=count_bytes(specs)) as out:
+            with ShardedWriter(out.path, specs) as writer:
+                for name, tensor in tensors.items():
+                    writer.write(name, tensor)
+            out.hashes.update(writer.hashes)
+            text = json.dumps({"state": asdict(state), "identity": self.identity}, indent=2)
+            (out.path / STATE_NAME).write_text(text + "\n")
+        for old in self._paths()[NUM_KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def newest(self) -> Path | None:
+        """Returns the newest checkpoint's folder, None where there is none."""
+        return next(iter(self._paths()), None)
+
+    def load(self) -> tuple[RunState, dict[str, Tensor]] | None:
+        """Returns state and tensors of the newest checkpoint that is whole, None where there is none.
+
+        Raises:
+            HealError: it is of a run with other settings, model, teacher or data; every difference is named.
+        """
+        for path in self._paths():
+            try:
+                verify(path)
+            except FolderError as error:
+                self.tell(f"checkpoint {path.name} is torn and skipped ({error})")
+                continue
+            found = json.loads((path / STATE_NAME).read_text())
+            self._require_same_run(found["identity"])
+            with CheckpointReader(path) as reader:
+                return RunState(**found["state"]), {name: reader.read(name) for name in reader.names()}
+        return None
+
+    def _paths(self) -> list[Path]:
+        """All checkpoints, newest first."""
+        if not self.folder.is_dir():
+            return []
+        for path in self.folder.glob(".step-*"):
+            # What a kill left of an unfinished checkpoint.
+            repair(path.with_name(path.name.split(".")[1]))
+        return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+
+    def _require_same_run(self, identity: Mapping[str, Any]) -> None:
+        # Through JSON and back, because that is what the checkpoint's went through.
+        wanted = json.loads(json.dumps(self.identity))
+        names = sorted(name for name in wanted | dict(identity) if wanted.get(name) != identity.get(name))
+        if names:
+            shown = "; ".join(
+                f"{name} was {_short(identity.get(name))}, is {_short(wanted.get(name))}" for name in names
+            )
+            raise HealError(
+                f"{self.folder.parent}: an unfinished run with other settings lies there ({shown}); "
+                f"repeat its command to resume it, or pass --restart to drop it"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,1 @@
+"""What a stage can minimise, one file each."""

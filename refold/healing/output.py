@@ -1,0 +1,88 @@
+"""The folder a stage leaves behind: what it was given, with new weights, a longer history and the log."""
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from refold.blueprint.recipe import HealStage
+from refold.checkpoint import provenance
+from refold.checkpoint.card import CARD_NAME, read_licence, write_card
+from refold.checkpoint.companions import copy_companions
+from refold.checkpoint.folder import AtomicFolder
+from refold.checkpoint.locate import CONFIG_NAME, Source
+from refold.checkpoint.writer import ShardedWriter, TensorSpecs
+from refold.healing.log import LOG_NAME
+
+PLAN_NAME = "plan.json"
+_ROW = re.compile(r"^\| ([^|]+) \| ([^|]*) \|$", re.MULTILINE)
+
+
+def tensor_specs(student: nn.Module) -> TensorSpecs:
+    """Returns name, shape and dtype of every parameter; tied ones stand once, under their first name."""
+    return {name: (tuple(value.shape), value.dtype) for name, value in student.named_parameters()}
+
+
+def write_healed(
+    out: AtomicFolder,
+    model: Source,
+    student: nn.Module,
+    specs: TensorSpecs,
+    stage: provenance.Stage,
+    facts: Mapping[str, str],
+    log: Path,
+) -> None:
+    """Writes everything but the manifest, which the atomic folder adds.
+
+    Config, plan, tokenizer and licence are those of the model that was trained. A folded model's names in memory are
+    those in its file; a source gets the names transformers gives it, which is what transformers loads.
+
+    Args:
+        out: the folder being made.
+        model: the model that was trained, as it was before.
+        student: the trained weights, in float32.
+        specs: of the tensors, in the dtypes to be stored.
+        stage: the stage's line in the provenance.
+        facts: rows of the card.
+        log: the training log.
+
+    Raises:
+        FolderError: the folder cannot be written.
+    """
+    folder = model.fetch()
+    with ShardedWriter(out.path, specs) as writer, torch.no_grad():
+        for name, value in student.named_parameters():
+            writer.write(name, value.to(specs[name][1]))
+    out.hashes.update(writer.hashes)
+    for name in (CONFIG_NAME, PLAN_NAME):
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, out.path / name)
+    copy_companions(folder, out.path)
+    shutil.copyfile(log, out.path / LOG_NAME)
+    stages = provenance.append(folder, stage)
+    provenance.write(out.path, stages)
+    base = _base_model(stages, model)
+    title = f"{base}, folded and healed" if (folder / PLAN_NAME).exists() else f"{base}, trained further"
+    write_card(out.path, base, title, {**_card_facts(folder), **facts}, licence=read_licence(folder))
+
+
+def describe(stage: HealStage, tokens: int, losses: Mapping[str, float]) -> dict[str, str]:
+    """Returns the rows a stage adds to the card: what was done, and the losses it ended with, in nats per token."""
+    facts = {"healing": f"{stage.objective}, {tokens:,} tokens, learning rate {stage.learning_rate:g}"}
+    return facts | {f"training {name.replace('_', ' ')}": f"{value:.3f}" for name, value in losses.items()}
+
+
+def _base_model(stages: Sequence[provenance.Stage], model: Source) -> str:
+    first = stages[0].source
+    return first.get("id") or Path(first.get("path") or model.where).name
+
+
+def _card_facts(folder: Path) -> dict[str, str]:
+    """The rows of the card a folder has already; of a card we did not write, none."""
+    card = folder / CARD_NAME
+    if not (folder / provenance.PROVENANCE_NAME).exists() or not card.exists():
+        return {}
+    return {name: value for name, value in _ROW.findall(card.read_text(encoding="utf-8")) if name.strip()}

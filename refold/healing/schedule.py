@@ -1,0 +1,53 @@
+"""How long a stage runs, and its learning rate at every step."""
+
+import math
+from dataclasses import dataclass
+
+FLOOR = 0.1
+"""Share of the peak at which the cosine ends."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A stage cut into optimizer steps. The step alone says which sequences it reads and at which learning rate.
+
+    Attributes:
+        tokens: training tokens of the stage.
+        context: tokens of one sequence.
+        sequences_per_step: sequences of one optimizer step.
+        peak: highest learning rate.
+        warmup: share of the steps over which the learning rate rises.
+    """
+
+    tokens: int
+    context: int
+    sequences_per_step: int
+    peak: float
+    warmup: float
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of the stage; the last one may be partly padding."""
+        return -(-self.tokens // self.context)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the stage; the last one may hold fewer sequences."""
+        return -(-self.num_sequences // self.sequences_per_step)
+
+    def sequences(self, step: int) -> range:
+        """Returns the positions of the sequences that a step reads; steps count from 0."""
+        first = step * self.sequences_per_step
+        return range(first, min(first + self.sequences_per_step, self.num_sequences))
+
+    def tokens_after(self, num_steps: int) -> int:
+        """Returns the training tokens seen after so many steps."""
+        return min(num_steps * self.sequences_per_step * self.context, self.tokens)
+
+    def learning_rate(self, step: int) -> float:
+        """Returns a step's learning rate: linear to the peak, then a cosine to `FLOOR` of it at the last step."""
+        rising = math.ceil(self.warmup * self.num_steps)
+        if step < rising:
+            return self.peak * (step + 1) / rising
+        done = (step - rising + 1) / max(1, self.num_steps - rising)
+        return self.peak * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * done)) / 2)
