@@ -1,0 +1,1 @@
+"""Folded models written in the formats of other programs."""

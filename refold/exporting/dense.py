@@ -1,0 +1,143 @@
+"""Dense export: the stack unrolled into a stock transformers checkpoint of the source's family."""
+
+import json
+import math
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from refold.blueprint.schema import Blueprint, Depth
+from refold.blueprint.source_tensors import SourceTensor, source_tensors
+from refold.checkpoint.locate import CONFIG_NAME
+from refold.checkpoint.writer import ShardedWriter
+from refold.errors import ExportError, SourceError
+from refold.exporting.merging import DepthWeights
+from refold.exporting.packing import pack_pieces
+from refold.exporting.target import ExportJob, ExportTarget
+from refold.families.arch import ArchSpec, Layer
+from refold.families.family import Family
+from refold.families.registry import find_family
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def write(job: ExportJob) -> tuple[str, ...]:
+    """Writes weights and `config.json`, a few matrices in memory at a time.
+
+    Depths that run nothing are left out. Stock layers always have a mixer and an MLP, so a part that is missing at a
+    depth becomes one whose output projection is zero: exact, at the full price.
+
+    Returns:
+        Sentences for the model card.
+
+    Raises:
+        ExportError: The family cannot express the stack, or a tensor of the model is not part of its blueprint.
+        SourceError: The model's files are damaged.
+    """
+    blueprint, family = job.blueprint, find_family(job.blueprint.arch.family)
+    kept = kept_depths(blueprint)
+    arch = dense_arch(blueprint)
+    config = _config(job, arch, family)
+    tensors = source_tensors(arch, family)
+    weights = DepthWeights(blueprint, job.reader)
+    with ShardedWriter(job.out.path, {name: (each.shape, job.dtype) for name, each in tensors.items()}) as writer:
+        for name, tensor in tensors.items():
+            depth = None if tensor.layer is None else kept[tensor.layer]
+            pieces = [weights.read(piece, depth, job.dtype) for piece in tensor.rule.pieces]
+            writer.write(name, pack_pieces(tensor.rule.layout, pieces, arch.head_dim))
+    unread = job.reader.unread()
+    if unread:
+        raise ExportError(
+            f"export: {len(unread)} of the model's tensors have no place: {', '.join(unread[:5])}; convert the source "
+            f"again"
+        )
+    job.out.hashes.update(writer.hashes)
+    (job.out.path / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return _notes(blueprint, arch, tensors)
+
+
+def kept_depths(blueprint: Blueprint) -> tuple[int, ...]:
+    """Returns the depths that run anything, top to bottom: the layers of the export."""
+    return tuple(
+        index for index, depth in enumerate(blueprint.depths) if depth.mixer is not None or depth.mlp is not None
+    )
+
+
+def dense_arch(blueprint: Blueprint) -> ArchSpec:
+    """Returns the architecture of the unrolled stack.
+
+    Raises:
+        ExportError: No depth runs anything, or one runs a mixer other than attention.
+    """
+    foreign = {
+        index: blueprint.mixers[depth.mixer].type
+        for index, depth in enumerate(blueprint.depths)
+        if depth.mixer is not None and blueprint.mixers[depth.mixer].type != "attention"
+    }
+    family = blueprint.arch.family
+    if foreign:
+        named = ", ".join(f"depth {index}: {name}" for index, name in foreign.items())
+        raise ExportError(f"export: attention at every depth is required by {family} (got {named}); keep the folder")
+    depths = [blueprint.depths[index] for index in kept_depths(blueprint)]
+    if not depths:
+        raise ExportError(f"export: a depth with a mixer or an MLP is required by {family} (all are dropped)")
+    # A depth without attention has no say in windows and ropes: it takes those of one that has.
+    mixing = next((depth for depth in depths if depth.mixer is not None), depths[0])
+    layers = tuple(_layer(depth if depth.mixer is not None else mixing) for depth in depths)
+    return blueprint.arch.model_copy(update={"layers": layers})
+
+
+def count_dense_bytes(blueprint: Blueprint, number_bytes: int) -> int:
+    """Returns the bytes of weights of the unrolled stack."""
+    arch = dense_arch(blueprint)
+    tensors = source_tensors(arch, find_family(arch.family)).values()
+    return number_bytes * sum(math.prod(each.shape) for each in tensors)
+
+
+def _layer(depth: Depth) -> Layer:
+    return Layer(window=depth.window, rope=depth.rope)
+
+
+def _config(job: ExportJob, arch: ArchSpec, family: Family) -> dict[str, Any]:
+    try:
+        fields = family.write_config(arch)
+    except SourceError as error:
+        raise ExportError(f"export: {error}; keep the folder") from error
+    return {
+        **fields,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        # Written even where there is none: stock configs have defaults of their own.
+        **{name: job.config.get(name) for name in SPECIAL_TOKENS},
+        "transformers_version": version("transformers"),
+        "use_cache": True,
+    }
+
+
+def _notes(blueprint: Blueprint, arch: ArchSpec, tensors: Mapping[str, SourceTensor]) -> tuple[str, ...]:
+    notes = [f"{arch.num_layers} layers, each with its own weights: what the fold tied is repeated"]
+    left_out = blueprint.num_depths - arch.num_layers
+    if left_out:
+        notes.append(f"{left_out} of {blueprint.num_depths} depths run nothing and are left out")
+    for pool, linear in (("mixer", "o_proj"), ("mlp", "down_proj")):
+        idle = [index for index in kept_depths(blueprint) if getattr(blueprint.depths[index], pool) is None]
+        if idle:
+            names = ", ".join(str(index) for index in idle)
+            what = "attention" if pool == "mixer" else "MLP"
+            notes.append(
+                f"depths {names} of the folded model have no {what}; here they have one whose {linear} is zero, "
+                f"because {arch.family} layers always have both: exact, but nothing is saved there"
+            )
+    if any(depth.exit is not None for depth in blueprint.depths):
+        notes.append("early exits are not part of a stock model and are gone")
+    return tuple(notes)
+
+
+TARGET = ExportTarget(
+    name="dense",
+    url="https://huggingface.co/docs/transformers/model_doc/auto",
+    summary="stock transformers folder of the source's family, loops unrolled and LoRAs merged: loads without refold",
+    count_bytes=count_dense_bytes,
+    write=write,
+)

@@ -1,0 +1,23 @@
+"""All export targets, by the name `--to` takes."""
+
+from collections.abc import Mapping
+
+from refold.errors import ExportError
+from refold.exporting import dense
+from refold.exporting.target import ExportTarget
+from refold.suggest import did_you_mean
+
+TARGETS: Mapping[str, ExportTarget] = {target.name: target for target in (dense.TARGET,)}
+
+
+def find_target(name: str) -> ExportTarget:
+    """Returns an export target.
+
+    Raises:
+        ExportError: No target of that name.
+    """
+    if name not in TARGETS:
+        raise ExportError(
+            f"export: to: must be one of {', '.join(TARGETS)} (got '{name}'){did_you_mean(name, TARGETS)}"
+        )
+    return TARGETS[name]
