@@ -1,0 +1,145 @@
+"""The command line: right input works in its short form, wrong input is one line and exit status 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import typer.main
+from refold.cli import main
+from refold.cli.app import app
+
+FLAGS = {
+    "demo": {"--out", "--heal-tokens", "--json"},
+    "plan": {"--recipe", "-r", "--set", "--context", "--lines", "--allow-larger", "--json"},
+    "recipes": {"--json"},
+    "convert": {"--recipe", "-r", "--set", "--device", "--overwrite", "--allow-larger", "--json"},
+    "heal": {
+        "--data", "-d", "--tokens", "-t", "--objective", "--learning-rate", "--batch-tokens", "--context", "--seed",
+        "--teacher", "--device", "--overwrite", "--restart", "--json",
+    },
+    "evaluate": {
+        "--data", "-d", "--against", "--context", "--stride", "--max-tokens", "--batch-size", "--device", "--dtype",
+        "--out", "--json",
+    },
+    "run": {
+        "--data", "-d", "--recipe", "-r", "--set", "--tokens", "-t", "--held-out", "--baseline", "--learning-rate",
+        "--eval-tokens", "--seed", "--device", "--allow-larger", "--json",
+    },
+    "inspect": {"--verify", "--json"},
+    "generate": {
+        "--prompt", "-p", "--chat", "--stream", "--max-new-tokens", "--temperature", "--top-p", "--seed",
+        "--exit-depth", "--device", "--dtype",
+    },
+    "export": {"--to", "--dtype", "--overwrite"},
+}  # fmt: skip
+
+
+def run(*arguments: str | Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Runs the command line in this process and returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["refold", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_flags_are_these() -> None:
+    commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    found = {
+        name: {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
+        for name, command in commands.items()
+    }
+    assert found == FLAGS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", "/nowhere"], "no such folder"),
+        (["plan", "SOURCE", "-r", "relaxt"], "did you mean 'relaxed'"),
+        (["plan", "SOURCE", "--set", "fold.lops=2"], "did you mean 'loops'"),
+        (["plan", "SOURCE", "-r", "recursive", "--set", "fold.init=[0,99,1,2,3,4]"], "out of range"),
+        (["convert", "SOURCE", "EXISTING"], "never\noverwritten|never overwritten"),
+        (["inspect", "SOURCE"], "a folded model is required"),
+        (["evaluate", "SOURCE", "--data", "/nowhere"], "required"),
+        (["evaluate", "SOURCE", "--data", "LATIN"], "UTF-8"),
+        (["heal", "SOURCE", "OUT", "--data", "LATIN", "--tokens", "many"], "many"),
+        (["generate", "SOURCE", "-p", "x", "--chat"], "chat template"),
+        (["export", "SOURCE", "OUT", "--to", "gguf"], "dense"),
+        (["run", "SOURCE", "EXISTING", "--data", "LATIN"], "required"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(
+    arguments: list[str],
+    says: str,
+    shipped: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"SOURCE": shipped, "OUT": tmp_path / "out", "EXISTING": tmp_path / "mine", "LATIN": tmp_path / "latin.txt"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    status = run(*(places.get(argument, argument) for argument in arguments), monkeypatch=monkeypatch)
+    errors = capsys.readouterr().err
+    assert status == 2
+    assert "Traceback" not in errors
+    assert any(part in " ".join(errors.split()) for part in says.split("|")), errors
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_the_whole_way_by_hand(
+    shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"def number_{index}():\n    return {index}\n" for index in range(3000)))
+    folded, healed, dense = tmp_path / "folded", tmp_path / "healed", tmp_path / "dense"
+    assert run("convert", shipped, folded, "-r", "joint", monkeypatch=monkeypatch) == 0
+    small = ("--batch-tokens", "512", "--context", "64")
+    assert run("heal", folded, healed, "-d", text, "-t", "2k", *small, monkeypatch=monkeypatch) == 0
+    assert run("inspect", healed, "--verify", monkeypatch=monkeypatch) == 0
+    assert run("export", healed, dense, monkeypatch=monkeypatch) == 0
+    capsys.readouterr()
+    windows = ("--max-tokens", "1k", "--context", "64", "--json")
+    assert run("evaluate", healed, "-d", text, "--against", shipped, *windows, monkeypatch=monkeypatch) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["against"]["agreement"] > 0
+    assert run("evaluate", dense, "-d", text, *windows, monkeypatch=monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_byte"] == pytest.approx(found["bits_per_byte"], rel=0.01)
+    assert run("generate", healed, "-p", "def f", "--max-new-tokens", "4", monkeypatch=monkeypatch) == 0
+    plain = capsys.readouterr().out
+    streamed = ("generate", healed, "-p", "def f", "--max-new-tokens", "4", "--stream")
+    assert run(*streamed, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out == plain
+
+
+def test_plan_prints_json_that_convert_would_write(
+    shipped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("plan", shipped, "-r", "relaxed", "--json", monkeypatch=monkeypatch) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["format"] == 1
+    assert plan["cost"]["target"]["parameters"] < plan["cost"]["source"]["parameters"]
+    assert run("plan", shipped, monkeypatch=monkeypatch) == 0
+    assert "pruned" in capsys.readouterr().out
+
+
+def test_recipes_can_be_printed_and_used_by_path(
+    shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("recipes", "joint", monkeypatch=monkeypatch) == 0
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out)
+    assert run("plan", shipped, "-r", tmp_path / "mine.yaml", monkeypatch=monkeypatch) == 0
+
+
+def test_the_installed_command_answers() -> None:
+    done = subprocess.run([sys.executable, "-m", "refold.cli", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.startswith("refold ")

@@ -1,0 +1,40 @@
+"""The public API."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import refold
+
+PUBLIC = {
+    "plan", "convert", "inspect", "heal", "evaluate", "generate", "export", "run",
+    "Recipe", "HealStage", "RunSettings", "load_model", "load_tokenizer", "RefoldError", "__version__",
+}  # fmt: skip
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(refold.__all__) == PUBLIC
+    assert set(dir(refold)) == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC - {"__version__"}))
+def test_every_public_name_is_there_and_documented(name: str) -> None:
+    assert getattr(refold, name).__doc__
+
+
+def test_functions_stay_functions_when_their_packages_are_imported() -> None:
+    for package in ("conversion", "healing", "evaluation", "exporting", "engine", "studies"):
+        importlib.import_module(f"refold.{package}")
+    assert all(callable(getattr(refold, name)) for name in ("convert", "heal", "evaluate", "export", "generate", "run"))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'fold'"):
+        _ = refold.fold
+
+
+def test_importing_refold_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, refold; assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,71 @@
+"""Imports go one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "refold"
+LAYERS = (
+    {"cli"},
+    {"studies"},
+    {"serve"},
+    {"analyse", "conversion", "healing", "evaluation", "engine", "exporting", "report"},
+    {"data", "scoring"},
+    {"modeling"},
+    {"checkpoint"},
+    {"nn"},
+    {"ops", "blueprint"},
+    {"families"},
+)
+EVERYWHERE = {"errors", "suggest", "version", "recipes", "shipped"}
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+
+def imported_packages(path: Path) -> set[str]:
+    """The sub-packages of refold a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+            names = [node.module]
+        found |= {name.split(".")[1] for name in names if name.startswith("refold.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_to_the_right(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    if package not in RANK:
+        assert package.removesuffix(".py") in EVERYWHERE | {"__init__"}, f"{path}: which layer is this?"
+        return
+    for other in imported_packages(path) - EVERYWHERE - {package}:
+        assert RANK[other] > RANK[package], f"{package} may not import {other}"
+
+
+def test_a_stage_may_not_import_its_neighbour() -> None:
+    assert RANK["healing"] == RANK["conversion"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["recipes"], ["plan", "--help"], ["plan", str(ROOT / "shipped" / "stdlib-5m")]], ids=" ".join
+)
+def test_planning_leaves_torch_and_transformers_out(arguments: list[str]) -> None:
+    code = (
+        "import sys\nsys.argv = ['refold', *sys.argv[1:]]\nfrom refold.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "loaded = {'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_relative_imports_are_not_used() -> None:
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: {ast.dump(node)}"
