@@ -203,7 +203,7 @@ def render(results: dict[str, Any], given: argparse.Namespace) -> str:
     lines += [
         "",
         f"The paired standard error of each difference is at most {error:.4f} ({given.eval_tokens:,} held-out tokens, "
-        f"windows of {given.context}, stride {given.context // 2}). Objective: 0.5 cross-entropy + 0.5 forward KL to the "
+        f"windows of {given.context}, stride {given.context // 2}). Objective: 0.5 cross-entropy + 0.5 KL to the "
         f"source; {given.batch_tokens:,} tokens a step, context {given.context}.",
         "",
         f"Machine: {told['machine']}; Python {told['python']}; commit {told['commit']}. Command:",

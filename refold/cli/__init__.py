@@ -12,7 +12,7 @@ def main() -> None:
         app()
     except RefoldError as error:
         print(f"refold: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_status", 2))
+        sys.exit(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
         print("refold: interrupted", file=sys.stderr)
         sys.exit(130)
