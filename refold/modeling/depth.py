@@ -82,15 +82,16 @@ class Depth(GradientCheckpointingLayer):
     ) -> Float[Tensor, "B T D"]:
         """Runs mixer and MLP, either of which may be absent, and adds what they give to the residual stream."""
         lora: Lora = self.adapters()
-        mixed = hidden_states
+        update = None
         if mixer is not None:
             assert context is not None
             context.past_key_values = past_key_values
             update = mixer(hidden_states, self.view, context, lora, self.own_vectors("mixer"))
-            mixed = hidden_states + update
-        if mlp is None:
-            return mixed
-        return mixed + mlp(hidden_states if self.parallel else mixed, lora, self.own_vectors("mlp"))
+        if self.parallel and update is not None and mlp is not None:
+            # Updates first, as transformers adds them: in half precision the order shows.
+            return mlp(hidden_states, lora, self.own_vectors("mlp")) + update + hidden_states
+        mixed = hidden_states if update is None else hidden_states + update
+        return mixed if mlp is None else mixed + mlp(mixed, lora, self.own_vectors("mlp"))
 
 
 def _own_vectors(shapes: Mapping[str, tuple[int, ...]], norm: Any) -> OwnedVectors:
