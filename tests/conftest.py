@@ -31,7 +31,7 @@ class Unchecked(PathFinder):
 
 
 def checked_at_first(*, typechecker: Any) -> Callable[[Any], Any]:
-    """jaxtyping's decorator, for the first calls of a function and few later ones: a check takes up to a millisecond."""
+    """jaxtyping's decorator for the first calls of a function and few later ones: a check takes up to a millisecond."""
     return functools.partial(sample, check=check_shapes(typechecker=typechecker))
 
 
@@ -74,7 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {**LLAMA},
     "llama-mha-bias": {"num_key_value_heads": 4, "attention_bias": True, "hidden_act": "gelu_pytorch_tanh"},
     "llama-mqa-mlp-bias": {"num_key_value_heads": 1, "mlp_bias": True, "tie_word_embeddings": True},
-    "llama-linear": {**LLAMA, "head_dim": 16, "rope_parameters": {"rope_type": "linear", "rope_theta": 99, "factor": 2}},
+    "llama-linear": {**LLAMA, "head_dim": 16, "rope_parameters": {"rope_type": "linear", "rope_theta": 9, "factor": 2}},
     "llama-llama3": {**LLAMA, "rope_parameters": LLAMA3, "tie_word_embeddings": True, "hidden_act": "gelu"},
     "llama-v4": {**LLAMA, "raw": V4_LINEAR, "attention_bias": True, "hidden_act": "relu"},
     "mistral-window": {"num_key_value_heads": 2, "sliding_window": 8},

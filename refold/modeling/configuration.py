@@ -71,9 +71,11 @@ class RefoldConfig(PreTrainedConfig):
 def layer_types(blueprint: Blueprint) -> list[str]:
     """transformers' name for what each depth caches.
 
-    `moe` is its only accepted name for a layer that caches nothing, which is what a depth without a mixer is.
+    `moe` is its only accepted name for a layer that caches nothing, which is what a depth without a mixer is. A cache
+    must hold one other layer at least, so a stack without any mixer has empty ones.
     """
+    nothing = "full_attention" if all(depth.mixer is None for depth in blueprint.depths) else "moe"
     return [
-        "moe" if depth.mixer is None else "full_attention" if depth.window is None else "sliding_attention"
+        nothing if depth.mixer is None else "full_attention" if depth.window is None else "sliding_attention"
         for depth in blueprint.depths
     ]

@@ -124,7 +124,10 @@ def test_a_converted_folder_gives_the_same_bits_each_time(load, tokens):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda tensors: tensors.pop("model.mlps.1.up_proj.weight"), r"1 missing keys: model\.mlps\.1\.up_proj\.weight"),
+        (
+            lambda tensors: tensors.pop("model.mlps.1.up_proj.weight"),
+            r"1 missing keys: model\.mlps\.1\.up_proj\.weight",
+        ),
         (lambda tensors: tensors.update({"model.extra": torch.zeros(1)}), r"1 unexpected keys: model\.extra"),
         (
             lambda tensors: tensors.update({"model.norm.weight": torch.zeros(31)}),

@@ -1,0 +1,33 @@
+"""`import refold` is light, and transformers knows folded models afterwards, whichever is imported first."""
+
+import subprocess
+import sys
+
+import pytest
+
+ORDERS = {
+    "refold first": "import refold\nfrom transformers import AutoModelForCausalLM",
+    "transformers first": "import transformers\nimport refold\nfrom transformers import AutoModelForCausalLM",
+    "Auto classes first": "from transformers import AutoModelForCausalLM\nimport refold",
+}
+
+
+def run(script: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_auto_classes_load_a_folded_model(fold, order):
+    script = (
+        "import sys\n" + ORDERS[order] + "\nfrom transformers import AutoConfig\n"
+        "print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__,"
+        " type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+    )
+    assert run(script, str(fold("llama"))) == "RefoldConfig RefoldForCausalLM"
+
+
+def test_importing_refold_imports_neither_torch_nor_transformers():
+    found = run("import refold, sys; print([name for name in ('torch', 'transformers') if name in sys.modules])")
+    assert found == "[]"

@@ -1,0 +1,86 @@
+"""What the blueprint says a model stores is what the model stores."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from refold.blueprint.build import build_blueprint
+from refold.blueprint.recipe import Recipe
+from refold.blueprint.tensors import target_tensors
+from refold.errors import RecipeError
+from refold.families.registry import read_arch
+from refold.modeling.configuration import RefoldConfig
+from refold.modeling.model import RefoldForCausalLM
+
+LINEARS = ("q_proj", "o_proj", "up_proj", "down_proj", "mixer", "mlp", "all")
+CONFIG = {
+    "vocab_size": 24,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 6,
+}
+KINDS = (
+    {"model_type": "llama", "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    {"model_type": "mistral", "num_key_value_heads": 1, "tie_word_embeddings": True, "sliding_window": 3},
+    {"model_type": "gpt_neox", "attention_bias": False},
+    {"model_type": "gpt_neox"},
+)
+
+ranks = st.one_of(
+    st.integers(1, 20), st.just("full"), st.dictionaries(st.sampled_from(LINEARS), st.integers(0, 9), min_size=1)
+)
+folds = st.fixed_dictionaries(
+    {"loops": st.integers(1, 3)},
+    optional={
+        "pattern": st.sampled_from(["cycle", "sequence", "cycle_reversed"]),
+        "init": st.sampled_from(["stepwise", "average", "lower", "upper", "random"]),
+        "tie": st.sampled_from([["mixer"], ["mlp"], ["mixer", "mlp"]]),
+        "prelude": st.integers(0, 2),
+        "coda": st.integers(0, 2),
+        "uneven": st.sampled_from(["drop", "prelude"]),
+    },
+)
+relaxes = st.fixed_dictionaries(
+    {"rank": ranks},
+    optional={"init": st.sampled_from(["svd", "zero", "joint"]), "vectors": st.sampled_from(["own", "tied"])},
+)
+drops = st.fixed_dictionaries(
+    {},
+    optional={
+        "attention": st.fixed_dictionaries({"count": st.integers(0, 6)}),
+        "mlp": st.fixed_dictionaries({"count": st.integers(0, 6)}),
+        "block": st.fixed_dictionaries({"count": st.integers(0, 3)}),
+    },
+)
+recipes = st.fixed_dictionaries({}, optional={"fold": folds, "relax": relaxes, "drop": drops})
+
+
+@given(recipe=recipes, kind=st.sampled_from(KINDS))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+def test_names_and_shapes_of_the_spec_are_those_of_the_model(recipe, kind):
+    try:
+        blueprint = build_blueprint(read_arch({**CONFIG, **kind}), Recipe.model_validate(recipe)).blueprint
+    except RecipeError:
+        assume(False)
+        raise
+    with torch.device("meta"):
+        model = RefoldForCausalLM(RefoldConfig(blueprint=blueprint.model_dump(mode="json")))
+    stored = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    if blueprint.arch.tied_head:
+        assert stored.pop("lm_head.weight") == stored["model.embed_tokens.weight"]
+    assert stored == {tensor.name: tensor.shape for tensor in target_tensors(blueprint)}
+
+
+def test_two_window_sizes_in_one_model_are_refused():
+    arch = read_arch({**CONFIG, "model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 3})
+    blueprint = build_blueprint(arch, Recipe()).blueprint.model_dump(mode="json")
+    blueprint["depths"][1]["window"] = 5
+    with pytest.raises(RecipeError, match=r"at most one window size .* \(got \[3, 5\]\)"):
+        RefoldConfig(blueprint=blueprint)
+
+
+def test_a_config_without_a_blueprint_is_refused():
+    with pytest.raises(RecipeError, match="`blueprint` is required"):
+        RefoldForCausalLM(RefoldConfig())
