@@ -52,7 +52,9 @@ def test_a_stage_may_not_import_its_neighbour() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["recipes"], ["plan", "--help"], ["plan", str(ROOT / "shipped" / "stdlib-5m")]], ids=" ".join
+    "arguments",
+    [["--help"], ["recipes"], ["plan", "--help"], ["plan", str(ROOT / "shipped" / "stdlib-5m")]],
+    ids=lambda arguments: arguments[0] + str(len(arguments)),
 )
 def test_planning_leaves_torch_and_transformers_out(arguments: list[str]) -> None:
     code = (

@@ -15,31 +15,25 @@ def command(
         bool, typer.Option("--chat", help="The prompt is a user's message: apply the chat template.")
     ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    max_new_tokens: Annotated[int | None, typer.Option(help="At most so many tokens. Left out: 128.")] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from so many likeliest tokens; 0: all.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     exit_depth: Annotated[int | None, typer.Option(help="Run only so many depths.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
     """Continue a prompt with a folded model, or with a source."""
-    from refold.engine.generate import generate, stream_text
+    from refold.engine.generate import TextGenerator
+    from refold.engine.sampling import Sampling
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    settings = {
-        "chat": chat,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "exit_depth": exit_depth,
-        "device": device,
-        "dtype": dtype,
-    }
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    generator = TextGenerator(model, dtype=dtype, device=device)
     if stream:
-        for piece in stream_text(model, text, **settings):
+        for piece in generator.stream(text, sampling, chat=chat, exit_depth=exit_depth):
             print(piece, end="", flush=True)
         print()
     else:
-        print(generate(model, text, **settings))
+        print(generator.generate([text], sampling, chat=chat, exit_depth=exit_depth)[0])

@@ -1,10 +1,13 @@
 """Models and tokenizers from a folder or hub id: folded ones and sources alike."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from refold.checkpoint.companions import has_tokenizer
 from refold.checkpoint.folder import settle
@@ -90,18 +93,31 @@ def load_model(
     _, folder = open_source(source)
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=choose_dtype(dtype),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
-        )
+        with _without_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=choose_dtype(dtype),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **options,
+            )
     except (OSError, ValueError) as error:
         raise SourceError(f"{folder}: cannot be loaded ({str(error).splitlines()[0][:160]})") from error
     target = device if isinstance(device, torch.device) else choose_device(device)
     return model.to(target).eval()
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps transformers from drawing a bar for what takes a second, even where nobody looks."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(source: str | Path | Source) -> PreTrainedTokenizerBase:

@@ -11,6 +11,7 @@ from refold.conversion.convert import convert
 from refold.conversion.plan import Plan
 from refold.data.readers import DataSource
 from refold.engine.generate import generate
+from refold.engine.sampling import Sampling
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.result import Evaluation
 from refold.healing.heal import heal
@@ -92,7 +93,7 @@ def demo(folder: Path, *, heal_tokens: int = HEAL_TOKENS, say: Say = lambda text
     say("writing samples")
     healed = folder / f"{_slug(joint.name)}-healed"
     samples = {
-        name: generate(model, PROMPT, max_new_tokens=48, device="cpu")
+        name: generate(model, PROMPT, Sampling(max_new_tokens=48), device="cpu")
         for name, model in (("source", source), (joint.name, healed))
     }
     return DemoResult(rows, samples, _line(rows), joint.plan.blueprint.arch.max_position_embeddings)

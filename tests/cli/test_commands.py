@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import typer.main
+
 from refold.cli import main
 from refold.cli.app import app
 
@@ -30,7 +30,7 @@ FLAGS = {
     },
     "inspect": {"--verify", "--json"},
     "generate": {
-        "--prompt", "-p", "--chat", "--stream", "--max-new-tokens", "--temperature", "--top-p", "--seed",
+        "--prompt", "-p", "--chat", "--stream", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed",
         "--exit-depth", "--device", "--dtype",
     },
     "export": {"--to", "--dtype", "--overwrite"},
@@ -82,7 +82,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    places = {"SOURCE": shipped, "OUT": tmp_path / "out", "EXISTING": tmp_path / "mine", "LATIN": tmp_path / "latin.txt"}
+    places = {
+        "SOURCE": shipped,
+        "OUT": tmp_path / "out",
+        "EXISTING": tmp_path / "mine",
+        "LATIN": tmp_path / "latin.txt",
+    }
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
