@@ -1,0 +1,1 @@
+"""How well a model predicts a text, alone or beside its source, as one file."""

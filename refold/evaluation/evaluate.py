@@ -1,0 +1,183 @@
+"""Evaluates a model on text: bits per byte, perplexity, accuracy, and how like another model it predicts."""
+
+import math
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from refold.checkpoint.provenance import Stage
+from refold.data.readers import DataSource, open_data
+from refold.data.tokens import tokenise
+from refold.errors import DataError, RefoldError
+from refold.evaluation.data_files import describe_data
+from refold.evaluation.document_sums import DocumentCounts, ratio_error
+from refold.evaluation.result import Comparison, Evaluation, ExitScores, Machine, Seconds
+from refold.evaluation.stopwatch import Stopwatch
+from refold.evaluation.subject import ModelLike, Subject, check_comparable, open_subject, require_tokenizer
+from refold.evaluation.text_bytes import scored_bytes
+from refold.evaluation.window_pass import Progress, WindowPass
+
+DEFAULT_CONTEXT = 1024
+"""Tokens in a window where neither the caller nor the model's positions ask for fewer."""
+BATCH_TOKENS = 4096
+"""Tokens in a batch of windows where no batch size is given."""
+
+
+def evaluate(
+    model: ModelLike,
+    data: str | Path | Sequence[str | Path] | DataSource,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    against: ModelLike | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measures how well a model, folded or not, predicts a text.
+
+    Every token of a document is scored once, from windows that overlap (`refold.data.windows` has the rule). Figures
+    compare only at the same data, context and stride, so the result states them. A document's first token is not scored
+    where the tokenizer has no start token to put before it; its bytes then do not count either.
+
+    Args:
+        model: Folder, hub id, or a loaded model.
+        data: Files and folders, or an open data source; documents are taken in file order.
+        tokenizer: Needed with a loaded model; else the folder's own.
+        against: Another model with the same vocabulary, usually the source: both run on the same windows.
+        context: Tokens in a window; None: 1,024, or as many positions as the models have if that is less.
+        stride: Tokens scored by each window of a document after its first; None: half the context.
+        max_tokens: Stop after so many tokens of the data, start tokens included; None: all of it.
+        batch_size: Windows in a batch; None: as many as 4,096 tokens hold.
+        dtype: Of the weights of models that are loaded here; None: as stored.
+        device: Where they are loaded to; None: the best there is, or where a loaded `model` lies.
+        progress: Told how far it is.
+
+    Raises:
+        DataError: The data are missing, broken or empty; the context or stride does not fit.
+        SourceError: A model or tokenizer is missing or broken, or the vocabularies differ.
+        RefoldError: The device or dtype cannot be had, or the model's numbers are not finite.
+    """
+    watch = Stopwatch()
+    source = data if isinstance(data, DataSource) else open_data(data)
+    with watch.measure("load"):
+        subject = open_subject(model, tokenizer, dtype=dtype, device=device)
+        other = None
+        if against is not None:
+            loaded = isinstance(against, PreTrainedModel)
+            there = {} if loaded else {"dtype": dtype, "device": subject.model.device}
+            other = open_subject(against, **there)
+            check_comparable(subject, other)
+        vocabulary = require_tokenizer(subject)
+    context, stride, batch_size = _sizes([subject, *([other] if other else [])], context, stride, batch_size)
+    with watch.measure("tokenise"):
+        files = describe_data(source)
+        tokenised = tokenise(source, vocabulary, budget=max_tokens, seed=None)
+        sizes = scored_bytes(tokenised, vocabulary)
+    scored = WindowPass(subject.model, None if other is None else other.model, tokenised.num_documents, watch)
+    scored.run(tokenised, context, stride, batch_size, progress)
+    total = scored.sums.total()
+    _require_finite(subject, total.nll)
+    sizes = np.where(scored.sums.num_tokens > 0, sizes, 0)
+    num_bytes = int(sizes.sum())
+    seconds = Seconds(**{name: watch.seconds[name] for name in Seconds.model_fields})
+    stage = Stage(stage="evaluate")
+    return Evaluation(
+        model=subject.facts,
+        data=files,
+        is_whole_data=tokenised.is_whole_source,
+        max_tokens=max_tokens,
+        context=context,
+        stride=stride,
+        batch_size=batch_size,
+        documents=int((scored.sums.num_tokens > 0).sum()),
+        tokens=total.num_tokens,
+        bytes=num_bytes,
+        bits_per_byte=total.bits_per_byte(num_bytes),
+        bits_per_byte_error=ratio_error(scored.sums.nll / math.log(2), sizes),
+        perplexity=total.perplexity,
+        accuracy=total.accuracy,
+        exits=_exits(scored, num_bytes),
+        against=None if other is None else _comparison(scored, other, sizes),
+        seconds=seconds,
+        tokens_per_second=total.num_tokens / (seconds.model + seconds.against + seconds.score),
+        machine=_machine(subject.model.device),
+        versions=stage.versions,
+        time=stage.time,
+    )
+
+
+def _sizes(
+    subjects: Sequence[Subject], context: int | None, stride: int | None, batch_size: int | None
+) -> tuple[int, int, int]:
+    limits = [(each.facts.name, getattr(each.model.config, "max_position_embeddings", None)) for each in subjects]
+    known: dict[str, int] = {name: int(limit) for name, limit in limits if limit is not None}
+    if context is None:
+        context = min([DEFAULT_CONTEXT, *known.values()])
+    if context < 1:
+        raise DataError(f"context: at least 1 token is required (got {context})")
+    for name, limit in known.items():
+        if context > limit:
+            raise DataError(f"context: at most the {limit} positions of {name} are required (got {context})")
+    stride = max(1, context // 2) if stride is None else stride
+    batch_size = max(1, BATCH_TOKENS // context) if batch_size is None else batch_size
+    if batch_size < 1:
+        raise DataError(f"batch_size: at least 1 window is required (got {batch_size})")
+    return context, stride, batch_size
+
+
+def _exits(scored: WindowPass, num_bytes: int) -> tuple[ExitScores, ...]:
+    totals = [sums.total() for sums in scored.exit_sums]
+    return tuple(
+        ExitScores(
+            depths=depths,
+            bits_per_byte=total.bits_per_byte(num_bytes),
+            perplexity=total.perplexity,
+            accuracy=total.accuracy,
+        )
+        for depths, total in zip(scored.exits, totals, strict=True)
+    )
+
+
+def _comparison(scored: WindowPass, other: Subject, sizes: DocumentCounts) -> Comparison:
+    total, theirs = scored.sums.total(), scored.against_sums.total()
+    _require_finite(other, theirs.nll)
+    num_bytes = int(sizes.sum())
+    return Comparison(
+        model=other.facts,
+        bits_per_byte=theirs.bits_per_byte(num_bytes),
+        bits_per_byte_error=ratio_error(scored.against_sums.nll / math.log(2), sizes),
+        perplexity=theirs.perplexity,
+        accuracy=theirs.accuracy,
+        difference=total.bits_per_byte(num_bytes) - theirs.bits_per_byte(num_bytes),
+        difference_error=ratio_error((scored.sums.nll - scored.against_sums.nll) / math.log(2), sizes),
+        agreement=total.agreement,
+        kl=total.mean_kl,
+    )
+
+
+def _require_finite(subject: Subject, nll: float) -> None:
+    if not math.isfinite(nll):
+        raise RefoldError(
+            f"{subject.facts.name}: finite predictions are required (got {nll} in {subject.facts.dtype}); the weights "
+            f"are broken, or the dtype is too narrow: try float32"
+        )
+
+
+def _machine(device: torch.device) -> Machine:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return Machine(
+        device=str(device),
+        device_name=name,
+        cpus=os.cpu_count() or 1,
+        torch_threads=torch.get_num_threads(),
+        system=platform.platform(),
+    )

@@ -1,0 +1,180 @@
+"""`evaluation.json`: what was measured, on what, by which model, where."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from refold.errors import FolderError
+
+FILE_NAME = "evaluation.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelFacts(_Record):
+    """Which model."""
+
+    name: str
+    """Folder or hub id; of a model handed over in memory what it says it was loaded from."""
+    model_type: str
+    parameters: int
+    """Numbers stored; tied ones count once."""
+    weight_bytes: int
+    dtype: str
+    source: dict[str, Any] = {}
+    """`path` or `id`, `revision` and `fingerprint`; empty for a model in memory."""
+
+
+class DataFile(_Record):
+    """One file of the data, or documents in memory under the name they were given."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class ExitScores(_Record):
+    """How well the stack predicts when it is left early."""
+
+    depths: int
+    """Number of depths that ran."""
+    bits_per_byte: float
+    perplexity: float
+    accuracy: float
+
+
+class Comparison(_Record):
+    """The model beside another with the same vocabulary, on the same windows."""
+
+    model: ModelFacts
+    """The other model: usually the source."""
+    bits_per_byte: float
+    """The other model's own."""
+    bits_per_byte_error: float | None
+    perplexity: float
+    accuracy: float
+    difference: float
+    """Bits per byte of the evaluated model minus those of the other: above 0 is worse."""
+    difference_error: float | None
+    """Standard error of the difference, documents paired; None with fewer than two documents."""
+    agreement: float
+    """Share of scored tokens where both have the same likeliest token."""
+    kl: float
+    """`KL(other || evaluated)`, nats per scored token."""
+
+
+class Seconds(_Record):
+    """Where the time went."""
+
+    load: float
+    """Loading models and tokenizers."""
+    tokenise: float
+    """Reading, hashing and tokenising the data."""
+    model: float
+    """Forward passes of the evaluated model, head excluded."""
+    against: float
+    """Forward passes of the other model, head excluded."""
+    score: float
+    """Heads and scores."""
+
+
+class Machine(_Record):
+    """Where it ran."""
+
+    device: str
+    device_name: str
+    """Of an accelerator; for the CPU the processor architecture."""
+    cpus: int
+    torch_threads: int
+    system: str
+
+
+class Evaluation(_Record):
+    """One evaluation.
+
+    Standard errors treat documents as independent draws and the figure as a ratio of sums (delta method). Documents
+    that are pieces of one book resemble each other, so the true error is somewhat larger than theirs.
+    """
+
+    format: int = 1
+    model: ModelFacts
+    data: tuple[DataFile, ...]
+    is_whole_data: bool
+    """Whether all documents were used; False where `max_tokens` cut them."""
+    max_tokens: int | None
+    context: int
+    """Tokens a window may hold."""
+    stride: int
+    """Tokens scored by each window of a document after its first."""
+    documents: int
+    """Documents of which at least one token was scored."""
+    tokens: int
+    """Scored tokens."""
+    bytes: int
+    """UTF-8 bytes these tokens stand for."""
+    bits_per_byte: float
+    bits_per_byte_error: float | None
+    """Standard error over documents; None with fewer than two."""
+    perplexity: float
+    """Per token of this model's tokenizer."""
+    accuracy: float
+    """Share of scored tokens that are the model's likeliest."""
+    exits: tuple[ExitScores, ...] = ()
+    """For each exit of the blueprint, top to bottom."""
+    against: Comparison | None = None
+    seconds: Seconds
+    tokens_per_second: float
+    """Scored tokens by the seconds of forward passes and scores."""
+    batch_size: int
+    machine: Machine
+    versions: dict[str, str]
+    time: str
+    """Local time with offset."""
+
+    def write(self, path: str | Path) -> Path:
+        """Writes the evaluation, whole or not at all, and returns the file's path.
+
+        Args:
+            path: The file, or a folder that gets an `evaluation.json`.
+
+        Raises:
+            FolderError: The file cannot be written.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / FILE_NAME
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                unfinished.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                unfinished.replace(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+        except OSError as error:
+            raise FolderError(f"{path}: a writable place is required ({error.strerror}); choose another") from error
+        return path
+
+
+def read_evaluation(path: str | Path) -> Evaluation:
+    """Reads what `Evaluation.write` wrote; a folder stands for the `evaluation.json` in it.
+
+    Raises:
+        FolderError: There is no such file, or it is not an evaluation.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        return Evaluation.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise FolderError(f"{path}: a readable evaluation is required ({error.strerror}); evaluate first") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(key) for key in first["loc"])
+        raise FolderError(
+            f"{path}: an evaluation is required ({where + ': ' if where else ''}{first['msg']}); evaluate again"
+        ) from error

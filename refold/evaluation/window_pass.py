@@ -1,0 +1,124 @@
+"""The windows of all documents through one or two models, each token scored once."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from refold.data.tokens import TokenisedDocuments
+from refold.data.windows import window_batches, window_spans
+from refold.errors import DataError
+from refold.evaluation.document_sums import DocumentSums
+from refold.evaluation.stopwatch import Stopwatch
+from refold.modeling.model import RefoldForCausalLM
+from refold.scoring.agreement import token_scores
+from refold.scoring.head import Predictions
+from refold.scoring.predict import head_of, predict
+
+Progress = Callable[[int, int], None]
+"""Called with windows done and windows in all."""
+
+
+class WindowPass:
+    """One pass over tokenised documents.
+
+    Args:
+        model: The model to score; where its blueprint has exits they are scored too.
+        against: A model with the same vocabulary, on the same device, that runs on the same windows; or None.
+        num_documents: Documents in the data.
+        watch: Gets seconds under `model`, `against` and `score`.
+
+    Attributes:
+        exits: For each exit of the model, how many depths run before it.
+        sums: The model's sums by document.
+        against_sums: The other model's.
+        exit_sums: Those of each exit.
+    """
+
+    def __init__(self, model: PreTrainedModel, against: PreTrainedModel | None, num_documents: int, watch: Stopwatch):
+        self._model, self._against, self._watch = model, against, watch
+        self.exits = _exit_depths(model)
+        self.sums = DocumentSums(num_documents)
+        self.against_sums = DocumentSums(num_documents)
+        self.exit_sums = [DocumentSums(num_documents) for _ in self.exits]
+
+    def run(
+        self, tokenised: TokenisedDocuments, context: int, stride: int, batch_size: int, progress: Progress | None
+    ) -> None:
+        """Scores every window, longest first.
+
+        Raises:
+            DataError: The stride does not fit the context, or no document has two tokens.
+        """
+        num_windows = len(window_spans(tokenised, context=context, stride=stride))
+        if not num_windows:
+            raise DataError(f"data: a document of at least two tokens is required (got {tokenised.num_tokens} in all)")
+        with torch.inference_mode(), _evaluating(self._model), _evaluating(self._against):
+            self._score(tokenised, context, stride, batch_size, num_windows, progress)
+
+    def _score(
+        self,
+        tokenised: TokenisedDocuments,
+        context: int,
+        stride: int,
+        batch_size: int,
+        num_windows: int,
+        progress: Progress | None,
+    ) -> None:
+        done = 0
+        # Windows are padded on the right, where causal models never look from a real token: no mask is needed, and
+        # attention back-ends are faster without.
+        for batch in window_batches(tokenised, context=context, stride=stride, batch_size=batch_size):
+            self._add(batch.documents, batch.input_ids, batch.labels)
+            done += len(batch.documents)
+            if progress is not None:
+                progress(done, num_windows)
+
+    def _add(
+        self, documents: Int64[Tensor, "B"], input_ids: Int64[Tensor, "B T"], labels: Int64[Tensor, "B T"]
+    ) -> None:
+        device = self._model.device
+        reference = None
+        with self._watch.measure("model", device):
+            predictions, *exits = _predict_all(self._model, input_ids.to(device), bool(self.exits))
+        if self._against is not None:
+            with self._watch.measure("against", device):
+                reference = predict(self._against, input_ids.to(device))
+        with self._watch.measure("score", device):
+            here = labels.to(device)
+            self.sums.add(documents, labels, token_scores(predictions, here, reference=reference))
+            if reference is not None:
+                self.against_sums.add(documents, labels, token_scores(reference, here))
+            for sums, exit_predictions in zip(self.exit_sums, exits, strict=True):
+                sums.add(documents, labels, token_scores(exit_predictions, here))
+
+
+def _exit_depths(model: PreTrainedModel) -> list[int]:
+    if not isinstance(model, RefoldForCausalLM):
+        return []
+    depths = model.config.read_blueprint().depths
+    return [index + 1 for index, depth in enumerate(depths) if depth.exit is not None]
+
+
+def _predict_all(model: PreTrainedModel, input_ids: Int64[Tensor, "B T"], with_exits: bool) -> list[Predictions]:
+    """The full stack's predictions, then those of each exit."""
+    if not with_exits:
+        return [predict(model, input_ids)]
+    stack: Any = model.base_model
+    output = stack(input_ids=input_ids, use_cache=False, output_exits=True)
+    head = head_of(model)
+    return [Predictions(hidden, head) for hidden in (output.last_hidden_state, *output.exit_hidden_states)]
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel | None) -> Iterator[None]:
+    """Puts a model into evaluation mode, and back into training afterwards if that is where it was."""
+    with ExitStack() as stack:
+        if model is not None and model.training:
+            stack.callback(model.train)
+            model.eval()
+        yield

@@ -1,0 +1,324 @@
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from refold.conversion.convert import convert
+from refold.data.readers import from_documents
+from refold.errors import DataError, RefoldError, SourceError
+from refold.evaluation.evaluate import DEFAULT_CONTEXT, evaluate
+from refold.evaluation.result import Evaluation
+from refold.modeling.load import load_model, load_tokenizer
+
+LORA = {"type": "lora", "rank": 5}
+
+
+@pytest.fixture(scope="module")
+def source(make_model) -> Path:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def folded(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("folded") / "out"
+    convert(source, folder, {"fold": {"loops": 2}, "relax": LORA, "exits": {"at": "loops"}})
+    return folder
+
+
+class Naive:
+    """Every token scored by itself, from all logits of its window, in float64."""
+
+    def __init__(self, folder: Path, documents, context: int, stride: int, exit_depth: int | None = None):
+        model = load_model(folder, dtype=torch.float32, device="cpu").double()
+        tokenizer = load_tokenizer(folder)
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.rows: list[list[torch.Tensor]] = []
+        self.labels: list[list[int]] = []
+        extra = {} if exit_depth is None else {"exit_depth": exit_depth}
+        for text in documents:
+            ids = start + tokenizer(text, add_special_tokens=False)["input_ids"]
+            self.rows.append([])
+            window, logits = (0, 0), torch.empty(0)
+            self.labels.append(ids[1:])
+            for place in range(1, len(ids)):
+                # The first window reaches `context`, each later one `stride` further; a window ends at its last token.
+                later = max(0, math.ceil((place - context) / stride))
+                last = min(context + later * stride, len(ids) - 1)
+                begin = max(0, last - context)
+                if place == 1 or begin != window[0] or last != window[1]:
+                    window = (begin, last)
+                    with torch.no_grad():
+                        logits = model(torch.tensor([ids[begin:last]]), **extra).logits[0]
+                self.rows[-1].append(logits[place - 1 - begin].log_softmax(-1))
+        self.nll = np.array(
+            [
+                sum(-float(row[label]) for row, label in zip(rows, labels, strict=True))
+                for rows, labels in zip(self.rows, self.labels, strict=True)
+            ]
+        )
+        self.num_tokens = sum(map(len, self.labels))
+
+    def accuracy(self) -> float:
+        pairs = [pair for lists in zip(self.rows, self.labels, strict=True) for pair in zip(*lists, strict=True)]
+        return sum(int(row.argmax()) == label for row, label in pairs) / len(pairs)
+
+
+def _bytes(texts) -> np.ndarray:
+    return np.array([len(text.encode()) for text in texts])
+
+
+def _jackknife(amounts: np.ndarray, sizes: np.ndarray) -> float:
+    count = len(sizes)
+    left_out = np.array([np.delete(amounts, i).sum() / np.delete(sizes, i).sum() for i in range(count)])
+    return float(np.sqrt((count - 1) / count * np.square(left_out - left_out.mean()).sum()))
+
+
+@pytest.mark.parametrize(("context", "stride"), [(16, 8), (16, 3), (7, 7), (200, 100)])
+def test_every_figure_is_that_of_the_naive_computation(source, folded, sentences, context: int, stride: int):
+    found = evaluate(folded, from_documents(sentences), against=source, context=context, stride=stride, device="cpu")
+    model, other = (Naive(folder, sentences, context, stride) for folder in (folded, source))
+    num_bytes = _bytes(sentences).sum()
+    assert (found.context, found.stride, found.documents) == (context, stride, len(sentences))
+    assert (found.tokens, found.bytes) == (model.num_tokens, num_bytes)
+    assert found.bits_per_byte == pytest.approx(model.nll.sum() / math.log(2) / num_bytes, rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(model.nll.sum() / model.num_tokens), rel=1e-4)
+    assert found.accuracy == pytest.approx(model.accuracy(), abs=1e-9)
+    against = found.against
+    assert against is not None
+    assert against.bits_per_byte == pytest.approx(other.nll.sum() / math.log(2) / num_bytes, rel=1e-5)
+    assert against.perplexity == pytest.approx(math.exp(other.nll.sum() / other.num_tokens), rel=1e-4)
+    assert against.accuracy == pytest.approx(other.accuracy(), abs=1e-9)
+    difference = (model.nll - other.nll).sum() / math.log(2) / num_bytes
+    assert against.difference == pytest.approx(difference, abs=1e-4)
+    rows, references = ([row for rows in naive.rows for row in rows] for naive in (model, other))
+    pairs = list(zip(rows, references, strict=True))
+    kl = sum(float((p.exp() * (p - q)).sum()) for q, p in pairs) / len(pairs)
+    assert against.kl == pytest.approx(kl, rel=1e-5)
+    assert against.agreement == pytest.approx(sum(bool(q.argmax() == p.argmax()) for q, p in pairs) / len(pairs))
+
+
+def test_standard_errors_are_near_those_of_leaving_each_document_out(source, folded, sentences):
+    texts = [sentence[start : start + 30] for sentence in sentences for start in range(0, len(sentence) - 25, 4)]
+    found = evaluate(folded, from_documents(texts), against=source, context=32, stride=32, device="cpu")
+    model, other = (Naive(folder, texts, 32, 32) for folder in (folded, source))
+    sizes = _bytes(texts)
+    assert found.bits_per_byte_error == pytest.approx(_jackknife(model.nll / math.log(2), sizes), rel=0.1)
+    assert found.against is not None
+    paired = _jackknife((model.nll - other.nll) / math.log(2), sizes)
+    assert found.against.difference_error == pytest.approx(paired, rel=0.1)
+    assert found.against.bits_per_byte_error == pytest.approx(_jackknife(other.nll / math.log(2), sizes), rel=0.1)
+
+
+def test_exits_are_the_model_left_early(folded, sentences):
+    found = evaluate(folded, from_documents(sentences[:2]), context=16, stride=8, device="cpu")
+    assert [each.depths for each in found.exits] == [2]
+    early = Naive(folded, sentences[:2], 16, 8, exit_depth=2)
+    num_bytes = _bytes(sentences[:2]).sum()
+    assert found.exits[0].bits_per_byte == pytest.approx(early.nll.sum() / math.log(2) / num_bytes, rel=1e-5)
+    assert found.exits[0].accuracy == pytest.approx(early.accuracy(), abs=1e-9)
+    assert found.exits[0].bits_per_byte != found.bits_per_byte
+
+
+def test_a_source_against_itself_differs_in_nothing(source, sentences):
+    against = evaluate(source, from_documents(sentences), against=source, device="cpu").against
+    assert against is not None
+    assert (against.difference, against.difference_error, against.agreement) == (0, 0, 1)
+    assert against.kl == pytest.approx(0, abs=1e-6)
+
+
+def test_batches_of_any_size_give_the_same(source, sentences):
+    alone, together = (
+        evaluate(source, from_documents(sentences), context=16, batch_size=size, device="cpu") for size in (1, 64)
+    )
+    assert alone.bits_per_byte == pytest.approx(together.bits_per_byte, rel=1e-6)
+    assert alone.batch_size == 1
+
+
+def test_without_a_start_token_neither_the_first_token_nor_its_bytes_count(make_model, sentences):
+    folder = make_model(start=False, bos_token_id=None, eos_token_id=None)
+    texts = (*sentences, "x", "🙂 at the front")
+    found = evaluate(folder, from_documents(texts), context=16, stride=8, device="cpu")
+    naive = Naive(folder, texts, 16, 8)
+    tokenizer = load_tokenizer(folder)
+    names = [tokenizer.tokenize(text)[0] for text in texts]
+    # Byte-level tokens spell each byte as one character.
+    num_bytes = sum(len(text.encode()) - len(name) for text, name in zip(texts, names, strict=True))
+    assert (found.bytes, found.tokens, found.documents) == (num_bytes, naive.num_tokens, len(texts) - 1)
+    assert found.bits_per_byte == pytest.approx(naive.nll.sum() / math.log(2) / num_bytes, rel=1e-5)
+
+
+def test_loaded_models_stay_in_their_mode_and_give_the_same_as_folders(source, folded, sentences):
+    data = from_documents(sentences)
+    models = [load_model(folder, device="cpu").train() for folder in (folded, source)]
+    found = evaluate(models[0], data, tokenizer=load_tokenizer(source), against=models[1])
+    expected = evaluate(folded, data, against=source, device="cpu")
+    assert all(model.training for model in models)
+    assert found.bits_per_byte == expected.bits_per_byte
+    assert found.against is not None
+    assert expected.against is not None
+    assert found.against.kl == expected.against.kl
+
+
+def test_defaults_are_stated(source, sentences):
+    found = evaluate(source, from_documents(sentences), device="cpu")
+    assert (found.context, found.stride) == (256, 128)
+    assert found.model.dtype == "float32"
+    assert found.is_whole_data
+    assert found.machine.torch_threads == torch.get_num_threads()
+    assert found.tokens_per_second > 0
+    assert DEFAULT_CONTEXT == 1024
+
+
+def test_long_models_get_the_default_context(make_model, sentences):
+    folder = make_model(max_position_embeddings=2048)
+    assert evaluate(folder, from_documents(sentences), device="cpu").context == DEFAULT_CONTEXT
+
+
+def test_files_are_named_with_size_and_hash(source, sentences, tmp_path: Path):
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path, sentence in zip(paths, sentences, strict=False):
+        path.write_text(sentence, encoding="utf-8")
+    found = evaluate(source, paths, device="cpu")
+    assert [file.name for file in found.data] == [str(path) for path in paths]
+    assert found.data[1].sha256 == hashlib.sha256(paths[1].read_bytes()).hexdigest()
+    assert found.data[1].bytes == paths[1].stat().st_size
+    memory = evaluate(source, from_documents(sentences[:2], name="two"), device="cpu").data
+    assert (memory[0].name, memory[0].bytes) == ("two", _bytes(sentences[:2]).sum())
+
+
+def test_max_tokens_ends_the_data_and_says_so(source, sentences):
+    found = evaluate(source, from_documents(sentences), max_tokens=20, device="cpu")
+    assert not found.is_whole_data
+    assert found.max_tokens == 20
+    assert found.tokens < 20
+
+
+def test_progress_reaches_the_number_of_windows(source, sentences):
+    calls: list[tuple[int, int]] = []
+    evaluate(
+        source,
+        from_documents(sentences),
+        context=16,
+        batch_size=4,
+        device="cpu",
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert calls[-1][0] == calls[-1][1] == calls[0][1] > 4
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+def test_bfloat16_weights_are_used_as_asked(source, sentences):
+    found = evaluate(source, from_documents(sentences), dtype="bfloat16", device="cpu")
+    full = evaluate(source, from_documents(sentences), device="cpu")
+    assert found.model.dtype == "bfloat16"
+    assert found.bits_per_byte != full.bits_per_byte
+    assert found.bits_per_byte == pytest.approx(full.bits_per_byte, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 257}, r"context: at most the 256 positions of .* are required \(got 257\)"),
+        ({"context": 0}, r"context: at least 1 token is required \(got 0\)"),
+        ({"context": 8, "stride": 9}, r"a stride between 1 and the context of 8 tokens is required \(got 9\)"),
+        ({"batch_size": 0}, r"batch_size: at least 1 window is required \(got 0\)"),
+        ({"max_tokens": 1}, r"data: a document of at least two tokens is required \(got 1 in all\)"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(source, sentences, options, message: str):
+    with pytest.raises(DataError, match=message):
+        evaluate(source, from_documents(sentences), device="cpu", **options)
+
+
+def test_another_vocabulary_is_refused(source, make_source, make_model, sentences, tmp_path: Path):
+    data = from_documents(sentences)
+    with pytest.raises(SourceError, match=r"against: the vocabulary of .* is required \(got 300 and 96 tokens\)"):
+        evaluate(source, data, against=make_source("llama"), device="cpu")
+    other = make_model()
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(text.replace('"</s>"', '"<end>"'), encoding="utf-8")
+    config = (other / "tokenizer_config.json").read_text(encoding="utf-8")
+    (other / "tokenizer_config.json").write_text(config.replace('"</s>"', '"<end>"'), encoding="utf-8")
+    with pytest.raises(SourceError, match=r"\(got 2 entries that only one has\); compare models that share a token"):
+        evaluate(source, data, against=other, device="cpu")
+
+
+def test_a_tokenizer_is_required(source, make_source, sentences):
+    data = from_documents(sentences)
+    with pytest.raises(SourceError, match=r"a tokenizer is required \(none there\); copy its files into the folder"):
+        evaluate(make_source("llama"), data, device="cpu")
+    with pytest.raises(SourceError, match="a tokenizer is required"):
+        evaluate(load_model(source, device="cpu"), data)
+
+
+@pytest.mark.parametrize("option", [{"dtype": "bfloat16"}, {"device": "cpu"}])
+def test_a_loaded_model_is_not_moved(source, sentences, option):
+    model = load_model(source, device="cpu")
+    with pytest.raises(RefoldError, match=r"only a model loaded from a folder can be given one \(got .* for a loaded"):
+        evaluate(model, from_documents(sentences), tokenizer=load_tokenizer(source), **option)
+
+
+def test_models_on_two_devices_are_refused(source, sentences):
+    other: Any = load_model(source, device="cpu")
+    other.to("meta")
+    with pytest.raises(RefoldError, match=r"against: both models on one device are required \(got cpu and meta\)"):
+        evaluate(source, from_documents(sentences), against=other, device="cpu")
+
+
+def test_numbers_that_are_not_finite_are_refused(source, sentences):
+    model: Any = load_model(source, device="cpu")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(math.nan)
+    with pytest.raises(RefoldError, match=r"finite predictions are required \(got nan in float32\); the weights are"):
+        evaluate(model, from_documents(sentences), tokenizer=load_tokenizer(source))
+
+
+def test_all_logits_are_never_held(source, sentences, monkeypatch):
+    from refold.scoring import agreement
+
+    largest = 0
+    chunks = agreement.chunks
+
+    def small(num_positions: int, vocab_size: int, num_matrices: int, chunk_bytes: int):
+        nonlocal largest
+        for rows in chunks(num_positions, vocab_size, num_matrices, 4 * vocab_size * num_matrices * 5):
+            largest = max(largest, rows.stop - rows.start)
+            yield rows
+
+    expected = evaluate(source, from_documents(sentences), device="cpu")
+    monkeypatch.setattr(agreement, "chunks", small)
+    monkeypatch.setattr(torch.nn.Linear, "forward", _no_head(torch.nn.Linear.forward))
+    assert evaluate(source, from_documents(sentences), device="cpu").bits_per_byte == pytest.approx(
+        expected.bits_per_byte, rel=1e-6
+    )
+    assert largest == 5
+
+
+def _no_head(forward: Callable) -> Callable:
+    def checked(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        assert self.out_features != 300, "the model computed logits of its own"
+        return forward(self, x)
+
+    return checked
+
+
+@pytest.mark.parametrize("name", ["stories260K", "TinyStories-656K"])
+def test_a_real_model_and_its_identity_fold_score_alike(name: str, material: Path, tmp_path: Path):
+    source = material / "models" / name
+    text = (material / "data" / "tinystories" / "sample.txt").read_text(encoding="utf-8")[:6000]
+    convert(source, tmp_path / "folded")
+    found: Evaluation = evaluate(tmp_path / "folded", from_documents([text]), against=source, context=256, device="cpu")
+    assert found.against is not None
+    assert abs(found.against.difference) < 1e-4
+    assert found.against.agreement > 0.999
+    assert 0.5 < found.bits_per_byte < 2
+    stock = AutoModelForCausalLM.from_pretrained(source)
+    ids = AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False)["input_ids"]
+    assert found.tokens == len(ids)
+    assert stock.config.vocab_size > max(ids)

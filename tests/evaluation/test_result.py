@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from refold.errors import FolderError
+from refold.evaluation.result import Comparison, Evaluation, Machine, ModelFacts, Seconds, read_evaluation
+
+
+@pytest.fixture
+def evaluation() -> Evaluation:
+    facts = ModelFacts(name="m", model_type="llama", parameters=10, weight_bytes=40, dtype="float32")
+    return Evaluation(
+        model=facts,
+        data=(),
+        is_whole_data=True,
+        max_tokens=None,
+        context=16,
+        stride=8,
+        documents=1,
+        tokens=20,
+        bytes=70,
+        bits_per_byte=1.5,
+        bits_per_byte_error=None,
+        perplexity=9.0,
+        accuracy=0.5,
+        against=Comparison(
+            model=facts,
+            bits_per_byte=1.4,
+            bits_per_byte_error=0.1,
+            perplexity=8.0,
+            accuracy=0.6,
+            difference=0.1,
+            difference_error=0.01,
+            agreement=0.9,
+            kl=0.2,
+        ),
+        seconds=Seconds(load=1, tokenise=1, model=1, against=1, score=1),
+        tokens_per_second=5,
+        batch_size=2,
+        machine=Machine(device="cpu", device_name="x86_64", cpus=2, torch_threads=1, system="Linux"),
+        versions={},
+        time="now",
+    )
+
+
+def test_what_is_written_is_read_back(evaluation: Evaluation, tmp_path: Path):
+    path = evaluation.write(tmp_path / "new" / "evaluation.json")
+    assert read_evaluation(path) == read_evaluation(tmp_path / "new") == evaluation
+    assert [file.name for file in path.parent.iterdir()] == ["evaluation.json"]
+
+
+def test_a_folder_gets_a_file_of_the_usual_name(evaluation: Evaluation, tmp_path: Path):
+    assert evaluation.write(tmp_path) == tmp_path / "evaluation.json"
+    assert json.loads((tmp_path / "evaluation.json").read_text())["stride"] == 8
+
+
+def test_a_place_that_cannot_be_written_is_named(evaluation: Evaluation, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FolderError, match=r"e.json: a writable place is required \(.*\); choose another"):
+        evaluation.write(tmp_path / "file" / "e.json")
+
+
+def test_what_is_no_evaluation_is_refused(evaluation: Evaluation, tmp_path: Path):
+    with pytest.raises(FolderError, match=r"a readable evaluation is required \(No such file.*; evaluate first"):
+        read_evaluation(tmp_path)
+    path = evaluation.write(tmp_path)
+    path.write_text(path.read_text().replace('"tokens": 20', '"tokens": "many"'))
+    with pytest.raises(FolderError, match=r"an evaluation is required .tokens: Input should be .*; evaluate again"):
+        read_evaluation(tmp_path)
+    path.write_text("{")
+    with pytest.raises(FolderError, match=r"an evaluation is required .Invalid JSON.*; evaluate again"):
+        read_evaluation(tmp_path)
