@@ -1,0 +1,66 @@
+"""Prompts as token ids."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int64
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from refold.data.tokens import document_start_token
+from refold.errors import RefoldError
+
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation: `{"role": ..., "content": ...}` each."""
+
+
+class PromptBatch(NamedTuple):
+    """Prompts padded on the left to the longest.
+
+    Attributes:
+        input_ids: Token ids.
+        attention_mask: 0 at padding.
+    """
+
+    input_ids: Int64[Tensor, "B T"]
+    attention_mask: Int64[Tensor, "B T"]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bool) -> list[int]:
+    """Turns a prompt into token ids.
+
+    A plain prompt begins a document, so the tokenizer's start token goes before it, as in evaluation and training; an
+    empty one is the start token alone. With `chat` the tokenizer's template says how a conversation is written.
+
+    Raises:
+        RefoldError: There is nothing to begin with, or no chat template, or it does not take these messages.
+    """
+    if isinstance(prompt, str) and not chat:
+        start = document_start_token(tokenizer)
+        found = ([] if start is None else [start]) + tokenizer(prompt, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        if not found:
+            raise RefoldError("prompt: some text is required (got none, and the tokenizer has no start token)")
+        return found
+    if not tokenizer.chat_template:
+        raise RefoldError(
+            "chat: a chat template is required (the tokenizer has none); use a plain prompt, or a model made for chat"
+        )
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(each) for each in prompt]
+    try:
+        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    except (TemplateError, KeyError, TypeError) as error:
+        raise RefoldError(f"chat: messages that the chat template takes are required ({error})") from error
+    return list(encoded["input_ids"])
+
+
+def pad_left(prompts: Sequence[Sequence[int]], padding: int) -> PromptBatch:
+    """Pads prompts on the left, where no new token is put."""
+    longest = max(map(len, prompts))
+    return PromptBatch(
+        torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]),
+        torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
+    )

@@ -1,0 +1,41 @@
+"""How the next token is chosen, and how many there are to be."""
+
+from dataclasses import dataclass
+
+from refold.errors import RefoldError
+
+DEFAULT_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of one generation.
+
+    Attributes:
+        max_new_tokens: At most so many; None: 128, or as many as still fit into the model's positions.
+        temperature: 0 takes the likeliest token (greedy); else logits are divided by it and a token is drawn.
+        top_p: Draw from the likeliest tokens that together have this probability.
+        top_k: Draw from so many likeliest tokens; 0: all.
+        seed: Of the draws.
+
+    Raises:
+        RefoldError: A number is out of its range.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise RefoldError(f"max_new_tokens: at least 1 is required (got {self.max_new_tokens})")
+        if not 0 <= self.temperature < float("inf"):
+            raise RefoldError(f"temperature: 0 (greedy) or more is required (got {self.temperature})")
+        if not 0 < self.top_p <= 1:
+            raise RefoldError(f"top_p: a probability above 0, at most 1, is required (got {self.top_p})")
+        if self.top_k < 0:
+            raise RefoldError(f"top_k: 0 (all tokens) or more is required (got {self.top_k})")
+        if not 0 <= self.seed < 2**63:
+            raise RefoldError(f"seed: 0 to 2^63 - 1 is required (got {self.seed})")
