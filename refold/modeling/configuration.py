@@ -6,6 +6,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from refold.blueprint.schema import Blueprint
 from refold.errors import RecipeError
+from refold.modeling.registration import register, register_model_if_loaded
 
 MODEL_TYPE = "refold"
 
@@ -45,6 +46,13 @@ class RefoldConfig(PreTrainedConfig):
         if self.blueprint is not None:
             self._derive(self.read_blueprint())
         super().__post_init__(**kwargs)
+        register_model_if_loaded()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Makes a config from what `config.json` holds; a model of it can then be made by the Auto classes."""
+        register()
+        return super().from_dict(config_dict, **kwargs)
 
     def read_blueprint(self) -> Blueprint:
         """Returns the blueprint as a checked object."""

@@ -1,7 +1,9 @@
 """Makes `AutoModelForCausalLM.from_pretrained` know refold's models after a plain `import refold`.
 
-Importing transformers takes seconds, so `import refold` does not. Where transformers is loaded already it registers at
-once; otherwise it waits, by an import hook, for transformers to load the two modules that hold the Auto classes.
+Importing transformers takes seconds, so `import refold` does not. The config registers at once where transformers has
+its AutoConfig loaded, otherwise, by an import hook, as soon as it has. The model registers when a config is made, which
+every way to a model goes through: transformers' own modules import the Auto classes, so a hook on those would import the
+model in the middle of its own imports.
 """
 
 import importlib
@@ -23,13 +25,17 @@ def register() -> None:
 
 
 def register_when_imported() -> None:
-    """Registers now if transformers has its Auto classes loaded, else as soon as it has."""
+    """Registers the config now if transformers has AutoConfig loaded, else as soon as it has."""
     if CONFIG_MODULE in sys.modules:
         _register_config()
-    if MODEL_MODULE in sys.modules:
-        _register_model()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
+
+
+def register_model_if_loaded() -> None:
+    """Registers the model if transformers has the Auto classes of models loaded."""
+    if MODEL_MODULE in sys.modules:
+        _register_model()
 
 
 def _register_config() -> None:
@@ -52,28 +58,28 @@ def _register_model() -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds the two modules as ever, and registers once each has run."""
+    """Finds the module of AutoConfig as ever, and registers once it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in (CONFIG_MODULE, MODEL_MODULE):
+        if fullname != CONFIG_MODULE:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader, fullname)
+            spec.loader = _Registering(spec.loader)
         return spec
 
 
 class _Registering(importlib.abc.Loader):
     """A module's own loader, followed by the registration."""
 
-    def __init__(self, loader: importlib.abc.Loader, name: str):
-        self._loader, self._name = loader, name
+    def __init__(self, loader: importlib.abc.Loader):
+        self._loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        (_register_config if self._name == CONFIG_MODULE else _register_model)()
+        _register_config()
