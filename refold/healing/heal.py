@@ -32,7 +32,7 @@ from refold.healing.micro_batch import choose_micro_batch
 from refold.healing.objectives.registry import OBJECTIVES
 from refold.healing.optimizer import make_optimizer
 from refold.healing.output import describe, tensor_specs, write_healed
-from refold.healing.precision import choose_precision
+from refold.healing.precision import attend_in_float32, choose_precision
 from refold.healing.schedule import Schedule
 from refold.healing.student import Teacher, TrainingModel
 from refold.modeling.configuration import MODEL_TYPE
@@ -151,6 +151,7 @@ class _Run:
     teacher: Teacher | None
     tokenised: TokenisedDocuments
     device: torch.device
+    autocast: torch.dtype | None
     identity: dict[str, Any]
 
 
@@ -164,6 +165,9 @@ def _prepare(
     device: torch.device,
 ) -> _Run:
     stage = _decide(stage, student, device)
+    autocast = torch.bfloat16 if stage.precision == "bfloat16" else None
+    if autocast is not None and device.type == "cpu":
+        attend_in_float32(student)
     identity: dict[str, Any] = {**stage.model_dump(mode="json"), "model weights": _hash_weights(model)}
     loaded = None
     if OBJECTIVES[stage.objective].needs_teacher:
@@ -182,7 +186,8 @@ def _prepare(
     _require_known_tokens(tokenised, head_of(student).vocab_size, source.name)
     digest = hashlib.sha256(tokenised.tokens.tobytes() + tokenised.offsets.tobytes())
     identity["data"] = digest.hexdigest()
-    return _Run(stage, student, None if loaded is None else Teacher(loaded), tokenised, device, identity)
+    frozen = None if loaded is None else Teacher(loaded, autocast)
+    return _Run(stage, student, frozen, tokenised, device, autocast, identity)
 
 
 def _train(
@@ -198,8 +203,7 @@ def _train(
     assert stage.micro_batch is not None
     schedule = Schedule(stage.tokens, context, max(1, stage.batch_tokens // context), stage.learning_rate, stage.warmup)
     accelerator = _accelerator()
-    autocast = choose_precision(stage.precision, run.device)
-    training = TrainingModel(run.student, OBJECTIVES[stage.objective](stage), autocast)
+    training = TrainingModel(run.student, OBJECTIVES[stage.objective](stage), run.autocast)
     optimizer = make_optimizer(training, stage)
     with contextlib.ExitStack() as stack:
         # Dropout, where a source has some, draws from torch's generators, which belong to the caller.
@@ -258,7 +262,8 @@ def _decide(stage: HealStage, student: PreTrainedModel, device: torch.device) ->
     """Fills in what the stage leaves open."""
     config: Any = student.config
     context = stage.context or max(2, min(DEFAULT_CONTEXT, config.max_position_embeddings, stage.tokens))
-    precision = "float32" if choose_precision(stage.precision, device) is None else "bfloat16"
+    autocast = choose_precision(stage.precision, device, config.hidden_size)
+    precision = "float32" if autocast is None else "bfloat16"
     micro_batch = choose_micro_batch(stage.micro_batch, context, config, device)
     return stage.model_copy(update={"context": context, "precision": precision, "micro_batch": micro_batch})
 

@@ -41,12 +41,14 @@ class TrainingModel(nn.Module):
 
 
 class Teacher:
-    """A frozen model, in a dtype of its own."""
+    """A frozen model, in the dtype it is stored in; its matrix products run in autocast's, as the student's do."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None):
         self.model = model.eval().requires_grad_(False)
+        self.autocast = autocast
 
     @torch.no_grad()
     def predict(self, input_ids: Int64[Tensor, "B T"], position_ids: Int64[Tensor, "B T"]) -> Predictions:
         """Returns its predictions, documents kept apart."""
-        return predict(self.model, input_ids, position_ids=position_ids)
+        with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
+            return predict(self.model, input_ids, position_ids=position_ids)

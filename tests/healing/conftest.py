@@ -43,7 +43,7 @@ def folded(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def documents() -> DataSource:
     """Many documents of a few dozen letters that follow a rule, so that there is something to learn."""
     return from_documents(
-        [f"{letter} goes to {letter * (3 + index % 20)}." for index, letter in enumerate(LETTERS * 8)]
+        [f"{letter} goes to {letter * (3 + index % 20)}." for index, letter in enumerate(LETTERS * 2)]
     )
 
 
@@ -58,7 +58,7 @@ class Healing:
 
     model: Path
     destination: Path
-    data: DataSource
+    data: DataSource = field(repr=False)
     records: list[StepRecord] = field(default_factory=list)
     hook: Callable[[StepRecord], object] | None = None
 

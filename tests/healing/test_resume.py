@@ -1,0 +1,149 @@
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+
+from refold.checkpoint.reader import CheckpointReader
+from refold.errors import FolderError, HealError
+from refold.healing.interruption import HealInterrupted
+
+
+def _stop_after(step, number=signal.SIGTERM):
+    return lambda record: signal.raise_signal(number) if record.step == step else None
+
+
+def _checkpoints(work):
+    return sorted(path.name for path in (work / "checkpoints").iterdir())
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(healing, tmp_path, weights):
+    healing(destination=tmp_path / "whole")
+    expected = list(healing.records)
+    healing.records.clear()
+    for step in (3, 7):
+        healing.hook = _stop_after(step)
+        with pytest.raises(HealInterrupted, match=f"interrupted after step {step} of 12, which is saved"):
+            healing()
+        assert not healing.destination.exists()
+    healing.hook = None
+    result = healing()
+    assert result.resumed_from == 7
+    assert [record.step for record in healing.records] == list(range(1, 13))
+    for mine, other in zip(healing.records, expected, strict=True):
+        assert (mine.loss, mine.grad_norm, mine.learning_rate) == (other.loss, other.grad_norm, other.learning_rate)
+    whole, resumed = weights(tmp_path / "whole"), weights(healing.destination)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    log = [json.loads(line) for line in (healing.destination / "train.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 13))
+
+
+def test_weights_and_optimizer_are_the_same_to_the_bit_at_a_checkpoint(healing, tmp_path):
+    healing.hook = _stop_after(6)
+    with pytest.raises(HealInterrupted):
+        healing()
+    other = tmp_path / "other"
+    healing.hook = _stop_after(2)
+    with pytest.raises(HealInterrupted):
+        healing(destination=other)
+    healing.hook = _stop_after(6)
+    with pytest.raises(HealInterrupted):
+        healing(destination=other)
+    name = "checkpoints/step-000000006"
+    with CheckpointReader(healing.work / name) as one, CheckpointReader(tmp_path / ".other.heal" / name) as two:
+        assert one.names() == two.names()
+        assert any(name.endswith("exp_avg_sq") for name in one.names())
+        assert all(torch.equal(one.read(name), two.read(name)) for name in one.names())
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(healing, number, exit_code):
+    healing.hook = _stop_after(2, number)
+    with pytest.raises(HealInterrupted) as caught:
+        healing()
+    assert caught.value.exit_code == exit_code
+    assert _checkpoints(healing.work) == ["step-000000002"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_the_newest_two_checkpoints_are_kept(healing):
+    healing.hook = _stop_after(5)
+    with pytest.raises(HealInterrupted):
+        healing(checkpoint_seconds=0.0)
+    assert _checkpoints(healing.work) == ["step-000000004", "step-000000005"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_torn_checkpoint_is_skipped_with_a_line(healing, capfd, damage):
+    healing.hook = _stop_after(5)
+    with pytest.raises(HealInterrupted):
+        healing(checkpoint_seconds=0.0)
+    file = healing.work / "checkpoints/step-000000005/model.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "truncate":
+        file.write_bytes(content[:-1])
+    elif damage == "flip":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    healing.hook = None
+    assert healing().resumed_from == 4
+    assert "checkpoint step-000000005 is torn and skipped" in capfd.readouterr().err
+    assert [record.step for record in healing.records][4:7] == [5, 5, 6]
+    assert healing.records[4].loss == healing.records[5].loss
+
+
+def test_other_settings_do_not_resume_and_are_named(healing, make_source):
+    healing.hook = _stop_after(2)
+    with pytest.raises(HealInterrupted):
+        healing()
+    healing.hook = None
+    with pytest.raises(HealError, match=r"with other settings .*\(learning_rate was 0.01, is 0.02\); repeat its"):
+        healing({"learning_rate": 2e-2})
+    assert healing({"learning_rate": 2e-2}, restart=True).resumed_from is None
+
+
+def test_another_model_or_text_does_not_resume(healing, source):
+    healing.hook = _stop_after(2)
+    with pytest.raises(HealInterrupted):
+        healing()
+    healing.hook = None
+    with pytest.raises(HealError, match=r"\(model weights was"):
+        healing(model=source)
+    blocks = type(healing.data.blocks[0])(healing.data.blocks[0].documents()[:50])
+    with pytest.raises(HealError, match=r"\(data was"):
+        healing(data=type(healing.data)((blocks,), "another", "another"))
+
+
+def test_a_failed_write_at_the_end_costs_no_training(healing, monkeypatch):
+    from refold.healing import heal as module
+
+    def fail(*_):
+        raise FolderError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_healed", fail)
+        with pytest.raises(FolderError, match="disk full"):
+            healing()
+    assert not healing.destination.exists()
+    result = healing()
+    assert result.resumed_from == 12
+    assert len(healing.records) == 12
+
+
+def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(healing, monkeypatch):
+    usage = shutil.disk_usage
+    healing.hook = lambda record: (
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=10))
+        if record.step == 4
+        else None
+    )
+    with pytest.raises(FolderError, match=r"step-000000004: \d+ bytes of disk are required \(free: 10\)"):
+        healing(checkpoint_seconds=0.0)
+    assert _checkpoints(healing.work) == ["step-000000002", "step-000000003"]
+    monkeypatch.undo()
+    healing.hook = None
+    assert healing().resumed_from == 3
