@@ -174,13 +174,14 @@ class RefoldModel(RefoldPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         contexts = self._contexts(hidden_states, attention_mask, position_ids, past_key_values, kwargs)
         exits: list[Tensor] = []
-        for index in range(num_depths):
-            depth = self.depths[index]
+        # Plain tuples: indexing a ModuleList costs several microseconds, a percent of a small model's decoding step.
+        mixers, mlps = tuple(self.mixers), tuple(self.mlps)
+        for index, depth in enumerate(tuple(self.depths)[:num_depths]):
             spec = depth.spec
             hidden_states = depth(
                 hidden_states,
-                mixer=None if spec.mixer is None else self.mixers[spec.mixer],
-                mlp=None if spec.mlp is None else self.mlps[spec.mlp],
+                mixer=None if spec.mixer is None else mixers[spec.mixer],
+                mlp=None if spec.mlp is None else mlps[spec.mlp],
                 context=contexts.get((spec.window, self._rope_of.get(index))),
                 past_key_values=past_key_values,
             )
