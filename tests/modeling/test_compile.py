@@ -63,7 +63,7 @@ def test_depths_of_equal_ranks_share_the_code_of_their_part():
 
 
 def test_twenty_untied_parts_stay_below_the_limit_of_recompilations():
-    assert graphs("{}", "eager", "parts") <= 3 * 3
+    assert graphs("{}", "eager", "parts") <= 4 * 3
 
 
 def test_the_whole_model_compiles_into_one_graph():

@@ -177,3 +177,13 @@ def test_real_models_are_the_same(material, tmp_path, name):
     with torch.no_grad():
         assert difference(ours(prompt).logits, theirs(prompt).logits) < TOLERANCE
     assert torch.equal(ours.generate(prompt, **arguments), theirs.generate(prompt, **arguments))
+
+
+@torch.no_grad()
+def test_fused_rows_taken_in_the_wrong_order_are_seen(load, load_source, tokens):
+    ours, theirs = load("gpt_neox"), load_source("gpt_neox")
+    for index, mixer in enumerate(ours.model.mixers):
+        fused = theirs.gpt_neox.layers[index].attention.query_key_value.weight
+        for part, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            getattr(mixer, name).weight.copy_(fused[part * 32 : (part + 1) * 32])
+    assert difference(ours(tokens).logits, theirs(tokens).logits) > 100 * TOLERANCE

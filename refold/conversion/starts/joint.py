@@ -54,7 +54,7 @@ def _share_difference(members: dict[int, Member], svd: SvdMode, seed: int) -> di
     for direction in range(most):
         free = [depth for depth in (first, second) if len(turns[depth]) < members[depth].rank]
         turns[min(free, key=lambda depth: len(turns[depth]))].append(direction)
-    dealt = {first: found.take(torch.tensor(turns[first])), second: found.take(torch.tensor(turns[second]))}
+    dealt = {depth: found.take(torch.tensor(taken, dtype=torch.long)) for depth, taken in turns.items()}
     dealt[second] = Truncated(-dealt[second].u, dealt[second].s, dealt[second].v, found.energy)
     return {depth: _fill(part, members[depth].rank, seed) for depth, part in dealt.items() if members[depth].rank}
 
