@@ -45,7 +45,7 @@ class Settings:
     `tokens` alone may change on the way, as long as the rate has not begun to fall.
     """
 
-    tokens: int = 7_000_000
+    tokens: int = 10_000_000
     batch: int = 4096  # tokens
     lr: float = 4e-3
     warmup: int = 100  # steps
