@@ -201,7 +201,8 @@ class HealStage(Section):
     gradient_clip: Annotated[Real, Field(gt=0)] = 1.0
     """Longest gradient (2-norm over all weights) of a step; a longer one is shortened to it."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What matrix products run in; weights and optimizer are float32 always. `auto`: see `refold.healing.precision`."""
+    """What matrix products run in; weights and optimizer are float32 always. `auto`: bfloat16 on a GPU, and on a CPU
+    with matrix tiles (AMX) from a hidden size of 128 on; else float32."""
     micro_batch: Count | None = None
     """Sequences in one forward pass; gradients add up to those of the whole batch. Left out: what memory allows."""
     seed: LayerIndex = 0

@@ -1,48 +1,37 @@
 """One healing stage: from a model folder to the same model trained, resumable at any moment."""
 
 import contextlib
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel
 
 from refold.blueprint.recipe import HealStage
 from refold.checkpoint import provenance
 from refold.checkpoint.folder import AtomicFolder
-from refold.checkpoint.locate import Source, locate
-from refold.checkpoint.manifest import hash_file
+from refold.checkpoint.locate import Source
 from refold.checkpoint.writer import count_bytes
 from refold.data.packing import PackedSequences
-from refold.data.readers import DataSource, open_data
-from refold.data.tokens import TokenisedDocuments, tokenise
-from refold.errors import DataError, HealError
+from refold.errors import HealError
 from refold.healing import training_state
 from refold.healing.checkpoints import Checkpoints, RunState
 from refold.healing.display import Display
 from refold.healing.log import LOG_NAME, StepRecord, TrainLog
 from refold.healing.loop import Loop
-from refold.healing.micro_batch import choose_micro_batch
 from refold.healing.objectives.registry import OBJECTIVES
 from refold.healing.optimizer import make_optimizer
 from refold.healing.output import describe, tensor_specs, write_healed
-from refold.healing.precision import attend_in_float32, choose_precision
+from refold.healing.prepared import Data, PreparedRun, prepare
 from refold.healing.schedule import Schedule
-from refold.healing.student import Teacher, TrainingModel
-from refold.modeling.configuration import MODEL_TYPE
-from refold.modeling.load import choose_device, load_model, load_tokenizer, open_source
-from refold.scoring.head import check_same_vocabulary
-from refold.scoring.predict import head_of
+from refold.healing.student import TrainingModel
+from refold.modeling.load import choose_device, load_model, open_source
 
-DEFAULT_CONTEXT = 1024
 CHECKPOINT_SECONDS = 300.0
-Data = str | Path | Sequence[str | Path] | DataSource
 
 
 @dataclass(frozen=True)
@@ -127,7 +116,7 @@ def heal(
         if restart:
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(exist_ok=True)
-        run = _prepare(located, student.float(), teacher, data, stage, work, place)
+        run = prepare(located, student.float(), teacher, data, stage, work, place)
         result, facts = _train(run, work, out.destination, checkpoint_seconds, on_step, quiet)
         line = provenance.Stage(
             stage="heal",
@@ -142,56 +131,8 @@ def heal(
     return result
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A stage with everything it asks for found, loaded and decided."""
-
-    stage: HealStage
-    student: PreTrainedModel
-    teacher: Teacher | None
-    tokenised: TokenisedDocuments
-    device: torch.device
-    autocast: torch.dtype | None
-    identity: dict[str, Any]
-
-
-def _prepare(
-    model: Source,
-    student: PreTrainedModel,
-    teacher: str | Path | Source | None,
-    data: Data,
-    stage: HealStage,
-    work: Path,
-    device: torch.device,
-) -> _Run:
-    stage = _decide(stage, student, device)
-    autocast = torch.bfloat16 if stage.precision == "bfloat16" else None
-    if autocast is not None and device.type == "cpu":
-        attend_in_float32(student)
-    identity: dict[str, Any] = {**stage.model_dump(mode="json"), "model weights": _hash_weights(model)}
-    loaded = None
-    if OBJECTIVES[stage.objective].needs_teacher:
-        found = _find_teacher(model, teacher)
-        loaded = load_model(found, device=device)
-        check_same_vocabulary(head_of(student), head_of(loaded))
-        identity["teacher"] = found.fingerprint()
-    elif teacher is not None:
-        raise HealError(
-            f"teacher: only `objective: distil` has one (got {teacher} with {stage.objective}); leave it out"
-        )
-    source = data if isinstance(data, DataSource) else open_data(data)
-    tokenised = tokenise(
-        source, load_tokenizer(model), budget=stage.tokens, seed=stage.seed, cache_folder=work / "tokens"
-    )
-    _require_known_tokens(tokenised, head_of(student).vocab_size, source.name)
-    digest = hashlib.sha256(tokenised.tokens.tobytes() + tokenised.offsets.tobytes())
-    identity["data"] = digest.hexdigest()
-    frozen = None if loaded is None else Teacher(loaded, autocast)
-    return _Run(stage, student, frozen, tokenised, device, autocast, identity)
-
-
 def _train(
-    run: _Run,
+    run: PreparedRun,
     work: Path,
     destination: Path,
     checkpoint_seconds: float,
@@ -258,24 +199,6 @@ def _train(
     return result, describe(stage, stage.tokens, losses)
 
 
-def _decide(stage: HealStage, student: PreTrainedModel, device: torch.device) -> HealStage:
-    """Fills in what the stage leaves open."""
-    config: Any = student.config
-    context = stage.context or max(2, min(DEFAULT_CONTEXT, config.max_position_embeddings, stage.tokens))
-    autocast = choose_precision(stage.precision, device, config.hidden_size)
-    precision = "float32" if autocast is None else "bfloat16"
-    micro_batch = choose_micro_batch(stage.micro_batch, context, config, device)
-    return stage.model_copy(update={"context": context, "precision": precision, "micro_batch": micro_batch})
-
-
-def _find_teacher(model: Source, wish: str | Path | Source | None) -> Source:
-    if wish is not None:
-        return wish if isinstance(wish, Source) else locate(wish)
-    if model.read_config().get("model_type") == MODEL_TYPE:
-        return provenance.teacher(model.fetch())
-    return model
-
-
 def _accelerator() -> Accelerator:
     try:
         accelerator = Accelerator(device_placement=False, mixed_precision="no")
@@ -285,22 +208,6 @@ def _accelerator() -> Accelerator:
     if accelerator.num_processes > 1:
         raise HealError(f"heal: one process is required (got {accelerator.num_processes}); start it without a launcher")
     return accelerator
-
-
-def _hash_weights(model: Source) -> str:
-    headers = model.headers()
-    assert headers is not None
-    folder = model.fetch()
-    return hashlib.sha256("".join(hash_file(folder / name) for name in sorted(headers.files)).encode()).hexdigest()
-
-
-def _require_known_tokens(tokenised: TokenisedDocuments, vocab_size: int, name: str) -> None:
-    largest = int(tokenised.tokens.max())
-    if largest >= vocab_size:
-        raise DataError(
-            f"{name}: tokens below the model's {vocab_size} are required (got {largest}); use the tokenizer the model "
-            f"was trained with"
-        )
 
 
 def _last_losses(log: Path, num_steps: int) -> dict[str, float]:

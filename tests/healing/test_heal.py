@@ -172,3 +172,18 @@ def test_the_callers_random_numbers_are_left_alone(healing):
     torch.manual_seed(5)
     healing()
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_several_processes_are_refused(healing, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
+    with pytest.raises(HealError, match=r"one process is required \(got 2\)"):
+        healing()
+
+
+def test_a_process_that_accelerate_set_up_otherwise_is_refused(healing, monkeypatch):
+    def refuse(**_):
+        raise ValueError("AcceleratorState has already been initialized\nand more")
+
+    monkeypatch.setattr("refold.healing.heal.Accelerator", refuse)
+    with pytest.raises(HealError, match=r"without mixed precision is required \(AcceleratorState has already"):
+        healing()
