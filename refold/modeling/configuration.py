@@ -70,7 +70,7 @@ class RefoldConfig(PreTrainedConfig):
         if self.num_hidden_layers is None:
             self.num_hidden_layers = blueprint.num_depths
         self.layer_types = layer_types(blueprint)[: self.num_hidden_layers]
-        windows = {depth.window for depth in blueprint.depths if depth.mixer is not None} - {None}
+        windows = {depth.window for depth in blueprint.depths if depth.mixer is not None and depth.window is not None}
         if len(windows) > 1:
             raise RecipeError(f"depths: at most one window size is supported in one model (got {sorted(windows)})")
         self.sliding_window = windows.pop() if windows else None

@@ -1,7 +1,7 @@
 """One executed layer: what it owns, and how it runs the stored parts it is given."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -65,11 +65,11 @@ class Depth(GradientCheckpointingLayer):
 
     def adapters(self) -> dict[str, tuple[Tensor, Tensor]]:
         """LoRA pairs by linear name."""
-        return {name: (pair.a, pair.b) for name, pair in self.lora.items()}
+        return {name: (pair.a, pair.b) for name, pair in cast("Mapping[str, LoraPair]", self.lora).items()}
 
     def own_vectors(self, pool: str) -> OwnVectors:
         """The vectors this depth keeps for its `mixer` or `mlp`, or None where the part holds them."""
-        return self.vectors[pool].tensors() if pool in self.vectors else None
+        return cast("OwnedVectors", self.vectors[pool]).tensors() if pool in self.vectors else None
 
     def forward(
         self,

@@ -94,7 +94,7 @@ def load_model(
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with _without_bars():
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=choose_dtype(dtype),
                 local_files_only=True,

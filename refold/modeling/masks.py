@@ -45,8 +45,10 @@ def build_masks(
         _refuse_leaking_backend(config, hidden_states, past_key_values)
         starts = document_starts.expand(hidden_states.shape[0], -1)
 
-        def overlay(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return key >= starts[batch, query - past_length]
+
+        overlay = same_document
 
     masks = {}
     for window, depth in windows.items():

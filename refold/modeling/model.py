@@ -1,6 +1,6 @@
 """The model of any blueprint: stored parts once, depths that run them."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -34,8 +34,8 @@ class RefoldPreTrainedModel(PreTrainedModel):
     config_class = RefoldConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Depth", "Attention", "Mlp")
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["Depth", "Attention", "Mlp"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
@@ -79,7 +79,8 @@ class RefoldPreTrainedModel(PreTrainedModel):
             FolderError: The weights are not exactly those of the blueprint.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = sorted(str(name) for name in info[problem])
             if names:
@@ -175,8 +176,9 @@ class RefoldModel(RefoldPreTrainedModel):
         contexts = self._contexts(hidden_states, attention_mask, position_ids, past_key_values, kwargs)
         exits: list[Tensor] = []
         # Plain tuples: indexing a ModuleList costs several microseconds, a percent of a small model's decoding step.
-        mixers, mlps = tuple(self.mixers), tuple(self.mlps)
-        for index, depth in enumerate(tuple(self.depths)[:num_depths]):
+        mixers, mlps = (cast("tuple[StoredPart, ...]", tuple(pool)) for pool in (self.mixers, self.mlps))
+        depths = cast("tuple[Depth, ...]", tuple(self.depths))
+        for index, depth in enumerate(depths[:num_depths]):
             spec = depth.spec
             hidden_states = depth(
                 hidden_states,
@@ -289,6 +291,7 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
             output_exits=output_exits,
             **kwargs,
         )
+        assert stack.last_hidden_state is not None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.project_logits(stack.last_hidden_state[:, kept])
         loss = None

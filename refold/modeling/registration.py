@@ -2,8 +2,8 @@
 
 Importing transformers takes seconds, so `import refold` does not. The config registers at once where transformers has
 its AutoConfig loaded, otherwise, by an import hook, as soon as it has. The model registers when a config is made, which
-every way to a model goes through: transformers' own modules import the Auto classes, so a hook on those would import the
-model in the middle of its own imports.
+every way to a model goes through: transformers' own modules import the Auto classes, so a hook on those would import
+the model in the middle of its own imports.
 """
 
 import importlib

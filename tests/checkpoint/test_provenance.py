@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from refold.checkpoint import provenance
-from refold.checkpoint.locate import locate
+from refold.checkpoint.locate import Source, locate
 from refold.checkpoint.provenance import Stage, append, describe_source, read, teacher, write
 from refold.errors import FolderError, SourceError
 from refold.version import __version__
@@ -94,14 +94,11 @@ def test_a_folder_that_does_not_tell_its_teacher(model: Path, stages: list[Stage
 def test_a_teacher_on_the_hub_is_asked_for_at_its_commit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    class Found:
-        def fingerprint(self) -> dict[str, str]:
-            return {"config_sha256": "x"}
-
-    def find(text: str) -> Found:
+    def find(text: str) -> Source:
         asked.append(text)
-        return Found()
+        return locate(model)
 
+    monkeypatch.setattr(Source, "fingerprint", lambda self: {"config_sha256": "x"})
     monkeypatch.setattr(provenance, "locate", find)
     write(
         model, [Stage("convert", source={"id": "org/name", "revision": "abc", "fingerprint": {"config_sha256": "x"}})]

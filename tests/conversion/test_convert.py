@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -237,7 +238,7 @@ def test_a_full_disk_leaves_nothing_behind(source, tmp_path):
         subprocess.run(["umount", place], check=True)
 
 
-def _convert(source: Path, out: Path, loops: int, begun: "multiprocessing.synchronize.Event") -> None:
+def _convert(source: Path, out: Path, loops: int, begun: Event) -> None:
     begun.set()
     convert(source, out, {"fold": {"loops": loops, "init": "average"}}, overwrite=True)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from refold.blueprint.tensors import TargetTensor
+from refold.blueprint.tensors import Role, TargetTensor
 from refold.conversion.fresh import fresh_tensor, tensor_seed
 from refold.families.arch import ArchSpec, Norm
 from refold.families.registry import read_arch
@@ -13,7 +13,7 @@ def arch(**norm: float) -> ArchSpec:
     return made.model_copy(update={"norm": Norm.model_validate(norm)})
 
 
-def linear(name: str, rows: int = 400, columns: int = 100, role: str = "linear") -> TargetTensor:
+def linear(name: str, rows: int = 400, columns: int = 100, role: Role = "linear") -> TargetTensor:
     return TargetTensor(name, (rows, columns), role, "mixer", part=0, local="q_proj.weight")
 
 

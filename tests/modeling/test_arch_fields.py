@@ -59,7 +59,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 def rebuilt(model: RefoldForCausalLM, blueprint: dict[str, Any]) -> RefoldForCausalLM:
     """A model of another blueprint, with all weights of `model` that it has a place for."""
-    other = RefoldForCausalLM(RefoldConfig(blueprint=blueprint, attn_implementation="eager")).eval()
+    other = RefoldForCausalLM._from_config(RefoldConfig(blueprint=blueprint), attn_implementation="eager").eval()
     fresh, given = other.state_dict(), model.state_dict()
     if model.config.tie_word_embeddings and not other.config.tie_word_embeddings:
         del given["lm_head.weight"]
@@ -192,14 +192,18 @@ def reference_mlp(x: Tensor, weights: dict[str, Tensor], arch: ArchSpec) -> Tens
 
 def reference_logits(model: RefoldForCausalLM, arch: ArchSpec, row: Tensor) -> Tensor:
     """The forward pass written a second time, plainly, in float64."""
-    x = model.model.embed_tokens.weight[row] * arch.embedding_scale
+    x = model.get_input_embeddings().state_dict()["weight"][row] * arch.embedding_scale
     for index, layer in enumerate(arch.layers):
-        for pool, run in (("mixers", reference_attention), ("mlps", reference_mlp)):
-            weights = getattr(model.model, pool)[index].state_dict()
+        for pool in (model.model.mixers, model.model.mlps):
+            weights = pool[index].state_dict()
             y = reference_norm(x, weights, "input_norm", arch.norm)
-            y = run(y, weights, arch, layer) if pool == "mixers" else run(y, weights, arch)
+            y = (
+                reference_attention(y, weights, arch, layer)
+                if "q_proj.weight" in weights
+                else reference_mlp(y, weights, arch)
+            )
             x = x + (reference_norm(y, weights, "output_norm", arch.norm) if arch.output_norms else y)
-    logits = reference_norm(x, {"weight.weight": model.model.norm.weight}, "weight", arch.norm) @ model.lm_head.weight.T
+    logits = reference_norm(x, model.model.state_dict(), "norm", arch.norm) @ model.lm_head.weight.T
     return logits if arch.logit_softcap is None else arch.logit_softcap * torch.tanh(logits / arch.logit_softcap)
 
 

@@ -32,7 +32,7 @@ def test_an_unknown_dtype_is_refused():
 
 
 def test_an_unknown_back_end_is_named(fold):
-    with pytest.raises(SourceError, match="cannot be loaded .*nonsense"):
+    with pytest.raises(SourceError, match=r"cannot be loaded .*nonsense"):
         load_model(fold("llama"), device="cpu", attn_implementation="nonsense")
 
 

@@ -64,7 +64,7 @@ class AttentionView(nn.Module):
         """Appends keys and values to the cache at this depth and attends to all of it."""
         if context.past_key_values is not None:
             key, value = context.past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         capped = {} if self.softcap is None else {"softcap": self.softcap}
         windowed = {} if self.sliding_window is None else {"sliding_window": self.sliding_window}
         return attend(
