@@ -20,7 +20,7 @@ PIP := $(RUN_PYTHON) -m pip install --disable-pip-version-check $(PIP_ARGS) -c c
 INPUTS := pyproject.toml constraints.txt refold/version.py
 # Threads that spin while they wait make two busy processes on few cores many times slower.
 QUIET := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
-TEST := $(QUIET) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2
+TEST := $(QUIET) OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2
 
 .PHONY: demo test test-long lint docs clean
 

@@ -26,7 +26,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     Console(width=None if sys.stdout.isatty() else 240, markup=False, highlight=False).print(table)
 
 
-def format_bytes(count: float) -> str:
+def format_bytes(count: int | float) -> str:
     """`20.5 MB`: powers of 1000, as disks are sold and files are listed."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
@@ -35,7 +35,7 @@ def format_bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def format_count(count: float) -> str:
+def format_count(count: int | float) -> str:
     """`1.10B`: three digits and a suffix."""
     for unit in ("", "k", "M"):
         if count < 1000:
