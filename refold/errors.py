@@ -1,4 +1,4 @@
-"""The mistakes a user can make, one kind each. The command line prints the message as one line and exits with status 2."""
+"""The mistakes a user can make, one kind each. The command line prints one line and exits with status 2."""
 
 
 class RefoldError(Exception):
