@@ -28,7 +28,7 @@ def tokenizer():
 def bits_per_byte(model: LlamaForCausalLM, ids: list[int], text: str) -> float:
     with torch.no_grad():
         windows = torch.tensor([0, *ids]).unfold(0, 513, 512)
-        logits = model(input_ids=windows[:, :-1]).logits.float()
+        logits = model(input_ids=windows[:, :-1], use_cache=False).logits.float()
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum").item()
     return nats / math.log(2) / len(text.encode())
 
