@@ -41,19 +41,20 @@ def split(source: DataSource, every: int = EVERY) -> tuple[DataSource, DataSourc
 
     Args:
         source: The documents.
-        every: One piece in so many is held out.
+        every: One piece in so many is held out; of a text so short that none is, one in half as many, and so on.
 
     Raises:
-        DataError: Nothing falls to one of the sides.
+        DataError: The text is too short to be split at all.
     """
-    sides = []
-    for held_out in (False, True):
-        blocks = tuple(HalfBlock(block, every, held_out) for block in source.blocks)
-        side = "held out" if held_out else "training"
-        made = DataSource(blocks, f"{source.identity} {side} 1/{every}", f"{source.name} ({side} part)")
-        if next(made.documents(), None) is None:
-            raise DataError(
-                f"{source.name}: more text is required to hold some out (got too little); name held-out text"
-            )
-        sides.append(made)
-    return sides[0], sides[1]
+    while every >= 2:
+        train, held_out = (_side(source, every, held_out) for held_out in (False, True))
+        if all(next(each.documents(), None) is not None for each in (train, held_out)):
+            return train, held_out
+        every //= 2
+    raise DataError(f"{source.name}: more text is required to hold some out (got too little); name held-out text")
+
+
+def _side(source: DataSource, every: int, held_out: bool) -> DataSource:
+    blocks = tuple(HalfBlock(block, every, held_out) for block in source.blocks)
+    side = "held-out" if held_out else "training"
+    return DataSource(blocks, f"{source.identity} {side} 1/{every}", f"{source.name} ({side} part)")
