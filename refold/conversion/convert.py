@@ -15,13 +15,12 @@ from refold.checkpoint.locate import Source, locate
 from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.writer import ShardedWriter, count_bytes
 from refold.conversion.pieces import PieceReader
-from refold.conversion.plan import Plan, plan_model
+from refold.conversion.plan import PLAN_NAME, Plan, plan_model
 from refold.conversion.source_model import read_source_model
 from refold.conversion.tensors import TargetBuilder
 from refold.errors import SourceError
 from refold.modeling.configuration import RefoldConfig
 
-PLAN_NAME = "plan.json"
 PASSED_ON = ("bos_token_id", "eos_token_id", "pad_token_id")
 Progress = Callable[[int, int], None]
 """Called with tensors done and tensors in all."""

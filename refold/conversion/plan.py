@@ -21,6 +21,8 @@ from refold.errors import RecipeError, RefoldError
 from refold.families.arch import Frozen
 
 PLAN_FORMAT = 1
+PLAN_NAME = "plan.json"
+"""The plan's file in a model folder."""
 SUMMARY_CONTEXT = 8192
 
 

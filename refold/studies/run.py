@@ -13,7 +13,7 @@ from refold.checkpoint.locate import Source, locate
 from refold.checkpoint.lock import FolderLock
 from refold.checkpoint.manifest import check, is_refold_folder
 from refold.conversion.convert import carry_out
-from refold.conversion.plan import Plan, plan_model, read_plan
+from refold.conversion.plan import PLAN_NAME, Plan, plan_model, read_plan
 from refold.conversion.source_model import SourceModel, read_source_model
 from refold.data.readers import DataSource, open_data
 from refold.data.split import split
@@ -176,7 +176,7 @@ def run(
         healed_model = folded.heal(converted)
         healed = folded.evaluate(healed_model, "healed") if stages else unhealed
         rivals = {arm: _baseline(ways[arm], model, plan) for arm in settings.baselines}
-        made = read_plan(converted / "plan.json")
+        made = read_plan(converted / PLAN_NAME)
         result = _summarise(
             name, made, healed_model, unhealed, healed, {k: v for k, v in rivals.items() if v is not None}
         )
