@@ -2,17 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.numbers import Amount, Count, LayerIndex, Real
+from refold.blueprint.protocols import read_heal
+from refold.blueprint.section import Section
 from refold.blueprint.specs.tying import TYING_INITS
 from refold.suggest import did_you_mean
-
-
-class Section(BaseModel):
-    """Base of all recipe sections: immutable, unknown keys refused, fields documented where they stand."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def _known_init(name: str) -> str:
@@ -175,53 +172,6 @@ class IgnoredTensor(Section):
     """Why; it is written into the plan."""
 
 
-class HealStage(Section):
-    """One training stage after conversion."""
-
-    objective: Literal["distil", "next_token"] = "distil"
-    """`distil`: cross-entropy and forward KL to the source's distribution; `next_token`: cross-entropy alone."""
-    tokens: Amount
-    """Training tokens, such as 20M."""
-    learning_rate: Annotated[Real, Field(gt=0)] = 3e-4
-    """Peak learning rate of AdamW; it follows a cosine after the warm-up."""
-    batch_tokens: Amount = 16_384
-    """Tokens for each optimizer step."""
-    context: Annotated[Count, Field(ge=2)] | None = None
-    """Tokens in one packed sequence; left out: 1024, or what the source was made for if that is less."""
-    ce_weight: Annotated[Real, Field(ge=0)] = 0.5
-    """Weight of the cross-entropy when distilling."""
-    kl_weight: Annotated[Real, Field(ge=0)] = 0.5
-    """Weight of the forward KL when distilling."""
-    temperature: Annotated[Real, Field(gt=0)] = 1.0
-    """Temperature of both distributions in the KL."""
-    warmup: Annotated[Real, Field(ge=0, le=1)] = 0.02
-    """Share of the steps over which the learning rate rises."""
-    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
-    """AdamW's weight decay, on matrices only."""
-    gradient_clip: Annotated[Real, Field(gt=0)] = 1.0
-    """Longest gradient (2-norm over all weights) of a step; a longer one is shortened to it."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What matrix products run in; weights and optimizer are float32 always. `auto`: bfloat16 on a GPU, and on a CPU
-    with matrix tiles (AMX) from a hidden size of 128 on; else float32."""
-    micro_batch: Count | None = None
-    """Sequences in one forward pass; gradients add up to those of the whole batch. Left out: what memory allows."""
-    seed: LayerIndex = 0
-    """Seed of the order of the data."""
-
-    @model_validator(mode="after")
-    def _weights_fit_the_objective(self) -> "HealStage":
-        if self.objective == "distil":
-            if self.ce_weight + self.kl_weight == 0:
-                raise ValueError("ce_weight and kl_weight: at least one above 0 is required (got 0 and 0)")
-            return self
-        unused = sorted({"ce_weight", "kl_weight", "temperature"} & self.model_fields_set)
-        # A dumped recipe names every field, so only values that would change a distillation are refused.
-        unused = [name for name in unused if getattr(self, name) != type(self).model_fields[name].default]
-        if unused:
-            raise ValueError(f"{', '.join(unused)}: only `objective: distil` has it (got objective: next_token)")
-        return self
-
-
 class Recipe(Section):
     """Everything that is done to a source."""
 
@@ -241,8 +191,8 @@ class Recipe(Section):
     """Places where the stack may be left early."""
     ignore_tensors: tuple[IgnoredTensor, ...] = ()
     """Source tensors that are left out on purpose, each with the reason."""
-    heal: tuple[HealStage, ...] = ()
-    """Training stages after conversion, in order."""
+    heal: Annotated[tuple[HealStage, ...], BeforeValidator(read_heal)] = ()
+    """Training stages after conversion, in order; or a protocol, such as `{protocol: distil, tokens: 20M}`."""
 
     def resolved(self) -> "Recipe":
         """Returns the recipe with the defaults filled in that depend on other fields: `fold.init` and `relax.init`."""

@@ -79,14 +79,20 @@ class Depth(GradientCheckpointingLayer):
         mlp: StoredPart | None,
         context: MixerContext | None,
         past_key_values: Any = None,
+        residual: bool = True,
     ) -> Float[Tensor, "B T D"]:
-        """Runs mixer and MLP, either of which may be absent, and adds what they give to the residual stream."""
+        """Runs mixer and MLP, either of which may be absent, and adds what they give to the residual stream.
+
+        Without `residual` it returns what the mixer gives, alone.
+        """
         lora: Lora = self.adapters()
         update = None
         if mixer is not None:
             assert context is not None
             context.past_key_values = past_key_values
             update = mixer(hidden_states, self.view, context, lora, self.own_vectors("mixer"))
+            if not residual:
+                return update
         if self.parallel and update is not None and mlp is not None:
             # Updates first, as transformers adds them: in half precision the order shows.
             return mlp(hidden_states, lora, self.own_vectors("mlp")) + update + hidden_states

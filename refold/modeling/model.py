@@ -27,6 +27,10 @@ from refold.nn.part import StoredPart
 from refold.nn.rotary import Rotary
 
 
+Contexts = dict[tuple[int | None, int | None], MixerContext]
+"""(window, index of the rope) to what mixers of that kind are given."""
+
+
 class RefoldPreTrainedModel(PreTrainedModel):
     """What the stack and the language model share: loading, initial weights, what transformers may do with them."""
 
@@ -173,7 +177,7 @@ class RefoldModel(RefoldPreTrainedModel):
             hidden_states = hidden_states * torch.tensor(self.embedding_scale, dtype=hidden_states.dtype)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        contexts = self._contexts(hidden_states, attention_mask, position_ids, past_key_values, kwargs)
+        contexts = self.contexts(hidden_states, attention_mask, position_ids, past_key_values, kwargs)
         exits: list[Tensor] = []
         # Plain tuples: indexing a ModuleList costs several microseconds, a percent of a small model's decoding step.
         mixers, mlps = (cast("tuple[StoredPart, ...]", tuple(pool)) for pool in (self.mixers, self.mlps))
@@ -204,15 +208,44 @@ class RefoldModel(RefoldPreTrainedModel):
             raise RefoldError(f"exit_depth: must lie in 1..{len(self.depths)} (got {exit_depth})")
         return min(exit_depth, available)
 
-    def _contexts(
+    def run_depth(
+        self, index: int, hidden_states: Float[Tensor, "B T D"], contexts: Contexts, mixer_only: bool = False
+    ) -> Float[Tensor, "B T D"]:
+        """Runs one depth by itself, without a cache.
+
+        Args:
+            index: Which depth.
+            hidden_states: The stream before it.
+            contexts: From `contexts`.
+            mixer_only: Return what its mixer adds to the stream instead of the stream after the depth.
+        """
+        depth = cast("Depth", self.depths[index])
+        spec = depth.spec
+        return depth(
+            hidden_states,
+            mixer=None if spec.mixer is None else self.mixers[spec.mixer],
+            mlp=None if spec.mlp is None or mixer_only else self.mlps[spec.mlp],
+            context=contexts.get((spec.window, self._rope_of.get(index))),
+            residual=not mixer_only,
+        )
+
+    def contexts(
         self,
-        hidden_states: Tensor,
-        attention_mask: Any,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-        extra: dict[str, Any],
-    ) -> dict[tuple[int | None, int | None], MixerContext]:
-        """What mixers need, once for each pair of window and rope that occurs."""
+        hidden_states: Float[Tensor, "B T D"],
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> Contexts:
+        """Returns what mixers need besides the stream, once for each pair of window and rope that occurs.
+
+        Args:
+            hidden_states: Any stream of the forward pass, for its sizes, dtype and device.
+            attention_mask: As for `forward`.
+            position_ids: As for `forward`.
+            past_key_values: As for `forward`.
+            extra: Arguments for the attention back-end.
+        """
         if not self._windows:
             return {}
         batch, tokens = hidden_states.shape[:2]
@@ -228,7 +261,7 @@ class RefoldModel(RefoldPreTrainedModel):
             self.config, self._windows, hidden_states, attention_mask, past_key_values, past_length, starts
         )
         rotations = [rotary(position_ids, hidden_states.dtype) for rotary in self.rotaries]
-        extra = {"position_ids": position_ids, **extra}
+        extra = {"position_ids": position_ids, **(extra or {})}
         return {
             (window, rope): MixerContext(
                 None if rope is None else rotations[rope], masks[window], starts, past_key_values, extra

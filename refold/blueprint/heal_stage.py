@@ -1,0 +1,115 @@
+"""One training stage of a recipe's `heal` section."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from refold.blueprint.numbers import Amount, Count, LayerIndex, Real
+from refold.blueprint.section import Section
+from refold.blueprint.specs.objectives import Objectives
+
+Share = Annotated[Real, Field(ge=0, le=1)]
+Groups = tuple[Annotated[str, Field(min_length=1)], ...]
+GROUPS = (
+    "all", "transferred", "fresh", "adapters", "shared", "mixers", "mlps", "vectors", "embeddings", "head", "exits",
+)  # fmt: skip
+"""Names of groups of weights; whatever else is named is a tensor, or a pattern with `*`."""
+
+
+def _read_objective(value: Any) -> Any:
+    """Reads `distil`, `[distil, hidden_states]`, or a mapping whose values are options, a weight, or nothing."""
+    if isinstance(value, str):
+        return {value: {}}
+    if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
+        return {name: {} for name in value}
+    if not isinstance(value, dict):
+        return value
+    return {name: _read_options(options) for name, options in value.items()}
+
+
+def _read_options(value: Any) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return {"weight": value}
+    return value
+
+
+class Thaw(Section):
+    """Trains only what is not in `groups` at first, and decides while training when the rest joins in.
+
+    The rule is the Loss Improvement Threshold of Cross-Architecture Transfer Learning (arXiv 2404.02684).
+    """
+
+    groups: Groups = ("transferred",)
+    """What is frozen at first."""
+    when: Literal["improvement", "norm", "share"] = "improvement"
+    """`improvement`: when the mean loss of a window is better than the last one's by less than `threshold` of it;
+    `norm`: when the norm of the weights that train has grown by less than `threshold` in a window; `share`: when
+    `latest` is reached."""
+    threshold: Annotated[Real, Field(ge=0)] = 0.01
+    """Relative change of a window below which nothing more is gained while frozen."""
+    patience: Count = 1
+    """How many windows in a row must stay below it."""
+    window: Annotated[Real, Field(gt=0, le=1)] = 0.034
+    """Length of a window as a share of the stage's steps (the paper: 5,000 of 145,000)."""
+    warmup: Share = 0.014
+    """Share of the stage's steps over which the thawed weights' learning rate rises (the paper: 2,000 of 145,000)."""
+    latest: Share = 1.0
+    """Share of the steps after which they thaw in any case; 1: never."""
+
+
+class HealStage(Section):
+    """One training stage after conversion."""
+
+    objective: Annotated[Objectives, BeforeValidator(_read_objective)] = Objectives.model_validate({"distil": {}})
+    """What is minimised: a name, a list of names, or a mapping of names to options, such as
+    `{distil: {divergence: reverse_kl}, hidden_states: {weight: 0.1}}`."""
+    tokens: Amount
+    """Training tokens, such as 20M."""
+    learning_rate: Annotated[Real, Field(gt=0)] = 3e-4
+    """Peak learning rate."""
+    batch_tokens: Amount = 16_384
+    """Tokens for each optimizer step."""
+    context: Annotated[Count, Field(ge=2)] | None = None
+    """Tokens in one packed sequence; left out: 1024, or what the source was made for if that is less."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`adamw`; or `muon` for the matrices inside the stack, with AdamW for all else."""
+    warmup: Share = 0.02
+    """Share of the steps over which the learning rate rises."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up; `constant` falls linearly in the last fifth of the steps."""
+    floor: Share = 0.1
+    """Share of the peak at which the learning rate ends."""
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """Weight decay, on matrices only."""
+    gradient_clip: Annotated[Real, Field(gt=0)] = 1.0
+    """Longest gradient (2-norm over all weights) of a step; a longer one is shortened to it."""
+    train: Groups = ("all",)
+    """What trains: groups (`all`, `transferred`, `fresh`, `adapters`, `shared`, `mixers`, `mlps`, `vectors`,
+    `embeddings`, `head`, `exits`), names of tensors, or patterns with `*`."""
+    freeze: Groups = ()
+    """What of that does not train after all."""
+    rates: dict[str, Annotated[Real, Field(ge=0)]] = {}
+    """Factors on the learning rate for some of the groups, names or patterns; the last that fits counts."""
+    thaw: Thaw | None = None
+    """What is frozen at first, and when it joins in."""
+    data: Literal["text", "chat"] = "text"
+    """`chat`: documents are lists of messages, rendered by the tokenizer's chat template; only the assistant's turns
+    count."""
+    teacher_tokens: Amount | None = None
+    """Train the source on the same data for so many tokens first, by next-token prediction, and let that be the
+    teacher, as in Relaxed Recursive Transformers. Left out: the source as it is."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What matrix products run in; weights and optimizer are float32 always. `auto`: bfloat16 on a GPU, and on a CPU
+    with matrix tiles (AMX) from a hidden size of 128 on; else float32."""
+    micro_batch: Count | None = None
+    """Sequences in one forward pass; gradients add up to those of the whole batch. Left out: what memory allows."""
+    gradient_checkpointing: bool = False
+    """Compute each depth's activations again in the backward pass instead of keeping them."""
+    seed: LayerIndex = 0
+    """Seed of the order of the data."""
+
+    @model_validator(mode="after")
+    def _thaws_what_trains(self) -> "HealStage":
+        if self.thaw is not None and self.thaw.when == "share" and self.thaw.latest == 1:
+            raise ValueError("thaw.latest: a share below 1 is required where `when` is share (got 1)")
+        return self

@@ -1,0 +1,96 @@
+"""What a healing stage can minimise: the options of each objective, under the name a recipe gives it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from refold.blueprint.numbers import Count, Real
+from refold.blueprint.section import Section
+
+Weight = Annotated[Real, Field(ge=0)]
+Inputs = Literal["teacher", "student"]
+
+
+class ObjectiveOptions(Section):
+    """Options that every objective has."""
+
+    weight: Weight = 1.0
+    """Factor in the stage's loss, which is the sum over its objectives."""
+
+
+class NextToken(ObjectiveOptions):
+    """Cross-entropy with the next token: what the source was trained with."""
+
+
+class Distil(ObjectiveOptions):
+    """Cross-entropy with the text, and a divergence from the teacher's next-token distribution."""
+
+    cross_entropy: Weight = 0.5
+    """Weight of the cross-entropy."""
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"] = "forward_kl"
+    """How far the student's distribution is from the teacher's. `forward_kl` is what RRT settles on."""
+    divergence_weight: Weight = 0.5
+    """Weight of the divergence."""
+    temperature: Annotated[Real, Field(gt=0)] = 1.0
+    """Temperature of both distributions in the divergence, which is multiplied by its square."""
+    top_k: Count | None = None
+    """Store the teacher's k likeliest tokens of every position once, with one bucket for all others, and learn from
+    those: no teacher in memory. Left out: the teacher runs along. Only with `forward_kl`."""
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "Distil":
+        if self.cross_entropy + self.divergence_weight == 0:
+            raise ValueError("cross_entropy and divergence_weight: at least one above 0 is required (got 0 and 0)")
+        if self.top_k is not None and self.divergence != "forward_kl":
+            raise ValueError(f"top_k: requires divergence forward_kl (got {self.divergence})")
+        if self.top_k is not None and self.temperature != 1:
+            raise ValueError(f"top_k: requires temperature 1 (got {self.temperature:g})")
+        return self
+
+
+class Alignment(ObjectiveOptions):
+    """Options of objectives that compare activations of student and teacher, depth by depth."""
+
+    inputs: Inputs = "teacher"
+    """What each depth reads: the `teacher`'s activations, so that depths learn side by side, or the `student`'s own."""
+    loss: Literal["mse", "l2"] = "mse"
+    """`mse`: mean square, relative to the mean square of what it is compared with; `l2`: length of the difference of
+    each token, by the square root of the width (RADLADS)."""
+
+
+class MixerOutputs(Alignment):
+    """What each token mixer adds to the stream, compared with what the teacher's layer adds there."""
+
+
+class HiddenStates(Alignment):
+    """The stream after each depth, compared with the teacher's where the next depth begins."""
+
+
+class AttentionMatrices(ObjectiveOptions):
+    """The token-mixing matrix of each mixer that can write one down, compared with the teacher's attention matrix."""
+
+
+class Objectives(Section):
+    """What a stage minimises: one key for each objective, the value holding its options."""
+
+    next_token: NextToken | None = None
+    """Cross-entropy with the next token."""
+    distil: Distil | None = None
+    """Cross-entropy and a divergence from the teacher's distribution (arXiv 2410.20672, section 3.6)."""
+    mixer_outputs: MixerOutputs | None = None
+    """What each mixer adds to the stream (LoLCATs, arXiv 2410.10254; RADLADS, arXiv 2505.03005)."""
+    hidden_states: HiddenStates | None = None
+    """The stream between depths (MOHAWK, arXiv 2408.10189, stage 2)."""
+    attention_matrices: AttentionMatrices | None = None
+    """Token-mixing matrices (MOHAWK, arXiv 2408.10189, stage 1)."""
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> "Objectives":
+        if not self.chosen():
+            raise ValueError(f"at least one of {', '.join(type(self).model_fields)} is required (got none)")
+        return self
+
+    def chosen(self) -> dict[str, ObjectiveOptions]:
+        """Returns the objectives that are there, by name, in the order of the class."""
+        found = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: options for name, options in found.items() if options is not None}
