@@ -1,27 +1,30 @@
-"""Cross-entropy and forward KL to a teacher's distribution."""
+"""Cross-entropy and a divergence from a teacher's distribution."""
 
-from jaxtyping import Int64
-from torch import Tensor
-
-from refold.blueprint.recipe import HealStage
-from refold.healing.objectives.objective import Objective
-from refold.scoring.chunked import ChunkedLoss, Objectives, chunked_loss
-from refold.scoring.head import Predictions
+from refold.blueprint.specs import objectives as specs
+from refold.healing.objectives.objective import Loss, Objective, Step
+from refold.scoring.chunked import Objectives, chunked_loss
 
 
-class Distil(Objective):
-    """`ce_weight * CE + kl_weight * temperature^2 * KL(teacher || student)`, the teacher's logits computed online.
+class Distil(Objective[specs.Distil]):
+    """`cross_entropy * CE + divergence_weight * temperature^2 * D(teacher, student)`, the teacher running along.
 
     Forward KL is the divergence RRT settles on (arXiv 2410.20672, section 3.6); it does not state the weights.
     """
 
-    needs_teacher = True
+    student_wants = frozenset({"predictions"})
 
-    def __init__(self, stage: HealStage):
-        super().__init__(stage)
-        self._parts = Objectives(stage.ce_weight, {"forward_kl": stage.kl_weight}, stage.temperature)
+    def __init__(self, options: specs.Distil):
+        super().__init__(options)
+        if options.top_k is None:
+            self.teacher_wants = frozenset({"predictions"})
+        self.stored_top_k = options.top_k
+        divergences = {options.divergence: options.divergence_weight}
+        self._parts = Objectives(options.cross_entropy, divergences, options.temperature)
 
-    def loss(
-        self, student: Predictions, labels: Int64[Tensor, "B T"], teacher: Predictions | None, num_tokens: int
-    ) -> ChunkedLoss:
-        return chunked_loss(student, labels, self._parts, teacher=teacher, num_tokens=num_tokens)
+    def loss(self, step: Step) -> Loss:
+        assert step.student is not None
+        teacher = None if step.teacher is None else step.teacher.predictions
+        found = chunked_loss(
+            step.student.predictions, step.labels, self._parts, teacher=teacher, num_tokens=step.num_tokens
+        )
+        return Loss(found.total, found.means)

@@ -1,17 +1,16 @@
 """Cross-entropy with the next token."""
 
-from jaxtyping import Int64
-from torch import Tensor
-
-from refold.healing.objectives.objective import Objective
-from refold.scoring.chunked import ChunkedLoss, chunked_loss
-from refold.scoring.head import Predictions
+from refold.blueprint.specs import objectives as specs
+from refold.healing.objectives.objective import Loss, Objective, Step
+from refold.scoring.chunked import chunked_loss
 
 
-class NextToken(Objective):
+class NextToken(Objective[specs.NextToken]):
     """`CE`: what the source was trained with."""
 
-    def loss(
-        self, student: Predictions, labels: Int64[Tensor, "B T"], teacher: Predictions | None, num_tokens: int
-    ) -> ChunkedLoss:
-        return chunked_loss(student, labels, num_tokens=num_tokens)
+    student_wants = frozenset({"predictions"})
+
+    def loss(self, step: Step) -> Loss:
+        assert step.student is not None
+        found = chunked_loss(step.student.predictions, step.labels, num_tokens=step.num_tokens)
+        return Loss(found.total, found.means)

@@ -2,11 +2,17 @@
 
 from collections.abc import Mapping
 
+from refold.blueprint.specs.objectives import Objectives
 from refold.healing.objectives.distil import Distil
 from refold.healing.objectives.next_token import NextToken
 from refold.healing.objectives.objective import Objective
 
 OBJECTIVES: Mapping[str, type[Objective]] = {
-    "distil": Distil,  # https://arxiv.org/abs/2410.20672
     "next_token": NextToken,
+    "distil": Distil,  # https://arxiv.org/abs/2410.20672
 }
+
+
+def make_objectives(chosen: Objectives) -> dict[str, Objective]:
+    """Makes the objectives of a stage, by name."""
+    return {name: OBJECTIVES[name](options) for name, options in chosen.chosen().items()}

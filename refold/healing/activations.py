@@ -1,0 +1,145 @@
+"""What a model computes on the way: the stream between its layers, and what its mixers add to it."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from refold.errors import HealError
+from refold.families.registry import find_family
+from refold.modeling.model import RefoldForCausalLM
+from refold.scoring.head import Predictions
+from refold.scoring.predict import head_of
+
+Want = Literal["predictions", "streams", "mixers", "attentions", "exits"]
+"""What an objective may ask of a forward pass."""
+
+
+@dataclass
+class Activations:
+    """One forward pass, layer by layer. Layers are a source's layers, or a folded model's depths.
+
+    Attributes:
+        predictions: last hidden states, after the final norm, and the head; where it runs.
+        streams: the stream before each layer and, last, after the last one, before the final norm.
+        mixers: layer to what its mixer adds to the stream; layers without a mixer are not there.
+        attentions: layer to attention weights `[B, H, T, T]`.
+    """
+
+    predictions: Predictions
+    streams: list[Float[Tensor, "B T D"]] = field(default_factory=list)
+    mixers: dict[int, Float[Tensor, "B T D"]] = field(default_factory=dict)
+    attentions: dict[int, Tensor] = field(default_factory=dict)
+
+
+def observe(
+    model: PreTrainedModel,
+    input_ids: Int64[Tensor, "B T"],
+    position_ids: Int64[Tensor, "B T"],
+    wants: frozenset[Want],
+) -> Activations:
+    """Runs a model once, without a cache and without logits, and keeps what is wanted.
+
+    Args:
+        model: a folded model or a source, as transformers loads it.
+        input_ids: tokens.
+        position_ids: where they fall back, a new document begins that sees none of the others.
+        wants: what to keep besides the predictions; `attentions` asks for eager attention.
+
+    Raises:
+        HealError: the model's layers cannot be observed.
+    """
+    stack: Any = model.base_model
+    streams: list[Tensor] = []
+    mixed: list[Tensor] = []
+    options: dict[str, Any] = {"output_attentions": True} if "attentions" in wants else {}
+    with contextlib.ExitStack() as hooks:
+        if "streams" in wants:
+            for hook in _watch_streams(stack_layers(model), streams):
+                hooks.enter_context(hook)
+        if "mixers" in wants:
+            for hook in _watch_outputs(mixer_modules(model), mixed):
+                hooks.enter_context(hook)
+        output = stack(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
+    found = Activations(Predictions(output.last_hidden_state, head_of(model)), streams)
+    mixing = mixing_layers(model)
+    found.mixers = dict(zip(mixing, mixed, strict=True)) if "mixers" in wants else {}
+    if "attentions" in wants:
+        found.attentions = dict(zip(mixing, output.attentions, strict=True))
+    return found
+
+
+def stack_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Returns the modules that are a model's layers, top to bottom; of a folded model its depths."""
+    stack: Any = model.base_model
+    layers = stack.depths if isinstance(model, RefoldForCausalLM) else getattr(stack, "layers", None)
+    if layers is None or len(layers) != model.config.num_hidden_layers:
+        raise HealError(f"objective: layers that can be observed are required ({type(model).__name__} has other ones)")
+    return list(layers)
+
+
+def mixing_layers(model: PreTrainedModel) -> list[int]:
+    """Returns the layers that have a mixer, in the order they run."""
+    if isinstance(model, RefoldForCausalLM):
+        depths = model.config.read_blueprint().depths
+        return [index for index, depth in enumerate(depths) if depth.mixer is not None]
+    return list(range(model.config.num_hidden_layers))
+
+
+def source_layers(model: PreTrainedModel) -> list[int]:
+    """Returns, for each layer of a model, the source layer it stands for; of a source each stands for itself."""
+    if isinstance(model, RefoldForCausalLM):
+        return [depth.source for depth in model.config.read_blueprint().depths]
+    return list(range(model.config.num_hidden_layers))
+
+
+def mixer_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """Returns the modules whose outputs are what mixers add to the stream, each once however often it runs."""
+    if isinstance(model, RefoldForCausalLM):
+        return list(model.model.mixers)
+    family = find_family(cast("str", model.config.model_type))
+    names = {piece: rule.source for rule in family.rules for piece in rule.pieces}
+    # A norm after the output projection is the last thing a mixer does, where a family has one.
+    last = names.get("mixer.output_norm.weight")
+    path = last.removesuffix(".weight") if last else names["mixer.o_proj.weight"].removesuffix(".weight").rpartition(".")[0]
+    modules = dict(model.named_modules())
+    return [modules[path.format(layer=layer)] for layer in range(model.config.num_hidden_layers)]
+
+
+def _watch_streams(layers: list[nn.Module], kept: list[Tensor]) -> Iterator[Any]:
+    def before(module: nn.Module, arguments: tuple, keywords: dict[str, Any]) -> None:
+        kept.append(arguments[0] if arguments else keywords["hidden_states"])
+
+    def after(module: nn.Module, arguments: tuple, output: Any) -> None:
+        kept.append(_first(output))
+
+    for layer in layers:
+        yield _removed(layer.register_forward_pre_hook(before, with_kwargs=True))
+    yield _removed(layers[-1].register_forward_hook(after))
+
+
+def _watch_outputs(modules: list[nn.Module], kept: list[Tensor]) -> Iterator[Any]:
+    def after(module: nn.Module, arguments: tuple, output: Any) -> None:
+        kept.append(_first(output))
+
+    for module in modules:
+        yield _removed(module.register_forward_hook(after))
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextlib.contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    """Removes a hook again, so that the passes of gradient checkpointing's backward do not count."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
