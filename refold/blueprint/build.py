@@ -12,6 +12,7 @@ from refold.blueprint.ranks import Linears, choose_ranks
 from refold.blueprint.recipe import Exits, Fold, Recipe
 from refold.blueprint.schema import POOLS, Blueprint, Depth, Exit, MixerPart, MlpPart, Pool
 from refold.blueprint.specs import attention, mlp
+from refold.blueprint.specs.exits import describe_exits
 from refold.blueprint.starts import Starts
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
@@ -95,6 +96,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
         )
     if recipe.exits is not None:
         blueprint = _with_exits(blueprint, recipe.exits, recipe.fold, stack)
+    exit_notes = describe_exits(blueprint)
     relaxed = any(depth.ranks for depth in blueprint.depths)
     starts = Starts(
         weights=recipe.weights,
@@ -102,7 +104,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
         svd=recipe.relax.svd if recipe.relax else "auto",
         seed=recipe.seed,
     )
-    return Built(blueprint, starts, (*stack.notes, *rank_notes, *advise(recipe, relaxed)))
+    return Built(blueprint, starts, (*stack.notes, *rank_notes, *exit_notes, *advise(recipe, relaxed)))
 
 
 def _require_sensible_starts(recipe: Recipe) -> None:
@@ -205,8 +207,10 @@ def _with_exits(blueprint: Blueprint, exits: Exits, fold: Fold | None, stack: Fo
                     f"0..{last - 1})"
                 )
         places = exits.at
+    rank = min(exits.head_rank, blueprint.arch.hidden_size, blueprint.arch.vocab_size)
+    each = Exit(norm=exits.norm, head_rank=rank, gate=exits.gate)
     depths = tuple(
-        depth.model_copy(update={"exit": Exit()}) if index in places else depth
+        depth.model_copy(update={"exit": each}) if index in places else depth
         for index, depth in enumerate(blueprint.depths)
     )
     return blueprint.model_copy(update={"depths": depths})

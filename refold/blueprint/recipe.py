@@ -160,7 +160,14 @@ class Exits(Section):
         Annotated[Literal["loops"], Tag("<name>")] | Annotated[SourceLayers, Tag("<list>")],
         Discriminator(_list_or_name),
     ] = "loops"
-    """After each loop, or after the depths listed (counted from 0)."""
+    """After each loop, or after the depths listed (counted from 0). The last depth is none: it ends in the final norm
+    and the head."""
+    norm: Literal["shared", "own"] = "shared"
+    """Whether exits use the final norm, or each has its own, which starts as a copy of it."""
+    head_rank: Rank = 0
+    """Rank of a LoRA on the shared head for each exit, without effect at first; 0 is none."""
+    gate: bool = False
+    """Whether each exit has a small linear that predicts if its likeliest token is that of the full depth."""
 
 
 class IgnoredTensor(Section):

@@ -34,7 +34,27 @@ class MlpPart(Part):
 
 
 class Exit(Frozen):
-    """A place where the stack may be left early: through the final norm and the head all depths share."""
+    """A place where the stack may be left early, through a norm and the head all depths share.
+
+    `refold.blueprint.specs.exits` says which tensors are an exit's own.
+    """
+
+    norm: Literal["shared", "own"] = "shared"
+    """Whether it uses the final norm, or one of its own."""
+    head_rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of the LoRA on the shared head that only this exit uses."""
+    gate: bool = False
+    """Whether a small linear predicts if the exit's likeliest token is that of the full depth."""
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether anything is stored for this exit alone."""
+        return self.norm == "own" or self.head_rank > 0 or self.gate
+
+    def describe(self) -> str:
+        """Returns its parts in words, such as `own norm, head rank 8, gate`; `shared` where it has none."""
+        parts = (self.norm == "own", "own norm"), (self.head_rank, f"head rank {self.head_rank}"), (self.gate, "gate")
+        return ", ".join(name for there, name in parts if there) or "shared"
 
 
 class Depth(Frozen):
@@ -90,6 +110,11 @@ class Blueprint(Frozen):
                     f"depths[{index}].source: layer {depth.source} is out of range ({num_layers} source layers: "
                     f"0..{num_layers - 1})"
                 )
+        if self.depths[-1].exit is not None:
+            raise ValueError(
+                f"depths[{len(self.depths) - 1}].exit: an exit must stand before the last depth, which ends in the "
+                f"final norm and the head (got one there)"
+            )
         for pool in POOLS:
             parts = self.pool(pool)
             for index, depth in enumerate(self.depths):
