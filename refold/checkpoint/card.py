@@ -5,6 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 CARD_NAME = "README.md"
+STOCK_USAGE = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")"""
+FOLDED_USAGE = f"import refold\n{STOCK_USAGE}"
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
@@ -25,6 +31,7 @@ def write_card(
     facts: Mapping[str, str],
     notes: Sequence[str] = (),
     licence: str | None = None,
+    usage: str = FOLDED_USAGE,
 ) -> None:
     """Writes `README.md` with the front matter the hub reads.
 
@@ -35,19 +42,12 @@ def write_card(
         facts: Rows of the table: quantity to value.
         notes: Sentences under the table.
         licence: The source's, where its card names one.
+        usage: Python that loads the folder.
     """
     front = ["---", f"base_model: {base_model}", "library_name: transformers", "tags: [refold]"]
     front += [f"license: {licence}"] if licence else []
     rows = [f"| {name} | {value} |" for name, value in facts.items()]
-    usage = (
-        "```python",
-        "import refold",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")',
-        "```",
-    )
-    body = [f"# {title}", "", "| | |", "|---|---|", *rows, "", *(f"- {note}" for note in notes), "", *usage]
+    body = [f"# {title}", "", "| | |", "|---|---|", *rows, "", *(f"- {note}" for note in notes), ""]
+    body += ["```python", usage, "```"]
     text = "\n".join([*front, "---", "", *body]) + "\n"
     (folder / CARD_NAME).write_text(text, encoding="utf-8")

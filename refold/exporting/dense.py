@@ -8,6 +8,7 @@ from typing import Any
 
 from refold.blueprint.schema import Blueprint, Depth
 from refold.blueprint.source_tensors import SourceTensor, source_tensors
+from refold.checkpoint.card import STOCK_USAGE
 from refold.checkpoint.locate import CONFIG_NAME
 from refold.checkpoint.writer import ShardedWriter
 from refold.errors import ExportError, SourceError
@@ -138,6 +139,7 @@ TARGET = ExportTarget(
     name="dense",
     url="https://huggingface.co/docs/transformers/model_doc/auto",
     summary="stock transformers folder of the source's family, loops unrolled and LoRAs merged: loads without refold",
+    usage=STOCK_USAGE,
     count_bytes=count_dense_bytes,
     write=write,
 )

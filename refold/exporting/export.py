@@ -77,7 +77,8 @@ def export(
                 "dtype": str(number).removeprefix("torch."),
                 "weights": f"{sum(file.stat().st_size for file in out.path.glob('*.safetensors')):,} bytes",
             }
-            write_card(out.path, base, f"{base}, folded, as {to}", facts, notes, read_licence(folder))
+            title = f"{base}, folded, as {to}"
+            write_card(out.path, base, title, facts, notes, read_licence(folder), target.usage)
     return out.destination
 
 

@@ -37,6 +37,7 @@ class ExportTarget:
         name: What `--to` takes.
         url: Where the format is described.
         summary: One line for listings.
+        usage: Python that loads what it writes, for the model card.
         count_bytes: Bytes of the weights it will write, for a blueprint and what a number takes.
         write: Writes weights and config into the job's folder and returns sentences for the model card. Companions,
             card and provenance are written by `export`.
@@ -45,5 +46,6 @@ class ExportTarget:
     name: str
     url: str
     summary: str
+    usage: str
     count_bytes: Callable[[Blueprint, int], int]
     write: Callable[[ExportJob], tuple[str, ...]]

@@ -34,6 +34,9 @@ def test_licence_template_card_and_provenance_go_along(folded: Path, tmp_path: P
     assert "base_model: source" in card
     assert "license: mit" in card
     assert "the model has no tokenizer: none was copied" in card
+    assert "import refold" in (folded / "README.md").read_text()
+    assert "import refold" not in card
+    assert 'AutoModelForCausalLM.from_pretrained("THIS FOLDER")' in card
     stages = provenance.read(out)
     assert [stage.stage for stage in stages] == ["convert", "export"]
     assert stages[1].source["path"] == str(folded)
