@@ -27,7 +27,8 @@ from timing import ROUNDS, Timings, interleave
 from tinyllama_shaped import LINEARS, Linear, make_checkpoint
 
 from refold.checkpoint.reader import CheckpointReader
-from refold.conversion.convert import PLAN_NAME, convert
+from refold.checkpoint.locate import PLAN_NAME
+from refold.conversion.convert import convert
 from refold.conversion.svd import truncated_svd
 
 RANK = 64

@@ -14,6 +14,7 @@ from refold.checkpoint.headers import CheckpointHeaders, collect_headers, read_h
 from refold.errors import SourceError
 
 CONFIG_NAME = "config.json"
+PLAN_NAME = "plan.json"
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
 
 

@@ -11,11 +11,11 @@ from refold.checkpoint import provenance
 from refold.checkpoint.card import read_licence, write_card
 from refold.checkpoint.companions import copy_companions
 from refold.checkpoint.folder import AtomicFolder
-from refold.checkpoint.locate import Source, locate
+from refold.checkpoint.locate import PLAN_NAME, Source, locate
 from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.writer import ShardedWriter, count_bytes
 from refold.conversion.pieces import PieceReader
-from refold.conversion.plan import PLAN_NAME, Plan, plan_model
+from refold.conversion.plan import Plan, plan_model
 from refold.conversion.source_model import read_source_model
 from refold.conversion.tensors import TargetBuilder
 from refold.errors import SourceError

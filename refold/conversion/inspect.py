@@ -10,9 +10,9 @@ from refold.blueprint.schema import Blueprint
 from refold.checkpoint import provenance
 from refold.checkpoint.folder import settle
 from refold.checkpoint.headers import read_headers
-from refold.checkpoint.locate import locate
+from refold.checkpoint.locate import PLAN_NAME, locate
 from refold.checkpoint.manifest import verify as verify_files
-from refold.conversion.plan import PLAN_NAME, CostPair, read_plan
+from refold.conversion.plan import CostPair, read_plan
 from refold.conversion.source_model import DTYPE_BYTES
 from refold.errors import FolderError
 from refold.families.arch import Frozen

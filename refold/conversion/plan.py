@@ -14,14 +14,13 @@ from refold.blueprint.recipe import Recipe
 from refold.blueprint.schema import Blueprint, Depth
 from refold.blueprint.specs.registry import depth_linears
 from refold.blueprint.starts import Starts
-from refold.checkpoint.locate import Source
+from refold.checkpoint.locate import PLAN_NAME, Source
 from refold.conversion.plan_lines import PlanLine, plan_lines
 from refold.conversion.source_model import SourceModel, read_source_model
 from refold.errors import RecipeError, RefoldError
 from refold.families.arch import Frozen
 
 PLAN_FORMAT = 1
-PLAN_NAME = "plan.json"
 """The plan's file in a model folder."""
 SUMMARY_CONTEXT = 8192
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refold.checkpoint.provenance import Stage
 from refold.data.readers import DataSource, open_data
+from refold.data.text_bytes import scored_bytes
 from refold.data.tokens import tokenise
 from refold.errors import DataError, RefoldError
 from refold.evaluation.data_files import describe_data
@@ -19,7 +20,6 @@ from refold.evaluation.document_sums import DocumentCounts, ratio_error
 from refold.evaluation.result import Comparison, Evaluation, ExitScores, Machine, Seconds
 from refold.evaluation.stopwatch import Stopwatch
 from refold.evaluation.subject import ModelLike, Subject, check_comparable, open_subject, require_tokenizer
-from refold.evaluation.text_bytes import scored_bytes
 from refold.evaluation.window_pass import Progress, WindowPass
 
 DEFAULT_CONTEXT = 1024

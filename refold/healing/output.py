@@ -13,11 +13,10 @@ from refold.checkpoint import provenance
 from refold.checkpoint.card import CARD_NAME, read_licence, write_card
 from refold.checkpoint.companions import copy_companions
 from refold.checkpoint.folder import AtomicFolder
-from refold.checkpoint.locate import CONFIG_NAME, Source
+from refold.checkpoint.locate import CONFIG_NAME, PLAN_NAME, Source
 from refold.checkpoint.writer import ShardedWriter, TensorSpecs
 from refold.healing.log import LOG_NAME
 
-PLAN_NAME = "plan.json"
 _ROW = re.compile(r"^\| ([^|]+) \| ([^|]*) \|$", re.MULTILINE)
 
 

@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args
 from refold.blueprint.load import RecipeLike, load_recipe
 from refold.blueprint.recipe import BlockDrop, Drop, HealStage, Recipe
 from refold.checkpoint.folder import settle
-from refold.checkpoint.locate import Source, locate
+from refold.checkpoint.locate import PLAN_NAME, Source, locate
 from refold.checkpoint.lock import FolderLock
 from refold.checkpoint.manifest import check, is_refold_folder
 from refold.conversion.convert import carry_out
-from refold.conversion.plan import PLAN_NAME, Plan, plan_model, read_plan
+from refold.conversion.plan import Plan, plan_model, read_plan
 from refold.conversion.source_model import SourceModel, read_source_model
 from refold.data.readers import DataSource, open_data
 from refold.data.split import split
