@@ -1,18 +1,19 @@
-"""Reads text, jsonl and parquet as a list of blocks, so that a shuffled order needs no reading of everything."""
+"""Text, jsonl and parquet as data sources: lists of blocks in any order."""
 
 import hashlib
 import json
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, Generic
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from refold.data.blocks import Block, D, JsonLinesBlock, MemoryBlock, ParquetBlock, TextBlock, first_line
+from refold.data.field import Field, Form
 from refold.errors import DataError
 from refold.suggest import did_you_mean
 
@@ -20,132 +21,10 @@ KNOWN_EXTENSIONS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 """What a folder is searched for. A file named by itself may have any other extension, and is then plain text."""
 
 BLOCK_BYTES = 4 * 2**20
-_TEXT_CUT_BYTES = 2**16  # how far past a block's nominal end a text file is searched for a line end
-
-
-class Block(ABC):
-    """A part of the data that can be read alone."""
-
-    @abstractmethod
-    def documents(self) -> Sequence[str]:
-        """Returns the documents of this block in file order."""
 
 
 @dataclass(frozen=True)
-class MemoryBlock(Block):
-    """Documents that are in memory already."""
-
-    texts: tuple[str, ...]
-
-    def documents(self) -> Sequence[str]:
-        """Returns the documents in the order given."""
-        return self.texts
-
-
-@dataclass(frozen=True)
-class TextBlock(Block):
-    """A plain text file, which is one document; of one larger than a block, a piece, which then is one document.
-
-    Pieces are cut after the first line end at or past the nominal byte range's ends, or between two characters where no
-    line ends nearby.
-    """
-
-    path: Path
-    start: int
-    stop: int
-
-    def documents(self) -> Sequence[str]:
-        """Returns one document, or none where the piece is empty.
-
-        Raises:
-            DataError: the bytes are not UTF-8, or the file cannot be read.
-        """
-        offset, raw = _read_range(self.path, self.start, self.stop, _TEXT_CUT_BYTES)
-        text = _decode(self.path, offset, raw)
-        return [text] if text else []
-
-
-@dataclass(frozen=True)
-class JsonLinesBlock(Block):
-    """The lines of a jsonl file whose first byte lies in `[start, stop)`, each to its end; one document per line."""
-
-    path: Path
-    start: int
-    stop: int
-    field: str
-
-    def documents(self) -> Sequence[str]:
-        """Returns the field's text of every line that is not blank.
-
-        Raises:
-            DataError: a line is not UTF-8, not JSON, not an object, or lacks the field.
-        """
-        offset, raw = _read_range(self.path, self.start, self.stop, None)
-        texts = []
-        begin = 0
-        for line in raw.split(b"\n"):
-            text = _decode(self.path, offset + begin, line)
-            if text.strip():
-                texts.append(self._document(text, offset + begin))
-            begin += len(line) + 1
-        return texts
-
-    def _document(self, line: str, offset: int) -> str:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{self._where(offset)}: a JSON object is required (got {line[:40]!r}: {error})") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{self._where(offset)}: a JSON object is required (got {type(row).__name__})")
-        if self.field not in row:
-            hint = did_you_mean(self.field, row)
-            raise DataError(f"{self._where(offset)}: field '{self.field}' is required (got {sorted(row)}){hint}")
-        text = row[self.field]
-        if not isinstance(text, str):
-            raise DataError(f"{self._where(offset)}: field '{self.field}' must be a string (got {type(text).__name__})")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{self._where(offset)}: field '{self.field}' must be Unicode text (got a lone surrogate)"
-            ) from error
-        return text
-
-    def _where(self, offset: int) -> str:
-        with self.path.open("rb") as file:
-            return f"{self.path}:{file.read(offset).count(10) + 1}"
-
-
-@dataclass(frozen=True)
-class ParquetBlock(Block):
-    """One row group of a parquet file; one document per row."""
-
-    path: Path
-    row_group: int
-    column: str
-
-    def documents(self) -> Sequence[str]:
-        """Returns the column's texts.
-
-        Raises:
-            DataError: a row is null or not UTF-8, or the file cannot be read.
-        """
-        where = f"{self.path}: row group {self.row_group}"
-        try:
-            table = pq.ParquetFile(self.path).read_row_group(self.row_group, columns=[self.column])
-            texts = table.column(self.column).to_pylist()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: column '{self.column}' must be UTF-8 text ({error.reason})") from error
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{where}: a readable parquet file is required ({_first_line(error)})") from error
-        for row, text in enumerate(texts):
-            if text is None:
-                raise DataError(f"{where}, row {row}: column '{self.column}' must be a string (got null)")
-        return texts
-
-
-@dataclass(frozen=True)
-class DataSource:
+class DataSource(Generic[D]):
     """Documents as a list of blocks.
 
     Attributes:
@@ -155,11 +34,11 @@ class DataSource:
         name: for messages.
     """
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block[D], ...]
     identity: str
     name: str
 
-    def documents(self, seed: int | None = None, epoch: int = 0) -> Iterator[str]:
+    def documents(self, seed: int | None = None, epoch: int = 0) -> Iterator[D]:
         """Yields every document that is not empty, once.
 
         Args:
@@ -170,37 +49,43 @@ class DataSource:
             DataError: as the blocks do.
         """
         for index in _order(len(self.blocks), seed, epoch, 0):
-            texts = self.blocks[index].documents()
-            for position in _order(len(texts), seed, epoch, 1 + index):
-                if texts[position]:
-                    yield texts[position]
+            documents = self.blocks[index].documents()
+            for position in _order(len(documents), seed, epoch, 1 + index):
+                if documents[position]:
+                    yield documents[position]
 
 
 def open_data(
-    paths: str | Path | Sequence[str | Path], *, field: str = "text", block_bytes: int = BLOCK_BYTES
-) -> DataSource:
+    paths: str | Path | Sequence[str | Path],
+    *,
+    field: str | None = None,
+    form: Form = "text",
+    block_bytes: int = BLOCK_BYTES,
+) -> DataSource[Any]:
     """Opens files and folders as one data source; file contents are read later, block by block.
 
     Folders are walked in sorted order for `KNOWN_EXTENSIONS`; hidden names are left out.
 
     Args:
         paths: files (`.jsonl`, `.parquet`, anything else is plain text) and folders.
-        field: the jsonl field and parquet column that holds the text.
+        field: the jsonl field and parquet column that holds the document; None: `text`, or `messages` for chat.
+        form: whether documents are texts or conversations.
         block_bytes: nominal size of a block of text and jsonl. Parquet has its row groups.
 
     Raises:
         DataError: a path is missing, unreadable, or a folder without known files; everything is empty; a parquet file
-            is broken or lacks the column.
+            is broken or lacks the column; conversations are asked of plain text.
     """
     given = [paths] if isinstance(paths, str | Path) else paths
     files = [file for path in given for file in _files(Path(path))]
-    blocks: list[Block] = []
-    identity = [field, block_bytes]
+    wanted = Field.of(field, form)
+    blocks: list[Block[Any]] = []
+    identity: list[Any] = [wanted.name, block_bytes] if form == "text" else [wanted.name, block_bytes, form]
     for path in files:
         try:
             status = path.stat()
             identity.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
-            blocks += _blocks(path, status.st_size, field, block_bytes)
+            blocks += _blocks(path, status.st_size, wanted, block_bytes)
         except OSError as error:
             raise DataError(f"{path}: a readable file is required ({error.strerror or error})") from error
     name = ", ".join(str(path) for path in given)
@@ -209,7 +94,7 @@ def open_data(
     return DataSource(tuple(blocks), json.dumps(identity), name)
 
 
-def from_documents(documents: Iterable[str], *, name: str = "documents in memory") -> DataSource:
+def from_documents(documents: Iterable[str], *, name: str = "documents in memory") -> DataSource[str]:
     """Makes a data source of texts in memory.
 
     Raises:
@@ -243,7 +128,7 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _blocks(path: Path, size: int, field: str, block_bytes: int) -> list[Block]:
+def _blocks(path: Path, size: int, field: Field, block_bytes: int) -> Sequence[Block[Any]]:
     if size == 0:
         return []
     if path.suffix == ".parquet":
@@ -252,21 +137,26 @@ def _blocks(path: Path, size: int, field: str, block_bytes: int) -> list[Block]:
         ranges = [(start, min(start + block_bytes, size)) for start in range(0, size, block_bytes)]
     if path.suffix == ".jsonl":
         return [JsonLinesBlock(path, start, stop, field) for start, stop in ranges]
+    if field.form == "chat":
+        raise DataError(f"{path}: jsonl or parquet is required for conversations (got plain text)")
     return [TextBlock(path, start, stop) for start, stop in ranges]
 
 
-def _parquet_blocks(path: Path, column: str) -> list[Block]:
+def _parquet_blocks(path: Path, field: Field) -> Sequence[Block[Any]]:
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowException as error:
-        raise DataError(f"{path}: a readable parquet file is required ({_first_line(error)})") from error
+        raise DataError(f"{path}: a readable parquet file is required ({first_line(error)})") from error
     schema = file.schema_arrow
-    if column not in schema.names:
-        hint = did_you_mean(column, schema.names)
-        raise DataError(f"{path}: column '{column}' is required (got {schema.names}){hint}")
-    kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise DataError(f"{path}: column '{column}' must hold strings (got {kind})")
+    if field.name not in schema.names:
+        hint = did_you_mean(field.name, schema.names)
+        raise DataError(f"{path}: column '{field.name}' is required (got {schema.names}){hint}")
+    kind = schema.field(field.name).type
+    if field.form == "text" and not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise DataError(f"{path}: column '{field.name}' must hold strings (got {kind})")
+    if field.form == "chat" and not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        raise DataError(f"{path}: column '{field.name}' must hold lists of messages (got {kind})")
+    column = replace(field, noun="column")
     return [ParquetBlock(path, index, column) for index in range(file.num_row_groups)]
 
 
@@ -274,45 +164,3 @@ def _order(count: int, seed: int | None, epoch: int, stream: int) -> Iterable[in
     if seed is None:
         return range(count)
     return np.random.default_rng([seed, epoch, stream]).permutation(count).tolist()
-
-
-def _read_range(path: Path, start: int, stop: int, search: int | None) -> tuple[int, bytes]:
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            first = _cut(file, start, size, search)
-            last = _cut(file, stop, size, search)
-            file.seek(first)
-            return first, file.read(max(0, last - first))
-    except OSError as error:
-        raise DataError(f"{path}: a readable file is required ({error.strerror or error})") from error
-
-
-def _cut(file: BinaryIO, offset: int, size: int, search: int | None) -> int:
-    """The first line start at or after `offset`; after `search` bytes without one, the next character's first byte."""
-    if offset <= 0 or offset >= size:
-        return min(max(offset, 0), size)
-    file.seek(offset - 1)
-    line = file.readline(-1 if search is None else search)
-    if search is None or line.endswith(b"\n"):
-        return min(offset - 1 + len(line), size)
-    nearby = line[1:5]
-    starts = (place for place, byte in enumerate(nearby) if byte & 0xC0 != 0x80)
-    return offset + next(starts, len(nearby))
-
-
-def _decode(path: Path, offset: int, raw: bytes) -> str:
-    if offset == 0 and raw.startswith(b"\xef\xbb\xbf"):
-        raw, offset = raw[3:], 3
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        bad = raw[error.start]
-        raise DataError(
-            f"{path}: byte {offset + error.start}: text in UTF-8 is required (got byte 0x{bad:02x}); convert it first, "
-            f"for instance with `iconv -t UTF-8`"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -1,10 +1,13 @@
 """Text held out from training, when the user names none."""
 
+import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from refold.data.readers import Block, DataSource
+from refold.data.blocks import Block
+from refold.data.field import Document
+from refold.data.readers import DataSource
 from refold.errors import DataError
 
 EVERY = 50
@@ -13,17 +16,25 @@ PIECE = 8_000
 
 
 @dataclass(frozen=True)
-class HalfBlock(Block):
+class HalfBlock(Block[Document]):
     """The pieces of a block's documents that fall on one side of the split."""
 
-    block: Block
+    block: Block[Document]
     every: int
     held_out: bool
 
-    def documents(self) -> Sequence[str]:
-        pieces = (piece for text in self.block.documents() for piece in cut(text))
+    def documents(self) -> Sequence[Document]:
+        pieces = (piece for document in self.block.documents() for piece in _pieces(document))
         # By content: the side does not depend on the order of files, and equal pieces never stand on both sides.
-        return [piece for piece in pieces if (zlib.crc32(piece.encode()) % self.every == 0) == self.held_out]
+        return [piece for piece in pieces if (zlib.crc32(_content(piece)) % self.every == 0) == self.held_out]
+
+
+def _pieces(document: Document) -> Iterable[Document]:
+    return cut(document) if isinstance(document, str) else [document]
+
+
+def _content(piece: Document) -> bytes:
+    return piece.encode() if isinstance(piece, str) else json.dumps(piece.messages, sort_keys=True).encode()
 
 
 def cut(text: str, size: int = PIECE) -> Iterator[str]:

@@ -49,7 +49,7 @@ def test_pieces_always_join_to_the_text(tmp_path_factory, text: str, block_bytes
     path = tmp_path_factory.mktemp("pieces") / "a.txt"
     path.write_text(text + "a", encoding="utf-8", newline="")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("refold.data.readers._TEXT_CUT_BYTES", search)
+        patch.setattr("refold.data.blocks._TEXT_CUT_BYTES", search)
         assert "".join(_read(open_data(path, block_bytes=block_bytes))) == text + "a"
 
 

@@ -1,0 +1,173 @@
+"""Parts of the data that can be read alone, so that a shuffled order needs no reading of everything."""
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Generic, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from refold.data.field import Document, Field
+from refold.errors import DataError
+
+D = TypeVar("D", covariant=True)
+"""What the documents are: texts or conversations."""
+
+_TEXT_CUT_BYTES = 2**16  # how far past a block's nominal end a text file is searched for a line end
+
+
+class Block(ABC, Generic[D]):
+    """A part of the data that can be read alone."""
+
+    @abstractmethod
+    def documents(self) -> Sequence[D]:
+        """Returns the documents of this block in file order."""
+
+
+@dataclass(frozen=True)
+class MemoryBlock(Block[D]):
+    """Documents that are in memory already."""
+
+    texts: tuple[D, ...]
+
+    def documents(self) -> Sequence[D]:
+        """Returns the documents in the order given."""
+        return self.texts
+
+
+@dataclass(frozen=True)
+class TextBlock(Block[str]):
+    """A plain text file, which is one document; of one larger than a block, a piece, which then is one document.
+
+    Pieces are cut after the first line end at or past the nominal byte range's ends, or between two characters where no
+    line ends nearby.
+    """
+
+    path: Path
+    start: int
+    stop: int
+
+    def documents(self) -> Sequence[str]:
+        """Returns one document, or none where the piece is empty.
+
+        Raises:
+            DataError: the bytes are not UTF-8, or the file cannot be read.
+        """
+        offset, raw = _read_range(self.path, self.start, self.stop, _TEXT_CUT_BYTES)
+        text = _decode(self.path, offset, raw)
+        return [text] if text else []
+
+
+@dataclass(frozen=True)
+class JsonLinesBlock(Block[Document]):
+    """The lines of a jsonl file whose first byte lies in `[start, stop)`, each to its end; one document per line."""
+
+    path: Path
+    start: int
+    stop: int
+    field: Field
+
+    def documents(self) -> Sequence[Document]:
+        """Returns the field's document of every line that is not blank.
+
+        Raises:
+            DataError: a line is not UTF-8, not JSON, not an object, or lacks a document in its field.
+        """
+        offset, raw = _read_range(self.path, self.start, self.stop, None)
+        texts = []
+        begin = 0
+        for line in raw.split(b"\n"):
+            text = _decode(self.path, offset + begin, line)
+            if text.strip():
+                texts.append(self._document(text, offset + begin))
+            begin += len(line) + 1
+        return texts
+
+    def _document(self, line: str, offset: int) -> Document:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{self._where(offset)}: a JSON object is required (got {line[:40]!r}: {error})") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{self._where(offset)}: a JSON object is required (got {type(row).__name__})")
+        try:
+            return self.field.read_row(row, f"{self.path}: byte {offset}")
+        except DataError:
+            # Again, with the line's number: it is found by reading all that stands before.
+            return self.field.read_row(row, self._where(offset))
+
+    def _where(self, offset: int) -> str:
+        with self.path.open("rb") as file:
+            return f"{self.path}:{file.read(offset).count(10) + 1}"
+
+
+@dataclass(frozen=True)
+class ParquetBlock(Block[Document]):
+    """One row group of a parquet file; one document per row."""
+
+    path: Path
+    row_group: int
+    field: Field
+
+    def documents(self) -> Sequence[Document]:
+        """Returns the column's documents.
+
+        Raises:
+            DataError: a row holds no document or is not UTF-8, or the file cannot be read.
+        """
+        where = f"{self.path}: row group {self.row_group}"
+        try:
+            table = pq.ParquetFile(self.path).read_row_group(self.row_group, columns=[self.field.name])
+            values = table.column(self.field.name).to_pylist()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: column '{self.field.name}' must be UTF-8 text ({error.reason})") from error
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{where}: a readable parquet file is required ({first_line(error)})") from error
+        return [self.field.read(value, f"{where}, row {row}") for row, value in enumerate(values)]
+
+
+def _read_range(path: Path, start: int, stop: int, search: int | None) -> tuple[int, bytes]:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            first = _cut(file, start, size, search)
+            last = _cut(file, stop, size, search)
+            file.seek(first)
+            return first, file.read(max(0, last - first))
+    except OSError as error:
+        raise DataError(f"{path}: a readable file is required ({error.strerror or error})") from error
+
+
+def _cut(file: BinaryIO, offset: int, size: int, search: int | None) -> int:
+    """The first line start at or after `offset`; after `search` bytes without one, the next character's first byte."""
+    if offset <= 0 or offset >= size:
+        return min(max(offset, 0), size)
+    file.seek(offset - 1)
+    line = file.readline(-1 if search is None else search)
+    if search is None or line.endswith(b"\n"):
+        return min(offset - 1 + len(line), size)
+    nearby = line[1:5]
+    starts = (place for place, byte in enumerate(nearby) if byte & 0xC0 != 0x80)
+    return offset + next(starts, len(nearby))
+
+
+def _decode(path: Path, offset: int, raw: bytes) -> str:
+    if offset == 0 and raw.startswith(b"\xef\xbb\xbf"):
+        raw, offset = raw[3:], 3
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad = raw[error.start]
+        raise DataError(
+            f"{path}: byte {offset + error.start}: text in UTF-8 is required (got byte 0x{bad:02x}); convert it first, "
+            f"for instance with `iconv -t UTF-8`"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Returns the part of a library's message that fits into ours."""
+    return str(error).partition("\n")[0]
