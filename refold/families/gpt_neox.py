@@ -9,33 +9,29 @@ from refold.families.llama import linear_rules
 from refold.families.reading import (
     only_layer,
     read_activation,
+    read_decoder,
     read_or,
     read_rope,
-    read_size,
     require,
     same_layers,
+    write_decoder,
     write_rope,
 )
 
 
 def read_config(config: Mapping[str, Any]) -> ArchSpec:
-    hidden_size = require(config, "hidden_size")
-    heads = require(config, "num_attention_heads")
-    head_dim = hidden_size // heads
-    attention_bias = read_or(config, "attention_bias", True)
-    max_positions = read_size(config, "max_position_embeddings", 2048)
+    sizes = read_decoder(config, max_positions=2048, is_grouped=False)
     rope = read_rope(
-        config, head_dim, max_positions, theta_key="rotary_emb_base", partial=read_or(config, "rotary_pct", 0.25)
+        config,
+        sizes["head_dim"],
+        sizes["max_position_embeddings"],
+        theta_key="rotary_emb_base",
+        partial=read_or(config, "rotary_pct", 0.25),
     )
+    attention_bias = read_or(config, "attention_bias", True)
     return ArchSpec(
         family="gpt_neox",
-        vocab_size=require(config, "vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=require(config, "intermediate_size"),
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=head_dim,
-        max_position_embeddings=max_positions,
+        **sizes,
         layers=same_layers(require(config, "num_hidden_layers"), None, rope),
         norm=Norm(kind="layer", eps=read_or(config, "layer_norm_eps", 1e-5), bias=True),
         activation=read_activation(config, "hidden_act", "gelu"),
@@ -44,9 +40,6 @@ def read_config(config: Mapping[str, Any]) -> ArchSpec:
         qkv_bias=attention_bias,
         o_bias=attention_bias,
         mlp_bias=True,
-        attention_scale=head_dim**-0.5,
-        tied_head=read_or(config, "tie_word_embeddings", False),
-        initializer_range=read_or(config, "initializer_range", 0.02),
     )
 
 
@@ -56,15 +49,7 @@ def write_config(arch: ArchSpec) -> dict[str, Any]:
     # NeoX rotates a quarter of a head unless told otherwise, so the share is always written.
     rope = {**write_rope(layer.rope, arch.head_dim), "partial_rotary_factor": layer.rope.rotary_dim / arch.head_dim}
     return {
-        "vocab_size": arch.vocab_size,
-        "hidden_size": arch.hidden_size,
-        "intermediate_size": arch.intermediate_size,
-        "num_hidden_layers": arch.num_layers,
-        "num_attention_heads": arch.num_attention_heads,
-        "hidden_act": arch.activation,
-        "max_position_embeddings": arch.max_position_embeddings,
-        "tie_word_embeddings": arch.tied_head,
-        "initializer_range": arch.initializer_range,
+        **write_decoder(arch, is_grouped=False),
         "layer_norm_eps": arch.norm.eps,
         "use_parallel_residual": arch.residual == "parallel",
         "attention_bias": arch.qkv_bias,

@@ -1,10 +1,10 @@
-"""Reading fields of a raw `config.json` as transformers 4 and 5 write them."""
+"""Fields of a raw `config.json`, read as transformers 4 and 5 write them, and written as 5 does."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from refold.errors import SourceError
-from refold.families.arch import Layer, Rope
+from refold.families.arch import ArchSpec, Layer, Rope
 
 # The numbers each kind needs; what else a config carries beside them has no effect.
 ROPE_KINDS = {
@@ -46,6 +46,71 @@ def read_activation(config: Mapping[str, Any], key: str, default: str) -> str:
     if name not in ACTIVATIONS:
         raise SourceError(f"config.json: {key}: must be one of {', '.join(ACTIVATIONS)} (got {name!r})")
     return name
+
+
+def read_decoder(
+    config: Mapping[str, Any],
+    *,
+    max_positions: int,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+    is_grouped: bool = True,
+    is_tied: bool = False,
+) -> dict[str, Any]:
+    """Reads the fields that decoders of transformers name alike.
+
+    Args:
+        config: Raw `config.json`.
+        max_positions: What the family takes where the config names none.
+        kv_heads: The same, for the number of key-value heads; None: as many as there are heads. Null in the config
+            says as many as there are heads in every family.
+        head_dim: The same, for the size of a head; None: the hidden size shared out over the heads.
+        is_grouped: Whether the family has these two fields at all; if not, they are not read.
+        is_tied: Whether the head is the embedding where the config does not say.
+
+    Returns:
+        ArchSpec's fields of sizes, with the usual attention scale.
+
+    Raises:
+        SourceError: A size is missing or no positive whole number.
+    """
+    hidden_size = require(config, "hidden_size")
+    heads = require(config, "num_attention_heads")
+    own_head = hidden_size // heads
+    if kv_heads is None or "num_key_value_heads" in config:
+        kv_heads = heads
+    if is_grouped:
+        kv_heads = read_size(config, "num_key_value_heads", kv_heads)
+        own_head = read_size(config, "head_dim", own_head if head_dim is None else head_dim)
+    return {
+        "vocab_size": require(config, "vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": require(config, "intermediate_size"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": own_head,
+        "max_position_embeddings": read_size(config, "max_position_embeddings", max_positions),
+        "attention_scale": own_head**-0.5,
+        "tied_head": read_or(config, "tie_word_embeddings", is_tied),
+        "initializer_range": read_or(config, "initializer_range", 0.02),
+    }
+
+
+def write_decoder(arch: ArchSpec, *, is_grouped: bool = True) -> dict[str, Any]:
+    """The inverse of `read_decoder`, and the fields that need no defaults of a family."""
+    grouped = {"num_key_value_heads": arch.num_key_value_heads, "head_dim": arch.head_dim}
+    return {
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.intermediate_size,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_attention_heads,
+        **(grouped if is_grouped else {}),
+        "max_position_embeddings": arch.max_position_embeddings,
+        "tie_word_embeddings": arch.tied_head,
+        "initializer_range": arch.initializer_range,
+        "hidden_act": arch.activation,
+    }
 
 
 def read_rope(
