@@ -1,15 +1,18 @@
 """What a blueprint costs: parameters, bytes, cache, FLOPs; counted from its tensors and specs, never from a formula."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from refold.blueprint.schema import Blueprint, Depth
+from refold.blueprint.specs.exits import count_exit_parameters, gate_flops, head_flops
 from refold.blueprint.specs.part import CacheCost
 from refold.blueprint.specs.registry import MLP, depth_linears, find_mixer
 from refold.blueprint.tensors import target_tensors
 from refold.families.arch import Frozen
 
 STATE_BYTES = 4  # recurrent states are float32
+_OUTSIDE = ("embedding", "head", "final_norm", "exit")
 
 
 class ContextFlops(Frozen):
@@ -19,10 +22,22 @@ class ContextFlops(Frozen):
     max_tokens: int | None
 
 
+class ExitCost(Frozen):
+    """What it costs to leave the stack early."""
+
+    depths: int
+    """How many depths run."""
+    parameters: int
+    """Stored for this exit alone."""
+    flops_per_token: int
+    """One token through these depths, the gates it passes, and the head with the exit's LoRA."""
+
+
 class Cost(Frozen):
     """What a model costs to store and to run. FLOPs count a multiply-add as two."""
 
     parameters: int
+    """All that are stored, exits' own included."""
     non_embedding_parameters: int
     """Without embedding and head, the way sizes are quoted."""
     weight_bytes: int
@@ -32,11 +47,13 @@ class Cost(Frozen):
     """Recurrent state of one sequence."""
     flops_per_token: int
     """One token through every depth and the head: all linears with their LoRAs. Not counted: embedding look-up, norms,
-    activations, rotary embedding, biases."""
+    activations, rotary embedding, biases, and exits, which a token that runs every depth does not use."""
     flops_per_context_token: int
     """One token, for each token it looks back to while all windows still reach it."""
     context_flops: tuple[ContextFlops, ...]
     """The same, one entry for each window, widest first."""
+    exits: tuple[ExitCost, ...] = ()
+    """Top to bottom."""
 
     def cache_bytes(self, context: int) -> int:
         """Bytes cached for one sequence of `context` tokens, recurrent state included."""
@@ -57,6 +74,8 @@ class ParameterCount(NamedTuple):
     final_norm: int
     layer: int
     """The mean of all depths; of a source, one layer."""
+    exits: int
+    """What exits have of their own."""
 
     non_embedding: int
 
@@ -74,13 +93,14 @@ def count_parameters(blueprint: Blueprint) -> ParameterCount:
     roles: Counter[str] = Counter()
     for tensor in target_tensors(blueprint):
         roles[tensor.role] += tensor.num_elements
-    stack = sum(count for role, count in roles.items() if role not in ("embedding", "head", "final_norm"))
+    stack = sum(count for role, count in roles.items() if role not in _OUTSIDE)
     return ParameterCount(
         embedding=roles["embedding"],
         head=roles["head"],
         final_norm=roles["final_norm"],
         layer=stack // blueprint.num_depths,
-        non_embedding=stack + roles["final_norm"],
+        exits=roles["exit"],
+        non_embedding=stack + roles["exit"] + roles["final_norm"],
     )
 
 
@@ -95,16 +115,11 @@ def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
     cached: Counter[int | None] = Counter()
     looked_back: Counter[int | None] = Counter()
     state = 0
-    flops = 2 * arch.vocab_size * arch.hidden_size
     for depth in blueprint.depths:
-        flops += _linear_flops(blueprint, depth)
-        if depth.mlp is not None:
-            flops += MLP.flops_per_token(arch, {})
         if depth.mixer is None:
             continue
         options = blueprint.mixers[depth.mixer].options
         spec = find_mixer(blueprint.mixers[depth.mixer].type)
-        flops += spec.flops_per_token(arch, options)
         cached[depth.window] += dtype_bytes * spec.cache_elements_per_token(arch, options)
         looked_back[depth.window] += spec.flops_per_context_token(arch, options)
         state += STATE_BYTES * spec.state_elements(arch, options)
@@ -114,12 +129,40 @@ def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
         weight_bytes=counted.total * dtype_bytes,
         cache=tuple(CacheCost(size, window) for window, size in _widest_first(cached)),
         state_bytes=state,
-        flops_per_token=flops,
+        flops_per_token=_head_flops(blueprint) + sum(_depth_flops(blueprint, depth) for depth in blueprint.depths),
         flops_per_context_token=looked_back.total(),
         context_flops=tuple(
             ContextFlops(flops=count, max_tokens=window) for window, count in _widest_first(looked_back)
         ),
+        exits=tuple(_exit_costs(blueprint)),
     )
+
+
+def _exit_costs(blueprint: Blueprint) -> Iterator[ExitCost]:
+    flops, arch = _head_flops(blueprint), blueprint.arch
+    for index, depth in enumerate(blueprint.depths):
+        flops += _depth_flops(blueprint, depth)
+        if depth.exit is not None:
+            flops += gate_flops(arch, depth.exit)
+            yield ExitCost(
+                depths=index + 1,
+                parameters=count_exit_parameters(arch, depth.exit),
+                flops_per_token=flops + head_flops(arch, depth.exit),
+            )
+
+
+def _head_flops(blueprint: Blueprint) -> int:
+    return 2 * blueprint.arch.vocab_size * blueprint.arch.hidden_size
+
+
+def _depth_flops(blueprint: Blueprint, depth: Depth) -> int:
+    flops = _linear_flops(blueprint, depth)
+    if depth.mixer is not None:
+        part = blueprint.mixers[depth.mixer]
+        flops += find_mixer(part.type).flops_per_token(blueprint.arch, part.options)
+    if depth.mlp is not None:
+        flops += MLP.flops_per_token(blueprint.arch, {})
+    return flops
 
 
 def _linear_flops(blueprint: Blueprint, depth: Depth) -> int:

@@ -17,7 +17,8 @@ class Origin:
     Attributes:
         how: `copied` from one layer (or from outside the layers); `averaged` over `layers`; `fresh`; `factorised`: the
             LoRA of a residual's truncated SVD; `joint`: fitted together with all tensors that share the linear.
-        canonical: Name of the source's canonical tensor, such as `mixer.q_proj.weight`; of a LoRA that of its linear.
+        canonical: Name of the source's canonical tensor, such as `mixer.q_proj.weight`; of a LoRA that of its linear,
+            of a gate its own name in its exit.
         layers: Source layers read for it. Of `factorised` the layer the depth stands for; of `joint` all layers tied to
             the part. Empty outside the layers, and for `fresh`.
     """
@@ -31,13 +32,15 @@ def origin(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> Origin
     """Says how a tensor of the target starts.
 
     A LoRA whose stored weight is exactly its depth's own source starts `fresh`: its residual is zero. Fresh LoRAs have
-    a Gaussian A and a zero B.
+    a Gaussian A and a zero B. What an exit has of its own starts so that it leaves through the shared norm and head.
 
     Args:
         blueprint: The target.
         starts: How it starts.
         tensor: One of `target_tensors(blueprint)`.
     """
+    if tensor.role == "exit":
+        return _exit_origin(starts, tensor)
     if tensor.pool is None:
         canonical = tensor.name.removeprefix("model.")
         return Origin("fresh" if starts.weights == "fresh" else "copied", canonical)
@@ -68,6 +71,12 @@ def is_relaxed(blueprint: Blueprint, tensor: TargetTensor) -> bool:
 def tied_layers(blueprint: Blueprint, pool: Pool, part: int) -> tuple[int, ...]:
     """Returns the source layers that the depths using a part stand for, top to bottom."""
     return tuple(blueprint.depths[user].source for user in blueprint.users(pool, part))
+
+
+def _exit_origin(starts: Starts, tensor: TargetTensor) -> Origin:
+    if tensor.local.startswith("norm."):
+        return Origin("fresh" if starts.weights == "fresh" else "copied", tensor.local)
+    return Origin("fresh", "lm_head.weight" if tensor.local.startswith("lora.") else tensor.local)
 
 
 def _lora_origin(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> Origin:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from refold.blueprint.schema import Blueprint
+from refold.blueprint.specs.exits import exit_tensors
 from refold.blueprint.specs.part import PartSpec, Shape, norm_vectors
 from refold.blueprint.specs.registry import MLP, depth_linears, find_mixer
 
-Role = Literal["embedding", "head", "final_norm", "linear", "vector", "lora_a", "lora_b"]
+Role = Literal["embedding", "head", "final_norm", "linear", "vector", "lora_a", "lora_b", "exit"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class TargetTensor:
         pool: `mixer` or `mlp` for tensors of a part and for what a depth keeps of its own.
         part: Index of the stored part; None for what a depth owns.
         depth: Index of the depth that owns it; None for what is stored in a part or outside the stack.
-        local: Name inside its part, such as `q_proj.weight` or `input_norm.weight`; of LoRA the linear's, `q_proj`.
+        local: Name inside its part, such as `q_proj.weight` or `input_norm.weight`; of LoRA the linear's, `q_proj`;
+            of what an exit has of its own as `exit_tensors` names it, such as `lora.lm_head.a`.
     """
 
     name: str
@@ -49,7 +51,10 @@ def _pools(blueprint: Blueprint) -> Iterator[tuple[Literal["mixer", "mlp"], int,
 
 
 def target_tensors(blueprint: Blueprint) -> Iterator[TargetTensor]:
-    """Yields every tensor of the target once, in the order it is stored: embedding, parts, depths, final norm, head."""
+    """Yields every tensor of the target once, in the order it is stored.
+
+    That is: embedding, parts, depths, exits, final norm, head.
+    """
     arch = blueprint.arch
     yield TargetTensor("model.embed_tokens.weight", (arch.vocab_size, arch.hidden_size), "embedding")
     for pool, index, spec, options in _pools(blueprint):
@@ -62,6 +67,10 @@ def target_tensors(blueprint: Blueprint) -> Iterator[TargetTensor]:
             yield TargetTensor(f"{prefix}.{local}", shape, "linear", pool, part=index, local=local)
     for index in range(blueprint.num_depths):
         yield from _depth_tensors(blueprint, index)
+    for index, depth in enumerate(blueprint.depths):
+        if depth.exit is not None:
+            for local, shape in exit_tensors(arch, depth.exit).items():
+                yield TargetTensor(f"model.exits.{index}.{local}", shape, "exit", depth=index, local=local)
     for local, shape in norm_vectors("norm", arch.norm, arch.hidden_size).items():
         yield TargetTensor(f"model.{local}", shape, "final_norm", local=local)
     if not arch.tied_head:

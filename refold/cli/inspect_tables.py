@@ -31,7 +31,7 @@ def print_inspection(found: Inspection) -> None:
                 "-" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}..{ranks[-1]}",
                 depth.vectors,
                 f"{min(kept):.1%}" if kept else "-",
-                "yes" if depth.exit is not None else "-",
+                depth.exit.describe() if depth.exit is not None else "-",
             )
         )
     print_table(("depth", "layer", "mixer", "mlp", "rank", "vectors", "least kept energy", "exit"), stack)

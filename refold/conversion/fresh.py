@@ -8,6 +8,8 @@ from torch import Tensor
 from refold.blueprint.tensors import TargetTensor
 from refold.families.arch import ArchSpec
 
+_ZERO_AT_EXITS = ("lora.lm_head.b", "gate.weight", "gate.bias")
+
 
 def tensor_seed(seed: int, name: str) -> int:
     """A seed of its own for each tensor, so that the order of writing does not matter."""
@@ -15,18 +17,19 @@ def tensor_seed(seed: int, name: str) -> int:
 
 
 def fresh_tensor(tensor: TargetTensor, arch: ArchSpec, seed: int) -> Tensor:
-    """Returns float32 start values: normal weights, unit norms, zero biases; LoRA with Gaussian A and zero B.
+    """Returns float32 start values: normal weights, unit norms, zero biases and gates; Gaussian A and zero B of LoRAs.
 
     Args:
         tensor: What is to be filled.
         arch: Gives the standard deviation and the norm's offset.
         seed: The conversion's seed.
     """
-    if tensor.role == "lora_b":
+    if tensor.role == "lora_b" or tensor.local in _ZERO_AT_EXITS:
         return torch.zeros(tensor.shape)
-    if tensor.role in ("vector", "final_norm"):
+    is_exit_norm = tensor.role == "exit" and tensor.local.startswith("norm.")
+    if tensor.role in ("vector", "final_norm") or is_exit_norm:
         scales = tensor.local.endswith("norm.weight")
         return torch.full(tensor.shape, 1.0 - arch.norm.offset if scales else 0.0)
     generator = torch.Generator().manual_seed(tensor_seed(seed, tensor.name))
-    std = tensor.shape[1] ** -0.5 if tensor.role == "lora_a" else arch.initializer_range
+    std = tensor.shape[1] ** -0.5 if tensor.role in ("lora_a", "exit") else arch.initializer_range
     return torch.randn(tensor.shape, generator=generator) * std

@@ -68,7 +68,7 @@ def plan_lines(
             used |= {(made.canonical, layer) for layer in made.layers or (None,)}
         how, reason = _explain(made, tensor, starts, family)
         name = tensor.name
-        if tensor.role in ("lora_a", "lora_b"):
+        if tensor.role in ("lora_a", "lora_b") or tensor.local.startswith(("lora.", "gate.")):
             name = name.rpartition(".")[0] + ".*"
         lines.add(_INDEX.sub(".*.", name), how, reason, made.layers)
     for tensor in expected.values():
@@ -82,6 +82,8 @@ def plan_lines(
 
 
 def _explain(made: Origin, tensor: TargetTensor, starts: Starts, family: Family) -> tuple[How, str]:
+    if tensor.role == "exit":
+        return _explain_exit(made, tensor)
     if made.how == "fresh":
         if tensor.role in ("lora_a", "lora_b"):
             zero = starts.lora == "zero" or starts.weights == "fresh"
@@ -96,6 +98,14 @@ def _explain(made: Origin, tensor: TargetTensor, starts: Starts, family: Family)
         name = fused.source.rsplit(".", 2)[-2]
         return ("split", f"split from {name}") if made.how == "copied" else ("averaged", f"split from {name} first")
     return made.how, ""
+
+
+def _explain_exit(made: Origin, tensor: TargetTensor) -> tuple[How, str]:
+    if made.how == "copied":
+        return "copied", "the final norm"
+    if tensor.local.startswith("lora."):
+        return "fresh", "Gaussian A, zero B: leaves through the shared head at first"
+    return "fresh", "zeros: says one half at first" if tensor.local.startswith("gate.") else "weights: fresh"
 
 
 def _why_unused(blueprint: Blueprint, starts: Starts, tensor: SourceTensor) -> str:

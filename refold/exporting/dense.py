@@ -8,6 +8,7 @@ from typing import Any
 
 from refold.blueprint.schema import Blueprint, Depth
 from refold.blueprint.source_tensors import SourceTensor, source_tensors
+from refold.blueprint.tensors import target_tensors
 from refold.checkpoint.card import STOCK_USAGE
 from refold.checkpoint.locate import CONFIG_NAME
 from refold.checkpoint.writer import ShardedWriter
@@ -46,7 +47,8 @@ def write(job: ExportJob) -> tuple[str, ...]:
             depth = None if tensor.layer is None else kept[tensor.layer]
             pieces = [weights.read(piece, depth, job.dtype) for piece in tensor.rule.pieces]
             writer.write(name, pack_pieces(tensor.rule.layout, pieces, arch.head_dim))
-    unread = job.reader.unread()
+    exits = {tensor.name for tensor in target_tensors(blueprint) if tensor.role == "exit"}
+    unread = [name for name in job.reader.unread() if name not in exits]
     if unread:
         raise ExportError(
             f"export: {len(unread)} of the model's tensors have no place: {', '.join(unread[:5])}; convert the source "
@@ -130,8 +132,10 @@ def _notes(blueprint: Blueprint, arch: ArchSpec, tensors: Mapping[str, SourceTen
                 f"depths {names} of the folded model have no {what}; here they have one whose {linear} is zero, "
                 f"because {arch.family} layers always have both: exact, but nothing is saved there"
             )
-    if any(depth.exit is not None for depth in blueprint.depths):
-        notes.append("early exits are not part of a stock model and are gone")
+    exits = [depth.exit for depth in blueprint.depths if depth.exit is not None]
+    if exits:
+        own = ", and so are their own norms, LoRAs and gates" if any(each.has_parts for each in exits) else ""
+        notes.append(f"early exits are not part of a stock model and are gone{own}")
     return tuple(notes)
 
 

@@ -17,6 +17,7 @@ from refold.modeling.depth import Depth, OwnedVectors
 from refold.modeling.documents import document_starts
 from refold.modeling.masks import build_masks
 from refold.modeling.outputs import CausalOutput, StackOutput
+from refold.nn.exits import ExitParts, Gate
 from refold.nn.lora import LoraPair
 from refold.nn.mixers.attention import AttentionView
 from refold.nn.mixers.context import MixerContext
@@ -25,7 +26,6 @@ from refold.nn.mlp import Mlp
 from refold.nn.norms import StackNorm
 from refold.nn.part import StoredPart
 from refold.nn.rotary import Rotary
-
 
 Contexts = dict[tuple[int | None, int | None], MixerContext]
 """(window, index of the rope) to what mixers of that kind are given."""
@@ -63,6 +63,9 @@ class RefoldPreTrainedModel(PreTrainedModel):
         elif isinstance(module, LoraPair):
             nn.init.normal_(module.a, std=module.a.shape[1] ** -0.5)
             nn.init.zeros_(module.b)
+        elif isinstance(module, Gate):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
         elif isinstance(module, StackNorm) and module.weight is not None:
             nn.init.constant_(module.weight, 1.0 - module.offset)
             if module.bias is not None:
@@ -106,7 +109,7 @@ class RefoldPreTrainedModel(PreTrainedModel):
 
 
 class RefoldModel(RefoldPreTrainedModel):
-    """Embedding, stored parts, depths and final norm."""
+    """Embedding, stored parts, depths, what exits have of their own, and final norm."""
 
     def __init__(self, config: RefoldConfig):
         super().__init__(config)
@@ -122,6 +125,14 @@ class RefoldModel(RefoldPreTrainedModel):
             Mlp(arch, blueprint.keeps_vectors("mlp", index)) for index in range(len(blueprint.mlps))
         )
         self.depths = nn.ModuleList(Depth(config, blueprint, index) for index in range(blueprint.num_depths))
+        # Outside the depths, because heads are read outside the stack's forward, where sharded depths hold no weights.
+        self.exits = nn.ModuleDict(
+            {
+                str(index): ExitParts(arch, depth.exit)
+                for index, depth in enumerate(blueprint.depths)
+                if depth.exit is not None and depth.exit.has_parts
+            }
+        )
         self.norm = StackNorm(arch.norm, arch.hidden_size)
         mixing = [(index, depth) for index, depth in enumerate(blueprint.depths) if depth.mixer is not None]
         ropes = list(dict.fromkeys(depth.rope for _, depth in mixing if depth.rope is not None))
@@ -129,7 +140,7 @@ class RefoldModel(RefoldPreTrainedModel):
         self._rope_of = {index: ropes.index(depth.rope) for index, depth in mixing if depth.rope is not None}
         # The first depth of each window gives caches and masks their sizes.
         self._windows = {depth.window: index for index, depth in reversed(mixing)}
-        self._exits = frozenset(index for index, depth in enumerate(blueprint.depths) if depth.exit is not None)
+        self.exit_depths = tuple(index for index, depth in enumerate(blueprint.depths) if depth.exit is not None)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -162,8 +173,9 @@ class RefoldModel(RefoldPreTrainedModel):
             past_key_values: Cache indexed by depth.
             inputs_embeds: Embeddings instead of tokens.
             use_cache: Whether to keep keys and values.
-            exit_depth: Run only so many depths, then the final norm.
-            output_exits: Also return the normed hidden states at every exit of the blueprint that is passed.
+            exit_depth: Run only so many depths, then the final norm, or the exit's own where an exit there has one.
+            output_exits: Also return the normed hidden states, and what gates say, at every exit of the blueprint that
+                is passed.
             **kwargs: For the attention back-end.
 
         Raises:
@@ -171,14 +183,14 @@ class RefoldModel(RefoldPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is required")
-        num_depths = self._depths_to_run(exit_depth)
+        num_depths = self.depths_to_run(exit_depth)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.embedding_scale != 1.0:
             hidden_states = hidden_states * torch.tensor(self.embedding_scale, dtype=hidden_states.dtype)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         contexts = self.contexts(hidden_states, attention_mask, position_ids, past_key_values, kwargs)
-        exits: list[Tensor] = []
+        exits: list[tuple[Tensor, Tensor | None]] = []
         # Plain tuples: indexing a ModuleList costs several microseconds, a percent of a small model's decoding step.
         mixers, mlps = (cast("tuple[StoredPart, ...]", tuple(pool)) for pool in (self.mixers, self.mlps))
         depths = cast("tuple[Depth, ...]", tuple(self.depths))
@@ -191,15 +203,36 @@ class RefoldModel(RefoldPreTrainedModel):
                 context=contexts.get((spec.window, self._rope_of.get(index))),
                 past_key_values=past_key_values,
             )
-            if output_exits and index in self._exits:
-                exits.append(self.norm(hidden_states))
+            if output_exits and index in self.exit_depths:
+                normed = self._norm_after(index)(hidden_states)
+                exits.append((normed, self._ask_gate(index, normed)))
+        has_gates = any(gate is not None for _, gate in exits)
         return StackOutput(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=self._norm_after(num_depths - 1)(hidden_states),
             past_key_values=past_key_values,
-            exit_hidden_states=tuple(exits) if output_exits else None,
+            exit_hidden_states=tuple(normed for normed, _ in exits) if output_exits else None,
+            exit_gates=tuple(gate for _, gate in exits) if has_gates else None,
         )
 
-    def _depths_to_run(self, exit_depth: int | None) -> int:
+    def exit_parts(self, index: int) -> ExitParts | None:
+        """Returns what the exit after depth `index` has of its own; None for nothing, or where there is no exit."""
+        key = str(index)
+        return cast("ExitParts", self.exits[key]) if key in self.exits else None
+
+    def _norm_after(self, index: int) -> nn.Module:
+        parts = self.exit_parts(index)
+        return self.norm if parts is None or parts.norm is None else parts.norm
+
+    def _ask_gate(self, index: int, normed: Tensor) -> Tensor | None:
+        parts = self.exit_parts(index)
+        return None if parts is None or parts.gate is None else parts.gate(normed)
+
+    def depths_to_run(self, exit_depth: int | None = None) -> int:
+        """Returns how many depths a forward pass with this argument runs.
+
+        Raises:
+            RefoldError: `exit_depth` is out of range.
+        """
         # num_hidden_layers may be lowered from outside: transformers' early-exit drafting does.
         available = min(len(self.depths), self.config.num_hidden_layers or len(self.depths))
         if exit_depth is None:
@@ -284,9 +317,19 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def project_logits(self, hidden_states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch N"]:
-        """Puts normed hidden states through the head and its soft-cap."""
+    def project_logits(
+        self, hidden_states: Float[Tensor, "*batch D"], depth: int | None = None
+    ) -> Float[Tensor, "*batch N"]:
+        """Puts normed hidden states through the head and its soft-cap.
+
+        Args:
+            hidden_states: After the norm that belongs to the depth.
+            depth: The depth they come from, whose exit may have a LoRA on the head; None: the last.
+        """
         logits = self.lm_head(hidden_states)
+        parts = None if depth is None else self.model.exit_parts(depth)
+        if parts is not None and parts.head_lora is not None:
+            logits = parts.head_lora(logits, hidden_states)
         if self.logit_softcap is not None:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits
@@ -326,16 +369,24 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
         )
         assert stack.last_hidden_state is not None
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.project_logits(stack.last_hidden_state[:, kept])
+        last = self.model.depths_to_run(exit_depth) - 1
+        logits = self.project_logits(stack.last_hidden_state[:, kept], last)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **loss_arguments)
-        exits = stack.exit_hidden_states
+        exit_logits = None
+        if stack.exit_hidden_states is not None:
+            places = zip(self.model.exit_depths, stack.exit_hidden_states, strict=False)
+            exit_logits = tuple(self.project_logits(states[:, kept], depth) for depth, states in places)
+        exit_gates = None
+        if stack.exit_gates is not None:
+            exit_gates = tuple(None if gate is None else gate[:, kept] for gate in stack.exit_gates)
         return CausalOutput(
             loss=loss,
             logits=logits,
             past_key_values=stack.past_key_values,
             hidden_states=stack.hidden_states,
             attentions=stack.attentions,
-            exit_logits=None if exits is None else tuple(self.project_logits(states[:, kept]) for states in exits),
+            exit_logits=exit_logits,
+            exit_gates=exit_gates,
         )

@@ -11,10 +11,12 @@ class StackOutput(BaseModelOutputWithPast):
     """Hidden states of the stack.
 
     Attributes:
-        exit_hidden_states: `[B, T, D]` after the final norm, for each exit passed on the way, top to bottom.
+        exit_hidden_states: `[B, T, D]` after the exit's norm, for each exit passed on the way, top to bottom.
+        exit_gates: `[B, T]` logits of each of those exits' gates, None at one without; None where no exit has one.
     """
 
     exit_hidden_states: tuple[torch.Tensor, ...] | None = None
+    exit_gates: tuple[torch.Tensor | None, ...] | None = None
 
 
 @dataclass
@@ -23,6 +25,8 @@ class CausalOutput(CausalLMOutputWithPast):
 
     Attributes:
         exit_logits: `[B, T, N]` for each exit passed on the way, top to bottom.
+        exit_gates: As in `StackOutput`, at the positions that have logits.
     """
 
     exit_logits: tuple[torch.Tensor, ...] | None = None
+    exit_gates: tuple[torch.Tensor | None, ...] | None = None

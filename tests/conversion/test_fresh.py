@@ -43,3 +43,17 @@ def test_each_tensor_has_values_of_its_own_that_the_seed_repeats():
     assert torch.equal(one, fresh_tensor(linear("one"), arch(), 0))
     assert not torch.equal(one, fresh_tensor(linear("one"), arch(), 1))
     assert len({tensor_seed(seed, name) for seed in range(3) for name in ("a", "b")}) == 6
+
+
+@pytest.mark.parametrize("local", ["lora.lm_head.b", "gate.weight", "gate.bias"])
+def test_what_must_change_nothing_at_an_exit_begins_at_zero(local):
+    assert not fresh_tensor(TargetTensor("e", (7, 3), "exit", depth=0, local=local), arch(), 0).any()
+
+
+def test_exits_begin_with_a_gaussian_a_and_a_neutral_norm():
+    a = fresh_tensor(TargetTensor("a", (400, 100), "exit", depth=0, local="lora.lm_head.a"), arch(), 0)
+    assert a.std().item() == pytest.approx(0.1, rel=0.02)
+    for offset in (0, 1):
+        norm = TargetTensor("n", (8,), "exit", depth=0, local="norm.weight")
+        assert torch.equal(fresh_tensor(norm, arch(offset=offset), 0), torch.full((8,), 1.0 - offset))
+    assert not fresh_tensor(TargetTensor("n", (8,), "exit", depth=0, local="norm.bias"), arch(), 0).any()

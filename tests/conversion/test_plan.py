@@ -156,6 +156,21 @@ def test_every_source_tensor_is_read_or_listed_and_every_target_tensor_is_made(m
     assert sum(line.count for line in made.lines if line.how not in ("dropped", "ignored")) == targets
 
 
+def test_lines_say_how_what_exits_have_of_their_own_begins(make_source):
+    folder = make_source()
+    exits = {"at": [0, 1], "norm": "own", "head_rank": 2, "gate": True}
+    made = plan(folder, {"fold": {"loops": 2}, "exits": exits})
+    norm = _line(made, "model.exits.*.norm.weight", "copied")
+    assert (norm.count, norm.reason, norm.layers) == (2, "the final norm", ())
+    lora = _line(made, "model.exits.*.lora.lm_head.*", "fresh")
+    assert (lora.count, lora.reason) == (4, "Gaussian A, zero B: leaves through the shared head at first")
+    gate = _line(made, "model.exits.*.gate.*", "fresh")
+    assert (gate.count, gate.reason) == (4, "zeros: says one half at first")
+    assert any(note.startswith("exits after depths 0, 1: own norm, head rank 2, gate") for note in made.notes)
+    scratch = plan(folder, {"weights": "fresh", "exits": {"at": [0], "norm": "own"}}, allow_larger=True)
+    assert _line(scratch, "model.exits.*.norm.weight", "fresh").reason == "weights: fresh"
+
+
 def test_fused_matrices_are_split_first(make_source):
     folder = make_source(model_type="gpt_neox")
     assert _line(plan(folder), "model.mixers.*.k_proj.weight", "split").reason == "split from query_key_value"

@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "neox-parallel": ("gpt_neox", {"fold": FOLD, "relax": {**LORA, "vectors": "own"}}),
     "neox-sequential": ("gpt_neox-sequential", {"fold": FOLD, "relax": LORA}),
     "neox-tied": ("gpt_neox-tied", {"fold": {**FOLD, "prelude": 2}, "drop": {"mlp": {"layers": [0]}}}),
+    "exits": ("llama", {"fold": FOLD, "exits": {"at": [1], "norm": "own", "head_rank": 2, "gate": True}}),
     "neox-no-attention": ("gpt_neox", {"drop": {"attention": {"layers": [2]}}}),
 }
 LOAD_WITHOUT_REFOLD = """
@@ -159,6 +160,19 @@ def test_depths_that_run_nothing_are_left_out_and_half_depths_are_named(folded, 
     card = (out / "README.md").read_text()
     assert "1 of 4 depths run nothing and are left out" in card
     assert "depths 3 of the folded model have no MLP; here they have one whose down_proj is zero" in card
+
+
+@pytest.mark.parametrize(
+    ("exits", "line"),
+    [
+        ({"at": [1]}, "- early exits are not part of a stock model and are gone\n"),
+        ({"at": [1], "gate": True}, "are gone, and so are their own norms, LoRAs and gates\n"),
+    ],
+)
+def test_a_line_says_that_exits_are_gone(make_source, tmp_path, exits, line):
+    convert(make_source(), tmp_path / "folded", {"fold": FOLD, "exits": exits})
+    out = export(tmp_path / "folded", tmp_path / "dense")
+    assert line in (out / "README.md").read_text()
 
 
 def test_the_planned_bytes_are_the_bytes_written(folded, tmp_path):

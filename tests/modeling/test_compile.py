@@ -27,7 +27,7 @@ blueprint = build_blueprint(arch, Recipe.model_validate(json.loads(sys.argv[1]))
 torch.manual_seed(0)
 model = RefoldForCausalLM(RefoldConfig(blueprint=blueprint.model_dump(mode="json"), initializer_range=0.3)).eval()
 for name, weight in model.named_parameters():
-    if name.endswith(".b"):
+    if name.endswith(".b") or ".exits." in name:
         torch.nn.init.normal_(weight, std=0.3)
 tokens = torch.randint(0, 48, (2, 9))
 with torch.no_grad():
@@ -37,9 +37,14 @@ with torch.no_grad():
         compiled = model
     else:
         compiled = torch.compile(model, fullgraph=True)
-    given = compiled(tokens).logits
-    worst = (given - expected).abs().max() / expected.abs().max()
-    assert worst < 2e-5, worst
+    pairs = [(compiled(tokens).logits, expected)]
+    if blueprint.depths[1].exit is not None and sys.argv[3] == "whole":
+        whole, left = (each(tokens, output_exits=True) for each in (compiled, model))
+        pairs += zip((*whole.exit_logits, *whole.exit_gates), (*left.exit_logits, *left.exit_gates))
+        pairs.append((compiled(tokens, exit_depth=2).logits, left.exit_logits[0]))
+    for given, expected in pairs:
+        worst = (given - expected).abs().max() / expected.abs().max()
+        assert worst < 2e-5, worst
     if sys.argv[3] == "parts":
         expected = model.generate(tokens, max_new_tokens=4, do_sample=False)
         for length in (5, 7, 8):
@@ -73,3 +78,8 @@ def test_the_whole_model_compiles_into_one_graph():
 @pytest.mark.long
 def test_compiled_code_computes_the_same():
     assert graphs('{"fold": {"loops": 10}, "relax": {"rank": 2}}', "inductor", "parts") > 0
+
+
+def test_a_model_left_at_exits_compiles_into_one_graph_for_each_way_out():
+    exits = '{"fold": {"loops": 10}, "exits": {"at": [1, 3], "norm": "own", "head_rank": 2, "gate": true}}'
+    assert graphs(exits, "eager", "whole") == 3

@@ -1,0 +1,60 @@
+"""What an early exit has of its own: a norm, a LoRA on the shared head, a gate."""
+
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from refold.blueprint.schema import Exit
+from refold.families.arch import ArchSpec
+from refold.nn.lora import LoraPair, relax
+from refold.nn.norms import StackNorm
+
+
+class HeadLora(LoraPair):
+    """The LoRA on the shared head that one exit uses."""
+
+    def forward(
+        self, logits: Float[Tensor, "*batch N"], hidden_states: Float[Tensor, "*batch D"]
+    ) -> Float[Tensor, "*batch N"]:
+        """Adds B (A x) to what the shared head gave."""
+        return relax(logits, hidden_states, self.pair)
+
+
+class Gate(nn.Module):
+    """Predicts whether an exit's likeliest token is that of the full depth: `sigmoid(w x + b)`, one half at first.
+
+    It reads detached hidden states, so that training it moves nothing below. Its own class rather than `nn.Linear`,
+    so that whatever replaces linears by narrower ones leaves this single row alone.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, hidden_states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T"]:
+        """Returns logits for normed hidden states of the exit."""
+        return nn.functional.linear(hidden_states.detach(), self.weight, self.bias).squeeze(-1)
+
+
+class ExitParts(nn.Module):
+    """Everything stored for one exit alone, under the names that `exit_tensors` gives.
+
+    Attributes:
+        norm: None where the exit uses the final norm.
+        gate: None where there is none.
+    """
+
+    def __init__(self, arch: ArchSpec, spec: Exit):
+        super().__init__()
+        self.norm = StackNorm(arch.norm, arch.hidden_size) if spec.norm == "own" else None
+        lora = {"lm_head": HeadLora(spec.head_rank, arch.hidden_size, arch.vocab_size)} if spec.head_rank else {}
+        self.lora = nn.ModuleDict(lora)
+        self.gate = Gate(arch.hidden_size) if spec.gate else None
+
+    @property
+    def head_lora(self) -> HeadLora | None:
+        """The LoRA on the head; None where the exit uses the head as it is."""
+        return cast("HeadLora | None", next(iter(self.lora.values()), None))
