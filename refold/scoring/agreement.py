@@ -104,6 +104,27 @@ def token_scores(
     return TokenScores(*(None if column is None else _spread(column, index, labels) for column in columns))  # pyright: ignore
 
 
+@torch.no_grad()
+def likeliest_tokens(
+    model: Predictions, labels: Int64[Tensor, "*M"], *, chunk_bytes: int = CHUNK_BYTES
+) -> Int64[Tensor, "*M"]:
+    """Returns the likeliest token at every position whose label is not -100, and -100 elsewhere.
+
+    Args:
+        model: hidden states `[*M, D]` and head.
+        labels: says which positions count.
+        chunk_bytes: size of the float32 logits held at a time.
+    """
+    index = scored_positions(labels)
+    flat = model.flat(index)
+    best = torch.empty(len(flat.hidden), dtype=torch.int64, device=labels.device)
+    for rows in chunks(len(best), model.head.vocab_size, 1, chunk_bytes):
+        best[rows] = model.head.logits(flat.hidden[rows]).argmax(-1)
+    if index is None:
+        return best.reshape(labels.shape)
+    return torch.full_like(labels.reshape(-1), -100).index_copy_(0, index, best).reshape(labels.shape)
+
+
 def score(
     model: Predictions,
     labels: Int64[Tensor, "*M"],

@@ -77,9 +77,10 @@ def chunked_loss(
 ) -> ChunkedLoss:
     """Computes the mean loss over the positions whose label is not -100, and readies its gradients.
 
-    Gradients reach `student.hidden`, `student.head.weight` and `.bias` where those require them; a tied embedding gets
-    its share like any other use of the tensor. In half precision the head's gradient is summed over chunks in float32
-    where that is small beside the logits, else in the weight's dtype. There are no gradients of gradients.
+    Gradients reach `student.hidden`, `student.head.weight`, `.bias` and `.lora` where those require them; a tied
+    embedding gets its share like any other use of the tensor. In half precision the head's gradient is summed over
+    chunks in float32 where that is small beside the logits, else in the weight's dtype. There are no gradients of
+    gradients.
 
     Args:
         student: hidden states `[*M, D]` and head.
@@ -113,7 +114,10 @@ def chunked_loss(
         chunk_bytes=chunk_bytes,
         wants_gradients=torch.is_grad_enabled(),
     )
-    total, means = _ChunkedLoss.apply(student.hidden, student.head.weight, student.head.bias, call)  # pyright: ignore
+    head = student.head
+    total, means = _ChunkedLoss.apply(  # pyright: ignore
+        student.hidden, head.weight, head.bias, *(head.lora or (None, None)), call
+    )
     names = ["cross_entropy", *objectives.divergences]
     return ChunkedLoss(total, dict(zip(names, means.unbind(), strict=True)), len(kept))
 
@@ -131,14 +135,23 @@ class _Call:
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        call: _Call,
+    ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        needs = [needed and call.wants_gradients for needed in ctx.needs_input_grad[:3]]
+        targets = (hidden, weight, bias, lora_a, lora_b)
+        needs = _Needs(*(needed and call.wants_gradients for needed in ctx.needs_input_grad[: len(targets)]))
         with torch.autocast(device, enabled=False):
-            head = Head(weight.to(dtype), bias, call.head.scale, call.head.softcap)
+            lora = None if lora_a is None or lora_b is None else (lora_a.to(dtype), lora_b.to(dtype))
+            head = Head(weight.to(dtype), bias, call.head.scale, call.head.softcap, lora)
             sums, gradients = _pass(hidden, head, call, needs)
-        targets = (hidden, weight, bias)
         ctx.save_for_backward(
             *(None if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, targets, strict=True))
         )
@@ -154,16 +167,26 @@ class _ChunkedLoss(torch.autograd.Function):
         return *(g if g is None or is_one else (g * grad_total).to(g.dtype) for g in ctx.saved_tensors), None
 
 
-def _pass(
-    hidden: Tensor, head: Head, call: _Call, needs: list[bool]
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Sums of the objectives, and the gradients of the total loss by hidden states, head weight and head bias."""
-    needs_hidden, needs_weight, needs_bias = needs
+class _Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_a: bool
+    lora_b: bool
+
+
+def _pass(hidden: Tensor, head: Head, call: _Call, needs: _Needs) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Sums of the objectives, and the gradients of the total loss in the order of `_Needs`."""
     work_dtype = torch.promote_types(head.weight.dtype, torch.float32)
     sums = torch.zeros(1 + len(call.objectives.divergences), dtype=work_dtype, device=hidden.device)
-    grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-    grad_weight = _weight_accumulator(call) if needs_weight else None
-    grad_bias = torch.zeros(head.vocab_size, dtype=work_dtype, device=hidden.device) if needs_bias else None
+    grad_hidden = torch.zeros_like(hidden) if needs.hidden else None
+    grad_weight = _weight_accumulator(call) if needs.weight else None
+    grad_bias = torch.zeros(head.vocab_size, dtype=work_dtype, device=hidden.device) if needs.bias else None
+    a, b = head.lora or (None, None)
+    grad_a = torch.zeros_like(a, dtype=work_dtype) if needs.lora_a and a is not None else None
+    grad_b = torch.zeros_like(b, dtype=work_dtype) if needs.lora_b and b is not None else None
     factor = head.scale / call.denominator
     for rows in chunks(len(hidden), head.vocab_size, 1 if call.teacher is None else 2, call.chunk_bytes):
         chunk = Predictions(hidden[rows].to(head.weight.dtype), head)
@@ -175,14 +198,24 @@ def _pass(
         if grad_bias is not None:
             grad_bias.add_(slope.sum(0), alpha=factor)
         slope = slope.to(head.weight.dtype)
+        below = None
+        if a is not None and b is not None:
+            below = torch.mm(slope, b)  # gradient by A's outputs
+            if grad_a is not None:
+                grad_a.add_(torch.mm(below.t(), chunk.hidden), alpha=factor)
+            if grad_b is not None:
+                grad_b.add_(torch.mm(slope.t(), torch.mm(chunk.hidden, a.t())), alpha=factor)
         if grad_hidden is not None:
-            grad_hidden[rows] = torch.mm(slope, head.weight).mul_(factor)
+            flow = torch.mm(slope, head.weight)
+            if below is not None and a is not None:
+                flow.addmm_(below, a)
+            grad_hidden[rows] = flow.mul_(factor)
         if grad_weight is not None and grad_weight.dtype == slope.dtype:
             grad_weight.addmm_(slope.t(), chunk.hidden, alpha=factor)
         elif grad_weight is not None:
             grad_weight.add_(torch.mm(slope.t(), chunk.hidden), alpha=factor)
         del slope  # the next chunk's logits take its place
-    return sums, (grad_hidden, grad_weight, grad_bias)
+    return sums, (grad_hidden, grad_weight, grad_bias, grad_a, grad_b)
 
 
 def _objectives(

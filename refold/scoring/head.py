@@ -19,17 +19,21 @@ CHUNK_BYTES = 64 * 2**20
 class Head:
     """`logits = softcap * tanh(z / softcap)` with `z = scale * (hidden weight^T + bias)`; without a soft-cap, z.
 
+    Where there is a LoRA, the weight is `weight + b a`, which is never formed.
+
     Attributes:
         weight: may be the embedding's own tensor (tied).
         bias: None where the family has none.
         scale: factor on logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
         softcap: Gemma 2's `final_logit_softcapping`; None: none.
+        lora: `(a, b)` that early exits may have; None: none.
     """
 
     weight: Float[Tensor, "N D"]
     bias: Float[Tensor, "N"] | None = None
     scale: float = 1.0
     softcap: float | None = None
+    lora: tuple[Float[Tensor, "R D"], Float[Tensor, "N R"]] | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -39,14 +43,19 @@ class Head:
     def logits(self, hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M N"]:
         """Returns all logits of these positions: float32, float64 where the weight is.
 
-        The matrix product runs in the weight's dtype, or in autocast's where that is on; all after it in float32.
+        Matrix products run in the weight's dtype, or in autocast's where that is on; all after them in float32.
         """
+        lora = self.lora
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(self.weight.dtype)
+            lora = None if lora is None else (lora[0].to(hidden.dtype), lora[1].to(hidden.dtype))
         logits = F.linear(hidden, self.weight)
+        low_rank = None if lora is None else F.linear(F.linear(hidden, lora[0]), lora[1])
         with torch.autocast(hidden.device.type, enabled=False):
             # Products in half precision keep 8 or 11 bits; sums over the vocabulary must not.
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if low_rank is not None:
+                logits = logits + low_rank
             if self.bias is not None:
                 logits = logits + self.bias
             if self.scale != 1.0:
@@ -58,7 +67,8 @@ class Head:
     def detached(self) -> "Head":
         """Returns the same head without gradients."""
         bias = None if self.bias is None else self.bias.detach()
-        return Head(self.weight.detach(), bias, self.scale, self.softcap)
+        lora = None if self.lora is None else (self.lora[0].detach(), self.lora[1].detach())
+        return Head(self.weight.detach(), bias, self.scale, self.softcap, lora)
 
 
 class Predictions(NamedTuple):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from refold.errors import DataError, SourceError
-from refold.scoring.agreement import Scores, bits_per_byte, perplexity, score, token_scores
+from refold.scoring.agreement import Scores, bits_per_byte, likeliest_tokens, perplexity, score, token_scores
 from refold.scoring.head import Head, Predictions
 
 VOCAB = 37
@@ -131,3 +131,13 @@ def test_another_vocabulary_is_refused():
     model, _, labels = _case()
     with pytest.raises(SourceError, match="share one vocabulary"):
         score(model, labels, reference=Predictions(model.hidden, Head(torch.ones(5, 8))))
+
+
+@pytest.mark.parametrize("positions_per_chunk", [1, 5, 100])
+def test_likeliest_tokens_are_those_of_all_logits_where_a_label_counts(positions_per_chunk):
+    model, _, labels = _case()
+    found = likeliest_tokens(model, labels, chunk_bytes=positions_per_chunk * 4 * VOCAB)
+    expected = model.head.logits(model.hidden).argmax(-1)
+    assert torch.equal(found, torch.where(labels == -100, -100, expected))
+    everywhere = torch.zeros_like(labels)
+    assert torch.equal(likeliest_tokens(model, everywhere), expected)

@@ -20,16 +20,20 @@ HEADS = {
     "bias": {"bias": True},
     "softcap": {"softcap": 3.0},
     "all": {"bias": True, "scale": 0.6, "softcap": 3.0},
+    "lora": {"rank": 3},
+    "lora and all": {"rank": 2, "bias": True, "scale": 0.6, "softcap": 3.0},
 }
 
 
-def _student(bias: bool = False, dtype: torch.dtype = torch.float64, **options: float) -> Predictions:
+def _student(bias: bool = False, rank: int = 0, dtype: torch.dtype = torch.float64, **options: float) -> Predictions:
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-    return Predictions(draw(2, 9, 6), Head(draw(VOCAB, 6), draw(VOCAB) if bias else None, **options))
+    hidden, weight = draw(2, 9, 6), draw(VOCAB, 6)
+    lora = (draw(rank, 6), draw(VOCAB, rank)) if rank else None
+    return Predictions(hidden, Head(weight, draw(VOCAB) if bias else None, lora=lora, **options))
 
 
 def _teacher() -> Predictions:
@@ -69,7 +73,7 @@ def _total(means: dict[str, Tensor], objectives: Objectives) -> Tensor:
 
 
 def _tensors(student: Predictions) -> list[Tensor]:
-    inputs = [student.hidden, student.head.weight]
+    inputs = [student.hidden, student.head.weight, *(student.head.lora or ())]
     return inputs if student.head.bias is None else [*inputs, student.head.bias]
 
 
@@ -100,8 +104,9 @@ def test_values_and_gradients_are_those_of_full_logits(objectives, options, posi
 def test_gradcheck(options):
     student, teacher, labels = _student(**options), _teacher(), _labels()
 
-    def loss(hidden: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
-        head = replace(student.head, weight=weight, bias=bias[0] if bias else None)
+    def loss(hidden: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+        lora = (rest[0], rest[1]) if student.head.lora else None
+        head = replace(student.head, weight=weight, bias=rest[-1] if student.head.bias is not None else None, lora=lora)
         return chunked_loss(Predictions(hidden, head), labels, ALL, teacher=teacher, chunk_bytes=4 * 8 * VOCAB).total
 
     assert torch.autograd.gradcheck(loss, _tensors(student), fast_mode=True)
@@ -190,6 +195,26 @@ def test_a_frozen_head_costs_no_head_gradient(monkeypatch):
     loss = chunked_loss(Predictions(student.hidden, student.head.detached()), labels).total
     (gradient,) = torch.autograd.grad(loss, student.hidden)
     assert gradient.any()
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+def test_one_factor_of_a_lora_may_train_alone(trained):
+    student, labels = _student(rank=3), _labels()
+    assert student.head.lora is not None
+    factors = [factor.detach() for factor in student.head.lora]
+    factors[trained].requires_grad_()
+    head = replace(student.head.detached(), lora=(factors[0], factors[1]))
+    hidden = student.hidden.detach()
+    found = torch.autograd.grad(chunked_loss(Predictions(hidden, head), labels).total, factors[trained])[0]
+    logits = hidden @ (head.weight + factors[1] @ factors[0]).T
+    naive = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    torch.testing.assert_close(found, torch.autograd.grad(naive, factors[trained])[0])
+
+
+def test_a_detached_head_has_a_detached_lora():
+    lora = _student(rank=3).head.detached().lora
+    assert lora is not None
+    assert not any(factor.requires_grad for factor in lora)
 
 
 def test_teacher_and_no_grad_get_no_gradient():

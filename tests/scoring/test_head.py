@@ -11,6 +11,19 @@ def test_logits_add_bias_then_scale_then_cap():
     torch.testing.assert_close(head.logits(torch.tensor([[2.0]])), expected)
 
 
+def test_a_lora_is_added_before_bias_scale_and_cap():
+    weight, a, b = torch.randn(5, 4), torch.randn(2, 4), torch.randn(5, 2)
+    hidden, bias = torch.randn(3, 4), torch.randn(5)
+    found = Head(weight, bias, scale=2.0, softcap=4.0, lora=(a, b)).logits(hidden)
+    torch.testing.assert_close(found, Head(weight + b @ a, bias, scale=2.0, softcap=4.0).logits(hidden))
+    # A LoRA in another dtype than the weight's, as in a float32 model scored in autocast, or a narrower head.
+    narrow = Head(weight.bfloat16(), lora=(a, b)).logits(hidden)
+    torch.testing.assert_close(narrow, hidden @ (weight + b @ a).T, rtol=0.05, atol=0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = Head(weight, lora=(a, b)).logits(hidden)
+    torch.testing.assert_close(mixed, narrow, rtol=0.02, atol=0.1)
+
+
 def test_logits_of_half_precision_weights_are_float32_and_of_double_stay_double():
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         assert Head(torch.ones(3, 2, dtype=dtype)).logits(torch.ones(1, 2, dtype=dtype)).dtype == expected
