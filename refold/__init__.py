@@ -27,7 +27,7 @@ _API = {
     "export": "refold.exporting.export",
     "run": "refold.studies.run",
     "Recipe": "refold.blueprint.recipe",
-    "HealStage": "refold.blueprint.recipe",
+    "HealStage": "refold.blueprint.heal_stage",
     "RunSettings": "refold.studies.run",
     "load_model": "refold.modeling.load",
     "load_tokenizer": "refold.modeling.load",

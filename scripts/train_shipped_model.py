@@ -52,6 +52,7 @@ class Settings:
     decay: float = 0.4  # share of the steps, at the end, in which the rate falls linearly to zero
     short: float = 0.85  # share of the steps, at the start, with windows of half the context
     weight_decay: float = 0.1  # of the matrices; the norms have none
+    depth_scaling: float = 0.5  # a norm of layer l starts at l ** -depth_scaling, so that deep layers are heard
     seed: int = 0
 
     @property
@@ -133,6 +134,7 @@ def train(run: Path, settings: Settings, device: str, compile_layers: bool, chec
     torch.manual_seed(settings.seed)
     AttentionInterface.register("blocked", blocked_attention)
     model = LlamaForCausalLM(llama_config())
+    scale_norms(model, settings.depth_scaling)
     nn.Module.to(model, device)
     if device == "cpu":
         model.config._attn_implementation = "blocked"
@@ -180,6 +182,18 @@ def train(run: Path, settings: Settings, device: str, compile_layers: bool, chec
     save_atomic(state, run / "final.safetensors")
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU cores"
     write_json(run / "machine.json", {"machine": machine, "torch": str(torch.__version__)})
+
+
+@torch.no_grad()
+def scale_norms(model: LlamaForCausalLM, power: float) -> None:
+    """Starts the two norms of layer l (from 1) at `l ** -power`.
+
+    Without this the stream grows with depth, and deep layers add less and less to it ("The Curse of Depth in Large
+    Language Models", arXiv 2502.05795, which keeps the factor fixed; here it is only the start of a trained weight).
+    """
+    for number, layer in enumerate(model.model.layers, start=1):
+        layer.input_layernorm.weight.fill_(number**-power)
+        layer.post_attention_layernorm.weight.fill_(number**-power)
 
 
 def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from refold.checkpoint.manifest import verify
 from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.writer import ShardedWriter, count_bytes
 from refold.errors import FolderError, HealError
+from refold.healing.thaw import ThawState
 
 STATE_NAME = "state.json"
 NUM_KEPT = 2
@@ -26,16 +27,36 @@ class RunState:
     """Where a run stands, apart from its tensors. Plain data, so that it is JSON.
 
     Attributes:
-        step: optimizer steps done, skipped ones included. It gives learning rate and data position as well.
+        stage: stages done.
+        step: optimizer steps of the current stage, skipped ones included. It gives learning rate and data position.
+        steps_before: steps of the stages done.
         bad_steps: steps in a row, up to now, whose loss or gradient was not finite.
-        skipped_steps: such steps in all.
+        skipped_steps: such steps in all stages.
         seconds: training time so far.
+        thaw: where the decision to thaw stands in the current stage.
     """
 
+    stage: int = 0
     step: int = 0
+    steps_before: int = 0
     bad_steps: int = 0
     skipped_steps: int = 0
     seconds: float = 0.0
+    thaw: ThawState = ThawState()
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all stages so far."""
+        return self.steps_before + self.step
+
+    def next_stage(self) -> "RunState":
+        """Returns the state in which the next stage begins."""
+        return replace(self, stage=self.stage + 1, step=0, steps_before=self.total_steps, bad_steps=0, thaw=ThawState())
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> "RunState":
+        """Reads what `asdict` gave."""
+        return cls(**{**data, "thaw": ThawState(**data["thaw"])})
 
 
 @dataclass(frozen=True)
@@ -59,7 +80,7 @@ class Checkpoints:
         Raises:
             FolderError: the disk is full or cannot be written; earlier checkpoints stay as they are.
         """
-        path = self.folder / f"step-{state.step:09d}"
+        path = self.folder / f"step-{state.total_steps:09d}"
         specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         with AtomicFolder(path, overwrite=True, needed_bytes=count_bytes(specs)) as out:
             with ShardedWriter(out.path, specs) as writer:
@@ -91,7 +112,7 @@ class Checkpoints:
             found = json.loads((path / STATE_NAME).read_text())
             self._require_same_run(found["identity"])
             with CheckpointReader(path) as reader:
-                return RunState(**found["state"]), {name: reader.read(name) for name in reader.names()}
+                return RunState.read(found["state"]), {name: reader.read(name) for name in reader.names()}
         return None
 
     def _paths(self) -> list[Path]:

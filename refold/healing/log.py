@@ -17,14 +17,17 @@ class StepRecord:
     """What one optimizer step did.
 
     Attributes:
-        step: counted from 1.
-        tokens: training tokens seen so far.
+        step: counted from 1, over all stages.
+        tokens: training tokens seen so far, over all stages.
         loss: mean over the batch, weighted as the stage says.
         objectives: its parts, unweighted: `cross_entropy`, `forward_kl`.
         learning_rate: of this step.
         grad_norm: 2-norm of all gradients before clipping.
         tokens_per_second: of this step.
         skipped: whether loss or gradient were not finite, so that no weight changed.
+        stage: counted from 1.
+        frozen: whether weights wait to be thawed; None where the stage thaws none.
+        held_out: bits per byte of the held-out text after the step; None where it was not measured.
     """
 
     step: int
@@ -35,10 +38,16 @@ class StepRecord:
     grad_norm: float
     tokens_per_second: float
     skipped: bool = False
+    stage: int = 1
+    frozen: bool | None = None
+    held_out: float | None = None
 
     def as_line(self) -> str:
         """Returns the JSON line; numbers that are not finite, which JSON does not know, become null."""
         values: dict[str, Any] = asdict(self)
+        for name in ("frozen", "held_out"):
+            if values[name] is None:
+                del values[name]
         values |= values.pop("objectives")
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         return json.dumps(plain) + "\n"
@@ -76,6 +85,11 @@ class TrainLog:
     def sync(self) -> None:
         """Flushes all records to disk."""
         os.fsync(self._file.fileno())
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a log as plain data."""
+    return [json.loads(line) for line in _whole_lines(path)]
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from refold.blueprint.recipe import HealStage
+from refold.blueprint.heal_stage import HealStage
 from refold.checkpoint import provenance
 from refold.checkpoint.card import CARD_NAME, read_licence, write_card
 from refold.checkpoint.companions import copy_companions
@@ -28,9 +28,9 @@ def tensor_specs(student: nn.Module) -> TensorSpecs:
 def write_healed(
     out: AtomicFolder,
     model: Source,
-    student: nn.Module,
+    weights: Mapping[str, Tensor],
     specs: TensorSpecs,
-    stage: provenance.Stage,
+    stages: Sequence[provenance.Stage],
     facts: Mapping[str, str],
     log: Path,
 ) -> None:
@@ -42,9 +42,9 @@ def write_healed(
     Args:
         out: the folder being made.
         model: the model that was trained, as it was before.
-        student: the trained weights, in float32.
+        weights: the trained weights, in float32, by name.
         specs: of the tensors, in the dtypes to be stored.
-        stage: the stage's line in the provenance.
+        stages: the lines of what was done in the provenance.
         facts: rows of the card.
         log: the training log.
 
@@ -53,7 +53,7 @@ def write_healed(
     """
     folder = model.fetch()
     with ShardedWriter(out.path, specs) as writer, torch.no_grad():
-        for name, value in student.named_parameters():
+        for name, value in weights.items():
             writer.write(name, value.to(specs[name][1]))
     out.hashes.update(writer.hashes)
     for name in (CONFIG_NAME, PLAN_NAME):
@@ -61,17 +61,20 @@ def write_healed(
             shutil.copyfile(folder / name, out.path / name)
     copy_companions(folder, out.path)
     shutil.copyfile(log, out.path / LOG_NAME)
-    stages = provenance.append(folder, stage)
-    provenance.write(out.path, stages)
-    base = _base_model(stages, model)
+    history = [*provenance.read(folder), *stages]
+    provenance.write(out.path, history)
+    base = _base_model(history, model)
     title = f"{base}, folded and healed" if (folder / PLAN_NAME).exists() else f"{base}, trained further"
     write_card(out.path, base, title, {**_card_facts(folder), **facts}, licence=read_licence(folder))
 
 
-def describe(stage: HealStage, tokens: int, losses: Mapping[str, float]) -> dict[str, str]:
-    """Returns the rows a stage adds to the card: what was done, and the losses it ended with, in nats per token."""
-    facts = {"healing": f"{stage.objective}, {tokens:,} tokens, learning rate {stage.learning_rate:g}"}
-    return facts | {f"training {name.replace('_', ' ')}": f"{value:.3f}" for name, value in losses.items()}
+def describe(stages: Sequence[HealStage], losses: Mapping[str, float]) -> dict[str, str]:
+    """Returns the rows a run adds to the card: what was done, and the losses it ended with, in nats per token."""
+    done = "; ".join(
+        f"{' + '.join(stage.objective.chosen())}, {stage.tokens:,} tokens, learning rate {stage.learning_rate:g}"
+        for stage in stages
+    )
+    return {"healing": done} | {f"training {name.replace('_', ' ')}": f"{value:.3f}" for name, value in losses.items()}
 
 
 def _base_model(stages: Sequence[provenance.Stage], model: Source) -> str:

@@ -1,28 +1,32 @@
-"""A stage with everything it asks for found, loaded and decided."""
+"""A run with everything its stages ask for found, checked and decided."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from refold.blueprint.recipe import HealStage
+from refold.blueprint.heal_stage import HealStage
 from refold.checkpoint import provenance
 from refold.checkpoint.locate import Source, locate
 from refold.checkpoint.manifest import hash_file
 from refold.data.readers import DataSource, open_data
-from refold.data.tokens import TokenisedDocuments, tokenise
-from refold.errors import DataError, HealError
+from refold.data.training import TrainingData, open_training_data
+from refold.errors import HealError
+from refold.healing.groups import Trainable, WeightGroups
+from refold.healing.held_out import HeldOut
 from refold.healing.micro_batch import choose_micro_batch
-from refold.healing.objectives.registry import OBJECTIVES
-from refold.healing.precision import attend_in_float32, choose_precision
-from refold.healing.student import Teacher
+from refold.healing.objectives.objective import Objective
+from refold.healing.objectives.registry import make_objectives
+from refold.healing.precision import choose_precision
+from refold.healing.schedule import Schedule
+from refold.healing.student import teacher_wants
+from refold.healing.team import Team
 from refold.modeling.configuration import MODEL_TYPE
-from refold.modeling.load import load_model, load_tokenizer
-from refold.scoring.head import check_same_vocabulary
+from refold.modeling.load import load_tokenizer
 from refold.scoring.predict import head_of
 
 DEFAULT_CONTEXT = 1024
@@ -30,26 +34,69 @@ Data = str | Path | Sequence[str | Path] | DataSource
 
 
 @dataclass(frozen=True)
-class PreparedRun:
-    """What one stage trains with.
+class PreparedStage:
+    """What one stage trains with, apart from its models.
 
     Attributes:
         stage: with `context`, `precision` and `micro_batch` decided.
-        student: in float32.
-        teacher: None where the objective needs none.
-        tokenised: the text, up to the stage's tokens.
-        device: where both models are.
-        autocast: dtype of matrix products, None for float32.
-        identity: everything the result depends on, see `Checkpoints`.
+        objectives: what is minimised, by name.
+        trainable: what of the student trains.
+        schedule: steps, positions and learning rates.
+        data: the sequences.
     """
 
     stage: HealStage
-    student: PreTrainedModel
-    teacher: Teacher | None
-    tokenised: TokenisedDocuments
-    device: torch.device
-    autocast: torch.dtype | None
+    objectives: Mapping[str, Objective]
+    trainable: Trainable
+    schedule: Schedule
+    data: TrainingData
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Dtype of matrix products, None for float32."""
+        return torch.bfloat16 if self.stage.precision == "bfloat16" else None
+
+    @property
+    def wants_teacher(self) -> bool:
+        """Whether an objective learns from a teacher, running along or stored."""
+        stored = any(objective.stored_top_k is not None for objective in self.objectives.values())
+        return stored or bool(teacher_wants(self.objectives))
+
+    def at_rate(self, learning_rate: float) -> "PreparedStage":
+        """Returns the same stage with another peak learning rate."""
+        stage = self.stage.model_copy(update={"learning_rate": learning_rate})
+        return replace(self, stage=stage, schedule=replace(self.schedule, peak=learning_rate))
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What all stages of a run train with.
+
+    Attributes:
+        stages: in order.
+        teacher: where the teacher is found; None where no stage needs one.
+        held_out: the text that is measured on the way; None: none.
+        identity: everything the result depends on, see `Checkpoints`.
+    """
+
+    stages: tuple[PreparedStage, ...]
+    teacher: Source | None
+    held_out: HeldOut | None
     identity: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of all stages."""
+        return sum(each.stage.tokens for each in self.stages)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return sum(each.schedule.num_steps for each in self.stages)
+
+    def tokens_before(self, index: int) -> int:
+        """Training tokens of the stages before one."""
+        return sum(each.stage.tokens for each in self.stages[:index])
 
 
 def prepare(
@@ -57,55 +104,101 @@ def prepare(
     student: PreTrainedModel,
     teacher: str | Path | Source | None,
     data: Data,
-    stage: HealStage,
+    held_out: Data | None,
+    stages: Sequence[HealStage],
     work: Path,
-    device: torch.device,
+    team: Team,
 ) -> PreparedRun:
-    """Finds and loads what a stage needs; arguments and errors as for `heal`.
+    """Finds what a run needs; arguments and errors as for `heal`.
 
     Args:
         model: where the student comes from.
-        student: loaded, in float32, on the device.
+        student: loaded.
         teacher: what the user named.
         data: files, folders or an opened source.
-        stage: as the recipe has it.
+        held_out: text to measure on.
+        stages: as the recipe has them.
         work: keeps the tokens.
-        device: where to train.
+        team: the processes of the run.
     """
-    stage = _decide(stage, student, device)
-    autocast = torch.bfloat16 if stage.precision == "bfloat16" else None
-    if autocast is not None and device.type == "cpu":
-        attend_in_float32(student)
-    identity: dict[str, Any] = {**stage.model_dump(mode="json"), "model weights": _hash_weights(model)}
-    loaded = None
-    if OBJECTIVES[stage.objective].needs_teacher:
+    if not stages:
+        raise HealError("heal: at least one stage is required (got none)")
+    tokenizer = load_tokenizer(model)
+    groups = WeightGroups(student, model.fetch())
+    decided = [_decide(stage, student, team.device) for stage in stages]
+    prepared: list[PreparedStage] = []
+    read: dict[tuple[str, int], int] = {}  # (form, context) to sequences read by earlier stages
+    for index, stage in enumerate(decided):
+        assert stage.context is not None
+        key = (stage.data, stage.context)
+        schedule = _schedule(stage, team, read.get(key, 0))
+        read[key] = schedule.first_sequence + schedule.num_sequences
+        opened = open_training_data(
+            data,
+            tokenizer,
+            context=stage.context,
+            seed=stage.seed,
+            budget=_budget(decided, index),
+            cache_folder=work / "tokens",
+            form=stage.data,
+            vocab_size=head_of(student).vocab_size,
+        )
+        objectives = make_objectives(stage.objective)
+        prepared.append(PreparedStage(stage, objectives, Trainable(stage, groups), schedule, opened))
+    identity: dict[str, Any] = {}
+    for number, each in enumerate(prepared, start=1):
+        where = "" if len(prepared) == 1 else f"stage {number}: "
+        settings = {**each.stage.model_dump(mode="json"), "data": each.data.identity}
+        identity |= {f"{where}{key}": value for key, value in settings.items()}
+    identity["model weights"] = _hash_weights(model)
+    found = None
+    if any(each.wants_teacher for each in prepared):
         found = _find_teacher(model, teacher)
-        loaded = load_model(found, device=device)
-        check_same_vocabulary(head_of(student), head_of(loaded))
         identity["teacher"] = found.fingerprint()
     elif teacher is not None:
-        raise HealError(
-            f"teacher: only `objective: distil` has one (got {teacher} with {stage.objective}); leave it out"
-        )
-    source = data if isinstance(data, DataSource) else open_data(data)
-    tokenised = tokenise(
-        source, load_tokenizer(model), budget=stage.tokens, seed=stage.seed, cache_folder=work / "tokens"
-    )
-    _require_known_tokens(tokenised, head_of(student).vocab_size, source.name)
-    digest = hashlib.sha256(tokenised.tokens.tobytes() + tokenised.offsets.tobytes())
-    identity["data"] = digest.hexdigest()
-    frozen = None if loaded is None else Teacher(loaded, autocast)
-    return PreparedRun(stage, student, frozen, tokenised, device, autocast, identity)
+        names = ", ".join(name for each in prepared for name in each.objectives)
+        raise HealError(f"teacher: an objective that learns from one is required (got {teacher} with {names})")
+    measured = None
+    if held_out is not None:
+        source = held_out if isinstance(held_out, DataSource) else open_data(held_out)
+        context = prepared[0].stage.context
+        assert context is not None
+        measured = HeldOut(source, tokenizer, context, work / "tokens")
+    return PreparedRun(tuple(prepared), found, measured, identity)
 
 
 def _decide(stage: HealStage, student: PreTrainedModel, device: torch.device) -> HealStage:
     """Fills in what the stage leaves open."""
     config: Any = student.config
+    if stage.context is not None and stage.context > config.max_position_embeddings:
+        raise HealError(
+            f"context: at most the model's {config.max_position_embeddings} positions are required (got {stage.context})"
+        )
     context = stage.context or max(2, min(DEFAULT_CONTEXT, config.max_position_embeddings, stage.tokens))
     autocast = choose_precision(stage.precision, device, config.hidden_size)
     precision = "float32" if autocast is None else "bfloat16"
     micro_batch = choose_micro_batch(stage.micro_batch, context, config, device)
     return stage.model_copy(update={"context": context, "precision": precision, "micro_batch": micro_batch})
+
+
+def _schedule(stage: HealStage, team: Team, first_sequence: int) -> Schedule:
+    assert stage.context is not None
+    per_step = max(team.size, stage.batch_tokens // stage.context)
+    return Schedule(
+        tokens=stage.tokens,
+        context=stage.context,
+        sequences_per_step=per_step,
+        peak=stage.learning_rate,
+        warmup=stage.warmup,
+        shape=stage.schedule,
+        floor=stage.floor,
+        first_sequence=first_sequence,
+    )
+
+
+def _budget(stages: Sequence[HealStage], index: int) -> int:
+    """Tokens of all stages that read the data as one does, so that all of them share one set of tokens."""
+    return sum(stage.tokens for stage in stages if stage.data == stages[index].data)
 
 
 def _find_teacher(model: Source, wish: str | Path | Source | None) -> Source:
@@ -121,12 +214,3 @@ def _hash_weights(model: Source) -> str:
     assert headers is not None
     folder = model.fetch()
     return hashlib.sha256("".join(hash_file(folder / name) for name in sorted(headers.files)).encode()).hexdigest()
-
-
-def _require_known_tokens(tokenised: TokenisedDocuments, vocab_size: int, name: str) -> None:
-    largest = int(tokenised.tokens.max())
-    if largest >= vocab_size:
-        raise DataError(
-            f"{name}: tokens below the model's {vocab_size} are required (got {largest}); use the tokenizer the model "
-            f"was trained with"
-        )

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-FLOOR = 0.1
-"""Share of the peak at which the cosine ends."""
+CONSTANT_TAIL = 0.2
+"""Share of the steps, at the end, in which a constant learning rate falls after all."""
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,9 @@ class Schedule:
         sequences_per_step: sequences of one optimizer step.
         peak: highest learning rate.
         warmup: share of the steps over which the learning rate rises.
+        shape: how it falls afterwards.
+        floor: share of the peak at which it ends.
+        first_sequence: position of the stage's first sequence in the data; earlier stages read those before it.
     """
 
     tokens: int
@@ -24,6 +28,9 @@ class Schedule:
     sequences_per_step: int
     peak: float
     warmup: float
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    floor: float = 0.1
+    first_sequence: int = 0
 
     @property
     def num_sequences(self) -> int:
@@ -38,16 +45,25 @@ class Schedule:
     def sequences(self, step: int) -> range:
         """Returns the positions of the sequences that a step reads; steps count from 0."""
         first = step * self.sequences_per_step
-        return range(first, min(first + self.sequences_per_step, self.num_sequences))
+        last = min(first + self.sequences_per_step, self.num_sequences)
+        return range(self.first_sequence + first, self.first_sequence + last)
 
     def tokens_after(self, num_steps: int) -> int:
         """Returns the training tokens seen after so many steps."""
         return min(num_steps * self.sequences_per_step * self.context, self.tokens)
 
     def learning_rate(self, step: int) -> float:
-        """Returns a step's learning rate: linear to the peak, then a cosine to `FLOOR` of it at the last step."""
+        """Returns a step's learning rate: linear to the peak, then down to `floor` of it at the last step."""
         rising = math.ceil(self.warmup * self.num_steps)
         if step < rising:
             return self.peak * (step + 1) / rising
         done = (step - rising + 1) / max(1, self.num_steps - rising)
-        return self.peak * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * done)) / 2)
+        return self.peak * (self.floor + (1 - self.floor) * self._left(done))
+
+    def _left(self, done: float) -> float:
+        """Share of the way from floor to peak that is left when a share of the fall is done."""
+        if self.shape == "cosine":
+            return (1 + math.cos(math.pi * done)) / 2
+        if self.shape == "linear":
+            return 1 - done
+        return min(1.0, (1 - done) / CONSTANT_TAIL)

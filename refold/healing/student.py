@@ -19,16 +19,28 @@ class TrainingModel(nn.Module):
 
     Args:
         student: float32 weights.
-        objectives: what is minimised, by name; their weighted sum.
-        autocast: dtype that matrix products run in; None: float32.
+
+    Attributes:
+        objectives: what is minimised, by name; their weighted sum. `begin` sets them.
     """
 
-    def __init__(self, student: PreTrainedModel, objectives: Mapping[str, Objective], autocast: torch.dtype | None):
+    def __init__(self, student: PreTrainedModel):
         super().__init__()
         self.student = student
-        self.objectives = objectives
-        self.autocast = autocast
+        self.objectives: Mapping[str, Objective] = {}
+        self._autocast: torch.dtype | None = None
+        self._wants = frozenset[Want]()
+
+    def begin(self, objectives: Mapping[str, Objective], autocast: torch.dtype | None) -> "TrainingModel":
+        """Begins a stage.
+
+        Args:
+            objectives: what it minimises.
+            autocast: dtype that matrix products run in; None: float32.
+        """
+        self.objectives, self._autocast = objectives, autocast
         self._wants = frozenset[Want]().union(*(objective.student_wants for objective in objectives.values()))
+        return self
 
     def forward(
         self,
@@ -40,7 +52,7 @@ class TrainingModel(nn.Module):
         stored: StoredPredictions | None = None,
     ) -> Loss:
         """Returns the weighted loss of one micro-batch and all its parts; arguments as in `Step`."""
-        with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
+        with torch.autocast(input_ids.device.type, self._autocast, enabled=self._autocast is not None):
             student = observe(self.student, input_ids, position_ids, self._wants) if self._wants else None
             step = Step(self.student, input_ids, position_ids, labels, num_tokens, student, teacher, stored)
             total: Tensor | None = None

@@ -4,10 +4,10 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from refold.blueprint.load import RecipeLike, load_recipe
-from refold.blueprint.recipe import BlockDrop, Drop, HealStage, Recipe
+from refold.blueprint.recipe import HealStage, Recipe
 from refold.checkpoint.folder import settle
 from refold.checkpoint.locate import PLAN_NAME, Source, locate
 from refold.checkpoint.lock import FolderLock
@@ -21,13 +21,13 @@ from refold.errors import FolderError, RecipeError
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.result import Evaluation, read_evaluation
 from refold.healing.heal import heal
+from refold.studies.baselines import BASELINES, DEFAULT_BASELINES, BaselineJob, require_baseline
 from refold.studies.report_line import report_line
 
 RUN_NAME = "run.json"
 SUMMARY_NAME = "summary.json"
 CONTEXT = 8192
 
-Baseline = Literal["pruned", "trained-source"]
 Say = Callable[[str], None]
 """Told what begins."""
 
@@ -38,19 +38,26 @@ class RunSettings:
 
     Attributes:
         tokens: Healing tokens, over the recipe's own; 0: no healing; None: the recipe's.
-        baselines: Which rivals are converted, healed and measured alike.
+        baselines: Which of `BASELINES` are converted, healed and measured alike.
         eval_tokens: How much held-out text is read.
         learning_rate: Over the recipe's own.
         seed: Of the order of the data.
         device: Where to train and evaluate; None: the best there is.
+
+    Raises:
+        RecipeError: An unknown baseline.
     """
 
     tokens: int | None = None
-    baselines: tuple[Baseline, ...] = ("pruned",)
+    baselines: tuple[str, ...] = DEFAULT_BASELINES
     eval_tokens: int | None = 200_000
     learning_rate: float | None = None
     seed: int = 0
     device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.baselines:
+            require_baseline(name)
 
 
 @dataclass(frozen=True)
@@ -184,36 +191,15 @@ def run(
     return result
 
 
-def pruned_recipe(plan: Plan) -> Recipe:
-    """Depth pruning that keeps as many whole layers as fit into the stack of a plan's target."""
-    budget = plan.cost.target.non_embedding_parameters
-    return Recipe(drop=Drop(block=BlockDrop(parameters=budget)))
-
-
-def read_baselines(names: Sequence[str] | None) -> tuple[Baseline, ...]:
-    """Reads the baselines a user names; none named: depth pruning.
-
-    Raises:
-        RecipeError: An unknown one.
-    """
-    if not names:
-        return ("pruned",)
-    known = get_args(Baseline)
-    for name in names:
-        if name not in (*known, "none"):
-            raise RecipeError(f"baseline: must be one of {', '.join((*known, 'none'))} (got '{name}')")
-    return tuple(name for name in known if name in names)
-
-
 def _baseline(way: _Way, model: SourceModel, plan: Plan) -> Evaluation | None:
-    start: str | Path = way.source.where
-    if way.folder.name == "pruned":
-        try:
-            start = way.convert(plan_model(model, pruned_recipe(plan)))
-        except RecipeError as error:
-            way.say(f"pruned: no baseline ({error})")
-            return None
-    elif not way.stages:
+    name = way.folder.name
+    baseline = BASELINES[name]
+    if baseline.needs_healing and not way.stages:
+        return None
+    try:
+        start = baseline.start(BaselineJob(way.source, model, plan, way.convert))
+    except RecipeError as error:
+        way.say(f"{name}: no baseline ({error})")
         return None
     return way.evaluate(way.heal(start), "healed" if way.stages else "unhealed")
 
@@ -280,8 +266,11 @@ def _summarise(
     name: str, plan: Plan, model: Path, unhealed: Evaluation, healed: Evaluation, rivals: dict[str, Evaluation]
 ) -> RunResult:
     assert healed.against is not None
-    descriptions = {"pruned": "pruned to the same size", "trained-source": "source trained alike"}
-    lost = {descriptions[arm]: found.against.difference for arm, found in rivals.items() if found.against is not None}
+    lost = {
+        BASELINES[arm].description: found.against.difference
+        for arm, found in rivals.items()
+        if found.against is not None
+    }
     context = min(CONTEXT, plan.blueprint.arch.max_position_embeddings)
     line = report_line(name, plan, healed.against.difference, healed.against.difference_error, lost, context)
     return RunResult(plan, model, unhealed, healed, rivals, line)

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from refold.blueprint.load import built_in_recipes, load_recipe
-from refold.blueprint.recipe import HealStage, LoraRelax, RankShare, Recipe
+from refold.blueprint.heal_stage import HealStage
+from refold.blueprint.recipe import LoraRelax, RankShare, Recipe
 from refold.errors import RecipeError
 
 
@@ -105,11 +106,27 @@ MISTAKES = [
     ({"heal": [{"tokens": 1, "learning_rate": 0}]}, r"heal\[0\]\.learning_rate: must be above 0"),
     ({"heal": [{"tokens": 1, "learning_rate": "fast"}]}, r"heal\[0\]\.learning_rate: must be a number \(got 'fast'\)"),
     ({"heal": [{"tokens": 1, "weight_decay": float("nan")}]}, r"weight_decay: must be a finite number \(got nan\)"),
-    ({"heal": [{"tokens": 1, "kl_weight": 0, "ce_weight": 0}]}, r"ce_weight and kl_weight: at least one above 0"),
     (
-        {"heal": [{"tokens": 1, "objective": "next_token", "kl_weight": 0.2}]},
-        r"heal\[0\]: kl_weight: only `objective: distil` has it",
+        {"heal": [{"tokens": 1, "objective": {"distil": {"cross_entropy": 0, "divergence_weight": 0}}}]},
+        r"heal\[0\]\.objective\.distil: cross_entropy and divergence_weight: at least one above 0",
     ),
+    (
+        {"heal": [{"tokens": 1, "objective": {"next_token": {"temperature": 2}}}]},
+        r"heal\[0\]\.objective\.next_token\.temperature: unknown key",
+    ),
+    (
+        {"heal": [{"tokens": 1, "objective": {"distil": {"top_k": 8, "divergence": "reverse_kl"}}}]},
+        r"top_k: requires divergence forward_kl \(got reverse_kl\)",
+    ),
+    (
+        {"heal": [{"tokens": 1, "objective": {"distil": {"top_k": 8, "temperature": 2}}}]},
+        r"top_k: requires temperature 1 \(got 2\)",
+    ),
+    ({"heal": [{"tokens": 1, "objective": "distill"}]}, r"objective\.distill: unknown key; did you mean 'distil'"),
+    ({"heal": [{"tokens": 1, "objective": {}}]}, r"objective: at least one of next_token, distil, .* \(got none\)"),
+    ({"heal": [{"tokens": 1, "thaw": {"when": "share"}}]}, r"thaw\.latest: a share below 1 is required .* \(got 1\)"),
+    ({"heal": {"protocol": "distill", "tokens": 1}}, r"heal: protocol must be one of .* did you mean 'distil'"),
+    ({"heal": {"protocol": "distil"}}, r"heal: protocol distil: requires `tokens`, such as 20M \(got None\)"),
     ({1: 2}, r"\[1\]: keys should be strings"),
 ]
 

@@ -1,6 +1,6 @@
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,12 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from refold.blueprint.recipe import HealStage
+from refold.blueprint.heal_stage import HealStage
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import convert
 from refold.data.readers import DataSource, from_documents
 from refold.healing.heal import HealResult, heal
+from refold.healing.run import HealOptions
 from refold.healing.log import StepRecord
 
 RELAXED = {"fold": {"loops": 2, "init": "average"}, "relax": {"rank": 2, "init": "svd", "vectors": "own"}}
@@ -70,10 +71,14 @@ class Healing:
         small = {"tokens": 12 * 64, "context": 16, "batch_tokens": 64, "micro_batch": 4, "learning_rate": 1e-2}
         return HealStage(**{**small, **settings})
 
-    def __call__(self, settings: Mapping[str, Any] | None = None, **options: Any) -> HealResult:
-        calls = {"device": "cpu", "quiet": True, "on_step": self._note, **options}
+    def __call__(self, settings: Mapping[str, Any] | None = None, **arguments: Any) -> HealResult:
+        names = {field.name for field in fields(HealOptions)}
+        chosen = {"quiet": True, "on_step": self._note}
+        chosen |= {name: arguments.pop(name) for name in names & set(arguments)}
+        calls = {"device": "cpu", "options": HealOptions(**chosen), **arguments}
         model, destination = calls.pop("model", self.model), calls.pop("destination", self.destination)
-        return heal(model, destination, calls.pop("data", self.data), self.stage(**(settings or {})), **calls)
+        stages = calls.pop("stages", None) or self.stage(**(settings or {}))
+        return heal(model, destination, calls.pop("data", self.data), stages, **calls)
 
     def _note(self, record: StepRecord) -> None:
         self.records.append(record)

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from refold.errors import HealError
-from refold.healing import loop as module
 from refold.healing.student import TrainingModel
+from refold.healing.team import Team
 
 
 def _spoil(monkeypatch, steps):
@@ -36,10 +36,10 @@ def test_an_infinite_gradient_is_skipped_too(healing, monkeypatch):
 
     def overflow(self, parameters, limit):
         norms.append(1)
-        return torch.tensor(float("inf")) if len(norms) == 2 else torch.nn.utils.clip_grad_norm_(parameters, limit)
+        return float("inf") if len(norms) == 2 else float(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
     norms: list[int] = []
-    monkeypatch.setattr(module.Accelerator, "clip_grad_norm_", overflow)
+    monkeypatch.setattr(Team, "clip", overflow)
     assert healing().skipped_steps == 1
     assert len(taken) == 11
 
@@ -67,8 +67,8 @@ def test_the_whole_batch_is_the_denominator(healing, monkeypatch):
     healing({"micro_batch": 1, "tokens": 64})
     right = healing.records[0]
 
-    def own_count(self, input_ids, position_ids, labels, teacher, num_tokens):
-        return forward(self, input_ids, position_ids, labels, teacher, int((labels != -100).sum()))
+    def own_count(self, input_ids, position_ids, labels, teacher, num_tokens, stored):
+        return forward(self, input_ids, position_ids, labels, teacher, int((labels != -100).sum()), stored)
 
     monkeypatch.setattr(TrainingModel, "forward", own_count)
     healing({"micro_batch": 1, "tokens": 64}, overwrite=True)
@@ -93,7 +93,7 @@ def test_the_gradient_is_clipped(healing, monkeypatch):
 def test_documents_of_one_sequence_do_not_see_each_other(healing, source):
     """A batch's loss is the mean over its documents' own losses, for a folded student, a source and the teacher."""
     from refold.data.packing import PackedSequence
-    from refold.healing.objectives.registry import OBJECTIVES
+    from refold.healing.objectives.registry import make_objectives
     from refold.healing.student import Teacher
     from refold.modeling.load import load_model
 
@@ -104,13 +104,13 @@ def test_documents_of_one_sequence_do_not_see_each_other(healing, source):
     labels[0, 4] = -100
     packed = PackedSequence(ids, positions, labels)
     alone = [PackedSequence(*(part[:, rows] for part in packed)) for rows in (slice(0, 5), slice(5, 12))]
-    teacher = Teacher(load_model(source, dtype="float32", device="cpu"), None)
+    teacher = Teacher(load_model(source, dtype="float32", device="cpu"), None, frozenset({"predictions"}))
     for folder in (healing.model, source):
         student = load_model(folder, dtype="float32", device="cpu")
-        model = TrainingModel(student, OBJECTIVES["distil"](healing.stage()), None)
+        model = TrainingModel(student).begin(make_objectives(healing.stage().objective), None)
 
         def loss(batch, student=model):
-            return student(*batch, teacher.predict(batch.input_ids, batch.position_ids), 10).total.item()
+            return student(*batch, teacher.observe(batch.input_ids, batch.position_ids), 10).total.item()
 
         assert loss(packed) == pytest.approx(sum(map(loss, alone)), rel=1e-5)
         leaking = packed._replace(position_ids=torch.arange(12)[None])

@@ -1,6 +1,8 @@
 import pytest
 
-from refold.healing.schedule import FLOOR, Schedule
+from refold.healing.schedule import CONSTANT_TAIL, Schedule
+
+FLOOR = 0.1
 
 
 def test_steps_cover_every_sequence_once():
@@ -26,3 +28,24 @@ def test_a_single_step_has_a_rate(warmup):
     schedule = Schedule(tokens=5, context=8, sequences_per_step=4, peak=1.0, warmup=warmup)
     assert schedule.num_steps == 1
     assert 0 < schedule.learning_rate(0) <= 1.0
+
+
+def test_shapes_end_at_the_floor():
+    def rates(shape):
+        schedule = Schedule(100, 1, 1, peak=2.0, warmup=0.1, shape=shape, floor=0.25)
+        return [schedule.learning_rate(step) for step in range(100)]
+
+    for shape in ("cosine", "linear", "constant"):
+        assert rates(shape)[-1] == pytest.approx(0.5), shape
+        assert max(rates(shape)) == pytest.approx(2.0), shape
+    linear, constant = rates("linear"), rates("constant")
+    assert linear[54] == pytest.approx((2.0 + 0.5) / 2)
+    flat = round(10 + 90 * (1 - CONSTANT_TAIL))
+    assert constant[10:flat] == pytest.approx([2.0] * (flat - 10))
+    assert constant[flat:] == sorted(constant[flat:], reverse=True)
+    assert constant[flat] < 2.0
+
+
+def test_a_later_stage_goes_on_where_the_earlier_one_stopped_reading():
+    schedule = Schedule(tokens=100, context=10, sequences_per_step=4, peak=1.0, warmup=0.0, first_sequence=7)
+    assert [position for step in range(3) for position in schedule.sequences(step)] == list(range(7, 17))

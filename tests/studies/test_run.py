@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from refold.blueprint.recipe import HealStage, Recipe
+from refold.blueprint.heal_stage import HealStage
+from refold.blueprint.recipe import Recipe
 from refold.data.readers import from_documents
-from refold.errors import FolderError, RecipeError
-from refold.studies.run import RunSettings, read_baselines, run
+from refold.errors import FolderError
+from refold.studies.run import RunSettings, run
 
 TEXTS = [f"def number_{index}():\n    return {index} * {index % 7}\n" for index in range(600)]
 RECIPE = Recipe.model_validate({"fold": {"loops": 2}, "relax": {"rank": 2, "init": "joint"}})
@@ -75,11 +76,3 @@ def test_a_folder_of_the_users_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="a new folder, or one of an earlier run, is required"):
         run(source, tmp_path, "recursive", from_documents(TEXTS), settings=SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_baselines_are_named() -> None:
-    assert read_baselines(None) == ("pruned",)
-    assert read_baselines(["none"]) == ()
-    assert read_baselines(["trained-source", "pruned"]) == ("pruned", "trained-source")
-    with pytest.raises(RecipeError, match=r"must be one of pruned, trained-source, none .got 'best'."):
-        read_baselines(["best"])

@@ -1,0 +1,139 @@
+"""Which weights a stage trains: groups by what the blueprint says of each tensor, names, and patterns."""
+
+import json
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from refold.blueprint.heal_stage import GROUPS, HealStage
+from refold.blueprint.origins import origin
+from refold.blueprint.schema import Blueprint
+from refold.blueprint.starts import Starts
+from refold.blueprint.tensors import TargetTensor, target_tensors
+from refold.checkpoint.locate import PLAN_NAME
+from refold.errors import HealError
+from refold.modeling.model import RefoldForCausalLM
+from refold.suggest import did_you_mean
+
+
+class WeightGroups:
+    """The groups of a model's parameters.
+
+    Args:
+        student: a folded model, or a source, which has only the groups that need no blueprint.
+        folder: where it was loaded from; its `plan.json` tells what was transferred.
+    """
+
+    def __init__(self, student: nn.Module, folder: Path | None):
+        self.names = tuple(name for name, _ in student.named_parameters())
+        if isinstance(student, RefoldForCausalLM):
+            self._groups = _of_blueprint(student.config.read_blueprint(), _read_starts(folder))
+        else:
+            self._groups = _of_source(student)
+
+    def find(self, wish: str, where: str) -> frozenset[str]:
+        """Returns the parameters that a group, name or pattern stands for.
+
+        Args:
+            wish: what the recipe names.
+            where: the recipe's key, for messages.
+
+        Raises:
+            HealError: nothing is called that; or the group cannot be told for this model.
+        """
+        if wish == "all":
+            return frozenset(self.names)
+        if wish in GROUPS:
+            if wish not in self._groups:
+                known = ", ".join(["all", *self._groups])
+                raise HealError(f"{where}: '{wish}' cannot be told for this model (it has {known}); name the tensors")
+            return self._groups[wish] & frozenset(self.names)
+        found = frozenset(name for name in self.names if name == wish or fnmatchcase(name, wish))
+        if not found:
+            hint = did_you_mean(wish, (*GROUPS, *self.names))
+            raise HealError(
+                f"{where}: a group ({', '.join(GROUPS)}), tensor or pattern is required (got '{wish}'){hint}"
+            )
+        return found
+
+    def union(self, wishes: Iterable[str], where: str) -> frozenset[str]:
+        """Returns what any of the wishes stands for; arguments and errors as for `find`."""
+        return frozenset[str]().union(*(self.find(wish, where) for wish in wishes))
+
+
+class Trainable:
+    """What of a model a stage trains, from when on, and at which share of the learning rate.
+
+    Attributes:
+        trained: parameters that train at some time.
+        frozen_first: of them, those that join in when the stage thaws.
+        factors: parameter to factor on the learning rate.
+
+    Raises:
+        HealError: a group is unknown, or nothing would train.
+    """
+
+    def __init__(self, stage: HealStage, groups: WeightGroups):
+        self.trained = groups.union(stage.train, "train") - groups.union(stage.freeze, "freeze")
+        self.frozen_first: frozenset[str] = frozenset()
+        if stage.thaw is not None:
+            self.frozen_first = groups.union(stage.thaw.groups, "thaw.groups") & self.trained
+            if not self.frozen_first:
+                raise HealError(f"thaw.groups: weights that train are required ({', '.join(stage.thaw.groups)}: none)")
+        if not self.trained - self.frozen_first:
+            told = f"train: {', '.join(stage.train)}" + (f"; freeze: {', '.join(stage.freeze)}" if stage.freeze else "")
+            told += f"; thaw: {', '.join(stage.thaw.groups)}" if stage.thaw else ""
+            raise HealError(f"train: at least one weight to train from the start is required (none left of {told})")
+        self.factors: dict[str, float] = {}
+        for wish, factor in stage.rates.items():
+            self.factors |= dict.fromkeys(groups.find(wish, "rates"), factor)
+
+
+def _of_blueprint(blueprint: Blueprint, starts: Starts | None) -> dict[str, frozenset[str]]:
+    tensors = list(target_tensors(blueprint))
+    groups = {name: frozenset(each.name for each in tensors if fits(each)) for name, fits in _RULES.items()}
+    groups["shared"] = frozenset(each.name for each in tensors if _is_shared(blueprint, each))
+    if starts is not None:
+        fresh = frozenset(each.name for each in tensors if origin(blueprint, starts, each).how == "fresh")
+        groups["fresh"] = fresh
+        groups["transferred"] = frozenset(each.name for each in tensors) - fresh
+    return groups
+
+
+_RULES: Mapping[str, Any] = {
+    "adapters": lambda tensor: tensor.role in ("lora_a", "lora_b"),
+    "mixers": lambda tensor: tensor.pool == "mixer",
+    "mlps": lambda tensor: tensor.pool == "mlp",
+    "vectors": lambda tensor: tensor.role in ("vector", "final_norm"),
+    "embeddings": lambda tensor: tensor.role == "embedding",
+    "head": lambda tensor: tensor.role == "head",
+    "exits": lambda tensor: tensor.name.startswith("model.exits."),
+}
+
+
+def _is_shared(blueprint: Blueprint, tensor: TargetTensor) -> bool:
+    if tensor.pool is None or tensor.part is None:
+        return False
+    return len(blueprint.users(tensor.pool, tensor.part)) > 1
+
+
+def _of_source(student: nn.Module) -> dict[str, frozenset[str]]:
+    embeddings = {id(module.weight) for module in student.modules() if isinstance(module, nn.Embedding)}
+    named = dict(student.named_parameters())
+    return {
+        "vectors": frozenset(name for name, value in named.items() if value.ndim == 1),
+        "embeddings": frozenset(name for name, value in named.items() if id(value) in embeddings),
+    }
+
+
+def _read_starts(folder: Path | None) -> Starts | None:
+    path = None if folder is None else folder / PLAN_NAME
+    if path is None or not path.exists():
+        return None
+    try:
+        return Starts.model_validate(json.loads(path.read_text(encoding="utf-8"))["starts"])
+    except (OSError, ValueError, KeyError) as error:
+        raise HealError(f"{path}: a readable plan is required ({str(error)[:80]}); convert the source again") from None

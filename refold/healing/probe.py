@@ -1,0 +1,133 @@
+"""What a run will take, from a few of its steps: hours, memory and disk, before anything is committed."""
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refold.blueprint.heal_stage import HealStage
+from refold.checkpoint.locate import Source
+from refold.checkpoint.writer import count_bytes
+from refold.errors import HealError
+from refold.healing.checkpoints import NUM_KEPT
+from refold.healing.output import tensor_specs
+from refold.healing.prepared import Data, prepare
+from refold.healing.run import HealOptions, Run
+from refold.healing.team import Team
+from refold.modeling.load import choose_device, load_model, open_source
+
+NUM_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take.
+
+    Attributes:
+        tokens: of all stages.
+        steps: optimizer steps of all stages.
+        tokens_per_second: of the first stage, by the median of the steps after the first two.
+        hours: for all stages at that speed.
+        peak_memory_bytes: of this process; on a GPU what its tensors took there.
+        disk_bytes: checkpoints, tokens and result while it runs.
+        loss: of the first step.
+    """
+
+    tokens: int
+    steps: int
+    tokens_per_second: float
+    hours: float
+    peak_memory_bytes: int
+    disk_bytes: int
+    loss: float
+
+    @property
+    def line(self) -> str:
+        """The estimate in one line."""
+        return (
+            f"{self.tokens:,} tokens in {self.steps:,} steps: {_duration(self.hours)} at "
+            f"{self.tokens_per_second:,.0f} tokens/s; {self.peak_memory_bytes / 1e9:.2f} GB of memory, "
+            f"{self.disk_bytes / 1e9:.2f} GB of disk; first loss {self.loss:.3f}"
+        )
+
+
+def probe(
+    model: str | Path | Source,
+    data: Data,
+    stages: HealStage | Sequence[HealStage],
+    *,
+    teacher: str | Path | Source | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> Estimate:
+    """Runs ten steps of the first stage in a temporary folder and tells what the whole would take.
+
+    A teacher that would be trained first is taken as it is, and counts with its tokens.
+
+    Args:
+        model, data, stages, teacher, device: as for `heal`.
+        quiet: show no progress on stderr.
+
+    Raises:
+        RefoldError: as for `heal`, so that mistakes show before hours are spent.
+    """
+    given = (stages,) if isinstance(stages, HealStage) else tuple(stages)
+    team = Team(choose_device(device))
+    if team.size > 1:
+        raise HealError(f"dry run: one process is required (got {team.size}); start it without a launcher")
+    located, _ = open_source(model)
+    student: Any = load_model(located, device=team.device)
+    stored = count_bytes(tensor_specs(student))
+    if team.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(team.device)
+    with tempfile.TemporaryDirectory(prefix="refold-probe-") as folder:
+        work = Path(folder)
+        short = [_shortened(stage) for stage in given]
+        prepared = prepare(located, student.float(), teacher, data, None, short, work, team)
+        run = Run(prepared, student, work, work / "probe", team, HealOptions(quiet=quiet), _refuse_training)
+        records = run.probe(NUM_STEPS)
+        peak = _peak_memory(team.device)
+    team.leave()
+    seconds = statistics.median(1 / record.tokens_per_second for record in records[2:] or records)
+    tokens = sum(stage.tokens + (stage.teacher_tokens or 0) for stage in given)
+    weights = sum(value.numel() * 4 for value in student.parameters())
+    trained = sum(value.numel() * 4 for value in student.parameters() if value.requires_grad)
+    return Estimate(
+        tokens=tokens,
+        steps=sum(-(-stage.tokens // stage.batch_tokens) for stage in given),
+        tokens_per_second=1 / seconds,
+        hours=tokens * seconds / 3600,
+        peak_memory_bytes=peak,
+        # Weights and two moments in each checkpoint, one more while it is written; the result; tokens of two bytes.
+        disk_bytes=(NUM_KEPT + 1) * (weights + 2 * trained) + stored + 2 * tokens,
+        loss=records[0].loss,
+    )
+
+
+def _shortened(stage: HealStage) -> HealStage:
+    tokens = min(stage.tokens, NUM_STEPS * max(stage.batch_tokens, stage.context or 1024))
+    return stage.model_copy(update={"tokens": tokens, "teacher_tokens": None})
+
+
+def _refuse_training(source: Source, target: Path, stage: HealStage) -> None:
+    raise AssertionError("a probe trains no teacher")
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} seconds"
+    return f"{hours * 60:.0f} minutes" if hours < 2 else f"{hours:.1f} hours"

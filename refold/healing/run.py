@@ -1,0 +1,254 @@
+"""One run of healing: its stages, one after the other, from wherever an earlier go left off."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refold.blueprint.heal_stage import HealStage
+from refold.healing import training_state
+from refold.healing.checkpoints import Checkpoints, RunState
+from refold.healing.display import Display
+from refold.healing.log import LOG_NAME, StepRecord, TrainLog, read_log
+from refold.healing.loop import Loop
+from refold.healing.optimizer import make_optimizers
+from refold.healing.precision import attend_in_float32
+from refold.healing.prepared import PreparedRun, PreparedStage
+from refold.healing.student import TrainingModel, check_objectives
+from refold.healing.sweep import FACTORS, Trial, try_rates
+from refold.healing.teachers import Teachers, TrainTeacher
+from refold.healing.team import Team
+from refold.healing.thaw import ThawRule
+from refold.healing.trackers import Trackers
+
+CHECKPOINT_SECONDS = 300.0
+MEASUREMENTS = 10
+"""How often held-out text is measured in each stage."""
+START_NAME = "start.json"
+
+
+@dataclass(frozen=True)
+class HealOptions:
+    """How a run goes about it; none of these changes its result, but for the sweep.
+
+    Attributes:
+        checkpoint_seconds: time between two checkpoints.
+        sweep: before each stage, try a third, one and three times its learning rate on a few steps; the best goes on.
+        sharded: spread the weights over the processes (FSDP2) instead of copying them.
+        report_to: names of trackers: `tensorboard`, `wandb`, `trackio`.
+        command: command line, for the provenance.
+        on_step: called with the record of every step.
+        quiet: show no progress on stderr.
+    """
+
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    sweep: bool = False
+    sharded: bool = False
+    report_to: tuple[str, ...] = ()
+    command: str = ""
+    on_step: Callable[[StepRecord], None] | None = None
+    quiet: bool = False
+
+
+class Run:
+    """What `heal` does between reading a model and writing it.
+
+    Args:
+        prepared: what the stages train with.
+        student: in float32, on the team's device.
+        work: keeps checkpoints, log and whatever an interrupted run leaves.
+        destination: where the result will be written; its name is the run's.
+        team: the processes of the run.
+        options: how to go about it.
+        train_teacher: trains a teacher where a stage asks for that.
+
+    Attributes:
+        state: where the run stands.
+        resumed_from: step of the checkpoint it began with, None where it began anew.
+        done: the stages as they were trained, learning rates of a sweep included.
+        weights: the trained weights, whole, once `train` is done.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedRun,
+        student: Any,
+        work: Path,
+        destination: Path,
+        team: Team,
+        options: HealOptions,
+        train_teacher: TrainTeacher,
+    ):
+        self.prepared, self.student, self.work, self.team, self.options = prepared, student, work, team, options
+        self.state = RunState()
+        self.resumed_from: int | None = None
+        self.done: list[HealStage] = []
+        self.weights: dict[str, Tensor] = {}
+        self._project = destination
+        self._display = Display(prepared.tokens, options.quiet or not team.is_first)
+        identity = {**prepared.identity, "sweep": options.sweep}
+        self._checkpoints = Checkpoints(work / "checkpoints", identity, self._display.tell)
+        self._teachers = Teachers(prepared.teacher, work, team, train_teacher, self._display.tell)
+        self._training = TrainingModel(student)
+
+    def train(self) -> None:
+        """Runs what is left of the stages; errors as for `heal`."""
+        with contextlib.ExitStack() as stack:
+            # Dropout, where a source has some, draws from torch's generators, which belong to the caller.
+            stack.enter_context(torch.random.fork_rng())
+            torch.manual_seed(self.prepared.stages[0].stage.seed)
+            tensors = self._resume()
+            model = self.team.wrap(self._training)
+            log = None
+            if self.team.is_first:
+                log = stack.enter_context(TrainLog(self.work / LOG_NAME, self.state.total_steps))
+            trackers = Trackers(self.options.report_to, self._project, self._describe(), self.team)
+            stack.callback(trackers.close)
+            stack.enter_context(self._display)
+            self._measure_start()
+            for index, stage in enumerate(self.prepared.stages):
+                stage = self._with_best_rate(index, stage, model)
+                self.done.append(stage.stage)
+                if index < self.state.stage:
+                    continue
+                if index > self.state.stage:
+                    self._begin_stage()
+                loop = self._loop(index, stage, model, self._checkpoints)
+                if tensors is not None and self.state.step:
+                    training_state.restore_optimizers(self.student, loop.optimizers, tensors, self.team)
+                tensors = None
+                self._display.start_at(loop.tokens_before + stage.schedule.tokens_after(self.state.step))
+                loop.run(log, self._told(trackers))
+                self.state = loop.state
+            self.weights = {name: self.team.whole(value.detach()) for name, value in self.student.named_parameters()}
+
+    def probe(self, num_steps: int) -> list[StepRecord]:
+        """Runs a few steps of the first stage and keeps nothing of them."""
+        records: list[StepRecord] = []
+        model = self.team.wrap(self._training)
+        self._loop(0, self.prepared.stages[0], model, None).run(None, records.append, num_steps)
+        return records
+
+    def last_losses(self) -> dict[str, float]:
+        """Returns `loss` and its parts over the last tenth of the last stage's steps."""
+        lines = read_log(self.work / LOG_NAME)
+        lines = [line for line in lines if line["stage"] == len(self.prepared.stages)]
+        lines = [line for line in lines[-max(1, len(lines) // 10) :] if not line["skipped"]]
+        known = set(StepRecord.__dataclass_fields__) - {"loss"}
+        names = [name for name in lines[0] if name not in known] if lines else []
+        return {name: sum(line[name] for line in lines) / len(lines) for name in names}
+
+    def held_out(self) -> dict[int, float]:
+        """Returns step to bits per byte of the held-out text after it; 0: before training."""
+        if self.prepared.held_out is None:
+            return {}
+        start = {0: json.loads((self.work / START_NAME).read_text())["held_out"]}
+        lines = read_log(self.work / LOG_NAME)
+        return start | {line["step"]: line["held_out"] for line in lines if "held_out" in line}
+
+    def _resume(self) -> dict[str, Tensor] | None:
+        found = self._checkpoints.load()
+        if found is None:
+            return None
+        self.state, tensors = found
+        self.resumed_from = self.state.total_steps
+        training_state.restore_weights(self.student, tensors)
+        self._display.tell(f"resumed at step {self.state.total_steps} of {self.prepared.num_steps}")
+        return tensors
+
+    def _begin_stage(self) -> None:
+        """Moves on to the next stage, and keeps a checkpoint without what belonged to the last one's optimizers."""
+        self.state = self.state.next_stage()
+        tensors = training_state.collect(self.student, (), self.team)
+        self.team.first(lambda: self._checkpoints.save(self.state, tensors))
+
+    def _loop(self, index: int, stage: PreparedStage, model: Any, checkpoints: Checkpoints | None) -> Loop:
+        spec, schedule = stage.stage, stage.schedule
+        assert spec.micro_batch is not None
+        check_objectives(stage.objectives, self.student, self._teachers.model(stage))
+        teacher, stored = self._teachers.open(stage)
+        if stage.autocast is not None and self.team.device.type == "cpu":
+            attend_in_float32(self.student)
+        if spec.gradient_checkpointing:
+            self.student.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.student.gradient_checkpointing_disable()
+        self._training.begin(stage.objectives, stage.autocast)
+        return Loop(
+            team=self.team,
+            model=model,
+            student=self.student,
+            teacher=teacher,
+            stored=stored,
+            optimizers=make_optimizers(self.student, spec, stage.trainable),
+            trainable=stage.trainable,
+            thaw=None if spec.thaw is None else ThawRule(spec.thaw, schedule.num_steps),
+            schedule=schedule,
+            data=stage.data,
+            micro_batch=spec.micro_batch,
+            gradient_clip=spec.gradient_clip,
+            checkpoints=checkpoints,
+            checkpoint_seconds=self.options.checkpoint_seconds,
+            held_out=self._measure(stage) if checkpoints is not None else None,
+            measure_every=-(-schedule.num_steps // MEASUREMENTS),
+            tokens_before=self.prepared.tokens_before(index),
+            state=self.state,
+        )
+
+    def _with_best_rate(self, index: int, stage: PreparedStage, model: Any) -> PreparedStage:
+        """Returns a stage with the learning rate that did best in short trials, where those are asked for."""
+        if not self.options.sweep:
+            return stage
+        path = self.work / f"sweep-{index + 1}.json"
+        if not path.exists():
+            rates = [stage.stage.learning_rate * factor for factor in FACTORS]
+            self._display.tell(f"trying learning rates {', '.join(f'{rate:.2g}' for rate in rates)}")
+            found = try_rates(rates, lambda rate: self._trial(index, stage.at_rate(rate), model), self.student)
+            text = json.dumps([{"learning_rate": rate, "loss": loss} for rate, loss in found.items()])
+            self.team.first(lambda: path.write_text(text + "\n"))
+            self.team.wait()
+        losses = {line["learning_rate"]: line["loss"] for line in json.loads(path.read_text())}
+        best = min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+        told = ", ".join(f"{rate:.2g}: {loss:.4f}" for rate, loss in losses.items())
+        self._display.tell(f"learning rate {best:.2g} (loss at {told})")
+        return stage.at_rate(best)
+
+    def _trial(self, index: int, stage: PreparedStage, model: Any) -> Trial:
+        loop = self._loop(index, stage, model, None)
+        loop.state = RunState(stage=index)
+        return loop
+
+    def _told(self, trackers: Trackers) -> Callable[[StepRecord], None]:
+        def tell(record: StepRecord) -> None:
+            self._display.show(record)
+            trackers.send(record)
+            if self.options.on_step is not None:
+                self.options.on_step(record)
+
+        return tell
+
+    def _measure(self, stage: PreparedStage) -> Callable[[], float] | None:
+        held_out = self.prepared.held_out
+        return None if held_out is None else lambda: held_out.measure(self.student, stage.autocast)
+
+    def _measure_start(self) -> None:
+        """Measures held-out text before the first step, once."""
+        path = self.work / START_NAME
+        measure = self._measure(self.prepared.stages[0])
+        if measure is not None and not path.exists():
+            value = measure()
+            self.team.first(lambda: path.write_text(json.dumps({"held_out": value}) + "\n"))
+
+    def _describe(self) -> dict[str, Any]:
+        """What trackers keep of the run's settings."""
+        return {
+            f"stage {index + 1} {key}": value if isinstance(value, (int, float)) else json.dumps(value)
+            for index, each in enumerate(self.prepared.stages)
+            for key, value in each.stage.model_dump(mode="json", exclude_none=True).items()
+        }

@@ -1,0 +1,111 @@
+"""What a run's stages learn from: the source, trained first where a stage asks for that, running along or stored."""
+
+from collections.abc import Callable
+from typing import Any
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from refold.blueprint.heal_stage import HealStage
+from refold.checkpoint.locate import Source
+from refold.healing.precision import attend_in_float32
+from refold.healing.prepared import PreparedStage
+from refold.healing.student import Teacher, teacher_wants
+
+TeacherStore = Any  # placeholder
+from refold.healing.team import Team
+from refold.modeling.load import load_model
+
+TrainTeacher = Callable[[Source, Path, HealStage], None]
+"""Trains a source for a stage and writes it into a folder."""
+
+
+class Teachers:
+    """The teachers of a run, each loaded when the first stage asks for it and dropped when no stage does.
+
+    Args:
+        source: what the student was folded from, or what the user named; None where no stage has a teacher.
+        work: keeps teachers that are trained, and stored predictions.
+        team: the processes of the run.
+        train: trains a teacher.
+        tell: gets a line for the user.
+    """
+
+    def __init__(self, source: Source | None, work: Path, team: Team, train: TrainTeacher, tell: Callable[[str], None]):
+        self._source, self._work, self._team, self._train, self._tell = source, work, team, train, tell
+        self._loaded: tuple[tuple[object, ...], PreTrainedModel] | None = None
+
+    def open(self, stage: PreparedStage) -> tuple[Teacher | None, TeacherStore | None]:
+        """Returns a stage's teacher, and its teacher's stored predictions; None each where the stage has none."""
+        wants = teacher_wants(stage.objectives)
+        if not stage.wants_teacher:
+            self._loaded = None
+            return None, None
+        store = self._open_store(stage)
+        if not wants:
+            self._loaded = None  # what is stored needs no teacher in memory
+            return None, store
+        return Teacher(self._model(stage), stage.autocast, wants), store
+
+    def model(self, stage: PreparedStage) -> PreTrainedModel | None:
+        """Returns a stage's teacher as a model, for checks; None where it has none."""
+        return self._model(stage) if stage.wants_teacher else None
+
+    def _model(self, stage: PreparedStage) -> PreTrainedModel:
+        assert self._source is not None
+        tokens = stage.stage.teacher_tokens
+        attention = _attention(stage)
+        key = (tokens, attention, stage.autocast)
+        if self._loaded is not None and self._loaded[0] == key:
+            return self._loaded[1]
+        self._loaded = None
+        where: Source | Path = self._source
+        if tokens is not None:
+            where = self._work / f"teacher-{tokens}"
+            if not where.exists():
+                self._tell(f"training the teacher for {tokens:,} tokens")
+                plain = {"objective": {"next_token": {}}, "tokens": tokens, "train": ("all",), "freeze": ()}
+                plain |= {"thaw": None, "rates": {}, "teacher_tokens": None}
+                self._train(self._source, where, HealStage.model_validate({**stage.stage.model_dump(), **plain}))
+        model = load_model(where, device=self._team.device, attn_implementation=attention)
+        if attention is None and stage.autocast is not None and self._team.device.type == "cpu":
+            attend_in_float32(model)
+        self._loaded = (key, model)
+        return model
+
+    def _open_store(self, stage: PreparedStage) -> TeacherStore | None:
+        top_k = max((objective.stored_top_k or 0 for objective in stage.objectives.values()), default=0)
+        if not top_k:
+            return None
+        assert stage.stage.context is not None
+        assert stage.stage.micro_batch is not None
+        assert self._source is not None
+        schedule = stage.schedule
+        last = schedule.first_sequence + schedule.num_sequences
+        identity = f"{self._source.fingerprint()} {stage.stage.teacher_tokens} {stage.data.identity} {top_k}"
+        folder = self._work / "teacher-predictions"
+
+        def build() -> TeacherStore:
+            return TeacherStore.build(
+                folder,
+                lambda: Teacher(self._model(stage), stage.autocast, frozenset({"predictions"})),
+                stage.data,
+                identity=identity,
+                first_sequence=schedule.first_sequence,
+                num_sequences=last - schedule.first_sequence,
+                context=stage.stage.context or 0,
+                k=top_k,
+                micro_batch=stage.stage.micro_batch or 1,
+                device=self._team.device,
+                tell=self._tell,
+            )
+
+        if stage.stage.teacher_tokens is not None:
+            self._model(stage)  # trained by all processes together, before one of them writes
+        found = self._team.first(build)
+        return build() if found is None else found
+
+
+def _attention(stage: PreparedStage) -> str | None:
+    wishes = {objective.teacher_attention for objective in stage.objectives.values()} - {None}
+    return wishes.pop() if wishes else None

@@ -1,0 +1,186 @@
+"""The processes of one run: one by itself, or several that torchrun started, which must decide alike."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from refold.errors import HealError, RefoldError
+from refold.modeling.depth import Depth
+from refold.nn.part import StoredPart
+
+BUCKET_ELEMENTS = 1 << 24
+"""Gradients are summed in pieces of this many numbers."""
+Result = TypeVar("Result")
+
+
+class Team:
+    """The processes that train together, each with all weights. Gradients are summed, decisions taken in common.
+
+    A team of one costs nothing: every collective operation then returns at once.
+
+    Args:
+        device: where this process trains; None where the launcher decides.
+
+    Raises:
+        HealError: accelerate is set up in a way that trains otherwise than asked for.
+    """
+
+    def __init__(self, device: torch.device):
+        try:
+            self.accelerator = Accelerator(device_placement=False, mixed_precision="no", cpu=device.type == "cpu")
+        except ValueError as error:
+            reason = str(error).partition("\n")[0]
+            raise HealError(f"heal: an accelerate set-up without mixed precision is required ({reason})") from None
+        self.size = self.accelerator.num_processes
+        self.rank = self.accelerator.process_index
+        self.device = device if self.size == 1 else self.accelerator.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what there is one of."""
+        return self.rank == 0
+
+    def wrap(self, training: nn.Module) -> nn.Module:
+        """Makes a module ready for this team's way to spread it."""
+        return training
+
+    def share(self, count: int) -> range:
+        """Returns which of `count` rows are this process's; sizes differ by at most one."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def largest_share(self, count: int) -> int:
+        """Returns how many rows the process with the most has."""
+        return -(-count // self.size)
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Adds up the gradients of all processes; one that a process lacks counts as zero."""
+        if self.size == 1:
+            return
+        bucket: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            bucket.append(parameter.grad)
+            if sum(each.numel() for each in bucket) >= BUCKET_ELEMENTS:
+                self._sum_bucket(bucket)
+                bucket = []
+        if bucket:
+            self._sum_bucket(bucket)
+
+    def _sum_bucket(self, bucket: Sequence[Tensor]) -> None:
+        flat = torch.cat([each.flatten() for each in bucket])
+        with _peers_alive():
+            dist.all_reduce(flat)
+        for each, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+            each.copy_(part.view_as(each))
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
+        """Shortens the gradient to at most `limit` and returns its length before; the same on every process."""
+        norm: Any = nn.utils.clip_grad_norm_(parameters, limit)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Adds up numbers over all processes."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type == "cpu" else self.device)
+        with _peers_alive():
+            dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def sum_named(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Adds up named numbers, the same names on every process."""
+        return dict(zip(values, self.sum(list(values.values())), strict=True))
+
+    def first(self, action: Callable[[], Result]) -> Result | None:
+        """Runs an action on the first process alone; the others wait, and fail where it fails.
+
+        Returns:
+            What the action returned; None on the other processes.
+
+        Raises:
+            RefoldError: what the action raised, on every process.
+        """
+        if self.size == 1:
+            return action()
+        result, message = None, [None]
+        if self.is_first:
+            try:
+                result = action()
+            except RefoldError as error:
+                dist.broadcast_object_list([str(error)], src=0)
+                raise
+        with _peers_alive():
+            dist.broadcast_object_list(message, src=0)
+        if message[0] is not None:
+            raise HealError(f"heal: the first process failed ({message[0]})")
+        return result
+
+    def wait(self) -> None:
+        """Waits until every process is here."""
+        if self.size > 1:
+            with _peers_alive():
+                dist.barrier()
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Returns a parameter or optimizer state as it would be in a team of one."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def place(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """Returns a whole tensor the way `like` is spread over the team."""
+        if isinstance(like, DTensor) and tensor.shape == like.shape:
+            return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+        return tensor.to(like.device)
+
+    def leave(self) -> None:
+        """Frees what the launcher's set-up holds."""
+        self.accelerator.free_memory()
+
+
+class ShardedTeam(Team):
+    """The processes that train together, each with a share of every weight (FSDP2).
+
+    A stored part is gathered when the first depth runs it and stays until the step's backward pass is done, because the
+    next loop runs it again.
+    """
+
+    def wrap(self, training: nn.Module) -> nn.Module:
+        if self.size == 1:
+            return training
+        for module in training.modules():
+            if isinstance(module, StoredPart) or (isinstance(module, Depth) and any(module.parameters())):
+                fully_shard(module, reshard_after_forward=False)
+        fully_shard(training, reshard_after_forward=False)
+        for module in training.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)  # losses have the whole step's tokens below already
+        return training
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Nothing is left to do: the backward pass scatters summed gradients."""
+
+
+def is_launched() -> bool:
+    """Says whether a launcher such as torchrun started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextlib.contextmanager
+def _peers_alive() -> Iterator[None]:
+    """Turns what a collective operation raises when another process is gone into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise HealError(
+            f"heal: all processes of the run are required (one of them ended: {reason}); give the same command again to "
+            f"go on from the last checkpoint"
+        ) from error
