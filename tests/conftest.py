@@ -22,12 +22,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 class Unchecked(PathFinder):
     """Finds modules whose annotations stay unchecked.
 
-    transformers makes a config a dataclass whose `__init__` takes more than its fields, which jaxtyping does not know.
+    transformers makes a config a dataclass whose `__init__` takes more than its fields, which jaxtyping does not know;
+    and its outputs, until 5.17 at least, say `FloatTensor` where a tensor of any floating dtype is meant.
     """
+
+    NAMES = ("refold.modeling.configuration", "refold.modeling.outputs")
 
     @classmethod
     def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return super().find_spec(fullname, path, target) if fullname == "refold.modeling.configuration" else None
+        return super().find_spec(fullname, path, target) if fullname in cls.NAMES else None
 
 
 def checked_at_first(*, typechecker: Any) -> Callable[[Any], Any]:

@@ -151,7 +151,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(load, tokens, reentrant
     for checkpointing in (False, True):
         model = load("gpt_neox", {"fold": {"loops": 2}, "relax": {"rank": 4, "vectors": "own"}}).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model(tokens, labels=tokens, position_ids=positions).loss.backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})
     assert all(grad is not None for grad in gradients[0].values())
