@@ -22,7 +22,8 @@ def command(
         list[Path] | None, typer.Option(help="Text to evaluate on. Left out: a fiftieth of --data is kept for that.")
     ] = None,
     baseline: Annotated[
-        list[str] | None, typer.Option(help="pruned, trained-source or none; repeatable. Each costs as much again.")
+        list[str] | None,
+        typer.Option(help="pruned, trained-source, scratch or none; repeatable. Each costs as much again."),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate, over the recipe's.")] = None,
     eval_tokens: Annotated[str, typer.Option(help="Held-out tokens to read.")] = "200k",
@@ -32,7 +33,8 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Plan, convert, heal and evaluate, beside a depth-pruned model of the same size treated alike."""
-    from refold.studies.run import RunSettings, read_baselines, run
+    from refold.studies.baselines import read_baselines
+    from refold.studies.run import RunSettings, run
 
     settings = RunSettings(
         tokens=options.parse_amount(tokens),

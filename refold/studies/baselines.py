@@ -1,0 +1,106 @@
+"""The rivals a run measures its model against: each is one entry that says where it starts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from refold.blueprint.recipe import BlockDrop, Drop, Recipe
+from refold.checkpoint.locate import Source
+from refold.conversion.plan import Plan, plan_model
+from refold.conversion.source_model import SourceModel
+from refold.errors import RecipeError
+from refold.suggest import did_you_mean
+
+DEFAULT_BASELINES = ("pruned",)
+
+
+@dataclass(frozen=True)
+class BaselineJob:
+    """What a baseline can start from.
+
+    Attributes:
+        source: Of the run.
+        model: The source, read for planning.
+        plan: Of the folded model it stands beside.
+        convert: Carries out a plan in the baseline's own folder, once, and returns the model folder.
+    """
+
+    source: Source
+    model: SourceModel
+    plan: Plan
+    convert: Callable[[Plan], Path]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A rival of the folded model, healed and evaluated like it.
+
+    Attributes:
+        description: For the report line.
+        start: Returns the folder or hub id that healing starts from; raises RecipeError where there is no such rival of
+            this model.
+        needs_healing: Whether it says nothing unhealed: a run without healing leaves it out.
+    """
+
+    description: str
+    start: Callable[[BaselineJob], str | Path]
+    needs_healing: bool
+
+
+def pruned_recipe(plan: Plan) -> Recipe:
+    """Depth pruning that keeps as many whole layers as fit into the stack of a plan's target."""
+    budget = plan.cost.target.non_embedding_parameters
+    return Recipe(drop=Drop(block=BlockDrop(parameters=budget)))
+
+
+def scratch_recipe(plan: Plan) -> Recipe:
+    """The architecture of a plan's target with fresh weights."""
+    recipe = plan.recipe
+    # Left out, so that planning takes what suits fresh weights: no LoRA can start from an SVD of them.
+    fold = recipe.fold and recipe.fold.model_copy(update={"init": None})
+    relax = recipe.relax and recipe.relax.model_copy(update={"init": None})
+    return recipe.model_copy(update={"weights": "fresh", "fold": fold, "relax": relax})
+
+
+def _start_pruned(job: BaselineJob) -> Path:
+    return job.convert(plan_model(job.model, pruned_recipe(job.plan)))
+
+
+def _start_source(job: BaselineJob) -> str | Path:
+    return job.source.where
+
+
+def _start_scratch(job: BaselineJob) -> Path:
+    # As large as the folded model, which was accepted.
+    return job.convert(plan_model(job.model, scratch_recipe(job.plan), allow_larger=True))
+
+
+BASELINES = {
+    "pruned": Baseline("pruned to the same size", _start_pruned, needs_healing=False),
+    "trained-source": Baseline("source trained alike", _start_source, needs_healing=True),
+    "scratch": Baseline("the same from scratch", _start_scratch, needs_healing=True),
+}
+
+
+def require_baseline(name: str, further: Sequence[str] = ()) -> None:
+    """Checks a name.
+
+    Raises:
+        RecipeError: It is neither a baseline's nor one of `further`.
+    """
+    known = (*BASELINES, *further)
+    if name not in known:
+        raise RecipeError(f"baseline: must be one of {', '.join(known)} (got '{name}'){did_you_mean(name, known)}")
+
+
+def read_baselines(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Reads the baselines a user names, `none` for none; nothing named: depth pruning.
+
+    Raises:
+        RecipeError: An unknown one.
+    """
+    if not names:
+        return DEFAULT_BASELINES
+    for name in names:
+        require_baseline(name, further=("none",))
+    return tuple(name for name in BASELINES if name in names)

@@ -1,0 +1,93 @@
+"""The rivals: where each starts, and that a run heals and reports them alike."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from refold.blueprint.load import load_recipe
+from refold.blueprint.recipe import Recipe
+from refold.checkpoint.locate import locate
+from refold.checkpoint.provenance import read as read_provenance
+from refold.checkpoint.reader import CheckpointReader
+from refold.conversion.convert import carry_out
+from refold.conversion.plan import plan_model
+from refold.conversion.source_model import read_source_model
+from refold.data.readers import from_documents
+from refold.errors import RecipeError
+from refold.studies.baselines import BASELINES, BaselineJob, read_baselines, scratch_recipe
+from refold.studies.run import RunSettings, run
+
+TEXTS = [f"def number_{index}():\n    return {index} * {index % 7}\n" for index in range(300)]
+STAGE = {"objective": "distil", "tokens": 1024, "batch_tokens": 512, "context": 64}
+RELAXED: dict[str, Any] = {"fold": {"loops": 2}, "relax": {"rank": 2, "init": "joint", "vectors": "own"}}
+FOLDS = (
+    RELAXED,
+    {"fold": {"loops": 2, "init": [3, 1]}},
+    {"fold": {"loops": 2, "prelude": 1, "uneven": "prelude"}, "relax": {"rank": {"parameters": 0.1}, "init": "svd"}},
+    {"fold": {"loops": 2, "tie": ["mlp"]}, "drop": {"attention": {"count": 1}}, "exits": {"at": "loops"}},
+)
+
+
+def test_baselines_are_named() -> None:
+    assert read_baselines(None) == ("pruned",)
+    assert read_baselines(["none"]) == ()
+    assert read_baselines(["scratch", "trained-source", "pruned"]) == ("pruned", "trained-source", "scratch")
+    with pytest.raises(RecipeError, match=r"must be one of pruned, trained-source, scratch, none .got 'best'."):
+        read_baselines(["best"])
+
+
+def test_settings_take_no_unknown_baseline() -> None:
+    with pytest.raises(
+        RecipeError, match=r"one of pruned, trained-source, scratch .got 'prune'.; did you mean 'pruned'"
+    ):
+        RunSettings(baselines=("prune",))
+
+
+@pytest.mark.parametrize("recipe", FOLDS, ids=str)
+def test_scratch_is_the_folded_architecture_with_fresh_weights(make_source, tmp_path: Path, recipe: dict) -> None:
+    source = make_source("llama-mha-bias")
+    located, model = locate(source), read_source_model(source)
+    plan = plan_model(model, Recipe.model_validate(recipe), allow_larger=True)
+    folded, started = tmp_path / "folded", tmp_path / "scratch"
+    carry_out(plan, located, folded)
+
+    def convert(scratch: Any) -> Path:
+        carry_out(scratch, located, started)
+        return started
+
+    assert BASELINES["scratch"].start(BaselineJob(located, model, plan, convert)) == started
+    with CheckpointReader(folded) as ours, CheckpointReader(started) as theirs, CheckpointReader(source) as before:
+        assert {name: ours.info(name).shape for name in ours.names()} == {
+            name: theirs.info(name).shape for name in theirs.names()
+        }
+        fresh = theirs.read("model.embed_tokens.weight").clone()
+        assert not fresh.equal(before.read("model.embed_tokens.weight"))
+    made = plan_model(model, scratch_recipe(plan), allow_larger=True)
+    assert made.cost == plan.cost
+    assert {line.how for line in made.lines} <= {"fresh", "dropped"}
+
+
+def test_an_unhealed_run_leaves_out_what_says_nothing_then(tmp_path: Path) -> None:
+    from refold.studies.shipped import shipped_model
+
+    settings = RunSettings(tokens=0, baselines=tuple(BASELINES), eval_tokens=400, device="cpu")
+    data, held_out = from_documents(TEXTS), from_documents(TEXTS[:40])
+    found = run(shipped_model(), tmp_path / "run", "recursive", data, held_out=held_out, settings=settings)
+    assert set(found.baselines) == {"pruned"}
+
+
+def test_a_run_heals_and_reports_scratch_alike(tmp_path: Path) -> None:
+    from refold.studies.shipped import shipped_model
+
+    settings = RunSettings(baselines=("scratch",), eval_tokens=400, device="cpu")
+    recipe = load_recipe({**RELAXED, "heal": [STAGE]})
+    found = run(shipped_model(), tmp_path / "run", recipe, from_documents(TEXTS), settings=settings)
+    assert "(the same from scratch: +" in found.line
+    assert found.baselines["scratch"].bits_per_byte > found.healed.bits_per_byte + 1
+    folded, scratch = (read_provenance(tmp_path / "run" / arm / "model") for arm in ("folded", "scratch"))
+    assert [stage.stage for stage in scratch] == ["convert", "heal"]
+    assert scratch[1].recipe == folded[1].recipe
+    assert scratch[1].tokens == folded[1].tokens == 1024
+    assert set(json.loads((tmp_path / "run" / "summary.json").read_text())["baselines"]) == {"scratch"}
