@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from refold.errors import HealError
 from refold.families.registry import find_family
+from refold.modeling.depth import Depth
 from refold.modeling.model import RefoldForCausalLM
+from refold.nn.mixers.attention import AttentionView
 from refold.scoring.head import Predictions
-from refold.scoring.predict import head_of
+from refold.scoring.predict import ExitPredictions, head_of, read_exits
 
 Want = Literal["predictions", "streams", "mixers", "attentions", "exits"]
 """What an objective may ask of a forward pass."""
@@ -24,16 +26,20 @@ class Activations:
     """One forward pass, layer by layer. Layers are a source's layers, or a folded model's depths.
 
     Attributes:
-        predictions: last hidden states, after the final norm, and the head; where it runs.
+        predictions: last hidden states, after the final norm, and the head.
+        source_layers: for each layer the source layer it stands for.
         streams: the stream before each layer and, last, after the last one, before the final norm.
         mixers: layer to what its mixer adds to the stream; layers without a mixer are not there.
-        attentions: layer to attention weights `[B, H, T, T]`.
+        attentions: layer to attention weights `[B, H, T, T]`; layers without attention are not there.
+        exits: what a folded model predicts at each of its early exits, top to bottom.
     """
 
     predictions: Predictions
+    source_layers: list[int] = field(default_factory=list)
     streams: list[Float[Tensor, "B T D"]] = field(default_factory=list)
     mixers: dict[int, Float[Tensor, "B T D"]] = field(default_factory=dict)
     attentions: dict[int, Tensor] = field(default_factory=dict)
+    exits: list[ExitPredictions] = field(default_factory=list)
 
 
 def observe(
@@ -48,15 +54,21 @@ def observe(
         model: a folded model or a source, as transformers loads it.
         input_ids: tokens.
         position_ids: where they fall back, a new document begins that sees none of the others.
-        wants: what to keep besides the predictions; `attentions` asks for eager attention.
+        wants: what to keep besides the predictions.
 
     Raises:
-        HealError: the model's layers cannot be observed.
+        HealError: the model's layers cannot be observed, or `attentions` are wanted of a model whose attention is not
+            eager, which alone writes them down.
     """
     stack: Any = model.base_model
     streams: list[Tensor] = []
     mixed: list[Tensor] = []
-    options: dict[str, Any] = {"output_attentions": True} if "attentions" in wants else {}
+    options: dict[str, Any] = {}
+    if "attentions" in wants:
+        require_eager(model)
+        options["output_attentions"] = True
+    if "exits" in wants:
+        options["output_exits"] = True
     with contextlib.ExitStack() as hooks:
         if "streams" in wants:
             for hook in _watch_streams(stack_layers(model), streams):
@@ -65,12 +77,27 @@ def observe(
             for hook in _watch_outputs(mixer_modules(model), mixed):
                 hooks.enter_context(hook)
         output = stack(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
-    found = Activations(Predictions(output.last_hidden_state, head_of(model)), streams)
-    mixing = mixing_layers(model)
-    found.mixers = dict(zip(mixing, mixed, strict=True)) if "mixers" in wants else {}
+    found = Activations(Predictions(output.last_hidden_state, head_of(model)), source_layers(model), streams)
+    if "exits" in wants:
+        found.exits = read_exits(model, output)
+    if "mixers" in wants:
+        found.mixers = dict(zip(mixing_layers(model), mixed, strict=True))
     if "attentions" in wants:
-        found.attentions = dict(zip(mixing, output.attentions, strict=True))
+        found.attentions = dict(zip(attention_layers(model), output.attentions, strict=True))
     return found
+
+
+def require_eager(model: PreTrainedModel) -> None:
+    """Refuses a model that does not write its attention weights down.
+
+    Raises:
+        HealError: its attention is not the eager one.
+    """
+    if model.config._attn_implementation != "eager":
+        raise HealError(
+            f"attn_implementation: eager attention is required to read attention weights (got "
+            f"{model.config._attn_implementation}); load the model with attn_implementation='eager'"
+        )
 
 
 def stack_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -85,16 +112,34 @@ def stack_layers(model: PreTrainedModel) -> list[nn.Module]:
 def mixing_layers(model: PreTrainedModel) -> list[int]:
     """Returns the layers that have a mixer, in the order they run."""
     if isinstance(model, RefoldForCausalLM):
-        depths = model.config.read_blueprint().depths
-        return [index for index, depth in enumerate(depths) if depth.mixer is not None]
+        return [index for index, depth in enumerate(folded_depths(model)) if depth.spec.mixer is not None]
+    return list(range(model.config.num_hidden_layers))
+
+
+def attention_layers(model: PreTrainedModel) -> list[int]:
+    """Returns the layers whose mixer is softmax attention, in the order they run."""
+    if isinstance(model, RefoldForCausalLM):
+        return [index for index, depth in enumerate(folded_depths(model)) if isinstance(depth.view, AttentionView)]
     return list(range(model.config.num_hidden_layers))
 
 
 def source_layers(model: PreTrainedModel) -> list[int]:
     """Returns, for each layer of a model, the source layer it stands for; of a source each stands for itself."""
     if isinstance(model, RefoldForCausalLM):
-        return [depth.source for depth in model.config.read_blueprint().depths]
+        return [depth.spec.source for depth in folded_depths(model)]
     return list(range(model.config.num_hidden_layers))
+
+
+def num_source_layers(model: PreTrainedModel) -> int:
+    """Returns how many layers the source has that a model's layers stand for."""
+    if isinstance(model, RefoldForCausalLM):
+        return model.config.read_blueprint().arch.num_layers
+    return model.config.num_hidden_layers
+
+
+def folded_depths(model: RefoldForCausalLM) -> list[Depth]:
+    """Returns the depths of a folded model, top to bottom."""
+    return cast("list[Depth]", list(model.model.depths))
 
 
 def mixer_modules(model: PreTrainedModel) -> list[nn.Module]:
@@ -104,8 +149,9 @@ def mixer_modules(model: PreTrainedModel) -> list[nn.Module]:
     family = find_family(cast("str", model.config.model_type))
     names = {piece: rule.source for rule in family.rules for piece in rule.pieces}
     # A norm after the output projection is the last thing a mixer does, where a family has one.
-    last = names.get("mixer.output_norm.weight")
-    path = last.removesuffix(".weight") if last else names["mixer.o_proj.weight"].removesuffix(".weight").rpartition(".")[0]
+    norm = names.get("mixer.output_norm.weight")
+    path = norm or names["mixer.o_proj.weight"].removesuffix(".weight")
+    path = path.rpartition(".")[0]
     modules = dict(model.named_modules())
     return [modules[path.format(layer=layer)] for layer in range(model.config.num_hidden_layers)]
 
@@ -141,5 +187,3 @@ def _removed(handle: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-

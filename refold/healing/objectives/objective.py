@@ -71,11 +71,13 @@ class Objective(ABC, Generic[OptionsType]):
     stored_top_k: int | None = None
     needs_fold: ClassVar[bool] = False
     """Whether the student must be a folded model, because depths are run one by one or mapped to source layers."""
+    teacher_attention: ClassVar[str | None] = None
+    """The attention back-end (`attn_implementation`) the teacher must be loaded with; None: any."""
 
     def __init__(self, options: OptionsType):
         self.options = options
 
-    def check(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:  # noqa: B027
+    def check(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         """Refuses models it cannot compare, before anything is trained.
 
         Raises:
