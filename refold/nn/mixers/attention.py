@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,14 +30,25 @@ def eager_attention(
     """Plain attention that materialises its scores: softmax(scaling Q K^T + mask) V, soft-capped where asked."""
     groups = module.num_key_value_groups
     key, value = (states.repeat_interleave(groups, dim=1) if groups > 1 else states for states in (key, value))
+    weights = attention_weights(query, key, attention_mask, scaling, softcap)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def attention_weights(
+    query: Float[Tensor, "B H T K"],
+    key: Float[Tensor, "B H S K"],
+    attention_mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> Float[Tensor, "B H T S"]:
+    """Softmax of the masked, possibly soft-capped scores, taken in float32; the mask is added to the scores."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = scores + attention_mask[..., : key.shape[-2]]
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+    return nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
 
 
 class AttentionView(nn.Module):
@@ -98,6 +109,7 @@ class Attention(Mixer):
     def __init__(self, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool):
         super().__init__(spec.linears(arch, options), spec.vectors(arch, options), arch.norm, stores_vectors)
         self.head_dim, self.qk_norm, self.normalises_output = arch.head_dim, arch.qk_norm, arch.output_norms
+        self.num_matrix_heads = arch.num_attention_heads
 
     def forward(
         self,
@@ -110,6 +122,22 @@ class Attention(Mixer):
         query, key, value = self.read(hidden_states, context.rotation, lora, vectors)
         heads, _ = view(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), context)
         return self.write(heads.flatten(-2), lora, vectors)
+
+    def matrix(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        view: nn.Module,
+        context: MixerContext,
+        lora: Lora,
+        vectors: OwnVectors,
+    ) -> Float[Tensor, "B H T T"]:
+        assert isinstance(view, AttentionView)
+        query, key, _ = self.read(hidden_states, context.rotation, lora, vectors)
+        key = key.repeat_interleave(view.num_key_value_groups, dim=2)
+        seen = _seen(hidden_states, view.sliding_window, context.document_starts)
+        mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
+        mask.masked_fill_(~seen, torch.finfo(query.dtype).min)
+        return attention_weights(query.transpose(1, 2), key.transpose(1, 2), mask, view.scaling, view.softcap)
 
     def read(
         self, hidden_states: Tensor, rotation: Rotation | None, lora: Lora, vectors: OwnVectors
@@ -134,3 +162,14 @@ class Attention(Mixer):
     def compile_regions(self) -> None:
         self.read = torch.compile(self.read)
         self.write = torch.compile(self.write)
+
+
+def _seen(hidden_states: Tensor, window: int | None, document_starts: Tensor | None) -> Bool[Tensor, "B 1 T T"]:
+    """Which tokens (last axis) each token looks at: earlier ones and itself, of its document, within the window."""
+    tokens = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+    query, key = tokens[:, None], tokens[None, :]
+    seen = key <= query
+    if window is not None:
+        seen = seen & (key > query - window)
+    seen = seen.expand(len(hidden_states), 1, *seen.shape)
+    return seen if document_starts is None else seen & (key >= document_starts[:, None, :, None])

@@ -12,7 +12,13 @@ from refold.nn.part import Lora, OwnVectors, StoredPart
 
 
 class Mixer(StoredPart):
-    """A stored part that moves information between tokens."""
+    """A stored part that moves information between tokens.
+
+    Attributes:
+        num_matrix_heads: heads of the token-mixing matrix that `matrix` writes down; None: there is no such matrix.
+    """
+
+    num_matrix_heads: int | None = None
 
     @classmethod
     def create(cls, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool) -> "Mixer":
@@ -33,4 +39,19 @@ class Mixer(StoredPart):
         vectors: OwnVectors,
     ) -> Float[Tensor, "B T D"]:
         """Returns what the mixer adds to the residual stream at the depth whose view is given."""
+        raise NotImplementedError
+
+    def matrix(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        view: nn.Module,
+        context: MixerContext,
+        lora: Lora,
+        vectors: OwnVectors,
+    ) -> Float[Tensor, "B H T T"]:
+        """Writes down the matrix by which the mixer mixes tokens, for mixers whose `num_matrix_heads` is not None.
+
+        Row t holds what token t takes from each token, head by head. Arguments are those of `forward`, without a cache
+        and without padding: windows and documents are kept apart, other masks are not looked at.
+        """
         raise NotImplementedError
