@@ -54,8 +54,8 @@ class Alignment(ObjectiveOptions):
     inputs: Inputs = "teacher"
     """What each depth reads: the `teacher`'s activations, so that depths learn side by side, or the `student`'s own."""
     loss: Literal["mse", "l2"] = "mse"
-    """`mse`: mean square, relative to the mean square of what it is compared with; `l2`: length of the difference of
-    each token, by the square root of the width (RADLADS)."""
+    """`mse`: mean square of each token's difference, relative to the mean square of what it is compared with; `l2`:
+    length of that difference, by the square root of the width (RADLADS)."""
 
 
 class MixerOutputs(Alignment):
@@ -67,7 +67,8 @@ class HiddenStates(Alignment):
 
 
 class AttentionMatrices(ObjectiveOptions):
-    """The token-mixing matrix of each mixer that can write one down, compared with the teacher's attention matrix."""
+    """The token-mixing matrix of each mixer, compared with the teacher's attention matrix; mixers must be able to write
+    theirs down."""
 
 
 class Objectives(Section):

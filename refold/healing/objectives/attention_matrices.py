@@ -1,0 +1,107 @@
+"""Token-mixing matrices, compared with the teacher's attention matrices."""
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from refold.blueprint.specs import objectives as specs
+from refold.errors import HealError
+from refold.healing.activations import Want, attention_layers, folded_depths, require_eager, source_layers
+from refold.healing.objectives.alignment import Alignment, teacher_layer_of, teacher_of
+from refold.healing.objectives.objective import Step
+from refold.modeling.model import Contexts, RefoldForCausalLM
+from refold.nn.mixers.mixer import Mixer
+
+
+class AttentionMatrices(Alignment[specs.AttentionMatrices]):
+    """Matrix orientation (MOHAWK, arXiv 2408.10189, stage 1).
+
+    Each depth's mixer reads the teacher's stream before the source layer it stands for and writes its token-mixing
+    matrix down, which is compared with that layer's attention weights: the squared Frobenius norm of the difference,
+    per head. MOHAWK takes its root; squares add up over tokens, so that rows which are not scored, documents packed
+    together and micro-batches do not change what is learnt. Divided by the scored positions it lies between 0 and 2.
+    """
+
+    name = "attention_matrices"
+    teacher_wants = frozenset[Want]({"streams", "attentions"})
+    teacher_attention = "eager"
+
+    def check(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        super().check(student, teacher)
+        assert isinstance(student, RefoldForCausalLM)
+        assert teacher is not None
+        require_eager(teacher)
+        heads = _num_heads(teacher)
+        sources = source_layers(student)
+        for depth in self.depths(student):
+            mixer = _mixer(student, depth)
+            if mixer.num_matrix_heads is None:
+                raise HealError(
+                    f"objective {self.name}: mixers that can write their token-mixing matrix down are required (depth "
+                    f"{depth}: {type(mixer).__name__} cannot); align mixer_outputs instead"
+                )
+            wanted = heads[sources[depth]]
+            if mixer.num_matrix_heads != wanted:
+                raise HealError(
+                    f"objective {self.name}: as many heads as the teacher's {wanted} are required (depth {depth}: "
+                    f"{type(mixer).__name__} has {mixer.num_matrix_heads}); align mixer_outputs instead"
+                )
+
+    def teacher_layers(self, teacher: PreTrainedModel) -> set[int]:
+        return set(_num_heads(teacher))
+
+    def sum_over_depths(
+        self, step: Step, student: RefoldForCausalLM, depths: list[int], index: Int64[Tensor, "K"] | None
+    ) -> Float[Tensor, ""]:
+        teacher, layer_of = teacher_of(step), teacher_layer_of(step, student)
+        # In the student's dtype: a teacher may be stored in another.
+        streams = {depth: teacher.streams[layer_of[depth]].to(student.dtype) for depth in depths}
+        contexts = student.model.contexts(streams[depths[0]], position_ids=step.position_ids)
+        sums = []
+        for depth in depths:
+            target = _rows(teacher.attentions[layer_of[depth]], index)
+            ours = _rows(write_matrix(student, depth, streams[depth], contexts), index)
+            dtype = torch.promote_types(ours.dtype, torch.float32)
+            sums.append((ours.to(dtype) - target.to(dtype)).square().sum() / target.shape[1])
+        return sum(sums[1:], sums[0])
+
+
+def write_matrix(
+    model: RefoldForCausalLM, depth: int, hidden_states: Float[Tensor, "B T D"], contexts: Contexts
+) -> Float[Tensor, "B H T T"]:
+    """Returns the token-mixing matrix of one depth.
+
+    Args:
+        model: a folded model.
+        depth: one with a mixer that has such a matrix.
+        hidden_states: the stream before it.
+        contexts: from the stack's `contexts`.
+    """
+    owner = folded_depths(model)[depth]
+    spec = owner.spec
+    rotaries: Any = model.model.rotaries
+    ropes = [rotary.rope for rotary in rotaries]
+    context = contexts[spec.window, None if spec.rope is None else ropes.index(spec.rope)]
+    assert owner.view is not None
+    return _mixer(model, depth).matrix(hidden_states, owner.view, context, owner.adapters(), owner.own_vectors("mixer"))
+
+
+def _mixer(model: RefoldForCausalLM, depth: int) -> Mixer:
+    index = folded_depths(model)[depth].spec.mixer
+    assert index is not None
+    return cast("Mixer", model.model.mixers[index])
+
+
+def _num_heads(teacher: PreTrainedModel) -> dict[int, int]:
+    """Heads of a teacher's attention, by the source layer it stands for."""
+    sources = source_layers(teacher)
+    return {sources[layer]: teacher.config.num_attention_heads for layer in attention_layers(teacher)}
+
+
+def _rows(matrices: Float[Tensor, "B H T T"], index: Int64[Tensor, "K"] | None) -> Float[Tensor, "K H T"]:
+    """Rows of the scored positions."""
+    rows = matrices.transpose(1, 2).flatten(0, 1)
+    return rows if index is None else rows.index_select(0, index)

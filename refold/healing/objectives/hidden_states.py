@@ -1,0 +1,71 @@
+"""The stream after each depth, compared with the teacher's where the next depth begins."""
+
+import itertools
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from refold.blueprint.specs import objectives as specs
+from refold.errors import HealError
+from refold.healing.activations import Want, folded_depths, source_layers
+from refold.healing.objectives.alignment import Alignment, distance, teacher_layer_of, teacher_of
+from refold.healing.objectives.objective import Step
+from refold.modeling.model import RefoldForCausalLM
+
+
+class HiddenStates(Alignment[specs.HiddenStates]):
+    """Block-output matching (MOHAWK, arXiv 2408.10189, stage 2), for stacks of any depth.
+
+    The source's layers are cut where depths begin: a depth takes the stream from the start of the layer it stands for
+    (the first one from the embeddings) to where the next depth begins, the last one to the end. So a depth that stands
+    before dropped layers learns to do their work as well. Depths that run nothing are passed over.
+    """
+
+    name = "hidden_states"
+    teacher_wants = frozenset[Want]({"streams"})
+
+    def __init__(self, options: specs.HiddenStates):
+        super().__init__(options)
+        self.student_wants = frozenset[Want]({"streams"}) if options.inputs == "student" else frozenset[Want]()
+
+    def check(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        super().check(student, teacher)
+        assert isinstance(student, RefoldForCausalLM)
+        sources = source_layers(student)
+        depths = self.depths(student)
+        for before, depth in itertools.pairwise(depths):
+            if sources[depth] <= sources[before]:
+                raise HealError(
+                    f"objective {self.name}: depths that stand for later and later source layers are required (depth "
+                    f"{depth} stands for layer {sources[depth]}, depth {before} for {sources[before]}); align "
+                    f"mixer_outputs instead"
+                )
+
+    def depths(self, student: RefoldForCausalLM) -> list[int]:
+        specs = [depth.spec for depth in folded_depths(student)]
+        return [index for index, spec in enumerate(specs) if spec.mixer is not None or spec.mlp is not None]
+
+    def teacher_layers(self, teacher: PreTrainedModel) -> set[int]:
+        return set(source_layers(teacher))
+
+    def sum_over_depths(
+        self, step: Step, student: RefoldForCausalLM, depths: list[int], index: Int64[Tensor, "K"] | None
+    ) -> Float[Tensor, ""]:
+        streams, layer_of = teacher_of(step).streams, teacher_layer_of(step, student)
+        begins = [0, *(layer_of[depth] for depth in depths[1:])]
+        ends = [*begins[1:], len(streams) - 1]
+        if self.options.inputs == "student":
+            assert step.student is not None
+            ours = [step.student.streams[depth + 1] for depth in depths]
+        else:
+            contexts = student.model.contexts(streams[0].to(student.dtype), position_ids=step.position_ids)
+            ours = [
+                # In the student's dtype: a teacher may be stored in another.
+                student.model.run_depth(depth, streams[begin].to(student.dtype), contexts)
+                for depth, begin in zip(depths, begins, strict=True)
+            ]
+        sums = [
+            distance(stream, streams[end], index, self.options.loss) for stream, end in zip(ours, ends, strict=True)
+        ]
+        return sum(sums[1:], sums[0])

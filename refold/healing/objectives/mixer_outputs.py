@@ -1,0 +1,43 @@
+"""What each mixer adds to the stream, compared with what the teacher's adds there."""
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from refold.blueprint.specs import objectives as specs
+from refold.healing.activations import Want
+from refold.healing.objectives.alignment import Alignment, distance, teacher_layer_of, teacher_of
+from refold.healing.objectives.objective import Step
+from refold.modeling.model import RefoldForCausalLM
+
+
+class MixerOutputs(Alignment[specs.MixerOutputs]):
+    """Attention-output transfer (LoLCATs, arXiv 2410.10254, section 3.2; RADLADS, arXiv 2505.03005, stage 1).
+
+    Each depth with a mixer is compared with the mixer of the source layer it stands for. With the teacher's inputs it
+    reads the teacher's stream before that layer, and nothing but mixers is run; with the student's, its own stream.
+    """
+
+    name = "mixer_outputs"
+
+    def __init__(self, options: specs.MixerOutputs):
+        super().__init__(options)
+        reads_teacher = options.inputs == "teacher"
+        self.student_wants = frozenset[Want]() if reads_teacher else frozenset[Want]({"mixers"})
+        self.teacher_wants = frozenset[Want]({"streams", "mixers"} if reads_teacher else {"mixers"})
+
+    def sum_over_depths(
+        self, step: Step, student: RefoldForCausalLM, depths: list[int], index: Int64[Tensor, "K"] | None
+    ) -> Float[Tensor, ""]:
+        teacher, layer_of = teacher_of(step), teacher_layer_of(step, student)
+        if self.options.inputs == "student":
+            assert step.student is not None
+            ours = step.student.mixers
+        else:
+            # In the student's dtype: a teacher may be stored in another.
+            streams = {depth: teacher.streams[layer_of[depth]].to(student.dtype) for depth in depths}
+            contexts = student.model.contexts(streams[depths[0]], position_ids=step.position_ids)
+            ours = {
+                depth: student.model.run_depth(depth, streams[depth], contexts, mixer_only=True) for depth in depths
+            }
+        sums = [distance(ours[depth], teacher.mixers[layer_of[depth]], index, self.options.loss) for depth in depths]
+        return sum(sums[1:], sums[0])
