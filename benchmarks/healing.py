@@ -21,15 +21,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.load import load_recipe
 from refold.blueprint.numbers import read_amount
-from refold.blueprint.heal_stage import HealStage
 from refold.conversion.convert import carry_out
 from refold.conversion.plan import Plan, plan_model
 from refold.conversion.source_model import read_source_model
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.result import Evaluation, read_evaluation
 from refold.healing.heal import heal
+from refold.healing.run import HealOptions
 from refold.studies.baselines import pruned_recipe
 
 FOLD: dict[str, Any] = {"fold": {"loops": 2}}
@@ -114,7 +115,7 @@ def train(start: Path, arm: Path, rate: float, seed: int, tokens: int, given: ar
     if not path.exists():
         started = time.perf_counter()
         if not (arm / name).exists():
-            heal(start, arm / name, given.train, stage, quiet=True)
+            heal(start, arm / name, given.train, stage, options=HealOptions(quiet=True))
         found = measure(arm / name, path, given)
         took = time.perf_counter() - started
         print(f"{arm.name} {name}: {difference(found):+.4f} bits per byte, {took:.0f} s", flush=True)

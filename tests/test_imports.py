@@ -20,7 +20,7 @@ LAYERS = (
     {"ops", "blueprint"},
     {"families"},
 )
-EVERYWHERE = {"errors", "suggest", "version", "recipes", "shipped"}
+EVERYWHERE = {"errors", "suggest", "version", "protocols", "recipes", "shipped"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 

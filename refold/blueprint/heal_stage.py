@@ -88,7 +88,7 @@ class HealStage(Section):
     `embeddings`, `head`, `exits`), names of tensors, or patterns with `*`."""
     freeze: Groups = ()
     """What of that does not train after all."""
-    rates: dict[str, Annotated[Real, Field(ge=0)]] = {}
+    rates: dict[str, Annotated[Real, Field(ge=0)]] = Field(default_factory=dict)
     """Factors on the learning rate for some of the groups, names or patterns; the last that fits counts."""
     thaw: Thaw | None = None
     """What is frozen at first, and when it joins in."""

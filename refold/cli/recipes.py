@@ -13,11 +13,17 @@ def command(
     name: Annotated[
         str | None, typer.Argument(help="Print this recipe's YAML, to be changed and used by its path.")
     ] = None,
+    protocols: Annotated[bool, typer.Option("--protocols", help="List the healing protocols instead.")] = False,
     json: Json = False,
 ) -> None:
-    """List the built-in recipes, or print one."""
+    """List the built-in recipes or healing protocols, or print one recipe."""
     from refold.blueprint.load import built_in_recipes, load_recipe
+    from refold.blueprint.protocols import built_in_protocols
 
+    if protocols:
+        listed = built_in_protocols()
+        print_json(listed) if json else print_table(("protocol", "what it does"), list(listed.items()))
+        return
     if name is not None:
         loaded = load_recipe(name)
         print_json(loaded) if json else typer.echo(

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.load import RecipeLike, load_recipe
+from refold.blueprint.protocols import scale_stages
 from refold.blueprint.recipe import HealStage, Recipe
 from refold.checkpoint.folder import settle
 from refold.checkpoint.locate import PLAN_NAME, Source, locate
@@ -21,6 +23,7 @@ from refold.errors import FolderError, RecipeError
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.result import Evaluation, read_evaluation
 from refold.healing.heal import heal
+from refold.healing.run import HealOptions
 from refold.studies.baselines import BASELINES, DEFAULT_BASELINES, BaselineJob, require_baseline
 from refold.studies.report_line import report_line
 
@@ -103,15 +106,15 @@ class _Way:
         return target
 
     def heal(self, start: str | Path) -> Path:
-        """Runs the stages one after the other; each begins from what the last one wrote."""
-        for index, stage in enumerate(self.stages):
-            last = index == len(self.stages) - 1
-            target = self.folder / ("model" if last else f"stage-{index + 1}")
-            if not _stands(target):
-                self.say(f"{self.folder.name}: healing for {stage.tokens:,} tokens")
-                heal(start, target, self.train, stage, device=self.settings.device, command=self.command)
-            start = target
-        return Path(start)
+        """Runs the stages; without any, the start is what is measured."""
+        if not self.stages:
+            return Path(start)
+        target = self.folder / "model"
+        if not _stands(target):
+            self.say(f"{self.folder.name}: healing for {sum(stage.tokens for stage in self.stages):,} tokens")
+            options = HealOptions(command=self.command)
+            heal(start, target, self.train, self.stages, device=self.settings.device, options=options)
+        return target
 
     def evaluate(self, model: str | Path, name: str) -> Evaluation:
         path = self.folder / f"{name}.json"
@@ -211,11 +214,9 @@ def _stages(recipe: Recipe, settings: RunSettings) -> tuple[HealStage, ...]:
     changes: dict[str, Any] = {"seed": settings.seed}
     if settings.learning_rate is not None:
         changes["learning_rate"] = settings.learning_rate
-    total = sum(stage.tokens for stage in stages)
-    scale = 1.0 if settings.tokens is None else settings.tokens / total
-    return tuple(
-        stage.model_copy(update={**changes, "tokens": max(1, round(stage.tokens * scale))}) for stage in stages
-    )
+    if settings.tokens is not None:
+        stages = tuple(scale_stages(stages, settings.tokens))
+    return tuple(stage.model_copy(update=changes) for stage in stages)
 
 
 def _open(data: Sequence[str | Path] | DataSource) -> DataSource:

@@ -14,11 +14,12 @@ from refold.cli.app import app
 FLAGS = {
     "demo": {"--out", "--heal-tokens", "--json"},
     "plan": {"--recipe", "-r", "--set", "--context", "--lines", "--allow-larger", "--json"},
-    "recipes": {"--json"},
+    "recipes": {"--protocols", "--json"},
     "convert": {"--recipe", "-r", "--set", "--device", "--overwrite", "--allow-larger", "--json"},
     "heal": {
-        "--data", "-d", "--tokens", "-t", "--objective", "--learning-rate", "--batch-tokens", "--context", "--seed",
-        "--teacher", "--device", "--overwrite", "--restart", "--json",
+        "--data", "-d", "--tokens", "-t", "--protocol", "-p", "--recipe", "-r", "--set", "--objective",
+        "--learning-rate", "--batch-tokens", "--context", "--seed", "--held-out", "--teacher", "--teacher-tokens",
+        "--sweep", "--dry-run", "--sharded", "--report-to", "--device", "--overwrite", "--restart", "--json",
     },
     "evaluate": {
         "--data", "-d", "--against", "--context", "--stride", "--max-tokens", "--batch-size", "--device", "--dtype",
