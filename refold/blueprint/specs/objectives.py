@@ -71,6 +71,28 @@ class AttentionMatrices(ObjectiveOptions):
     theirs down."""
 
 
+class Exits(ObjectiveOptions):
+    """Cross-entropy at full depth, and at each early exit a loss towards the full depth's output."""
+
+    cross_entropy: Weight = 1.0
+    """Weight of the cross-entropy at full depth; 0 where another objective trains that."""
+    weights: Literal["aggressive", "weighted"] = "aggressive"
+    """Of the exits: all have `coefficient` (`aggressive`, RRT's choice), or the i-th of n outputs, the full depth
+    included, has i divided by the sum of 1 to n (`weighted`)."""
+    coefficient: Weight = 0.1
+    """Of each exit where `weights` is aggressive."""
+    target: Literal["final", "labels"] = "final"
+    """What exits learn: the full depth's distribution, without gradient (forward KL), or the text (cross-entropy)."""
+    gate_weight: Weight = 1.0
+    """Weight of the gates' binary cross-entropy, where exits have gates; it moves nothing but the gates."""
+
+    @model_validator(mode="after")
+    def _coefficient_is_used(self) -> "Exits":
+        if self.weights == "weighted" and self.coefficient != type(self).model_fields["coefficient"].default:
+            raise ValueError(f"coefficient: requires weights aggressive (got {self.coefficient:g} with weighted)")
+        return self
+
+
 class Objectives(Section):
     """What a stage minimises: one key for each objective, the value holding its options."""
 
@@ -84,6 +106,8 @@ class Objectives(Section):
     """The stream between depths (MOHAWK, arXiv 2408.10189, stage 2)."""
     attention_matrices: AttentionMatrices | None = None
     """Token-mixing matrices (MOHAWK, arXiv 2408.10189, stage 1)."""
+    exits: Exits | None = None
+    """Early exits, towards the output at full depth (arXiv 2410.20672, section 3.7)."""
 
     @model_validator(mode="after")
     def _at_least_one(self) -> "Objectives":

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from refold.blueprint.specs.objectives import Objectives
 from refold.healing.objectives.attention_matrices import AttentionMatrices
 from refold.healing.objectives.distil import Distil
+from refold.healing.objectives.exits import Exits
 from refold.healing.objectives.hidden_states import HiddenStates
 from refold.healing.objectives.mixer_outputs import MixerOutputs
 from refold.healing.objectives.next_token import NextToken
@@ -16,6 +17,7 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
     "mixer_outputs": MixerOutputs,  # https://arxiv.org/abs/2410.10254 and https://arxiv.org/abs/2505.03005
     "hidden_states": HiddenStates,  # https://arxiv.org/abs/2408.10189
     "attention_matrices": AttentionMatrices,  # https://arxiv.org/abs/2408.10189
+    "exits": Exits,  # https://arxiv.org/abs/2410.20672
 }
 
 
