@@ -30,10 +30,21 @@ def print_evaluation(found: Evaluation) -> None:
         )
         print(f"\ndifference {with_error(other.difference, other.difference_error, '+')} bits per byte", end=", ")
         print(f"same likeliest token {other.agreement:.2%}, KL {other.kl:.4f} nats per token")
-    for left in found.exits:
-        print(
-            f"leaving after {left.depths} depths: {left.bits_per_byte:.4f} bits per byte, accuracy {left.accuracy:.2%}"
-        )
+    if found.exits:
+        print()
+        rows = [
+            (
+                str(left.depths),
+                f"{left.bits_per_byte:.4f}",
+                f"{left.accuracy:.2%}",
+                f"{left.agreement:.2%}",
+                f"{left.kl:.4f}",
+                "-" if left.gate_accuracy is None else f"{left.gate_accuracy:.2%}",
+            )
+            for left in found.exits
+        ]
+        names = ("left after", "bits per byte", "accuracy", "as at full depth", "KL from it", "gate is right")
+        print_table(names, rows)
     part = "" if found.is_whole_data else f", the first {found.max_tokens:,} tokens only"
     print(f"\n{found.documents:,} documents, {found.tokens:,} tokens, {found.bytes:,} bytes{part}; ", end="")
     print(f"windows of {found.context} tokens, stride {found.stride}; {found.tokens_per_second:,.0f} tokens/s")

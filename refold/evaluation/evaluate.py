@@ -142,8 +142,11 @@ def _exits(scored: WindowPass, num_bytes: int) -> tuple[ExitScores, ...]:
             bits_per_byte=total.bits_per_byte(num_bytes),
             perplexity=total.perplexity,
             accuracy=total.accuracy,
+            agreement=total.agreement,
+            kl=total.mean_kl,
+            gate_accuracy=right / total.num_tokens if gated else None,
         )
-        for depths, total in zip(scored.exits, totals, strict=True)
+        for depths, total, gated, right in zip(scored.exits, totals, scored.gated, scored.right_gates, strict=True)
     )
 
 

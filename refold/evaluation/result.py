@@ -45,6 +45,12 @@ class ExitScores(_Record):
     bits_per_byte: float
     perplexity: float
     accuracy: float
+    agreement: float
+    """Share of tokens where its likeliest token is that of the full depth."""
+    kl: float
+    """`KL(full depth || exit)`, nats per token."""
+    gate_accuracy: float | None = None
+    """Share of tokens where its gate says rightly whether they agree (at one half); None without a gate."""
 
 
 class Comparison(_Record):

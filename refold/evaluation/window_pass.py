@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from refold.data.packing import IGNORED
 from refold.data.tokens import TokenisedDocuments
 from refold.data.windows import window_batches, window_spans
 from refold.errors import DataError
@@ -17,7 +17,7 @@ from refold.evaluation.stopwatch import Stopwatch
 from refold.modeling.model import RefoldForCausalLM
 from refold.scoring.agreement import token_scores
 from refold.scoring.head import Predictions
-from refold.scoring.predict import head_of, predict
+from refold.scoring.predict import ExitPredictions, predict, predict_exits
 
 Progress = Callable[[int, int], None]
 """Called with windows done and windows in all."""
@@ -34,17 +34,26 @@ class WindowPass:
 
     Attributes:
         exits: For each exit of the model, how many depths run before it.
+        gated: For each, whether it has a gate.
         sums: The model's sums by document.
         against_sums: The other model's.
-        exit_sums: Those of each exit.
+        exit_sums: Those of each exit, compared with the full depth.
+        right_gates: For each exit the scored tokens at which its gate says what is so: that its likeliest token is that
+            of the full depth, or that it is not.
     """
 
     def __init__(self, model: PreTrainedModel, against: PreTrainedModel | None, num_documents: int, watch: Stopwatch):
         self._model, self._against, self._watch = model, against, watch
-        self.exits = _exit_depths(model)
+        exits = {}
+        if isinstance(model, RefoldForCausalLM):
+            depths = model.config.read_blueprint().depths
+            exits = {index + 1: depth.exit for index, depth in enumerate(depths) if depth.exit is not None}
+        self.exits = list(exits)
+        self.gated = [exit_.gate for exit_ in exits.values()]
         self.sums = DocumentSums(num_documents)
         self.against_sums = DocumentSums(num_documents)
         self.exit_sums = [DocumentSums(num_documents) for _ in self.exits]
+        self.right_gates = [0 for _ in self.exits]
 
     def run(
         self, tokenised: TokenisedDocuments, context: int, stride: int, batch_size: int, progress: Progress | None
@@ -84,7 +93,7 @@ class WindowPass:
         device = self._model.device
         reference = None
         with self._watch.measure("model", device):
-            predictions, *exits = _predict_all(self._model, input_ids.to(device), bool(self.exits))
+            predictions, exits = self._predict(input_ids.to(device))
         if self._against is not None:
             with self._watch.measure("against", device):
                 reference = predict(self._against, input_ids.to(device))
@@ -93,25 +102,15 @@ class WindowPass:
             self.sums.add(documents, labels, token_scores(predictions, here, reference=reference))
             if reference is not None:
                 self.against_sums.add(documents, labels, token_scores(reference, here))
-            for sums, exit_predictions in zip(self.exit_sums, exits, strict=True):
-                sums.add(documents, labels, token_scores(exit_predictions, here))
+            for place, left in enumerate(exits):
+                scores = token_scores(left.predictions, here, reference=predictions)
+                self.exit_sums[place].add(documents, labels, scores)
+                if left.gate is not None and scores.agrees is not None:
+                    is_right = (left.gate > 0) == scores.agrees
+                    self.right_gates[place] += int(is_right[here != IGNORED].sum())
 
-
-def _exit_depths(model: PreTrainedModel) -> list[int]:
-    if not isinstance(model, RefoldForCausalLM):
-        return []
-    depths = model.config.read_blueprint().depths
-    return [index + 1 for index, depth in enumerate(depths) if depth.exit is not None]
-
-
-def _predict_all(model: PreTrainedModel, input_ids: Int64[Tensor, "B T"], with_exits: bool) -> list[Predictions]:
-    """The full stack's predictions, then those of each exit."""
-    if not with_exits:
-        return [predict(model, input_ids)]
-    stack: Any = model.base_model
-    output = stack(input_ids=input_ids, use_cache=False, output_exits=True)
-    head = head_of(model)
-    return [Predictions(hidden, head) for hidden in (output.last_hidden_state, *output.exit_hidden_states)]
+    def _predict(self, input_ids: Int64[Tensor, "B T"]) -> tuple[Predictions, list[ExitPredictions]]:
+        return predict_exits(self._model, input_ids) if self.exits else (predict(self._model, input_ids), [])
 
 
 @contextmanager

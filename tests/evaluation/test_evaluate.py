@@ -68,6 +68,13 @@ class Naive:
         pairs = [pair for lists in zip(self.rows, self.labels, strict=True) for pair in zip(*lists, strict=True)]
         return sum(int(row.argmax()) == label for row, label in pairs) / len(pairs)
 
+    def compared_with(self, reference: "Naive") -> tuple[float, float]:
+        """Share of tokens with the same likeliest one, and nats of KL(reference || this) per token."""
+        rows, references = ([row for rows in naive.rows for row in rows] for naive in (self, reference))
+        pairs = list(zip(rows, references, strict=True))
+        kl = sum(float((p.exp() * (p - q)).sum()) for q, p in pairs) / len(pairs)
+        return sum(bool(q.argmax() == p.argmax()) for q, p in pairs) / len(pairs), kl
+
 
 def _bytes(texts) -> np.ndarray:
     return np.array([len(text.encode()) for text in texts])
@@ -96,11 +103,9 @@ def test_every_figure_is_that_of_the_naive_computation(source, folded, sentences
     assert against.accuracy == pytest.approx(other.accuracy(), abs=1e-9)
     difference = (model.nll - other.nll).sum() / math.log(2) / num_bytes
     assert against.difference == pytest.approx(difference, abs=1e-4)
-    rows, references = ([row for rows in naive.rows for row in rows] for naive in (model, other))
-    pairs = list(zip(rows, references, strict=True))
-    kl = sum(float((p.exp() * (p - q)).sum()) for q, p in pairs) / len(pairs)
+    agreement, kl = model.compared_with(other)
     assert against.kl == pytest.approx(kl, rel=1e-5)
-    assert against.agreement == pytest.approx(sum(bool(q.argmax() == p.argmax()) for q, p in pairs) / len(pairs))
+    assert against.agreement == pytest.approx(agreement)
 
 
 def test_standard_errors_are_near_those_of_leaving_each_document_out(source, folded, sentences):
@@ -123,6 +128,56 @@ def test_exits_are_the_model_left_early(folded, sentences):
     assert found.exits[0].bits_per_byte == pytest.approx(early.nll.sum() / math.log(2) / num_bytes, rel=1e-5)
     assert found.exits[0].accuracy == pytest.approx(early.accuracy(), abs=1e-9)
     assert found.exits[0].bits_per_byte != found.bits_per_byte
+    full = Naive(folded, sentences[:2], 16, 8)
+    agreement, kl = early.compared_with(full)
+    assert found.exits[0].agreement == pytest.approx(agreement, abs=1e-9)
+    assert found.exits[0].kl == pytest.approx(kl, rel=1e-4)
+    assert found.exits[0].gate_accuracy is None
+
+
+def test_exits_are_scored_through_their_own_norm_and_head(source, sentences, tmp_path):
+    exits = {"at": [0, 2], "norm": "own", "head_rank": 3, "gate": True}
+    convert(source, tmp_path / "out", {"fold": {"loops": 2}, "exits": exits})
+    model = load_model(tmp_path / "out", device="cpu", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.model.exits.parameters():
+        weight.data.add_(torch.randn(weight.shape, generator=generator))
+    model.save_pretrained(tmp_path / "out")
+    text = from_documents(sentences[:2])
+    found = evaluate(tmp_path / "out", text, context=16, stride=8, device="cpu", dtype="float32")
+    full = Naive(tmp_path / "out", sentences[:2], 16, 8)
+    for left, depths in zip(found.exits, (1, 3), strict=True):
+        early = Naive(tmp_path / "out", sentences[:2], 16, 8, exit_depth=depths)
+        assert left.accuracy == pytest.approx(early.accuracy(), abs=1e-9)
+        agreement, kl = early.compared_with(full)
+        assert (left.agreement, left.kl) == (pytest.approx(agreement, abs=1e-9), pytest.approx(kl, rel=1e-4))
+
+
+def test_gates_are_right_where_they_say_what_is_so(source, sentences, tmp_path):
+    convert(source, tmp_path / "out", {"fold": {"loops": 2}, "exits": {"at": [0, 2], "gate": True}})
+    model: Any = load_model(tmp_path / "out", device="cpu", dtype=torch.float32)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    parts = [model.model.exits[index] for index in ("0", "2")]
+    for place, part in enumerate(parts):
+        part.gate.weight.data.normal_(generator=torch.Generator().manual_seed(place))
+    right, count = [0, 0], 0
+    for text in sentences:
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        with torch.no_grad():
+            out = model(ids[:, :-1], output_exits=True)
+        for place, (logits, gate) in enumerate(zip(out.exit_logits, out.exit_gates, strict=True)):
+            right[place] += int(((logits.argmax(-1) == out.logits.argmax(-1)) == (gate > 0)).sum())
+        count += ids.shape[1] - 1
+    whole = {"context": 200, "stride": 100, "tokenizer": tokenizer}
+    found = evaluate(model, from_documents(sentences), **whole)
+    assert [left.gate_accuracy for left in found.exits] == pytest.approx([each / count for each in right])
+    # One that always says yes is right as often as the exit agrees; one that always says no, the rest of the time.
+    for part, bias in zip(parts, (9.0, -9.0), strict=True):
+        part.gate.weight.data.zero_()
+        part.gate.bias.data.fill_(bias)
+    yes, no = evaluate(model, from_documents(sentences), **whole).exits
+    assert yes.gate_accuracy == pytest.approx(yes.agreement)
+    assert no.gate_accuracy == pytest.approx(1 - no.agreement)
 
 
 def test_a_source_against_itself_differs_in_nothing(source, sentences):
