@@ -2,10 +2,11 @@
 
     python scripts/train_shipped_model.py prepare runs/shipped
     python scripts/train_shipped_model.py train runs/shipped      # again after an interruption: goes on from there
+    python scripts/train_shipped_model.py train runs/longer --after runs/shipped --tokens 24000000 --lr 2e-3 --decay 0.5
     python scripts/train_shipped_model.py measure runs/shipped
     python scripts/train_shipped_model.py finish runs/shipped refold/shipped/stdlib-5m
 
-Only `prepare` needs refold; the other three need torch, transformers, safetensors and numpy, so that they also run on
+`--after` goes on from a finished run with other settings; the tokens of both count. Only `prepare` needs refold; the other three need torch, transformers, safetensors and numpy, so that they also run on
 another machine, on the prepared folder alone. On CPUs set OMP_WAIT_POLICY=PASSIVE, and keep glibc from giving large
 blocks back at every step: MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000.
 """
@@ -52,7 +53,6 @@ class Settings:
     decay: float = 0.4  # share of the steps, at the end, in which the rate falls linearly to zero
     short: float = 0.85  # share of the steps, at the start, with windows of half the context
     weight_decay: float = 0.1  # of the matrices; the norms have none
-    depth_scaling: float = 0.5  # a norm of layer l starts at l ** -depth_scaling, so that deep layers are heard
     seed: int = 0
 
     @property
@@ -65,6 +65,19 @@ class Settings:
 
     def context_at(self, step: int) -> int:
         return CONTEXT // 2 if step < self.short * self.steps else CONTEXT
+
+
+def go_on_after(earlier: Path, run: Path) -> None:
+    """Begins a run where another one ended: its data, its last checkpoint and its log."""
+    if any(run.glob("checkpoint-*")):
+        return
+    for name in ("train.npy", "held_out.npy", "corpus.json", "training.jsonl"):
+        shutil.copyfile(earlier / name, run / name)
+    shutil.copytree(earlier / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
+    last = max(earlier.glob("checkpoint-*"))
+    shutil.copytree(last, run / last.name)
+    earlier_settings = json.loads((earlier / "settings.json").read_text())
+    write_json(run / "earlier.json", earlier_settings)
 
 
 def llama_config() -> LlamaConfig:
@@ -134,7 +147,6 @@ def train(run: Path, settings: Settings, device: str, compile_layers: bool, chec
     torch.manual_seed(settings.seed)
     AttentionInterface.register("blocked", blocked_attention)
     model = LlamaForCausalLM(llama_config())
-    scale_norms(model, settings.depth_scaling)
     nn.Module.to(model, device)
     if device == "cpu":
         model.config._attn_implementation = "blocked"
@@ -182,18 +194,6 @@ def train(run: Path, settings: Settings, device: str, compile_layers: bool, chec
     save_atomic(state, run / "final.safetensors")
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU cores"
     write_json(run / "machine.json", {"machine": machine, "torch": str(torch.__version__)})
-
-
-@torch.no_grad()
-def scale_norms(model: LlamaForCausalLM, power: float) -> None:
-    """Starts the two norms of layer l (from 1) at `l ** -power`.
-
-    Without this the stream grows with depth, and deep layers add less and less to it ("The Curse of Depth in Large
-    Language Models", arXiv 2502.05795, which keeps the factor fixed; here it is only the start of a trained weight).
-    """
-    for number, layer in enumerate(model.model.layers, start=1):
-        layer.input_layernorm.weight.fill_(number**-power)
-        layer.post_attention_layernorm.weight.fill_(number**-power)
 
 
 def make_optimizers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
@@ -432,6 +432,7 @@ def main() -> None:
                     f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
                 )
             command.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+            command.add_argument("--after", type=Path, help="run folder to go on from")
             command.add_argument("--checkpoint-every", type=int, default=100, help="steps")
     given = parser.parse_args()
     given.run.mkdir(parents=True, exist_ok=True)
@@ -439,6 +440,8 @@ def main() -> None:
         prepare(given.run)
     elif given.command == "train":
         settings = Settings(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Settings)})
+        if given.after is not None:
+            go_on_after(given.after, given.run)
         train(given.run, settings, given.device, given.compile, given.checkpoint_every)
     elif given.command == "measure":
         measure(given.run, given.device)
