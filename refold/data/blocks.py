@@ -170,4 +170,4 @@ def _decode(path: Path, offset: int, raw: bytes) -> str:
 
 def first_line(error: Exception) -> str:
     """Returns the part of a library's message that fits into ours."""
-    return str(error).partition("\n")[0]
+    return (str(error).strip() or type(error).__name__).partition("\n")[0][:200]

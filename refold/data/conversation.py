@@ -1,7 +1,7 @@
 """A conversation: what chat data holds instead of a text."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from refold.errors import DataError
@@ -22,7 +22,7 @@ class Conversation:
     """
 
     messages: tuple[dict[str, Any], ...]
-    where: str
+    where: str = field(compare=False)
 
 
 def read_conversation(value: object, where: str) -> Conversation:

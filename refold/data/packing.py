@@ -1,6 +1,7 @@
 """Packs tokenised documents into training sequences, addressed by one integer position."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,6 +12,15 @@ from refold.errors import DataError
 
 IGNORED = -100
 """Label of a position that predicts nothing."""
+
+
+@runtime_checkable
+class Slices(Protocol):
+    """What slices to an array: an array, or arrays end to end."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: slice, /) -> np.ndarray: ...
 
 
 class PackedSequence(NamedTuple):
@@ -36,14 +46,22 @@ class PackedSequences:
     predicts nothing.
     """
 
-    def __init__(self, tokens: np.ndarray, offsets: np.ndarray, sequence_length: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokens: Slices,
+        offsets: np.ndarray,
+        sequence_length: int,
+        seed: int,
+        is_target: Slices | None = None,
+    ) -> None:
         """Keeps references to the arrays; copies nothing.
 
         Args:
-            tokens: unsigned `[num_tokens]`, may be memory-mapped.
+            tokens: unsigned `[num_tokens]`, may be memory-mapped or lie in several files.
             offsets: int64 `[num_documents + 1]`, as in `TokenisedDocuments`.
             sequence_length: T, tokens per sequence, at least 2.
             seed: order of sequences.
+            is_target: bool `[num_tokens]`, which tokens are to be predicted; None: all.
 
         Raises:
             DataError: there are no tokens or the length is below 2.
@@ -57,6 +75,7 @@ class PackedSequences:
         self.offsets = offsets
         self.sequence_length = sequence_length
         self.seed = seed
+        self.is_target = is_target
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -70,8 +89,7 @@ class PackedSequences:
 
     def batch(self, position: int, batch_size: int) -> PackedSequence:
         """Returns the sequences at `position .. position + batch_size - 1`, `[B, T]` each."""
-        rows = [self.sequence(position + row) for row in range(batch_size)]
-        return PackedSequence(*(torch.stack(column) for column in zip(*rows, strict=True)))
+        return stack([self.sequence(position + row) for row in range(batch_size)])
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
@@ -94,5 +112,12 @@ class PackedSequences:
 
         labels = np.full(length, IGNORED, dtype=np.int64)
         labels[:-1] = np.where(position_ids[1:] == 0, IGNORED, input_ids[1:])
+        if self.is_target is not None:
+            labels[: stop - start - 1][~self.is_target[start + 1 : stop]] = IGNORED
         labels[stop - start :] = IGNORED
         return PackedSequence(torch.from_numpy(input_ids), torch.from_numpy(position_ids), torch.from_numpy(labels))
+
+
+def stack(sequences: Sequence[PackedSequence]) -> PackedSequence:
+    """Returns sequences of one length as a batch, `[B, T]` each."""
+    return PackedSequence(*(torch.stack(column) for column in zip(*sequences, strict=True)))

@@ -1,24 +1,22 @@
 """Tokenises documents in shuffled order up to a budget of tokens, and keeps the result on disk where asked."""
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
+from refold.data.encoder import TextEncoder, digest, document_start_token
+from refold.data.encoding import Encoding
 from refold.data.readers import DataSource
 from refold.errors import DataError
 
-_BATCH_CHARACTERS = 2**20
-_CHARACTERS_PER_TOKEN = 16  # well above any language's mean; only decides how much of a long last document is looked at
+__all__ = ["TokenisedDocuments", "document_start_token", "tokenise"]
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,6 @@ class TokenisedDocuments:
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
 
-def document_start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Returns the id put before each document: bos where the tokenizer has one, else eos, else None."""
-    ids: Any = tokenizer  # transformers types every special token as str, int or lists of them
-    return ids.bos_token_id if ids.bos_token_id is not None else ids.eos_token_id
-
-
 def tokenise(
     source: DataSource,
     tokenizer: PreTrainedTokenizerBase,
@@ -94,115 +86,36 @@ def tokenise(
     """
     if budget is not None and budget < 1:
         raise DataError(f"data: a budget of at least 1 token is required (got {budget})")
+    encoder = TextEncoder(tokenizer)
     if cache_folder is None:
-        return _tokenise(source, tokenizer, budget, seed, on_progress)
-    path = Path(cache_folder) / f"tokens-{_cache_key(source, tokenizer, budget, seed)}.safetensors"
+        return _tokenise(source, encoder, budget, seed, on_progress)
+    key = digest(["refold-tokens-1", *encoder.key(), source.identity, budget, seed])
+    path = Path(cache_folder) / f"tokens-{key}.safetensors"
     if path.exists():
         return _load(path)
-    tokenised = _tokenise(source, tokenizer, budget, seed, on_progress)
+    tokenised = _tokenise(source, encoder, budget, seed, on_progress)
     _save(path, tokenised)
     return tokenised
 
 
 def _tokenise(
-    source: DataSource,
-    tokenizer: PreTrainedTokenizerBase,
+    source: DataSource[str],
+    encoder: TextEncoder,
     budget: int | None,
     seed: int | None,
     on_progress: Callable[[int], None] | None,
 ) -> TokenisedDocuments:
-    start = document_start_token(tokenizer)
-    prefix = [] if start is None else [start]
-    dtype = np.uint16 if len(tokenizer) < 2**16 else np.uint32
-    arrays: list[np.ndarray] = []
-    sizes: list[int] = []
-    num_tokens = 0
-    was_cut = False
-    documents = source.documents(seed)
-    while not was_cut and (budget is None or num_tokens < budget):
-        remaining = None if budget is None else budget - num_tokens
-        texts = list(_batch(documents, remaining))
-        if not texts:
-            break
-        for text, ids in zip(texts, _encode(tokenizer, texts, remaining), strict=True):
-            room = len(prefix) + len(ids) if budget is None else budget - num_tokens
-            array = np.array((prefix + ids)[:room], dtype=dtype)
-            was_cut = len(array) < len(prefix) + len(ids)
-            size = len(text.encode())
-            if was_cut:
-                size = min(size, _num_bytes(tokenizer, ids[: len(array) - len(prefix)]))
-            if len(array):
-                arrays.append(array)
-                sizes.append(size)
-                num_tokens += len(array)
-            if was_cut:
-                break
-        if on_progress is not None:
-            on_progress(num_tokens)
-    if not num_tokens:
+    encoding = Encoding(source.documents(seed), encoder, budget=budget, on_progress=on_progress)
+    documents = [document for document in encoding if len(document.ids)]
+    if not documents:
         raise DataError(f"data: at least one document that is not empty is required (got none in {source.name})")
     return TokenisedDocuments(
-        tokens=np.concatenate(arrays),
-        offsets=np.cumsum([0, *map(len, arrays)], dtype=np.int64),
-        byte_offsets=np.cumsum([0, *sizes], dtype=np.int64),
-        document_start=start,
-        is_whole_source=not was_cut and next(documents, None) is None,
+        tokens=np.concatenate([document.ids for document in documents]),
+        offsets=np.cumsum([0, *(len(document.ids) for document in documents)], dtype=np.int64),
+        byte_offsets=np.cumsum([0, *(document.num_bytes for document in documents)], dtype=np.int64),
+        document_start=encoder.document_start,
+        is_whole_source=encoding.is_whole_source,
     )
-
-
-def _batch(documents: Iterator[str], remaining: int | None) -> Iterator[str]:
-    """Takes documents of about a batch's characters, and not many more than the remaining budget can use."""
-    limit = _BATCH_CHARACTERS if remaining is None else min(_BATCH_CHARACTERS, _CHARACTERS_PER_TOKEN * remaining)
-    taken = 0
-    while taken < limit and (text := next(documents, None)) is not None:
-        taken += len(text)
-        yield text
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], remaining: int | None) -> list[list[int]]:
-    """Encodes texts; of one far longer than the remaining budget, only as much of its beginning as fills the budget."""
-    if remaining is None:
-        return _ids(tokenizer, texts)
-    limit = _CHARACTERS_PER_TOKEN * (remaining + 256)
-    encoded = _ids(tokenizer, [text[:limit] for text in texts])
-    for index, text in enumerate(texts):
-        # The cut changes the tokens beside it, so they must lie past the budget.
-        if len(text) > limit and len(encoded[index]) < remaining + 256:
-            encoded[index] = _ids(tokenizer, [text])[0]
-    return encoded
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # verbose=False: a document longer than the model's context is no mistake here.
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def _num_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
-    text: Any = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return len(text.encode("utf-8", "replace"))
-
-
-def _cache_key(source: DataSource, tokenizer: PreTrainedTokenizerBase, budget: int | None, seed: int | None) -> str:
-    """Hash of everything the tokens depend on."""
-    if tokenizer.is_fast:
-        backend: Any = tokenizer.backend_tokenizer
-        state = json.loads(backend.to_str())
-        # Calls leave these two behind; encoding as done here sets them itself.
-        del state["truncation"], state["padding"]
-    else:
-        state = sorted(tokenizer.get_vocab().items())
-    key = [
-        "refold-tokens-1",
-        type(tokenizer).__name__,
-        tokenizers.__version__,
-        state,
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        source.identity,
-        budget,
-        seed,
-    ]
-    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
 
 
 def _save(path: Path, tokenised: TokenisedDocuments) -> None:

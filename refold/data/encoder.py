@@ -1,0 +1,154 @@
+"""Documents to tokens: what an encoder is, and the one for texts."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import tokenizers
+from transformers import PreTrainedTokenizerBase
+
+from refold.errors import DataError
+
+D = TypeVar("D")
+
+_CHARACTERS_PER_TOKEN = 16  # well above any language's mean; only decides how much of a long last document is looked at
+_SLACK_TOKENS = 256
+
+
+class EncodedDocument(NamedTuple):
+    """One document's tokens.
+
+    Attributes:
+        ids: `[n]`, in the encoder's dtype, start token included.
+        is_target: bool `[n]`, whether a token is to be predicted; None: all are.
+        num_bytes: UTF-8 bytes of what the tokens stand for (a start token has none).
+    """
+
+    ids: np.ndarray
+    is_target: np.ndarray | None
+    num_bytes: int
+
+
+class Encoder(ABC, Generic[D]):
+    """Turns documents of one form into tokens.
+
+    Attributes:
+        tokenizer: what it does so with.
+        dtype: of the ids: uint16 where the vocabulary is below 65,536, else uint32.
+        document_start: id of the token put before each document, None where none is.
+        has_targets: whether some tokens are not to be predicted.
+        max_threads: how many threads may encode at once; None: any number.
+    """
+
+    document_start: int | None = None
+    has_targets = False
+    max_threads: int | None = None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.dtype = np.dtype(np.uint16 if len(tokenizer) < 2**16 else np.uint32)
+        if tokenizer.is_fast:
+            # Set once: changing these while another thread encodes is an error. transformers sets them at every call.
+            backend = self._backend
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+
+    @abstractmethod
+    def encode(self, documents: Sequence[Any], room: int | None) -> list[EncodedDocument]:
+        """Returns the tokens of whole documents; of one far longer than `room` tokens, more than `room` will do."""
+
+    @abstractmethod
+    def num_characters(self, document: D) -> int:
+        """Returns a document's size, roughly."""
+
+    def cut(self, document: EncodedDocument, room: int) -> EncodedDocument:
+        """Returns the first `room` tokens of a document, with the bytes these stand for."""
+        if len(document.ids) <= room:
+            return document
+        ids = document.ids[:room]
+        texts = ids if self.document_start is None else ids[1:]
+        text: Any = self.tokenizer.decode(texts.tolist(), clean_up_tokenization_spaces=False)
+        size = min(document.num_bytes, len(text.encode("utf-8", "replace")))
+        return EncodedDocument(ids, None if document.is_target is None else document.is_target[:room], size)
+
+    def key(self) -> list[Any]:
+        """Lists everything the tokens of a document depend on, as JSON."""
+        if self.tokenizer.is_fast:
+            state = json.loads(self._backend.to_str())
+            # Calls leave these two behind; encoding as done here has neither.
+            del state["truncation"], state["padding"]
+        else:
+            state = sorted(self.tokenizer.get_vocab().items())
+        return [
+            type(self.tokenizer).__name__,
+            tokenizers.__version__,
+            state,
+            self.tokenizer.bos_token_id,
+            self.tokenizer.eos_token_id,
+        ]
+
+    @property
+    def _backend(self) -> Any:
+        tokenizer: Any = self.tokenizer
+        return tokenizer.backend_tokenizer
+
+
+class TextEncoder(Encoder[str]):
+    """Encodes texts, each behind a start token.
+
+    Special tokens written out in a text are recognised, as the tokenizer does by default; its own bos/eos handling is
+    off, see `document_start_token`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer)
+        self.document_start = document_start_token(tokenizer)
+
+    def encode(self, documents: Sequence[Any], room: int | None) -> list[EncodedDocument]:
+        for text in documents:
+            if not isinstance(text, str):
+                raise DataError(f"data: texts are required (got a {type(text).__name__}); ask for chat data")
+        prefix = np.array([] if self.document_start is None else [self.document_start], dtype=self.dtype)
+        ids = self._ids(documents, room)
+        return [
+            EncodedDocument(np.concatenate([prefix, array]), None, len(text.encode()))
+            for text, array in zip(documents, ids, strict=True)
+        ]
+
+    def num_characters(self, document: str) -> int:
+        return len(document)
+
+    def _ids(self, texts: Sequence[str], room: int | None) -> list[np.ndarray]:
+        if room is None:
+            return self._all_ids(texts)
+        limit = _CHARACTERS_PER_TOKEN * (room + _SLACK_TOKENS)
+        arrays = self._all_ids([text[:limit] for text in texts])
+        for index, text in enumerate(texts):
+            # The cut changes the tokens beside it, so they must lie past the room.
+            if len(text) > limit and len(arrays[index]) < room + _SLACK_TOKENS:
+                arrays[index] = self._all_ids([text])[0]
+        return arrays
+
+    def _all_ids(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self.tokenizer.is_fast:
+            # Not through transformers, which holds the interpreter's lock three times as long per token.
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        # verbose=False: a document longer than the model's context is no mistake here.
+        lists = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [np.array(ids, dtype=self.dtype) for ids in lists["input_ids"]]
+
+
+def document_start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Returns the id put before each document: bos where the tokenizer has one, else eos, else None."""
+    ids: Any = tokenizer  # transformers types every special token as str, int or lists of them
+    return ids.bos_token_id if ids.bos_token_id is not None else ids.eos_token_id
+
+
+def digest(key: list[Any]) -> str:
+    """Returns the hash that names what was made from a key."""
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]

@@ -1,0 +1,166 @@
+"""Training data read from a stream as training advances, window by window, on bounded disk."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from refold.checkpoint.lock import FolderLock
+from refold.data.encoder import Encoder, digest
+from refold.data.feeder import Feeder, Place
+from refold.data.packing import PackedSequence, PackedSequences
+from refold.data.shard_writer import ShardWriter, flush_folder, make_folder, unwritable
+from refold.data.shards import TokenShards
+from refold.data.streams import DocumentStream
+from refold.data.training_data import TrainingData
+from refold.errors import DataError
+
+WINDOW_TOKENS = 2**24
+"""Tokens of a window, about: 32 MB of a vocabulary below 65,536."""
+
+
+class StreamedData(TrainingData):
+    """A stream cut into windows of a fixed number of sequences, each shuffled by (seed, window).
+
+    The folder has the tokens of the latest two windows, and a small record of where each window so far begins in the
+    stream. A window that is asked for and not there is made from its record, so that any position reached before gives
+    the same sequence again; one further on is reached by reading on. Several processes may share the folder.
+    """
+
+    tokens_per_epoch = None
+
+    def __init__(
+        self,
+        stream: DocumentStream,
+        encoder: Encoder[Any],
+        *,
+        context: int,
+        seed: int,
+        cache_folder: Path,
+        vocab_size: int | None = None,
+        workers: int | None = None,
+        window_tokens: int = WINDOW_TOKENS,
+    ) -> None:
+        """Makes the first window where there is none yet.
+
+        Args:
+            stream: the documents.
+            encoder: what turns them into tokens.
+            context: tokens of a sequence.
+            seed: order of sequences within windows.
+            cache_folder: where the stream's folder is.
+            vocab_size: tokens the model knows, to check; None: no check.
+            workers: threads that encode.
+            window_tokens: size of a window, which is rounded to whole sequences.
+
+        Raises:
+            DataError: the stream is empty or cannot be begun again in the middle, or the cache cannot be written.
+        """
+        self.name = stream.name
+        self._num_sequences = max(1, window_tokens // context)
+        self._window_tokens = self._num_sequences * context
+        key = ["refold-stream-1", *encoder.key(), encoder.has_targets, stream.identity, self._window_tokens]
+        self.identity = hashlib.sha256(f"{digest(key)} {context} {seed}".encode()).hexdigest()
+        self._folder = cache_folder / f"stream-{digest(key)}"
+        self._stream = stream
+        self._encoder = encoder
+        self._context = context
+        self._seed = seed
+        self._vocab_size = vocab_size
+        self._workers = workers
+        self._feeder: Feeder | None = None
+        self._windows: dict[int, PackedSequences] = {}
+        if not self._record(0).exists():
+            stream.require_repeatable()
+            make_folder(self._folder)
+            self._window(0)
+
+    def sequence(self, position: int) -> PackedSequence:
+        return self._window(position // self._num_sequences).sequence(position)
+
+    def close(self) -> None:
+        self._stop_feeding()
+        self._windows.clear()
+
+    def _window(self, number: int) -> PackedSequences:
+        if number not in self._windows:
+            with FolderLock(self._folder, wait=float("inf")):
+                shards = self._make(number)
+            # Of as many sequences as a window has, the epoch is the window's number: position and order need no more.
+            self._windows = {each: self._windows[each] for each in self._windows if each == number - 1}
+            self._windows[number] = shards.packed(self._context, self._seed)
+        return self._windows[number]
+
+    def _make(self, number: int) -> TokenShards:
+        """Opens a window, made where it is not there; the lock is held."""
+        folder = self._window_folder(number)
+        if not folder.exists():
+            first = number
+            while first and not self._record(first).exists():
+                first -= 1
+            for window in range(first, number + 1):
+                self._write_window(window)
+        shards = TokenShards(folder)
+        shards.require_vocabulary(self._vocab_size)
+        return shards
+
+    def _write_window(self, number: int) -> None:
+        folder = self._window_folder(number)
+        # The window before may still be read by another process.
+        for other in self._folder.glob("window-*"):
+            if other.name not in (folder.name, self._window_folder(number - 1).name):
+                shutil.rmtree(other, ignore_errors=True)
+        feeder = self._feeder_at(self._read_record(number))
+        try:
+            with ShardWriter(folder, self._encoder.dtype, self._encoder.has_targets, self.name) as writer:
+                for document in feeder.take(self._window_tokens):
+                    writer.add(document)
+                # Before the window appears, so that where it is, one can go on behind it.
+                self._write_record(number + 1, feeder.place)
+        except BaseException:
+            self._stop_feeding()
+            raise
+
+    def _feeder_at(self, place: Place) -> Feeder:
+        if self._feeder is None or self._feeder.place != place:
+            self._stop_feeding()
+            self._feeder = Feeder(self._stream, self._encoder, place, self._workers)
+        return self._feeder
+
+    def _stop_feeding(self) -> None:
+        if self._feeder is not None:
+            self._feeder.close()
+            self._feeder = None
+
+    def _window_folder(self, number: int) -> Path:
+        return self._folder / f"window-{number:06}"
+
+    def _record(self, number: int) -> Path:
+        return self._folder / f"place-{number:06}.json"
+
+    def _read_record(self, number: int) -> Place:
+        path = self._record(number)
+        if number == 0 and not path.exists():
+            self._write_record(0, Place())
+        try:
+            fields: Any = json.loads(path.read_text(encoding="utf-8"))
+            return Place(**fields)
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{path}: a whole record is required ({error}); delete {self._folder} to begin anew"
+            ) from error
+
+    def _write_record(self, number: int, place: Place) -> None:
+        path = self._record(number)
+        unfinished = path.with_suffix(".unfinished")
+        try:
+            with unfinished.open("w", encoding="utf-8") as file:
+                json.dump(place.to_json(), file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.rename(path)
+            flush_folder(self._folder)
+        except OSError as error:
+            raise unwritable(path, error) from error
