@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from refold.errors import HealError
 from refold.scoring.divergences import DIVERGENCES
 from refold.scoring.head import CHUNK_BYTES, Head, Predictions, check_same_vocabulary, chunks, scored_positions
+from refold.scoring.stored import StoredPredictions, stored_forward_kl
 from refold.suggest import did_you_mean
 
 _FLOAT32_SHARE = 0.15  # of the logits of one copy; the naive computation holds several
@@ -72,6 +73,7 @@ def chunked_loss(
     objectives: Objectives | None = None,
     *,
     teacher: Predictions | None = None,
+    stored: StoredPredictions | None = None,
     num_tokens: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> ChunkedLoss:
@@ -86,22 +88,18 @@ def chunked_loss(
         student: hidden states `[*M, D]` and head.
         labels: the id each position predicts (already shifted), -100: not scored, in the divergences neither.
         objectives: weights; None: cross-entropy alone.
-        teacher: hidden states `[*M, Dt]` and head of the teacher; gets no gradient. Needed by divergences.
+        teacher: hidden states `[*M, Dt]` and head of the teacher; gets no gradient. Divergences need it, or `stored`.
+        stored: the teacher's likeliest tokens instead, for the forward KL at temperature 1 over them and the rest.
         num_tokens: denominator of the means, for gradient accumulation (the tokens of all micro-batches); None: the
             scored tokens here. Better than scaling the loss, which costs a copy of the head's gradient.
         chunk_bytes: size of the float32 logits held at a time.
 
     Raises:
-        HealError: divergences without a teacher.
+        HealError: divergences without a teacher, or with a stored one that cannot give them.
         SourceError: the vocabularies differ.
     """
     objectives = objectives or Objectives()
-    if objectives.divergences:
-        if teacher is None:
-            raise HealError(f"divergences: a teacher is required for {', '.join(objectives.divergences)} (got none)")
-        check_same_vocabulary(student.head, teacher.head)
-    else:
-        teacher = None
+    target = _target(student, teacher, stored, objectives)
     index = scored_positions(labels)
     kept = labels.reshape(-1) if index is None else labels.reshape(-1).index_select(0, index)
     student = student.flat(index)
@@ -109,7 +107,7 @@ def chunked_loss(
         head=student.head,
         labels=kept,
         objectives=objectives,
-        teacher=None if teacher is None else Predictions(teacher.hidden.detach(), teacher.head.detached()).flat(index),
+        teacher=None if target is None else target.flat(index),
         denominator=max(1, len(kept) if num_tokens is None else num_tokens),
         chunk_bytes=chunk_bytes,
         wants_gradients=torch.is_grad_enabled(),
@@ -122,12 +120,32 @@ def chunked_loss(
     return ChunkedLoss(total, dict(zip(names, means.unbind(), strict=True)), len(kept))
 
 
+def _target(
+    student: Predictions, teacher: Predictions | None, stored: StoredPredictions | None, objectives: Objectives
+) -> Predictions | StoredPredictions | None:
+    """What divergences compare with; None without divergences."""
+    names = ", ".join(objectives.divergences)
+    if not names:
+        return None
+    if stored is not None:
+        if names != "forward_kl" or objectives.temperature != 1:
+            raise HealError(
+                f"divergences: forward_kl at temperature 1 is required with stored predictions (got {names} at "
+                f"{objectives.temperature:g}); let the teacher run along"
+            )
+        return stored
+    if teacher is None:
+        raise HealError(f"divergences: a teacher is required for {names} (got none)")
+    check_same_vocabulary(student.head, teacher.head)
+    return Predictions(teacher.hidden.detach(), teacher.head.detached())
+
+
 @dataclass(frozen=True)
 class _Call:
     head: Head
     labels: Tensor
     objectives: Objectives
-    teacher: Predictions | None
+    teacher: Predictions | StoredPredictions | None
     denominator: int
     chunk_bytes: int
     wants_gradients: bool  # inside an autograd function gradients are off, and needs_input_grad ignores no_grad
@@ -188,9 +206,10 @@ def _pass(hidden: Tensor, head: Head, call: _Call, needs: _Needs) -> tuple[Tenso
     grad_a = torch.zeros_like(a, dtype=work_dtype) if needs.lora_a and a is not None else None
     grad_b = torch.zeros_like(b, dtype=work_dtype) if needs.lora_b and b is not None else None
     factor = head.scale / call.denominator
-    for rows in chunks(len(hidden), head.vocab_size, 1 if call.teacher is None else 2, call.chunk_bytes):
+    num_matrices = 2 if isinstance(call.teacher, Predictions) else 1
+    for rows in chunks(len(hidden), head.vocab_size, num_matrices, call.chunk_bytes):
         chunk = Predictions(hidden[rows].to(head.weight.dtype), head)
-        teacher = None if call.teacher is None else Predictions(call.teacher.hidden[rows], call.teacher.head)
+        teacher = _rows(call.teacher, rows)
         values, slope = _objectives(chunk, call.labels[rows], teacher, call.objectives, any(needs))
         sums += values
         if slope is None:
@@ -218,8 +237,18 @@ def _pass(hidden: Tensor, head: Head, call: _Call, needs: _Needs) -> tuple[Tenso
     return sums, (grad_hidden, grad_weight, grad_bias, grad_a, grad_b)
 
 
+def _rows(teacher: Predictions | StoredPredictions | None, rows: slice) -> Predictions | StoredPredictions | None:
+    if isinstance(teacher, StoredPredictions):
+        return StoredPredictions(*(part[rows] for part in teacher))
+    return None if teacher is None else Predictions(teacher.hidden[rows], teacher.head)
+
+
 def _objectives(
-    student: Predictions, labels: Tensor, teacher: Predictions | None, objectives: Objectives, wants_slope: bool
+    student: Predictions,
+    labels: Tensor,
+    teacher: Predictions | StoredPredictions | None,
+    objectives: Objectives,
+    wants_slope: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums over a chunk, and the gradient by the logits before soft-cap and scale."""
     head = student.head
@@ -231,7 +260,12 @@ def _objectives(
     del logits
     sums = [-log_q.gather(1, labels[:, None]).sum()]
     slope = None
-    if teacher is not None:
+    if isinstance(teacher, StoredPredictions):
+        value, part = stored_forward_kl(log_q, teacher)
+        sums.append(value.sum())
+        slope = _weighted_sum(slope, part, objectives.divergences["forward_kl"])
+        del part
+    elif teacher is not None:
         log_p = _soften(teacher.head.logits(teacher.hidden).to(log_q.dtype), objectives.temperature)
         softened = log_q if objectives.temperature == 1 else _soften(log_q, objectives.temperature)
         for name, weight in objectives.divergences.items():

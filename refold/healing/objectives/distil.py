@@ -6,9 +6,10 @@ from refold.scoring.chunked import Objectives, chunked_loss
 
 
 class Distil(Objective[specs.Distil]):
-    """`cross_entropy * CE + divergence_weight * temperature^2 * D(teacher, student)`, the teacher running along.
+    """`cross_entropy * CE + divergence_weight * temperature^2 * D(teacher, student)`.
 
-    Forward KL is the divergence RRT settles on (arXiv 2410.20672, section 3.6); it does not state the weights.
+    The teacher runs along, or its likeliest tokens are read from disk. Forward KL is the divergence RRT settles on
+    (arXiv 2410.20672, section 3.6); it does not state the weights.
     """
 
     student_wants = frozenset({"predictions"})
@@ -24,7 +25,13 @@ class Distil(Objective[specs.Distil]):
     def loss(self, step: Step) -> Loss:
         assert step.student is not None
         teacher = None if step.teacher is None else step.teacher.predictions
+        assert self.stored_top_k is None or step.stored is not None
         found = chunked_loss(
-            step.student.predictions, step.labels, self._parts, teacher=teacher, num_tokens=step.num_tokens
+            step.student.predictions,
+            step.labels,
+            self._parts,
+            teacher=teacher,
+            stored=None if self.stored_top_k is None else step.stored,
+            num_tokens=step.num_tokens,
         )
         return Loss(found.total, found.means)
