@@ -175,10 +175,7 @@ class Run:
         teacher, stored = self._teachers.open(stage)
         if stage.autocast is not None and self.team.device.type == "cpu":
             attend_in_float32(self.student)
-        if spec.gradient_checkpointing:
-            self.student.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.student.gradient_checkpointing_disable()
+        _set_checkpointing(self.student, spec.gradient_checkpointing)
         self._training.begin(stage.objectives, stage.autocast)
         return Loop(
             team=self.team,
@@ -252,3 +249,14 @@ class Run:
             for index, each in enumerate(self.prepared.stages)
             for key, value in each.stage.model_dump(mode="json", exclude_none=True).items()
         }
+
+
+def _set_checkpointing(student: Any, is_on: bool) -> None:
+    if is_on == any(getattr(module, "gradient_checkpointing", False) for module in student.modules()):
+        return
+    # Newer transformers call it activation checkpointing.
+    kind = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+    if is_on:
+        getattr(student, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(student, f"{kind}_checkpointing_disable")()

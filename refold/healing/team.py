@@ -156,12 +156,15 @@ class ShardedTeam(Team):
         if self.size == 1:
             return training
         for module in training.modules():
-            if isinstance(module, StoredPart) or (isinstance(module, Depth) and any(module.parameters())):
+            owns = next(module.parameters(), None) is not None
+            if isinstance(module, (StoredPart, Depth)) and owns:
                 fully_shard(module, reshard_after_forward=False)
         fully_shard(training, reshard_after_forward=False)
         for module in training.modules():
             if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)  # losses have the whole step's tokens below already
+                # A plain sum: losses are divided by the whole step's tokens already.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
         return training
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:

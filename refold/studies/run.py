@@ -9,7 +9,7 @@ from typing import Any
 from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.load import RecipeLike, load_recipe
 from refold.blueprint.protocols import scale_stages
-from refold.blueprint.recipe import HealStage, Recipe
+from refold.blueprint.recipe import Recipe
 from refold.checkpoint.folder import settle
 from refold.checkpoint.locate import PLAN_NAME, Source, locate
 from refold.checkpoint.lock import FolderLock
