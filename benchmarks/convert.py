@@ -26,8 +26,8 @@ from page import Page, table
 from timing import ROUNDS, Timings, interleave
 from tinyllama_shaped import LINEARS, Linear, make_checkpoint
 
-from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.locate import PLAN_NAME
+from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import convert
 from refold.conversion.svd import truncated_svd
 

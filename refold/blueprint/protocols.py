@@ -58,7 +58,9 @@ def read_heal(value: Any) -> Any:
     changes = dict(value)
     name, tokens = changes.pop("protocol", None), read_amount(changes.pop("tokens", None))
     if name is None:
-        raise ValueError(f"must be a list of stages, or a mapping with `protocol` (got keys {', '.join(map(str, value))})")
+        raise ValueError(
+            f"must be a list of stages, or a mapping with `protocol` (got keys {', '.join(map(str, value))})"
+        )
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ValueError(f"protocol {name}: requires `tokens`, such as 20M (got {tokens!r})")
     return expand_protocol(name, tokens, changes)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from refold.blueprint.load import load_recipe
 from refold.blueprint.heal_stage import HealStage
+from refold.blueprint.load import load_recipe
 from refold.blueprint.recipe import Recipe
 from refold.conversion.convert import convert
 from refold.conversion.plan import Plan
@@ -16,8 +16,8 @@ from refold.engine.sampling import Sampling
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.result import Evaluation
 from refold.healing.heal import heal
-from refold.studies.report_line import report_line
 from refold.studies.baselines import pruned_recipe
+from refold.studies.report_line import report_line
 from refold.studies.shipped import held_out_data, shipped_model, training_data
 
 HEAL_TOKENS = 200_000
