@@ -15,7 +15,7 @@ from refold.errors import RecipeError, SourceError
 from refold.families.arch import ArchSpec
 from refold.families.family import Family
 from refold.families.registry import find_family, read_arch
-from refold.suggest import did_you_mean
+from refold.suggest import did_you_mean, must_be_one_of
 
 STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Safetensors name to torch name of the dtypes weights may have."""
@@ -176,7 +176,7 @@ def _stored_dtype(where: str, headers: CheckpointHeaders, expected: Mapping[str,
 def _config_dtype(config: Mapping[str, Any]) -> str:
     given = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if given not in DTYPE_BYTES:
-        raise SourceError(f"config.json: dtype: must be one of {', '.join(DTYPE_BYTES)} (got '{given}')")
+        raise SourceError(f"config.json: dtype: {must_be_one_of(given, DTYPE_BYTES)}")
     return given
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from refold.errors import ExportError
 from refold.exporting import dense
 from refold.exporting.target import ExportTarget
-from refold.suggest import did_you_mean
+from refold.suggest import must_be_one_of
 
 TARGETS: Mapping[str, ExportTarget] = {target.name: target for target in (dense.TARGET,)}
 
@@ -17,7 +17,5 @@ def find_target(name: str) -> ExportTarget:
         ExportError: No target of that name.
     """
     if name not in TARGETS:
-        raise ExportError(
-            f"export: to: must be one of {', '.join(TARGETS)} (got '{name}'){did_you_mean(name, TARGETS)}"
-        )
+        raise ExportError(f"export: to: {must_be_one_of(name, TARGETS)}")
     return TARGETS[name]

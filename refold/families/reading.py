@@ -5,6 +5,7 @@ from typing import Any
 
 from refold.errors import SourceError
 from refold.families.arch import ArchSpec, Layer, Rope
+from refold.suggest import must_be_one_of
 
 # The numbers each kind needs; what else a config carries beside them has no effect.
 ROPE_KINDS = {
@@ -44,7 +45,7 @@ def read_or(config: Mapping[str, Any], key: str, default: Any) -> Any:
 def read_activation(config: Mapping[str, Any], key: str, default: str) -> str:
     name = read_or(config, key, default)
     if name not in ACTIVATIONS:
-        raise SourceError(f"config.json: {key}: must be one of {', '.join(ACTIVATIONS)} (got {name!r})")
+        raise SourceError(f"config.json: {key}: {must_be_one_of(name, ACTIVATIONS)}")
     return name
 
 
@@ -137,7 +138,7 @@ def read_rope(
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     if kind not in ROPE_KINDS:
-        raise SourceError(f"config.json: rope kind must be one of {', '.join(ROPE_KINDS)} (got {kind!r})")
+        raise SourceError(f"config.json: rope kind {must_be_one_of(kind, ROPE_KINDS)}")
     theta = given.pop("rope_theta", None)
     theta = config.get(theta_key) if theta is None else theta
     if kind == "llama3" and given.get("original_max_position_embeddings") is None:

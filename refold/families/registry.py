@@ -9,7 +9,7 @@ from refold.errors import SourceError
 from refold.families import gpt_neox, llama, mistral
 from refold.families.arch import ArchSpec
 from refold.families.family import Family
-from refold.suggest import did_you_mean
+from refold.suggest import must_be_one_of
 
 FAMILIES: Mapping[str, Family] = {family.FAMILY.model_type: family.FAMILY for family in (llama, mistral, gpt_neox)}
 
@@ -21,10 +21,7 @@ def find_family(model_type: str | None) -> Family:
         SourceError: No such family, with the list of those there are.
     """
     if model_type is None or model_type not in FAMILIES:
-        raise SourceError(
-            f"config.json: model_type: must be one of {', '.join(FAMILIES)} (got {model_type!r})"
-            f"{did_you_mean(model_type or '', FAMILIES)}"
-        )
+        raise SourceError(f"config.json: model_type: {must_be_one_of(model_type, FAMILIES)}")
     return FAMILIES[model_type]
 
 

@@ -16,6 +16,7 @@ from refold.errors import RefoldError, SourceError
 from refold.families.registry import find_family
 from refold.modeling.configuration import MODEL_TYPE
 from refold.modeling.registration import register
+from refold.suggest import must_be_one_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,7 +51,7 @@ def choose_dtype(name: str | torch.dtype | None = None) -> torch.dtype | str:
     if isinstance(name, torch.dtype):
         return name
     if name not in DTYPES:
-        raise RefoldError(f"dtype: must be one of {', '.join(DTYPES)} (got '{name}')")
+        raise RefoldError(f"dtype: {must_be_one_of(name, DTYPES)}")
     return getattr(torch, name)
 
 

@@ -9,7 +9,7 @@ from refold.checkpoint.locate import Source
 from refold.conversion.plan import Plan, plan_model
 from refold.conversion.source_model import SourceModel
 from refold.errors import RecipeError
-from refold.suggest import did_you_mean
+from refold.suggest import must_be_one_of
 
 DEFAULT_BASELINES = ("pruned",)
 
@@ -90,7 +90,7 @@ def require_baseline(name: str, further: Sequence[str] = ()) -> None:
     """
     known = (*BASELINES, *further)
     if name not in known:
-        raise RecipeError(f"baseline: must be one of {', '.join(known)} (got '{name}'){did_you_mean(name, known)}")
+        raise RecipeError(f"baseline: {must_be_one_of(name, known)}")
 
 
 def read_baselines(names: Sequence[str] | None) -> tuple[str, ...]:

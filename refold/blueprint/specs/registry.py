@@ -6,7 +6,7 @@ from refold.blueprint.schema import Blueprint, Depth
 from refold.blueprint.specs import attention, mlp
 from refold.blueprint.specs.part import PartSpec
 from refold.errors import RecipeError
-from refold.suggest import did_you_mean
+from refold.suggest import must_be_one_of
 
 MIXERS: Mapping[str, PartSpec] = {spec.name: spec for spec in (attention.SPEC,)}
 MLP = mlp.SPEC
@@ -19,9 +19,7 @@ def find_mixer(name: str) -> PartSpec:
         RecipeError: No mixer of that name.
     """
     if name not in MIXERS:
-        raise RecipeError(
-            f"mixers: type: must be one of {', '.join(MIXERS)} (got '{name}'){did_you_mean(name, MIXERS)}"
-        )
+        raise RecipeError(f"mixers: type: {must_be_one_of(name, MIXERS)}")
     return MIXERS[name]
 
 
