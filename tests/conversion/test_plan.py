@@ -166,7 +166,7 @@ def test_lines_say_how_what_exits_have_of_their_own_begins(make_source):
     assert (lora.count, lora.reason) == (4, "Gaussian A, zero B: leaves through the shared head at first")
     gate = _line(made, "model.exits.*.gate.*", "fresh")
     assert (gate.count, gate.reason) == (4, "zeros: says one half at first")
-    assert any(note.startswith("exits after depths 0, 1: own norm, head rank 2, gate") for note in made.notes)
+    assert any(note.startswith("exits after depth 0 and 1: own norm, head rank 2, gate") for note in made.notes)
     scratch = plan(folder, {"weights": "fresh", "exits": {"at": [0], "norm": "own"}}, allow_larger=True)
     assert _line(scratch, "model.exits.*.norm.weight", "fresh").reason == "weights: fresh"
 

@@ -55,7 +55,7 @@ def describe_exits(blueprint: Blueprint) -> tuple[str, ...]:
         if depth.exit is not None and depth.exit.has_parts:
             places.setdefault(depth.exit, []).append(index)
     return tuple(
-        f"exits after depths {', '.join(map(str, indices))}: {spec.describe()}, "
+        f"exits after depth {' and '.join(map(str, indices))}: {spec.describe()}, "
         f"{len(indices) * count_exit_parameters(blueprint.arch, spec):,} parameters that the full depth does not use"
         for spec, indices in places.items()
     )
