@@ -160,7 +160,7 @@ def test_checkpointing_and_training_reach_the_exits_alone(load, tokens):
     for checkpointing in (False, True):
         model = make_visible(load("llama", OWN)).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         out = model(tokens, output_exits=True)
         torch.stack([part.square().mean() for part in (*out.exit_logits, *out.exit_gates)]).sum().backward()
         gradients.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
