@@ -8,7 +8,7 @@ from typing import Any
 
 from refold.data.encoder import EncodedDocument, Encoder
 
-_BATCH_CHARACTERS = 2**20
+BATCH_CHARACTERS = 2**20
 _CHARACTERS_PER_TOKEN = 16
 
 
@@ -33,6 +33,7 @@ class Encoding:
         budget: int | None,
         workers: int | None = None,
         on_progress: Callable[[int], None] | None = None,
+        batch_characters: int = BATCH_CHARACTERS,
     ) -> None:
         """Encodes nothing yet.
 
@@ -42,6 +43,7 @@ class Encoding:
             budget: tokens, start tokens included; None: all.
             workers: threads that encode; None: `default_workers()`.
             on_progress: called with the number of tokens so far after every batch.
+            batch_characters: about how much a thread encodes at a time.
         """
         self.num_tokens = 0
         self.is_whole_source = False
@@ -50,6 +52,7 @@ class Encoding:
         self._budget = budget
         self._workers = min(workers or default_workers(), encoder.max_threads or 2**10)
         self._on_progress = on_progress
+        self._batch_characters = batch_characters
 
     def __iter__(self) -> Generator[EncodedDocument, None, None]:
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="encode")
@@ -90,7 +93,9 @@ class Encoding:
     def _batch(self) -> tuple[int, list[Any]]:
         """Takes documents of about a batch's characters, and not many more than the remaining budget can use."""
         room = self._remaining()
-        limit = _BATCH_CHARACTERS if room is None else min(_BATCH_CHARACTERS, _CHARACTERS_PER_TOKEN * room)
+        limit = self._batch_characters
+        if room is not None:
+            limit = min(limit, _CHARACTERS_PER_TOKEN * room)
         batch: list[Any] = []
         taken = 0
         while taken < limit and (document := next(self._documents, None)) is not None:

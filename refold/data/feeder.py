@@ -55,7 +55,9 @@ class Feeder:
     Documents are read and encoded ahead by several threads; `place` is where the tokens given so far end.
     """
 
-    def __init__(self, stream: DocumentStream, encoder: Encoder[Any], place: Place, workers: int | None) -> None:
+    def __init__(
+        self, stream: DocumentStream, encoder: Encoder[Any], place: Place, workers: int | None, batch_characters: int
+    ) -> None:
         """Reads nothing yet.
 
         Args:
@@ -63,12 +65,15 @@ class Feeder:
             encoder: what turns them into tokens.
             place: where to begin.
             workers: threads that encode.
+            batch_characters: about how much each of them takes at a time.
         """
         self.place = place
         self._stream = stream
         self._notes: deque[_Note] = deque()
         self._numbers: deque[tuple[int, int]] = deque()  # epoch and number of every document being encoded
-        self._encoded = iter(Encoding(self._documents(), encoder, budget=None, workers=workers))
+        self._encoded = iter(
+            Encoding(self._documents(), encoder, budget=None, workers=workers, batch_characters=batch_characters)
+        )
         self._left: EncodedDocument | None = None
 
     def take(self, count: int) -> Iterator[EncodedDocument]:

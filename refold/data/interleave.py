@@ -24,7 +24,7 @@ class Interleave:
         shares: of every source, adding up to 1. Weights whose common denominator is above 65,536 are rounded to it.
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, weights: Sequence[float | int]) -> None:
         """Makes one period of the order.
 
         Args:
@@ -57,7 +57,7 @@ class Interleave:
         return min(num_positions, math.ceil(num_positions * self.shares[source]) + 1)
 
 
-def _counts(weights: Sequence[float]) -> list[int]:
+def _counts(weights: Sequence[float | int]) -> list[int]:
     """Returns the positions of each source in one period."""
     # As written: 0.1 is a tenth, not the nearest binary fraction.
     exact = [Fraction(repr(float(weight))) for weight in weights]

@@ -9,6 +9,7 @@ from typing import Any
 
 from refold.checkpoint.lock import FolderLock
 from refold.data.encoder import Encoder, digest
+from refold.data.encoding import BATCH_CHARACTERS
 from refold.data.feeder import Feeder, Place
 from refold.data.packing import PackedSequence, PackedSequences
 from refold.data.shard_writer import ShardWriter, flush_folder, make_folder, unwritable
@@ -126,7 +127,9 @@ class StreamedData(TrainingData):
     def _feeder_at(self, place: Place) -> Feeder:
         if self._feeder is None or self._feeder.place != place:
             self._stop_feeding()
-            self._feeder = Feeder(self._stream, self._encoder, place, self._workers)
+            # A small window is not worth reading far ahead for.
+            size = min(BATCH_CHARACTERS, self._window_tokens)
+            self._feeder = Feeder(self._stream, self._encoder, place, self._workers, size)
         return self._feeder
 
     def _stop_feeding(self) -> None:

@@ -33,3 +33,9 @@ def make_tokenizer(bytes_backend: str) -> Callable[..., PreTrainedTokenizerFast]
 @pytest.fixture
 def tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
     return make_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting for the disk: what a power cut does is not tested here, and the files are many and small."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
