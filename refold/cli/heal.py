@@ -63,6 +63,7 @@ def command(
     from refold.healing.heal import heal
     from refold.healing.probe import probe
     from refold.healing.run import HealOptions
+    from refold.healing.team import is_first_process
 
     changes: dict[str, Any] = {
         "objective": objective,
@@ -99,6 +100,8 @@ def command(
             sweep=sweep is not None, sharded=sharded, report_to=tuple(report_to or ()), command=options.command_line()
         ),
     )
+    if not is_first_process():
+        return
     if json:
         print_json(vars(found))
     else:

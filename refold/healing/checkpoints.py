@@ -42,7 +42,7 @@ class RunState:
     bad_steps: int = 0
     skipped_steps: int = 0
     seconds: float = 0.0
-    thaw: ThawState = ThawState()
+    thaw: ThawState = field(default_factory=ThawState)
 
     @property
     def total_steps(self) -> int:

@@ -12,9 +12,10 @@ from refold.checkpoint import provenance
 from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import Source
 from refold.checkpoint.writer import count_bytes
+from refold.data.training import Data
 from refold.healing.log import LOG_NAME
 from refold.healing.output import describe, tensor_specs, write_healed
-from refold.healing.prepared import Data, prepare
+from refold.healing.prepared import HeldOutData, prepare
 from refold.healing.run import HealOptions, Run
 from refold.healing.team import ShardedTeam, Team
 from refold.modeling.load import choose_device, load_model, open_source
@@ -69,7 +70,7 @@ def heal(
     data: Data,
     stages: HealStage | Sequence[HealStage],
     *,
-    held_out: Data | None = None,
+    held_out: HeldOutData | None = None,
     teacher: str | Path | Source | None = None,
     device: str | None = None,
     overwrite: bool = False,

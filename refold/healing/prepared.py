@@ -14,7 +14,8 @@ from refold.checkpoint import provenance
 from refold.checkpoint.locate import Source, locate
 from refold.checkpoint.manifest import hash_file
 from refold.data.readers import DataSource, open_data
-from refold.data.training import TrainingData, open_training_data
+from refold.data.training import Data, open_training_data
+from refold.data.training_data import TrainingData
 from refold.errors import HealError
 from refold.healing.groups import Trainable, WeightGroups
 from refold.healing.held_out import HeldOut
@@ -30,7 +31,7 @@ from refold.modeling.load import load_tokenizer
 from refold.scoring.predict import head_of
 
 DEFAULT_CONTEXT = 1024
-Data = str | Path | Sequence[str | Path] | DataSource
+HeldOutData = str | Path | Sequence[str | Path] | DataSource
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def prepare(
     student: PreTrainedModel,
     teacher: str | Path | Source | None,
     data: Data,
-    held_out: Data | None,
+    held_out: HeldOutData | None,
     stages: Sequence[HealStage],
     work: Path,
     team: Team,
@@ -171,9 +172,8 @@ def _decide(stage: HealStage, student: PreTrainedModel, device: torch.device) ->
     """Fills in what the stage leaves open."""
     config: Any = student.config
     if stage.context is not None and stage.context > config.max_position_embeddings:
-        raise HealError(
-            f"context: at most the model's {config.max_position_embeddings} positions are required (got {stage.context})"
-        )
+        known = config.max_position_embeddings
+        raise HealError(f"context: at most the model's {known} positions are required (got {stage.context})")
     context = stage.context or max(2, min(DEFAULT_CONTEXT, config.max_position_embeddings, stage.tokens))
     autocast = choose_precision(stage.precision, device, config.hidden_size)
     precision = "float32" if autocast is None else "bfloat16"

@@ -13,10 +13,11 @@ import torch
 from refold.blueprint.heal_stage import HealStage
 from refold.checkpoint.locate import Source
 from refold.checkpoint.writer import count_bytes
+from refold.data.training import Data
 from refold.errors import HealError
 from refold.healing.checkpoints import NUM_KEPT
 from refold.healing.output import tensor_specs
-from refold.healing.prepared import Data, prepare
+from refold.healing.prepared import prepare
 from refold.healing.run import HealOptions, Run
 from refold.healing.team import Team
 from refold.modeling.load import choose_device, load_model, open_source

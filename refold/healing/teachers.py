@@ -1,7 +1,6 @@
 """What a run's stages learn from: the source, trained first where a stage asks for that, running along or stored."""
 
 from collections.abc import Callable
-from typing import Any
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -11,8 +10,7 @@ from refold.checkpoint.locate import Source
 from refold.healing.precision import attend_in_float32
 from refold.healing.prepared import PreparedStage
 from refold.healing.student import Teacher, teacher_wants
-
-TeacherStore = Any  # placeholder
+from refold.healing.teacher_store import StoreContents, TeacherStore
 from refold.healing.team import Team
 from refold.modeling.load import load_model
 
@@ -48,8 +46,8 @@ class Teachers:
         return Teacher(self._model(stage), stage.autocast, wants), store
 
     def model(self, stage: PreparedStage) -> PreTrainedModel | None:
-        """Returns a stage's teacher as a model, for checks; None where it has none."""
-        return self._model(stage) if stage.wants_teacher else None
+        """Returns a stage's teacher as a model, for checks; None where none runs along."""
+        return self._model(stage) if teacher_wants(stage.objectives) else None
 
     def _model(self, stage: PreparedStage) -> PreTrainedModel:
         assert self._source is not None
@@ -77,33 +75,36 @@ class Teachers:
         top_k = max((objective.stored_top_k or 0 for objective in stage.objectives.values()), default=0)
         if not top_k:
             return None
-        assert stage.stage.context is not None
-        assert stage.stage.micro_batch is not None
+        spec, schedule = stage.stage, stage.schedule
+        assert spec.context is not None
+        assert spec.micro_batch is not None
         assert self._source is not None
-        schedule = stage.schedule
-        last = schedule.first_sequence + schedule.num_sequences
-        identity = f"{self._source.fingerprint()} {stage.stage.teacher_tokens} {stage.data.identity} {top_k}"
+        if spec.teacher_tokens is not None:
+            self._model(stage)  # trained by all processes together, before one of them writes
+        contents = StoreContents(
+            identity=f"{self._source.fingerprint()} {spec.teacher_tokens} {spec.precision} {stage.data.identity}",
+            first_sequence=schedule.first_sequence,
+            num_sequences=schedule.num_sequences,
+            context=spec.context,
+            k=top_k,
+            vocab_size=self._source.read_config()["vocab_size"],
+        )
         folder = self._work / "teacher-predictions"
+        micro_batch = spec.micro_batch
 
         def build() -> TeacherStore:
             return TeacherStore.build(
                 folder,
+                contents,
                 lambda: Teacher(self._model(stage), stage.autocast, frozenset({"predictions"})),
                 stage.data,
-                identity=identity,
-                first_sequence=schedule.first_sequence,
-                num_sequences=last - schedule.first_sequence,
-                context=stage.stage.context or 0,
-                k=top_k,
-                micro_batch=stage.stage.micro_batch or 1,
+                micro_batch=micro_batch,
                 device=self._team.device,
                 tell=self._tell,
             )
 
-        if stage.stage.teacher_tokens is not None:
-            self._model(stage)  # trained by all processes together, before one of them writes
-        found = self._team.first(build)
-        return build() if found is None else found
+        made = self._team.first(build)
+        return TeacherStore(folder, contents) if made is None else made
 
 
 def _attention(stage: PreparedStage) -> str | None:

@@ -171,9 +171,9 @@ class ShardedTeam(Team):
         """Nothing is left to do: the backward pass scatters summed gradients."""
 
 
-def is_launched() -> bool:
-    """Says whether a launcher such as torchrun started this process beside others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def is_first_process() -> bool:
+    """Says whether this is the process that tells the user things: the only one, or the first of a launcher's."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
@@ -184,6 +184,6 @@ def _peers_alive() -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:160]
         raise HealError(
-            f"heal: all processes of the run are required (one of them ended: {reason}); give the same command again to "
-            f"go on from the last checkpoint"
+            f"heal: all processes of the run are required (one of them ended: {reason}); give the same command again to go "
+            f"on from the last checkpoint"
         ) from error

@@ -36,7 +36,7 @@ def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def restore_optimizers(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor], team: Team
 ) -> None:
-    """Puts back what belongs to the optimizers, which are made as they were when it was collected, and the generators."""
+    """Puts back what belongs to the optimizers, made as they were when it was collected, and the generators."""
     owner = {
         id(parameter): optimizer
         for optimizer in optimizers

@@ -151,3 +151,30 @@ def test_running_out_of_memory_is_told_with_what_to_change(healing, monkeypatch)
     monkeypatch.setattr(TrainingModel, "forward", burst)
     with pytest.raises(HealError, match=r"enough memory .* 4 sequences .* no checkpoint yet; set micro_batch below 4"):
         healing()
+
+
+def test_stored_predictions_teach_like_a_teacher_that_runs_along(healing, tmp_path, capfd):
+    vocab_size = 96
+    healing({"tokens": 4 * 64, "objective": {"distil": {"top_k": vocab_size}}}, quiet=False)
+    told = capfd.readouterr().err
+    assert "storing the teacher's 96 likeliest of 256 tokens" in told
+    healing({"tokens": 4 * 64}, destination=tmp_path / "live")
+    for mine, other in zip(healing.records[:4], healing.records[4:], strict=True):
+        assert mine.loss == pytest.approx(other.loss, rel=2e-3)  # stored in half precision
+    few = tmp_path / "few"
+    healing({"tokens": 4 * 64, "objective": {"distil": {"top_k": 2}}}, destination=few)
+    assert healing.records[-1].objectives["forward_kl"] < healing.records[3].objectives["forward_kl"]
+
+
+def test_a_mixture_of_files_is_healed_on(healing, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} goes to {name * 5}.\n" * 200)
+    result = healing(data=[f"{tmp_path}/one.txt=0.75", f"{tmp_path}/two.txt=0.25"])
+    assert result.tokens == 12 * 64
+
+
+@pytest.mark.parametrize("objective", ["mixer_outputs", "hidden_states", "attention_matrices"])
+def test_alignment_brings_a_student_nearer_to_its_teacher(healing, objective):
+    healing({"objective": objective, "train": ["mixers", "mlps"], "tokens": 48 * 64})
+    losses = [record.loss for record in healing.records]
+    assert sum(losses[-8:]) < 0.85 * sum(losses[:8])
