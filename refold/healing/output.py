@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from refold.blueprint.heal_stage import HealStage
 from refold.checkpoint import provenance
-from refold.checkpoint.card import CARD_NAME, read_licence, write_card
+from refold.checkpoint.card import CARD_NAME, FOLDED_USAGE, STOCK_USAGE, read_licence, write_card
 from refold.checkpoint.companions import copy_companions
 from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import CONFIG_NAME, PLAN_NAME, Source
@@ -64,8 +64,10 @@ def write_healed(
     history = [*provenance.read(folder), *stages]
     provenance.write(out.path, history)
     base = _base_model(history, model)
-    title = f"{base}, folded and healed" if (folder / PLAN_NAME).exists() else f"{base}, trained further"
-    write_card(out.path, base, title, {**_card_facts(folder), **facts}, licence=read_licence(folder))
+    is_folded = (folder / PLAN_NAME).exists()
+    title = f"{base}, folded and healed" if is_folded else f"{base}, trained further"
+    usage = FOLDED_USAGE if is_folded else STOCK_USAGE
+    write_card(out.path, base, title, {**_card_facts(folder), **facts}, licence=read_licence(folder), usage=usage)
 
 
 def describe(stages: Sequence[HealStage], losses: Mapping[str, float]) -> dict[str, str]:

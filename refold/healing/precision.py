@@ -44,8 +44,9 @@ def attend_in_float32(model: PreTrainedModel) -> None:
 def _is_faster_in_bfloat16(device: torch.device, hidden_size: int) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    # TODO(torch makes the check public): drop the underscore.
-    return device.type == "cpu" and hidden_size >= SMALLEST_HIDDEN_SIZE and torch.cpu._is_amx_tile_supported()
+    # The check is not public, and not in every version of torch.
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return device.type == "cpu" and hidden_size >= SMALLEST_HIDDEN_SIZE and has_tiles()
 
 
 def _float32_sdpa(

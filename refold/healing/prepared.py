@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refold.blueprint.heal_stage import HealStage
 from refold.checkpoint import provenance
+from refold.checkpoint.companions import has_tokenizer
 from refold.checkpoint.locate import Source, locate
 from refold.checkpoint.manifest import hash_file
 from refold.data.readers import DataSource, open_data
 from refold.data.training import Data, open_training_data
 from refold.data.training_data import TrainingData
-from refold.errors import HealError
+from refold.errors import HealError, SourceError
 from refold.healing.groups import Trainable, WeightGroups
 from refold.healing.held_out import HeldOut
 from refold.healing.micro_batch import choose_micro_batch
@@ -155,6 +156,7 @@ def prepare(
     found = None
     if any(each.wants_teacher for each in prepared):
         found = _find_teacher(model, teacher)
+        _require_same_tokens(tokenizer, found)
         identity["teacher"] = found.fingerprint()
     elif teacher is not None:
         names = ", ".join(name for each in prepared for name in each.objectives)
@@ -207,6 +209,20 @@ def _find_teacher(model: Source, wish: str | Path | Source | None) -> Source:
     if model.read_config().get("model_type") == MODEL_TYPE:
         return provenance.teacher(model.fetch())
     return model
+
+
+def _require_same_tokens(tokenizer: PreTrainedTokenizerBase, teacher: Source) -> None:
+    """Refuses a teacher whose tokens mean something else; one without a tokenizer is taken at its word."""
+    folder = teacher.fetch()
+    if not has_tokenizer([path.name for path in folder.iterdir()]):
+        return
+    mine, other = tokenizer.get_vocab(), load_tokenizer(teacher).get_vocab()
+    different = sorted(token for token in mine.keys() | other.keys() if mine.get(token) != other.get(token))
+    if different:
+        raise SourceError(
+            f"{folder}: a teacher with the student's tokenizer is required ({len(different):,} tokens differ, such as "
+            f"{different[0]!r}); choose one of the same family"
+        )
 
 
 def _hash_weights(model: Source) -> str:

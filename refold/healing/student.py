@@ -11,6 +11,8 @@ from refold.errors import HealError
 from refold.healing.activations import Activations, Want, observe
 from refold.healing.objectives.objective import Loss, Objective, Step
 from refold.modeling.model import RefoldForCausalLM
+from refold.scoring.head import check_same_vocabulary
+from refold.scoring.predict import head_of
 from refold.scoring.stored import StoredPredictions
 
 
@@ -101,7 +103,10 @@ def check_objectives(
 
     Raises:
         HealError: the student is no folded model where it must be, or student and teacher do not fit.
+        SourceError: the vocabularies differ.
     """
+    if teacher is not None:
+        check_same_vocabulary(head_of(student), head_of(teacher))
     for name, objective in objectives.items():
         if objective.needs_fold and not isinstance(student, RefoldForCausalLM):
             raise HealError(f"objective {name}: a folded model is required (got {type(student).__name__}); convert it")

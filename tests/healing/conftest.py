@@ -14,8 +14,8 @@ from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import convert
 from refold.data.readers import DataSource, from_documents
 from refold.healing.heal import HealResult, heal
-from refold.healing.run import HealOptions
 from refold.healing.log import StepRecord
+from refold.healing.run import HealOptions
 
 RELAXED = {"fold": {"loops": 2, "init": "average"}, "relax": {"rank": 2, "init": "svd", "vectors": "own"}}
 LETTERS = "\n" + string.ascii_letters + " .,?!"

@@ -182,3 +182,15 @@ def test_a_process_that_accelerate_set_up_otherwise_is_refused(healing, monkeypa
     monkeypatch.setattr("refold.healing.team.Accelerator", refuse)
     with pytest.raises(HealError, match=r"without mixed precision is required \(AcceleratorState has already"):
         healing()
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(healing, source, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    path = other / "tokenizer.json"
+    path.write_text(path.read_text().replace('"a":', '"a2":', 1).replace('"b":', '"a":', 1).replace('"a2":', '"b":', 1))
+    with pytest.raises(SourceError, match=r"student's tokenizer is required \(2 tokens differ, such as 'a'\)"):
+        healing(teacher=other)
+    assert not healing.destination.exists()

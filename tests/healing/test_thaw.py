@@ -79,7 +79,7 @@ def test_thawed_weights_have_their_own_warm_up():
 def test_windows_scale_with_the_run_as_in_the_paper():
     rule = ThawRule(Thaw(), 145_000)
     assert rule.window == pytest.approx(5_000, rel=0.02)
-    assert 0.014 * 145_000 == pytest.approx(2_000, rel=0.02)
+    assert Thaw().warmup * 145_000 == pytest.approx(2_000, rel=0.02)
     assert ThawRule(Thaw(), 3).window == 1
 
 
