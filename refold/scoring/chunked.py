@@ -1,8 +1,12 @@
 """Cross-entropy and distillation losses that hold the logits of a few tokens at a time.
 
-The gradient of a token's loss depends on that token's logits only, so the forward pass computes, chunk by chunk, the
-loss and at once the gradients of hidden states and head; the backward pass scales them. Beyond one chunk's logits this
+The gradient of a token's loss depends on that token's logits only, so the forward pass computes, block by block, the
+loss and at once the gradients of hidden states and head; the backward pass scales them. Beyond one block's logits this
 needs one gradient of the hidden states and one of the head, which training needs anyway.
+
+There are two sizes. A block is what matrices are multiplied in: each passes over the whole head and its gradient, so it
+must not be small. Its logits stay in the dtype of the products, and slopes take their place. Within it, a few rows at a
+time are worked on in float32, few enough for a CPU's caches.
 """
 
 from collections.abc import Mapping
@@ -17,10 +21,15 @@ from torch.autograd.function import once_differentiable
 from refold.errors import HealError
 from refold.scoring.divergences import DIVERGENCES
 from refold.scoring.head import CHUNK_BYTES, Head, Predictions, check_same_vocabulary, chunks, scored_positions
+from refold.scoring.head_gradients import HeadGradients, Needs
 from refold.scoring.stored import StoredPredictions, stored_forward_kl
 from refold.suggest import did_you_mean
 
-_FLOAT32_SHARE = 0.15  # of the logits of one copy; the naive computation holds several
+BLOCK_SHARE, LARGEST_BLOCK = 0.25, 512 * 2**20
+"""A block's logits, of student and teacher together: so large a share of one copy of all logits, or of the head's
+gradient where that is larger, at most so many bytes, but at least `CHUNK_BYTES`."""
+_ROWS_BYTES = {"cpu": 4 * 2**20}
+"""Float32 logits worked on at a time, by kind of device; elsewhere `CHUNK_BYTES`."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +84,12 @@ def chunked_loss(
     teacher: Predictions | None = None,
     stored: StoredPredictions | None = None,
     num_tokens: int | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> ChunkedLoss:
     """Computes the mean loss over the positions whose label is not -100, and readies its gradients.
 
     Gradients reach `student.hidden`, `student.head.weight`, `.bias` and `.lora` where those require them; a tied
-    embedding gets its share like any other use of the tensor. In half precision the head's gradient is summed over
-    chunks in float32 where that is small beside the logits, else in the weight's dtype. There are no gradients of
-    gradients.
+    embedding gets its share like any other use of the tensor. There are no gradients of gradients.
 
     Args:
         student: hidden states `[*M, D]` and head.
@@ -92,7 +99,7 @@ def chunked_loss(
         stored: the teacher's likeliest tokens instead, for the forward KL at temperature 1 over them and the rest.
         num_tokens: denominator of the means, for gradient accumulation (the tokens of all micro-batches); None: the
             scored tokens here. Better than scaling the loss, which costs a copy of the head's gradient.
-        chunk_bytes: size of the float32 logits held at a time.
+        chunk_bytes: logits of one block, counted in float32; None: see `BLOCK_SHARE`.
 
     Raises:
         HealError: divergences without a teacher, or with a stored one that cannot give them.
@@ -103,13 +110,16 @@ def chunked_loss(
     index = scored_positions(labels)
     kept = labels.reshape(-1) if index is None else labels.reshape(-1).index_select(0, index)
     student = student.flat(index)
+    device = student.hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student.head.weight.dtype
     call = _Call(
         head=student.head,
         labels=kept,
         objectives=objectives,
         teacher=None if target is None else target.flat(index),
         denominator=max(1, len(kept) if num_tokens is None else num_tokens),
-        chunk_bytes=chunk_bytes,
+        dtype=dtype,
+        block_bytes=_block_bytes(student.head, len(kept), dtype) if chunk_bytes is None else chunk_bytes,
         wants_gradients=torch.is_grad_enabled(),
     )
     head = student.head
@@ -147,7 +157,8 @@ class _Call:
     objectives: Objectives
     teacher: Predictions | StoredPredictions | None
     denominator: int
-    chunk_bytes: int
+    dtype: torch.dtype  # of matrix products
+    block_bytes: int
     wants_gradients: bool  # inside an autograd function gradients are off, and needs_input_grad ignores no_grad
 
 
@@ -162,11 +173,10 @@ class _ChunkedLoss(torch.autograd.Function):
         lora_b: Tensor | None,
         call: _Call,
     ) -> tuple[Tensor, Tensor]:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = call.dtype
         targets = (hidden, weight, bias, lora_a, lora_b)
-        needs = _Needs(*(needed and call.wants_gradients for needed in ctx.needs_input_grad[: len(targets)]))
-        with torch.autocast(device, enabled=False):
+        needs = Needs(*(needed and call.wants_gradients for needed in ctx.needs_input_grad[: len(targets)]))
+        with torch.autocast(hidden.device.type, enabled=False):
             lora = None if lora_a is None or lora_b is None else (lora_a.to(dtype), lora_b.to(dtype))
             head = Head(weight.to(dtype), bias, call.head.scale, call.head.softcap, lora)
             sums, gradients = _pass(hidden, head, call, needs)
@@ -185,88 +195,81 @@ class _ChunkedLoss(torch.autograd.Function):
         return *(g if g is None or is_one else (g * grad_total).to(g.dtype) for g in ctx.saved_tensors), None
 
 
-class _Needs(NamedTuple):
-    """Which gradients are wanted."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-    lora_a: bool
-    lora_b: bool
-
-
-def _pass(hidden: Tensor, head: Head, call: _Call, needs: _Needs) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Sums of the objectives, and the gradients of the total loss in the order of `_Needs`."""
+def _pass(hidden: Tensor, head: Head, call: _Call, needs: Needs) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Sums of the objectives, and the gradients of the total loss in the order of `Needs`."""
     work_dtype = torch.promote_types(head.weight.dtype, torch.float32)
     sums = torch.zeros(1 + len(call.objectives.divergences), dtype=work_dtype, device=hidden.device)
-    grad_hidden = torch.zeros_like(hidden) if needs.hidden else None
-    grad_weight = _weight_accumulator(call) if needs.weight else None
-    grad_bias = torch.zeros(head.vocab_size, dtype=work_dtype, device=hidden.device) if needs.bias else None
-    a, b = head.lora or (None, None)
-    grad_a = torch.zeros_like(a, dtype=work_dtype) if needs.lora_a and a is not None else None
-    grad_b = torch.zeros_like(b, dtype=work_dtype) if needs.lora_b and b is not None else None
     factor = head.scale / call.denominator
+    gradients = HeadGradients(hidden, head, call.head.weight, needs, factor, call.block_bytes)
     num_matrices = 2 if isinstance(call.teacher, Predictions) else 1
-    for rows in chunks(len(hidden), head.vocab_size, num_matrices, call.chunk_bytes):
-        chunk = Predictions(hidden[rows].to(head.weight.dtype), head)
-        teacher = _rows(call.teacher, rows)
-        values, slope = _objectives(chunk, call.labels[rows], teacher, call.objectives, any(needs))
-        sums += values
-        if slope is None:
-            continue
-        if grad_bias is not None:
-            grad_bias.add_(slope.sum(0), alpha=factor)
-        slope = slope.to(head.weight.dtype)
-        below = None
-        if a is not None and b is not None:
-            below = torch.mm(slope, b)  # gradient by A's outputs
-            if grad_a is not None:
-                grad_a.add_(torch.mm(below.t(), chunk.hidden), alpha=factor)
-            if grad_b is not None:
-                grad_b.add_(torch.mm(slope.t(), torch.mm(chunk.hidden, a.t())), alpha=factor)
-        if grad_hidden is not None:
-            flow = torch.mm(slope, head.weight)
-            if below is not None and a is not None:
-                flow.addmm_(below, a)
-            grad_hidden[rows] = flow.mul_(factor)
-        if grad_weight is not None and grad_weight.dtype == slope.dtype:
-            grad_weight.addmm_(slope.t(), chunk.hidden, alpha=factor)
-        elif grad_weight is not None:
-            grad_weight.add_(torch.mm(slope.t(), chunk.hidden), alpha=factor)
-        del slope  # the next chunk's logits take its place
-    return sums, (grad_hidden, grad_weight, grad_bias, grad_a, grad_b)
+    rows_bytes = _ROWS_BYTES.get(hidden.device.type, CHUNK_BYTES)
+    for block in chunks(len(hidden), head.vocab_size, num_matrices, call.block_bytes):
+        inputs = hidden[block].to(head.weight.dtype)
+        logits = head.project(inputs)
+        target = _Target.make(call.teacher, block)
+        for rows in chunks(len(inputs), head.vocab_size, 1, rows_bytes):
+            finished = head.finish(logits[rows], inputs[rows])
+            values, slope = _objectives(
+                finished, call.labels[block][rows], target.at(rows), call.objectives, head.softcap, any(needs)
+            )
+            del finished
+            sums += values
+            if slope is not None:
+                gradients.add_bias(slope)
+                logits[rows] = slope
+        del target  # before products of the same size are made
+        if any(needs):
+            gradients.add(block, inputs, logits)
+    return sums, gradients.tensors()
 
 
-def _rows(teacher: Predictions | StoredPredictions | None, rows: slice) -> Predictions | StoredPredictions | None:
-    if isinstance(teacher, StoredPredictions):
-        return StoredPredictions(*(part[rows] for part in teacher))
-    return None if teacher is None else Predictions(teacher.hidden[rows], teacher.head)
+class _Target(NamedTuple):
+    """What a block is compared with."""
+
+    stored: StoredPredictions | None
+    teacher: Predictions | None
+    logits: Tensor | None
+
+    @classmethod
+    def make(cls, teacher: Predictions | StoredPredictions | None, block: slice) -> "_Target":
+        if isinstance(teacher, StoredPredictions):
+            return cls(StoredPredictions(*(part[block] for part in teacher)), None, None)
+        if teacher is None:
+            return cls(None, None, None)
+        inputs = teacher.hidden[block].to(teacher.head.weight.dtype)
+        return cls(None, Predictions(inputs, teacher.head), teacher.head.project(inputs))
+
+    def at(self, rows: slice) -> Tensor | StoredPredictions | None:
+        """The teacher's logits, or what is stored of them, at some rows of the block."""
+        if self.stored is not None:
+            return StoredPredictions(*(part[rows] for part in self.stored))
+        if self.teacher is None or self.logits is None:
+            return None
+        return self.teacher.head.finish(self.logits[rows], self.teacher.hidden[rows])
 
 
 def _objectives(
-    student: Predictions,
+    logits: Tensor,
     labels: Tensor,
-    teacher: Predictions | StoredPredictions | None,
+    target: Tensor | StoredPredictions | None,
     objectives: Objectives,
+    softcap: float | None,
     wants_slope: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sums over a chunk, and the gradient by the logits before soft-cap and scale."""
-    head = student.head
-    logits = head.logits(student.hidden)
+    """Sums over some rows, and the gradient by the logits before soft-cap and scale."""
     log_q = logits.log_softmax(-1)
     cap_slope = None
-    if head.softcap is not None and wants_slope:
-        cap_slope = 1 - (logits / head.softcap).square_()
-    del logits
+    if softcap is not None and wants_slope:
+        cap_slope = 1 - (logits / softcap).square_()
     sums = [-log_q.gather(1, labels[:, None]).sum()]
     slope = None
-    if isinstance(teacher, StoredPredictions):
-        value, part = stored_forward_kl(log_q, teacher)
+    if isinstance(target, StoredPredictions):
+        value, part = stored_forward_kl(log_q, target)
         sums.append(value.sum())
         slope = _weighted_sum(slope, part, objectives.divergences["forward_kl"])
         del part
-    elif teacher is not None:
-        log_p = _soften(teacher.head.logits(teacher.hidden).to(log_q.dtype), objectives.temperature)
+    elif target is not None:
+        log_p = _soften(target.to(log_q.dtype), objectives.temperature)
         softened = log_q if objectives.temperature == 1 else _soften(log_q, objectives.temperature)
         for name, weight in objectives.divergences.items():
             value, part = DIVERGENCES[name](softened, log_p)
@@ -294,14 +297,11 @@ def _soften(logits: Tensor, temperature: float) -> Tensor:
     return (logits if temperature == 1 else logits / temperature).log_softmax(-1)
 
 
-def _weight_accumulator(call: _Call) -> Tensor:
-    """Zeros for the head's gradient: float32 where that is at most a chunk or small beside the logits."""
-    weight = call.head.weight
-    num_bytes = 4 * weight.numel()
-    naive = 4 * weight.shape[0] * len(call.labels)
-    is_cheap = num_bytes <= max(call.chunk_bytes, _FLOAT32_SHARE * naive)
-    dtype = torch.promote_types(weight.dtype, torch.float32) if is_cheap else weight.dtype
-    return torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+def _block_bytes(head: Head, num_positions: int, dtype: torch.dtype) -> int:
+    """Default size of a block, counted in float32."""
+    largest = 4 * head.vocab_size * max(num_positions, head.weight.shape[1])
+    num_bytes = max(CHUNK_BYTES, min(int(BLOCK_SHARE * largest), LARGEST_BLOCK))
+    return num_bytes * 4 // max(dtype.itemsize, 2)
 
 
 def _weights(objectives: Objectives, like: Tensor) -> Tensor:

@@ -45,15 +45,24 @@ class Head:
 
         Matrix products run in the weight's dtype, or in autocast's where that is on; all after them in float32.
         """
-        lora = self.lora
+        return self.finish(self.project(hidden), hidden)
+
+    def project(self, hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M N"]:
+        """Returns the product with the weight alone, in the dtype products run in."""
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(self.weight.dtype)
-            lora = None if lora is None else (lora[0].to(hidden.dtype), lora[1].to(hidden.dtype))
-        logits = F.linear(hidden, self.weight)
+        return F.linear(hidden, self.weight)
+
+    def finish(self, product: Float[Tensor, "*M N"], hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M N"]:
+        """Returns the logits of positions whose product is there; it is left as it is."""
+        lora = self.lora
+        if lora is not None and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(self.weight.dtype)
+            lora = (lora[0].to(hidden.dtype), lora[1].to(hidden.dtype))
         low_rank = None if lora is None else F.linear(F.linear(hidden, lora[0]), lora[1])
         with torch.autocast(hidden.device.type, enabled=False):
             # Products in half precision keep 8 or 11 bits; sums over the vocabulary must not.
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = product.to(torch.promote_types(product.dtype, torch.float32))
             if low_rank is not None:
                 logits = logits + low_rank
             if self.bias is not None:

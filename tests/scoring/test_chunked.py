@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from refold.errors import HealError, SourceError
-from refold.scoring import chunked
+from refold.scoring import chunked, head_gradients
 from refold.scoring.chunked import Objectives, chunked_loss
 from refold.scoring.divergences import DIVERGENCES
 from refold.scoring.head import Head, Predictions
@@ -117,10 +117,9 @@ def test_the_comparison_notices_a_softcap_left_out_of_the_backward(monkeypatch):
     naive = _naive(student, labels, Objectives(), _teacher())["cross_entropy"]
     original = chunked._objectives
 
-    def uncapped(predictions: Predictions, *rest):
-        # The right logits, of a head that does not say it has a cap.
-        logits = predictions.head.logits(predictions.hidden)
-        return original(Predictions(logits, Head(torch.eye(VOCAB, dtype=logits.dtype))), *rest)
+    def uncapped(logits: Tensor, labels: Tensor, target, objectives: Objectives, softcap, wants_slope: bool):
+        assert softcap is not None
+        return original(logits, labels, target, objectives, None, wants_slope)
 
     monkeypatch.setattr(chunked, "_objectives", uncapped)
     found = chunked_loss(student, labels)
@@ -191,7 +190,7 @@ def test_a_scaled_loss_scales_the_gradients_and_a_kept_graph_gives_them_twice():
 
 def test_a_frozen_head_costs_no_head_gradient(monkeypatch):
     student, labels = _student(), _labels()
-    monkeypatch.setattr(chunked, "_weight_accumulator", lambda call: pytest.fail("a frozen head's gradient was made"))
+    monkeypatch.setattr(head_gradients, "_accumulator", lambda *_: pytest.fail("a frozen head's gradient was made"))
     loss = chunked_loss(Predictions(student.hidden, student.head.detached()), labels).total
     (gradient,) = torch.autograd.grad(loss, student.hidden)
     assert gradient.any()
@@ -232,7 +231,7 @@ def test_teacher_and_no_grad_get_no_gradient():
 
 @pytest.mark.parametrize("float32_share", [0.0, 1e9])
 def test_bfloat16_is_near_double_however_the_head_gradient_is_summed(monkeypatch, float32_share):
-    monkeypatch.setattr(chunked, "_FLOAT32_SHARE", float32_share)
+    monkeypatch.setattr(head_gradients, "_FLOAT32_SHARE", float32_share)
     student = _student(bias=True, softcap=3.0, dtype=torch.bfloat16)
     exact = _student(bias=True, softcap=3.0)
     for rounded, full in zip(_tensors(student), _tensors(exact), strict=True):
