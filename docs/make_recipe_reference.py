@@ -2,11 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from refold.blueprint import recipe
+from refold.blueprint import heal_stage, recipe
+from refold.blueprint.protocols import built_in_protocols
+from refold.blueprint.specs import objectives
 from refold.blueprint.specs.tying import TYING_INITS
 
 TARGET = Path(__file__).parent / "recipe-reference.md"
@@ -20,7 +23,15 @@ SECTIONS: tuple[tuple[str, type[recipe.Section]], ...] = (
     ("drop.attention, drop.mlp", recipe.PartDrop),
     ("exits", recipe.Exits),
     ("ignore_tensors[]", recipe.IgnoredTensor),
-    ("heal[]", recipe.HealStage),
+    ("heal[]", heal_stage.HealStage),
+    ("heal[].objective", objectives.Objectives),
+    *(
+        (f"heal[].objective.{name}", options)
+        for name, field in objectives.Objectives.model_fields.items()
+        for options in get_args(field.annotation)
+        if options is not type(None)
+    ),
+    ("heal[].thaw", heal_stage.Thaw),
 )
 
 
@@ -29,7 +40,7 @@ def render() -> str:
     lines = [
         "# Recipe reference",
         "",
-        "Made by `python docs/make_recipe_reference.py` from the docstrings in `refold/blueprint/recipe.py`.",
+        "Made by `python docs/make_recipe_reference.py` from the docstrings in `refold/blueprint`.",
         "Every section and every key is optional unless it says *required*. Unknown keys are refused.",
     ]
     for title, section in SECTIONS:
@@ -40,13 +51,16 @@ def render() -> str:
             lines.append(f"| `{name}` | {_default(field)} | {text} |")
     lines += ["", "## Starts of stored layers (`fold.init`)", "", "| name | rule |", "|---|---|"]
     lines += [f"| `{name}` | {init.summary} ([source]({init.url})) |" for name, init in TYING_INITS.items()]
+    lines += ["", "## Healing protocols (`heal: {protocol: NAME, tokens: N}`)", ""]
+    lines += ["| name | what it does |", "|---|---|"]
+    lines += [f"| `{name}` | {description} |" for name, description in built_in_protocols().items()]
     return "\n".join(lines) + "\n"
 
 
 def _default(field: Any) -> str:
     if field.default is PydanticUndefined:
         return "*required*" if field.default_factory is None else ""
-    if isinstance(field.default, recipe.Section) or field.default in (None, (), ""):
+    if isinstance(field.default, BaseModel) or field.default in (None, (), ""):
         return ""
     value = list(field.default) if isinstance(field.default, tuple) else field.default
     return f"`{value}`"
