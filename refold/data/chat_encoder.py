@@ -24,7 +24,7 @@ class _Rendered(NamedTuple):
     spans: list[tuple[int, int]]
 
 
-class ChatEncoder(Encoder[Conversation]):
+class ChatEncoder(Encoder):
     """Encodes conversations; only what the assistant says is to be predicted.
 
     What that is, the template says where it has `{% generation %}` blocks. Of any other template it is, for every turn
@@ -53,13 +53,12 @@ class ChatEncoder(Encoder[Conversation]):
     def key(self) -> list[Any]:
         return [*super().key(), self._template, sorted(self.tokenizer.special_tokens_map.items())]
 
-    def num_characters(self, document: Conversation) -> int:
+    def num_characters(self, document: Any) -> int:
+        if not isinstance(document, Conversation):
+            raise DataError(f"data: conversations are required for chat (got a {type(document).__name__})")
         return sum(len(message.get("content") or "") for message in document.messages)
 
     def encode(self, documents: Sequence[Any], room: int | None) -> list[EncodedDocument]:
-        for conversation in documents:
-            if not isinstance(conversation, Conversation):
-                raise DataError(f"data: conversations are required for chat (got a {type(conversation).__name__})")
         if self._is_marked:
             return [self._encode_marked(conversation) for conversation in documents]
         rendered = [self._render_turns(conversation) for conversation in documents]

@@ -4,15 +4,13 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from refold.errors import DataError
-
-D = TypeVar("D")
 
 _CHARACTERS_PER_TOKEN = 16  # well above any language's mean; only decides how much of a long last document is looked at
 _SLACK_TOKENS = 256
@@ -32,7 +30,7 @@ class EncodedDocument(NamedTuple):
     num_bytes: int
 
 
-class Encoder(ABC, Generic[D]):
+class Encoder(ABC):
     """Turns documents of one form into tokens.
 
     Attributes:
@@ -62,8 +60,12 @@ class Encoder(ABC, Generic[D]):
         """Returns the tokens of whole documents; of one far longer than `room` tokens, more than `room` will do."""
 
     @abstractmethod
-    def num_characters(self, document: D) -> int:
-        """Returns a document's size, roughly."""
+    def num_characters(self, document: Any) -> int:
+        """Returns a document's size, roughly.
+
+        Raises:
+            DataError: it is not of the encoder's form.
+        """
 
     def cut(self, document: EncodedDocument, room: int) -> EncodedDocument:
         """Returns the first `room` tokens of a document, with the bytes these stand for."""
@@ -97,7 +99,7 @@ class Encoder(ABC, Generic[D]):
         return tokenizer.backend_tokenizer
 
 
-class TextEncoder(Encoder[str]):
+class TextEncoder(Encoder):
     """Encodes texts, each behind a start token.
 
     Special tokens written out in a text are recognised, as the tokenizer does by default; its own bos/eos handling is
@@ -109,9 +111,6 @@ class TextEncoder(Encoder[str]):
         self.document_start = document_start_token(tokenizer)
 
     def encode(self, documents: Sequence[Any], room: int | None) -> list[EncodedDocument]:
-        for text in documents:
-            if not isinstance(text, str):
-                raise DataError(f"data: texts are required (got a {type(text).__name__}); ask for chat data")
         prefix = np.array([] if self.document_start is None else [self.document_start], dtype=self.dtype)
         ids = self._ids(documents, room)
         return [
@@ -119,7 +118,9 @@ class TextEncoder(Encoder[str]):
             for text, array in zip(documents, ids, strict=True)
         ]
 
-    def num_characters(self, document: str) -> int:
+    def num_characters(self, document: Any) -> int:
+        if not isinstance(document, str):
+            raise DataError(f"data: texts are required (got a {type(document).__name__}); ask for chat data")
         return len(document)
 
     def _ids(self, texts: Sequence[str], room: int | None) -> list[np.ndarray]:

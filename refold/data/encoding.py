@@ -28,7 +28,7 @@ class Encoding:
     def __init__(
         self,
         documents: Iterable[Any],
-        encoder: Encoder[Any],
+        encoder: Encoder,
         *,
         budget: int | None,
         workers: int | None = None,

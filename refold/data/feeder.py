@@ -56,7 +56,7 @@ class Feeder:
     """
 
     def __init__(
-        self, stream: DocumentStream, encoder: Encoder[Any], place: Place, workers: int | None, batch_characters: int
+        self, stream: DocumentStream, encoder: Encoder, place: Place, workers: int | None, batch_characters: int
     ) -> None:
         """Reads nothing yet.
 

@@ -19,7 +19,7 @@ class Mixture:
             anything that can be data by itself.
     """
 
-    parts: Sequence[tuple[Any, float]]
+    parts: Sequence[tuple[Any, float | int]]
 
 
 class MixedData(TrainingData):

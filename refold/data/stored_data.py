@@ -29,7 +29,7 @@ class StoredData(TrainingData):
 
 def store(
     source: DataSource[Any],
-    encoder: Encoder[Any],
+    encoder: Encoder,
     *,
     budget: int | None,
     seed: int,

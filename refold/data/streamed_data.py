@@ -35,7 +35,7 @@ class StreamedData(TrainingData):
     def __init__(
         self,
         stream: DocumentStream,
-        encoder: Encoder[Any],
+        encoder: Encoder,
         *,
         context: int,
         seed: int,

@@ -70,7 +70,7 @@ def open_training_data(
         raise DataError(f"data: a sequence length of at least 2 tokens is required (got {context})")
     if budget is not None and budget < 1:
         raise DataError(f"data: a budget of at least 1 token is required (got {budget})")
-    encoder: Encoder[Any] = ChatEncoder(tokenizer) if form == "chat" else TextEncoder(tokenizer)
+    encoder: Encoder = ChatEncoder(tokenizer) if form == "chat" else TextEncoder(tokenizer)
 
     def open_part(part: DataSource | DocumentStream, budget: int | None) -> TrainingData:
         if isinstance(part, DocumentStream):

@@ -116,4 +116,4 @@ def test_a_template_that_leaves_the_assistant_out_is_refused(make_tokenizer: Cal
 def test_texts_are_no_conversations(make_tokenizer: Callable[..., Any]):
     encoder: Any = ChatEncoder(make_tokenizer(chat_template=PLAIN))
     with pytest.raises(DataError, match=r"conversations are required for chat \(got a str\)"):
-        encoder.encode(["hello"], None)
+        encoder.num_characters("hello")

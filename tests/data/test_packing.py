@@ -94,3 +94,13 @@ def test_what_cannot_be_packed_is_refused():
         _packed([3], 1)
     with pytest.raises(DataError, match=r"at least one token is required \(got none\)"):
         PackedSequences(np.zeros(0, dtype=np.uint16), np.zeros(1, dtype=np.int64), 4, 0)
+
+
+def test_tokens_that_are_no_targets_have_no_labels():
+    tokens, offsets = np.arange(1, 24, dtype=np.uint16), np.array([0, 9, 23])
+    is_target = tokens % 3 == 0
+    plain, masked = (PackedSequences(tokens, offsets, 8, 0, targets) for targets in (None, is_target))
+    for position in range(3):
+        one, other = plain.sequence(position), masked.sequence(position)
+        assert one.input_ids.equal(other.input_ids)
+        assert other.labels.equal(torch.where(one.labels % 3 == 0, one.labels, IGNORED))

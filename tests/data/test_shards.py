@@ -45,7 +45,8 @@ def test_shards_give_back_what_was_written(
     assert len(shards.index.shards) == -(-len(tokens) // shard_tokens)
     assert (shards.index.num_tokens, shards.index.largest_token) == (len(tokens), tokens.max())
     assert shards.offsets.tolist() == np.cumsum([0, *(size for size in LENGTHS if size)]).tolist()
-    targets = np.concatenate([document.is_target for document in documents]) if has_targets else None
+    parts = [document.is_target for document in documents if document.is_target is not None]
+    targets = np.concatenate(parts) if has_targets else None
     for start in range(len(tokens) + 1):
         for stop in (start, start + 1, start + 9, len(tokens), len(tokens) + 5):
             assert np.array_equal(shards.tokens[start:stop], tokens[start:stop])
