@@ -29,6 +29,8 @@ _API = {
     "Recipe": "refold.blueprint.recipe",
     "HealStage": "refold.blueprint.heal_stage",
     "RunSettings": "refold.studies.run",
+    "HealOptions": "refold.healing.run",
+    "load_adapters": "refold.modeling.adapters",
     "load_model": "refold.modeling.load",
     "load_tokenizer": "refold.modeling.load",
     "RefoldError": "refold.errors",

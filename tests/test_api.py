@@ -10,7 +10,8 @@ import refold
 
 PUBLIC = {
     "plan", "convert", "inspect", "heal", "evaluate", "generate", "export", "run",
-    "Recipe", "HealStage", "RunSettings", "load_model", "load_tokenizer", "RefoldError", "__version__",
+    "Recipe", "HealStage", "HealOptions", "RunSettings", "load_adapters", "load_model", "load_tokenizer", "RefoldError",
+    "__version__",
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ FLAGS = {
     "inspect": {"--verify", "--json"},
     "generate": {
         "--prompt", "-p", "--chat", "--stream", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed",
-        "--exit-depth", "--device", "--dtype",
+        "--adapters", "--exit-depth", "--device", "--dtype",
     },
     "export": {"--to", "--dtype", "--overwrite"},
 }  # fmt: skip

@@ -1,0 +1,58 @@
+"""Swapping adapters: several sets of LoRA pairs, trained on several domains, for one set of stored blocks."""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from refold.blueprint.tensors import target_tensors
+from refold.checkpoint.locate import Source
+from refold.checkpoint.reader import CheckpointReader
+from refold.errors import FolderError, RefoldError
+from refold.modeling.load import open_source
+from refold.modeling.model import RefoldForCausalLM
+
+
+@torch.no_grad()
+def load_adapters(model: nn.Module, source: str | Path | Source) -> int:
+    """Gives a loaded model the adapters of another folder that was healed from the same blocks.
+
+    Args:
+        model: A folded model with adapters.
+        source: A folded model's folder or hub id, such as the `domain` protocol writes: only its adapters differ.
+
+    Returns:
+        How many tensors were replaced.
+
+    Raises:
+        RefoldError: The model is no folded one, or has no adapters.
+        FolderError: The folder's adapters have other names or shapes, or sit on other blocks.
+    """
+    if not isinstance(model, RefoldForCausalLM):
+        raise RefoldError(f"adapters: a folded model is required (got {type(model).__name__})")
+    tensors = list(target_tensors(model.config.read_blueprint()))
+    adapters = {each.name for each in tensors if each.role in ("lora_a", "lora_b")}
+    if not adapters:
+        raise RefoldError("adapters: a model that has some is required (it has none); convert with a `relax` section")
+    _, folder = open_source(source)
+    with CheckpointReader(folder) as reader:
+        stored = {name: tuple(reader.info(name).shape) for name in reader.names()}
+        wanted = {each.name: each.shape for each in tensors}
+        different = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
+        if different:
+            raise FolderError(
+                f"{folder}: adapters of this model's blueprint are required ({len(different)} tensors have another name "
+                f"or shape, such as {different[0]}); fold both with one recipe"
+            )
+        for name in sorted(stored.keys() - adapters):
+            own = model.get_parameter(name)
+            if not torch.equal(own, reader.read(name).to(own.device, own.dtype)):
+                raise FolderError(
+                    f"{folder}: adapters trained on this model's blocks are required ({name} differs); heal them from "
+                    f"this model with `train: [adapters]`"
+                )
+        for name in sorted(adapters):
+            own = cast("nn.Parameter", model.get_parameter(name))
+            own.copy_(reader.read(name).to(own.device, own.dtype))
+    return len(adapters)
