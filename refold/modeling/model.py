@@ -133,6 +133,7 @@ class RefoldModel(RefoldPreTrainedModel):
                 if depth.exit is not None and depth.exit.has_parts
             }
         )
+        self._exits_with_parts = frozenset(map(int, self.exits))
         self.norm = StackNorm(arch.norm, arch.hidden_size)
         mixing = [(index, depth) for index, depth in enumerate(blueprint.depths) if depth.mixer is not None]
         ropes = list(dict.fromkeys(depth.rope for _, depth in mixing if depth.rope is not None))
@@ -216,8 +217,8 @@ class RefoldModel(RefoldPreTrainedModel):
 
     def exit_parts(self, index: int) -> ExitParts | None:
         """Returns what the exit after depth `index` has of its own; None for nothing, or where there is no exit."""
-        key = str(index)
-        return cast("ExitParts", self.exits[key]) if key in self.exits else None
+        # A plain set: asking a ModuleDict costs microseconds, and every forward pass asks.
+        return cast("ExitParts", self.exits[str(index)]) if index in self._exits_with_parts else None
 
     def _norm_after(self, index: int) -> nn.Module:
         parts = self.exit_parts(index)
