@@ -12,7 +12,7 @@ from refold.cli.show import note, print_json
 def command(
     model: options.Model,
     out: options.Out,
-    data: options.Data,
+    data: options.TrainingData,
     tokens: Annotated[
         str | None, typer.Option("--tokens", "-t", help="Training tokens of all stages, such as 20M.")
     ] = None,

@@ -17,7 +17,15 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe key: `fold.loops=3`.")
 ]
 Data = Annotated[
-    list[Path], typer.Option("--data", "-d", help="Text, jsonl or parquet files, or folders of them. Repeatable.")
+    list[str], typer.Option("--data", "-d", help="Text, jsonl or parquet files, or folders of them. Repeatable.")
+]
+TrainingData = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        "-d",
+        help="Text, jsonl or parquet, or folders of them; hf://org/name; with =WEIGHT parts of a mixture. Repeatable.",
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Left out: the best one there is.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Left out: as stored.")]

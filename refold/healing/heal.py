@@ -116,6 +116,9 @@ def heal(
         team.first(lambda: _make_work_folder(work, restart))
         prepared = prepare(located, student.float(), teacher, data, held_out, given, work, team)
 
+        for each in prepared.stages:
+            stack.callback(each.data.close)
+
         def train_teacher(source: Source, target: Path, stage: HealStage) -> None:
             quiet = replace(options, sweep=False, report_to=(), on_step=None)
             heal(source, target, data, stage, device=device, options=quiet)

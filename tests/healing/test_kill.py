@@ -9,6 +9,7 @@ import torch
 
 from refold.checkpoint.manifest import verify
 from refold.healing.heal import heal
+from refold.healing.run import HealOptions
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def _kill_at_random_moments(healing, processes, weights, tmp_path, count, seed):
     healing(destination=whole, checkpoint_seconds=0.0)
     lasting = time.monotonic() - start
     chance = random.Random(seed)
-    options = {"device": "cpu", "quiet": True, "checkpoint_seconds": 0.0}
+    options = {"device": "cpu", "options": HealOptions(quiet=True, checkpoint_seconds=0.0)}
     kills = 0
     for _ in range(count):
         arguments = (healing.model, healing.destination, healing.data, healing.stage())
