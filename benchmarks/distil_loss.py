@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -97,7 +98,31 @@ def refold_loss(batch: Batch) -> Tensor:
     return loss.detach()
 
 
+def trl_loss(batch: Batch) -> Tensor:
+    """TRL's two functions on tiles of the vocabulary, which compute logits anew in the backward pass."""
+    from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, ChunkedDivergenceFunction
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    student = batch.hidden, batch.weight, None
+    with batch.autocast():
+        divergence, _ = ChunkedDivergenceFunction.apply(  # pyright: ignore
+            *student, batch.teacher_hidden, batch.teacher_weight, None, 0.0
+        )
+        log_probability, *_ = ChunkedLogProbFunction.apply(  # pyright: ignore
+            *student, batch.labels, 1.0, VOCAB_CHUNK_SIZE, None, 1.0, ()
+        )
+        loss = WEIGHT * divergence.mean() - WEIGHT * log_probability.mean()
+    loss.backward()
+    return loss.detach()
+
+
 CONTENDERS: dict[str, Callable[[Batch], Tensor]] = {NAIVE: full_logits, OURS: refold_loss}
+try:
+    TRL_VERSION: str | None = version("trl")
+except PackageNotFoundError:
+    TRL_VERSION = None
+else:
+    CONTENDERS["TRL"] = trl_loss
 
 
 def run_once(contender: str, precision: str, tokens: str, seed: str) -> None:

@@ -6,8 +6,9 @@
     python scripts/train_shipped_model.py measure runs/shipped
     python scripts/train_shipped_model.py finish runs/shipped refold/shipped/stdlib-5m
 
-`--after` goes on from a finished run with other settings; the tokens of both count. Only `prepare` needs refold; the other three need torch, transformers, safetensors and numpy, so that they also run on
-another machine, on the prepared folder alone. On CPUs set OMP_WAIT_POLICY=PASSIVE, and keep glibc from giving large
+`--after` goes on from a finished run with other settings; the tokens of both count. Only `prepare` needs refold; the
+other three need torch, transformers, safetensors and numpy, so that they also run on another machine, on the prepared
+folder alone. On CPUs set OMP_WAIT_POLICY=PASSIVE, and keep glibc from giving large
 blocks back at every step: MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000.
 """
 

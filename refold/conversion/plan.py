@@ -14,7 +14,7 @@ from refold.blueprint.recipe import Recipe
 from refold.blueprint.schema import Blueprint, Depth
 from refold.blueprint.specs.registry import depth_linears
 from refold.blueprint.starts import Starts
-from refold.checkpoint.locate import PLAN_NAME, Source
+from refold.checkpoint.locate import Source
 from refold.conversion.plan_lines import PlanLine, plan_lines
 from refold.conversion.source_model import SourceModel, read_source_model
 from refold.errors import RecipeError, RefoldError

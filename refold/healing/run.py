@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from refold.blueprint.heal_stage import HealStage
+from refold.errors import HealError
 from refold.healing import training_state
 from refold.healing.checkpoints import Checkpoints, RunState
 from refold.healing.display import Display
@@ -23,7 +24,7 @@ from refold.healing.prepared import PreparedRun, PreparedStage
 from refold.healing.student import TrainingModel, check_objectives
 from refold.healing.sweep import FACTORS, Trial, try_rates
 from refold.healing.teachers import Teachers, TrainTeacher
-from refold.healing.team import Team
+from refold.healing.team import ShardedTeam, Team
 from refold.healing.thaw import ThawRule
 from refold.healing.trackers import Trackers
 
@@ -122,6 +123,8 @@ class Run:
                 loop = self._loop(index, stage, model, self._checkpoints)
                 if tensors is not None and self.state.step:
                     training_state.restore_optimizers(self.student, loop.optimizers, tensors, self.team)
+                elif not self.state.step:
+                    torch.manual_seed(stage.stage.seed)  # whatever was tried before
                 tensors = None
                 self._display.start_at(loop.tokens_before + stage.schedule.tokens_after(self.state.step))
                 loop.run(log, self._told(trackers))
@@ -153,6 +156,7 @@ class Run:
         return start | {line["step"]: line["held_out"] for line in lines if "held_out" in line}
 
     def _resume(self) -> dict[str, Tensor] | None:
+        self.team.first(self._checkpoints.newest)  # which repairs what a kill left: one process does that
         found = self._checkpoints.load()
         if found is None:
             return None
@@ -171,6 +175,8 @@ class Run:
     def _loop(self, index: int, stage: PreparedStage, model: Any, checkpoints: Checkpoints | None) -> Loop:
         spec, schedule = stage.stage, stage.schedule
         assert spec.micro_batch is not None
+        if spec.optimizer == "muon" and isinstance(self.team, ShardedTeam) and self.team.size > 1:
+            raise HealError("optimizer: adamw is required where weights are spread over processes (got muon)")
         check_objectives(stage.objectives, self.student, self._teachers.model(stage))
         teacher, stored = self._teachers.open(stage)
         if stage.autocast is not None and self.team.device.type == "cpu":

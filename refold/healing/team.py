@@ -184,6 +184,6 @@ def _peers_alive() -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:160]
         raise HealError(
-            f"heal: all processes of the run are required (one of them ended: {reason}); give the same command again, it "
-            f"goes on from the last checkpoint"
+            f"heal: all processes of the run are required (one of them ended: {reason}); "
+            f"give the same command again, it goes on from the last checkpoint"
         ) from error

@@ -42,8 +42,8 @@ def load_adapters(model: nn.Module, source: str | Path | Source) -> int:
         different = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))
         if different:
             raise FolderError(
-                f"{folder}: adapters of this model's blueprint are required ({len(different)} tensors have another name "
-                f"or shape, such as {different[0]}); fold both with one recipe"
+                f"{folder}: adapters of this model's blueprint are required ({len(different)} tensors have another "
+                f"name or shape, such as {different[0]}); fold both with one recipe"
             )
         for name in sorted(stored.keys() - adapters):
             own = model.get_parameter(name)

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from refold.blueprint.load import built_in_recipes, load_recipe
 from refold.blueprint.heal_stage import HealStage
+from refold.blueprint.load import built_in_recipes, load_recipe
 from refold.blueprint.recipe import LoraRelax, RankShare, Recipe
 from refold.errors import RecipeError
 
