@@ -100,8 +100,11 @@ def refold_loss(batch: Batch) -> Tensor:
 
 def trl_loss(batch: Batch) -> Tensor:
     """TRL's two functions on tiles of the vocabulary, which compute logits anew in the backward pass."""
-    from trl.kernels.chunked_divergence import VOCAB_CHUNK_SIZE, ChunkedDivergenceFunction
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.kernels.chunked_divergence import (  # pyright: ignore[reportMissingImports]
+        VOCAB_CHUNK_SIZE,
+        ChunkedDivergenceFunction,
+    )
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # pyright: ignore[reportMissingImports]
 
     student = batch.hidden, batch.weight, None
     with batch.autocast():
