@@ -14,13 +14,14 @@ def print_json(data: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Prints a table, names to the left, numbers to the right; as wide as it needs where stdout is no terminal."""
+    """Prints a table, words to the left, numbers to the right; as wide as it needs where stdout is no terminal."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        is_number = index > 0 and any(row[index][:2].strip("+-").isdigit() for row in rows)
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 240, markup=False, highlight=False).print(table)

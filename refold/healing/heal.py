@@ -16,7 +16,7 @@ from refold.data.training import Data
 from refold.healing.log import LOG_NAME
 from refold.healing.output import describe, tensor_specs, write_healed
 from refold.healing.prepared import HeldOutData, prepare
-from refold.healing.run import HealOptions, Run
+from refold.healing.run import CHECKPOINTS_NAME, HealOptions, Run
 from refold.healing.team import ShardedTeam, Team
 from refold.modeling.load import choose_device, load_model, open_source
 
@@ -113,7 +113,10 @@ def heal(
         team.first(lambda: stack.enter_context(folder))
         # The folder's lock is held from here on, so the work folder is ours alone.
         work = folder.destination.parent / f".{folder.destination.name}.heal"
+        is_new = restart or not work.exists()
         team.first(lambda: _make_work_folder(work, restart))
+        if is_new and team.is_first:
+            stack.callback(_drop_if_untouched, work)
         prepared = prepare(located, student.float(), teacher, data, held_out, given, work, team)
 
         for each in prepared.stages:
@@ -139,6 +142,13 @@ def _make_work_folder(work: Path, restart: bool) -> None:
     if restart:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(exist_ok=True)
+
+
+def _drop_if_untouched(work: Path) -> None:
+    """Removes the work folder of a run that was refused or failed before its first step."""
+    log = work / LOG_NAME
+    if not (work / CHECKPOINTS_NAME).exists() and not (log.exists() and log.stat().st_size):
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _provenance(model: Source, stage: HealStage, options: HealOptions) -> provenance.Stage:

@@ -32,6 +32,7 @@ CHECKPOINT_SECONDS = 300.0
 MEASUREMENTS = 10
 """How often held-out text is measured in each stage."""
 START_NAME = "start.json"
+CHECKPOINTS_NAME = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Run:
         self._project = destination
         self._display = Display(prepared.tokens, options.quiet or not team.is_first)
         identity = {**prepared.identity, "sweep": options.sweep}
-        self._checkpoints = Checkpoints(work / "checkpoints", identity, self._display.tell)
+        self._checkpoints = Checkpoints(work / CHECKPOINTS_NAME, identity, self._display.tell)
         self._teachers = Teachers(prepared.teacher, work, team, train_teacher, self._display.tell)
         self._training = TrainingModel(student)
 

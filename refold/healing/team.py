@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from refold.errors import HealError, RefoldError
 from refold.modeling.depth import Depth
+from refold.nn.mixers.mixer import Mixer
 from refold.nn.part import StoredPart
 
 BUCKET_ELEMENTS = 1 << 24
@@ -159,6 +160,8 @@ class ShardedTeam(Team):
             owns = next(module.parameters(), None) is not None
             if isinstance(module, (StoredPart, Depth)) and owns:
                 fully_shard(module, reshard_after_forward=False)
+            if isinstance(module, Mixer):
+                register_fsdp_forward_method(module, "matrix")
         fully_shard(training, reshard_after_forward=False)
         for module in training.modules():
             if isinstance(module, FSDPModule):

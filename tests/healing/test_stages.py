@@ -139,6 +139,7 @@ def test_what_cannot_be_is_refused_before_training(healing):
     with pytest.raises(HealError, match=r"report_to: one of .* \(got 'tensorbord'\); did you mean 'tensorboard'"):
         healing(report_to=("tensorbord",))
     assert not healing.destination.exists()
+    assert not healing.work.exists()
     assert not healing.records
 
 
