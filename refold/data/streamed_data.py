@@ -2,17 +2,17 @@
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from refold.checkpoint.atomic_file import write_json
 from refold.checkpoint.lock import FolderLock
 from refold.data.encoder import Encoder, digest
 from refold.data.encoding import BATCH_CHARACTERS
 from refold.data.feeder import Feeder, Place
 from refold.data.packing import PackedSequence, PackedSequences
-from refold.data.shard_writer import ShardWriter, flush_folder, make_folder, unwritable
+from refold.data.shard_writer import ShardWriter, make_folder
 from refold.data.shards import TokenShards
 from refold.data.streams import DocumentStream
 from refold.data.training_data import TrainingData
@@ -58,6 +58,7 @@ class StreamedData(TrainingData):
 
         Raises:
             DataError: the stream is empty or cannot be begun again in the middle, or the cache cannot be written.
+            FolderError: a record or the lock beside the folder cannot be written.
         """
         self.name = stream.name
         self._num_sequences = max(1, window_tokens // context)
@@ -156,14 +157,4 @@ class StreamedData(TrainingData):
             ) from error
 
     def _write_record(self, number: int, place: Place) -> None:
-        path = self._record(number)
-        unfinished = path.with_suffix(".unfinished")
-        try:
-            with unfinished.open("w", encoding="utf-8") as file:
-                json.dump(place.to_json(), file)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.rename(path)
-            flush_folder(self._folder)
-        except OSError as error:
-            raise unwritable(path, error) from error
+        write_json(self._record(number), place.to_json())

@@ -1,11 +1,11 @@
 """`evaluation.json`: what was measured, on what, by which model, where."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from refold.checkpoint.atomic_file import write_text
 from refold.errors import FolderError
 
 FILE_NAME = "evaluation.json"
@@ -153,16 +153,7 @@ class Evaluation(_Record):
         path = Path(path)
         if path.is_dir():
             path = path / FILE_NAME
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                unfinished.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-                unfinished.replace(path)
-            finally:
-                unfinished.unlink(missing_ok=True)
-        except OSError as error:
-            raise FolderError(f"{path}: a writable place is required ({error.strerror}); choose another") from error
+        write_text(path, self.model_dump_json(indent=2) + "\n")
         return path
 
 

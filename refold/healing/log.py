@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from refold.checkpoint.atomic_file import write_text
+
 LOG_NAME = "train.jsonl"
 
 
@@ -64,9 +66,7 @@ class TrainLog:
     def __init__(self, path: Path, after_step: int):
         self.path = path
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= after_step]
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(kept))
-        unfinished.replace(path)
+        write_text(path, "".join(kept))
         self._file = path.open("a")
 
     def __enter__(self) -> "TrainLog":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from refold.blueprint.heal_stage import HealStage
+from refold.checkpoint.atomic_file import write_json
 from refold.errors import HealError
 from refold.healing import training_state
 from refold.healing.checkpoints import Checkpoints, RunState
@@ -214,8 +215,8 @@ class Run:
             rates = [stage.stage.learning_rate * factor for factor in FACTORS]
             self._display.tell(f"trying learning rates {', '.join(f'{rate:.2g}' for rate in rates)}")
             found = try_rates(rates, lambda rate: self._trial(index, stage.at_rate(rate), model), self.student)
-            text = json.dumps([{"learning_rate": rate, "loss": loss} for rate, loss in found.items()])
-            self.team.first(lambda: path.write_text(text + "\n"))
+            lines = [{"learning_rate": rate, "loss": loss} for rate, loss in found.items()]
+            self.team.first(lambda: write_json(path, lines))
             self.team.wait()
         losses = {line["learning_rate"]: line["loss"] for line in json.loads(path.read_text())}
         best = min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
@@ -247,7 +248,7 @@ class Run:
         measure = self._measure(self.prepared.stages[0])
         if measure is not None and not path.exists():
             value = measure()
-            self.team.first(lambda: path.write_text(json.dumps({"held_out": value}) + "\n"))
+            self.team.first(lambda: write_json(path, {"held_out": value}))
 
     def _describe(self) -> dict[str, Any]:
         """What trackers keep of the run's settings."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refold.checkpoint.atomic_file import write_json
 from refold.data.packing import PackedSequence
 from refold.errors import FolderError, HealError
 from refold.healing.activations import Activations
@@ -248,12 +249,7 @@ def _num_done(folder: Path, contents: StoreContents) -> int | None:
 
 
 def _write_facts(folder: Path, contents: StoreContents, done: int) -> None:
-    unfinished = folder / f"{_FACTS}.partial"
-    with unfinished.open("w") as file:
-        json.dump({"format": _FORMAT, **asdict(contents), "done": done}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(folder / _FACTS)
+    write_json(folder / _FACTS, {"format": _FORMAT, **asdict(contents), "done": done})
 
 
 def _require_space(folder: Path, num_bytes: int) -> None:

@@ -10,6 +10,7 @@ from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.load import RecipeLike, load_recipe
 from refold.blueprint.protocols import scale_stages
 from refold.blueprint.recipe import Recipe
+from refold.checkpoint.atomic_file import is_unfinished, write_json
 from refold.checkpoint.folder import settle
 from refold.checkpoint.locate import PLAN_NAME, Source, locate
 from refold.checkpoint.lock import FolderLock
@@ -254,12 +255,10 @@ def _claim(root: Path, plan: Plan, settings: RunSettings, train: DataSource, hel
                 f"choose another output"
             )
         return root
-    if root.exists() and any(root.iterdir()):
+    if root.exists() and not all(is_unfinished(path) for path in root.iterdir()):
         raise FolderError(f"{root}: a new folder, or one of an earlier run, is required (it holds other files)")
     root.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_json(path, wanted)
     return root
 
 
@@ -287,6 +286,4 @@ def _write_summary(root: Path, result: RunResult, settings: RunSettings) -> None
         "healed": result.healed.model_dump(mode="json"),
         "baselines": {name: found.model_dump(mode="json") for name, found in result.baselines.items()},
     }
-    unfinished = root / f"{SUMMARY_NAME}.tmp"
-    unfinished.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(root / SUMMARY_NAME)
+    write_json(root / SUMMARY_NAME, data)

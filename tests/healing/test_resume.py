@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import signal
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from refold.checkpoint.reader import CheckpointReader
+from refold.data.readers import from_documents
 from refold.errors import FolderError, HealError
 from refold.healing.interruption import HealInterrupted
 
@@ -133,6 +135,26 @@ def test_a_failed_write_at_the_end_costs_no_training(healing, monkeypatch):
     result = healing()
     assert result.resumed_from == 12
     assert len(healing.records) == 12
+
+
+@pytest.mark.parametrize("name", ["start.json", "sweep-1.json"])
+def test_a_kill_while_a_finding_is_noted_costs_only_that(healing, monkeypatch, name):
+    replace = os.replace
+
+    def kill(old, new):
+        if new.name == name:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    arguments = {"held_out": from_documents(["a goes to aaaa."]), "sweep": True}
+    healing.work.mkdir()  # so that a run that fails leaves it, as a killed one would
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            healing(**arguments)
+    (healing.work / f".{name}.1.unfinished").write_text("[{")
+    assert not (healing.work / name).exists()
+    assert min(healing(**arguments).held_out) == 0
 
 
 def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(healing, monkeypatch):

@@ -54,6 +54,8 @@ def test_a_run_measures_its_model_beside_a_pruned_one_and_goes_on(source: Path, 
 def test_a_run_without_healing_or_baselines(source: Path, tmp_path: Path) -> None:
     settings = RunSettings(tokens=0, baselines=(), eval_tokens=400, device="cpu")
     held_out = from_documents(TEXTS[:40])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.json.1.unfinished").write_text("{")  # of a first go that was killed
     found = run(source, tmp_path / "run", "recursive", from_documents(TEXTS), held_out=held_out, settings=settings)
     assert found.model == tmp_path / "run" / "folded" / "converted"
     assert found.healed == found.unhealed
