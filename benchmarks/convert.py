@@ -26,6 +26,7 @@ from page import Page, table
 from timing import ROUNDS, Timings, interleave
 from tinyllama_shaped import LINEARS, Linear, make_checkpoint
 
+from refold.checkpoint.atomic_file import flush
 from refold.checkpoint.locate import PLAN_NAME
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import convert
@@ -237,16 +238,8 @@ def _copy(source: Path, destination: Path) -> None:
     for path in source.iterdir():
         target = destination / path.name
         shutil.copyfile(path, target)
-        _flush(target)
-    _flush(destination)
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        flush(target)
+    flush(destination)
 
 
 def _size(folder: Path) -> int:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from refold.checkpoint.atomic_file import flush
 from refold.checkpoint.lock import FolderLock, FolderLockedError
 from refold.checkpoint.manifest import check, is_refold_folder, write_manifest
 from refold.errors import FolderError
@@ -209,7 +210,7 @@ def _repair_locked(destination: Path) -> None:
     if is_refold_folder(old):
         if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
             os.rename(old, destination)
-            _flush(destination.parent)
+            flush(destination.parent)
         elif is_refold_folder(destination):
             _discard(old, destination)
     for partial in _partials(destination):
@@ -227,17 +228,17 @@ def _swap_in(stage: Path, destination: Path) -> None:
     """Puts `stage` at `destination`; a folder that stood there is at `stage`, or discarded, afterwards."""
     if not destination.exists() or not any(destination.iterdir()):
         os.rename(stage, destination)
-        _flush(destination.parent)
+        flush(destination.parent)
         return
     if _exchange(stage, destination):
-        _flush(destination.parent)
+        flush(destination.parent)
         return
     old = _hidden(destination, "old")
     if old.exists():
         raise FolderError(f"{old}: this name is required to be free while {destination} is replaced; move it away")
     os.rename(destination, old)
     os.rename(stage, destination)
-    _flush(destination.parent)
+    flush(destination.parent)
     _discard(old, destination)
 
 
@@ -259,21 +260,13 @@ def _exchange(one: Path, other: Path) -> bool:
 def _flush_files(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            _flush(path)
+            flush(path)
 
 
 def _flush_folders(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         if path.is_dir():
-            _flush(path)
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+            flush(path)
 
 
 def _as_folder_error(where: Path, error: BaseException) -> BaseException:

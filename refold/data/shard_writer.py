@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from refold.checkpoint.atomic_file import flush
 from refold.checkpoint.lock import FolderLock
 from refold.data.encoder import EncodedDocument
 from refold.data.shards import INDEX_NAME, OFFSETS_NAME, ShardIndex, TokenShards, targets_name, tokens_name
@@ -139,9 +140,9 @@ class ShardWriter:
             file.write(index.to_json().encode())
             file.flush()
             os.fsync(file.fileno())
-        flush_folder(self._unfinished)
+        flush(self._unfinished)
         self._unfinished.rename(self.folder)
-        flush_folder(self.folder.parent)
+        flush(self.folder.parent)
 
     def _abandon(self) -> None:
         while self._files:
@@ -188,15 +189,6 @@ def unwritable(path: Path, error: OSError) -> DataError:
     """Words an error of writing to the cache."""
     reason = error.strerror or str(error)
     return DataError(f"{path}: the token cache must be writable ({reason}); free space or name another folder")
-
-
-def flush_folder(folder: Path) -> None:
-    """Brings a folder's entries to the disk."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _flush_and_close(file: BinaryIO) -> None:

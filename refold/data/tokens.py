@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
+from refold.checkpoint.atomic_file import flush
 from refold.data.encoder import TextEncoder, digest, document_start_token
 from refold.data.encoding import Encoding
 from refold.data.readers import DataSource
@@ -129,8 +130,7 @@ def _save(path: Path, tokenised: TokenisedDocuments) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(arrays, unfinished, metadata)
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(unfinished)
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)

@@ -172,7 +172,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, error: BaseException) -
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("step", ["_flush_files", "write_manifest", "_flush_folders", "_swap_in", "_flush"])
+@pytest.mark.parametrize("step", ["_flush_files", "write_manifest", "_flush_folders", "_swap_in", "flush"])
 def test_an_interrupt_while_finishing_leaves_old_or_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, swap: str
 ) -> None:
