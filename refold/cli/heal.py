@@ -32,7 +32,9 @@ def command(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate of all stages.")] = None,
     batch_tokens: Annotated[str | None, typer.Option(help="Tokens for each optimizer step.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens in one packed sequence.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the order of the data. Left out: the recipe's, else 0.")
+    ] = None,
     held_out: Annotated[
         list[Path] | None, typer.Option(help="Text that is measured at intervals and not trained on. Repeatable.")
     ] = None,
@@ -71,7 +73,7 @@ def command(
         "batch_tokens": batch_tokens,
         "context": context,
         "teacher_tokens": teacher_tokens,
-        "seed": seed or None,
+        "seed": seed,
     }
     stages = choose_stages(
         protocol=protocol,

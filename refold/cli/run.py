@@ -27,7 +27,9 @@ def command(
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate, over the recipe's.")] = None,
     eval_tokens: Annotated[str, typer.Option(help="Held-out tokens to read.")] = "200k",
-    seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the order of the data. Left out: the recipe's, else 0.")
+    ] = None,
     device: options.Device = None,
     allow_larger: options.AllowLarger = False,
     json: options.Json = False,

@@ -45,7 +45,7 @@ class RunSettings:
         baselines: Which of `BASELINES` are converted, healed and measured alike.
         eval_tokens: How much held-out text is read.
         learning_rate: Over the recipe's own.
-        seed: Of the order of the data.
+        seed: Of the order of the data, over the recipe's own.
         device: Where to train and evaluate; None: the best there is.
 
     Raises:
@@ -56,12 +56,23 @@ class RunSettings:
     baselines: tuple[str, ...] = DEFAULT_BASELINES
     eval_tokens: int | None = 200_000
     learning_rate: float | None = None
-    seed: int = 0
+    seed: int | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
         for name in self.baselines:
             require_baseline(name)
+
+    def stages(self, recipe: Recipe) -> tuple[HealStage, ...]:
+        """Returns how a recipe's model is healed, with these settings over its own."""
+        if self.tokens == 0:
+            return ()
+        stages = recipe.heal or ((HealStage(tokens=self.tokens),) if self.tokens else ())
+        wanted = {"seed": self.seed, "learning_rate": self.learning_rate}
+        changes = {key: value for key, value in wanted.items() if value is not None}
+        if self.tokens is not None:
+            stages = tuple(scale_stages(stages, self.tokens))
+        return tuple(stage.model_copy(update=changes) for stage in stages)
 
 
 @dataclass(frozen=True)
@@ -172,7 +183,7 @@ def run(
     located = locate(source)
     model = read_source_model(located)
     plan = plan_model(model, loaded, allow_larger)
-    stages = _stages(plan.recipe, settings)
+    stages = settings.stages(plan.recipe)
     opened = data if isinstance(data, DataSource) else open_data(data)
     train, test = split(opened) if held_out is None else (opened, _open(held_out))
     root = _claim(Path(destination), plan, settings, train, test)
@@ -206,18 +217,6 @@ def _baseline(way: _Way, model: SourceModel, plan: Plan) -> Evaluation | None:
         way.say(f"{name}: no baseline ({error})")
         return None
     return way.evaluate(way.heal(start), "healed" if way.stages else "unhealed")
-
-
-def _stages(recipe: Recipe, settings: RunSettings) -> tuple[HealStage, ...]:
-    if settings.tokens == 0:
-        return ()
-    stages = recipe.heal or ((HealStage(tokens=settings.tokens),) if settings.tokens else ())
-    changes: dict[str, Any] = {"seed": settings.seed}
-    if settings.learning_rate is not None:
-        changes["learning_rate"] = settings.learning_rate
-    if settings.tokens is not None:
-        stages = tuple(scale_stages(stages, settings.tokens))
-    return tuple(stage.model_copy(update=changes) for stage in stages)
 
 
 def _open(data: Sequence[str | Path] | DataSource) -> DataSource:

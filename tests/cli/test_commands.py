@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from refold.blueprint.heal_stage import HealStage
 from refold.cli import main
 from refold.cli.app import app
+from refold.errors import HealError
 
 FLAGS = {
     "demo": {"--out", "--heal-tokens", "--json"},
@@ -99,6 +101,23 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(
     assert "Traceback" not in errors
     assert says in " ".join(errors.split()), errors
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("given", "expected"), [((), 3), (("--seed", "0"), 0), (("--seed", "5"), 5)])
+def test_a_seed_goes_over_the_recipes_zero_too(
+    given: tuple[str, ...], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def heal(model: str, out: Path, data: object, stages: tuple[HealStage, ...], **_: object) -> None:
+        seeds.extend(stage.seed for stage in stages)
+        raise HealError("heal: enough seen")
+
+    monkeypatch.setattr("refold.healing.heal.heal", heal)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("heal: [{tokens: 1000, seed: 3}]")
+    assert run("heal", "model", tmp_path / "out", "-d", "text", "-r", recipe, *given, monkeypatch=monkeypatch) == 2
+    assert seeds == [expected]
 
 
 def test_the_whole_way_by_hand(

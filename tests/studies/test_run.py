@@ -64,13 +64,21 @@ def test_a_run_without_healing_or_baselines(source: Path, tmp_path: Path) -> Non
 
 
 def test_tokens_of_several_stages_are_scaled_together(source: Path, tmp_path: Path) -> None:
-    first = HealStage(tokens=3000, batch_tokens=512, context=64)
+    first = HealStage(tokens=3000, batch_tokens=512, context=64, seed=3)
     recipe = RECIPE.model_copy(update={"heal": (first, first.model_copy(update={"tokens": 1000}))})
     settings = RunSettings(tokens=2048, baselines=(), eval_tokens=400, device="cpu")
     run(source, tmp_path / "run", recipe, from_documents(TEXTS), settings=settings)
     provenance = json.loads((tmp_path / "run" / "folded" / "model" / "provenance.json").read_text())
     assert [step["stage"] for step in provenance["stages"]] == ["convert", "heal", "heal"]
     assert [step["tokens"] for step in provenance["stages"]] == [0, 1536, 512]
+    assert [step["seed"] for step in provenance["stages"][1:]] == [3, 3]
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(None, 3), (0, 0), (5, 5)])
+def test_a_chosen_seed_goes_over_the_recipes_zero_too(chosen: int | None, expected: int) -> None:
+    recipe = RECIPE.model_copy(update={"heal": (HealStage(tokens=10, seed=3),)})
+    (found,) = RunSettings(seed=chosen).stages(recipe)
+    assert found.seed == expected
 
 
 def test_a_folder_of_the_users_is_refused(source: Path, tmp_path: Path) -> None:
