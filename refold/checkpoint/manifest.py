@@ -105,6 +105,26 @@ def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
+def content_hash(path: Path) -> str:
+    """Returns a file's sha256 as hex digits: from its folder's manifest, or read from the file.
+
+    The manifest is believed where the file has its size and was not written after it, which is how refold leaves a
+    folder; anything else is hashed.
+
+    Raises:
+        FolderError: the file cannot be read, or the folder's manifest is damaged.
+    """
+    if is_refold_folder(path.parent):
+        entry = _read_files(path.parent).get(path.name)
+        try:
+            found, listed = path.stat(), (path.parent / MANIFEST_NAME).stat()
+        except OSError:
+            entry = None
+        if entry is not None and found.st_size == entry["bytes"] and found.st_mtime_ns <= listed.st_mtime_ns:
+            return entry["sha256"]
+    return hash_file(path)
+
+
 def _list_files(folder: Path) -> list[str]:
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in names if name != MANIFEST_NAME)

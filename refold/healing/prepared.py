@@ -13,7 +13,7 @@ from refold.blueprint.heal_stage import HealStage
 from refold.checkpoint import provenance
 from refold.checkpoint.companions import has_tokenizer
 from refold.checkpoint.locate import Source, locate
-from refold.checkpoint.manifest import hash_file
+from refold.checkpoint.manifest import content_hash
 from refold.data.readers import DataSource, open_data
 from refold.data.training import Data, open_training_data
 from refold.data.training_data import TrainingData
@@ -229,4 +229,4 @@ def _hash_weights(model: Source) -> str:
     headers = model.headers()
     assert headers is not None
     folder = model.fetch()
-    return hashlib.sha256("".join(hash_file(folder / name) for name in sorted(headers.files)).encode()).hexdigest()
+    return hashlib.sha256("".join(content_hash(folder / name) for name in sorted(headers.files)).encode()).hexdigest()

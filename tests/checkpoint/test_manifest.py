@@ -1,10 +1,11 @@
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from refold.checkpoint.manifest import check, hash_file, is_refold_folder, verify, write_manifest
+from refold.checkpoint.manifest import check, content_hash, hash_file, is_refold_folder, verify, write_manifest
 from refold.errors import FolderError
 
 
@@ -103,3 +104,31 @@ def test_bad_manifest(folder: Path, content: str | None, message: str) -> None:
 def test_a_file_that_cannot_be_hashed(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="gone: cannot be read"):
         hash_file(tmp_path / "gone")
+
+
+def test_a_file_the_manifest_knows_is_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = hash_file(folder / "weights")
+    monkeypatch.setattr("refold.checkpoint.manifest.hash_file", lambda path: f"read {path.name}")
+    assert content_hash(folder / "weights") == expected
+    (folder / "new").write_text("not listed")
+    assert content_hash(folder / "new") == "read new"
+    (folder / "config.json").write_text("{ }")
+    assert content_hash(folder / "config.json") == "read config.json"
+    (folder / "manifest.json").unlink()
+    assert content_hash(folder / "weights") == "read weights"
+
+
+def test_a_file_changed_after_its_manifest_has_another_hash(folder: Path) -> None:
+    before = content_hash(folder / "weights")
+    content = bytearray((folder / "weights").read_bytes())
+    content[-1] ^= 1
+    (folder / "weights").write_bytes(content)
+    written = (folder / "manifest.json").stat().st_mtime_ns
+    os.utime(folder / "weights", ns=(written + 1, written + 1))
+    assert content_hash(folder / "weights") == hash_file(folder / "weights") != before
+
+
+def test_a_file_that_is_not_there_has_no_hash(folder: Path) -> None:
+    (folder / "weights").unlink()
+    with pytest.raises(FolderError, match="weights: cannot be read"):
+        content_hash(folder / "weights")

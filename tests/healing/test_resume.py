@@ -109,13 +109,21 @@ def test_other_settings_do_not_resume_and_are_named(healing, make_source):
     assert healing({"learning_rate": 2e-2}, restart=True).resumed_from is None
 
 
-def test_another_model_or_text_does_not_resume(healing, source):
+def test_another_model_or_text_does_not_resume(healing, source, tmp_path):
     healing.hook = _stop_after(2)
     with pytest.raises(HealInterrupted):
         healing()
     healing.hook = None
     with pytest.raises(HealError, match=r"\(model weights was"):
         healing(model=source)
+    changed = tmp_path / "changed"
+    shutil.copytree(healing.model, changed)
+    weights = changed / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(HealError, match=r"\(model weights was"):
+        healing(model=changed)
     blocks = type(healing.data.blocks[0])(healing.data.blocks[0].documents()[:50])
     with pytest.raises(HealError, match=r"\(data was"):
         healing(data=type(healing.data)((blocks,), "another", "another"))
