@@ -7,7 +7,7 @@ from typing import Any
 
 from refold.blueprint.numbers import read_amount
 from refold.blueprint.recipe_yaml import parse_yaml
-from refold.suggest import did_you_mean
+from refold.suggest import must_be_one_of
 
 
 @cache
@@ -38,7 +38,7 @@ def expand_protocol(name: str, tokens: int, changes: Mapping[str, Any] | None = 
     """
     known = _built_in()
     if name not in known:
-        raise ValueError(f"protocol must be one of {', '.join(known)} (got {name!r}){did_you_mean(str(name), known)}")
+        raise ValueError(f"protocol {must_be_one_of(name, known)}")
     expanded = []
     for stage in known[name]["stages"]:
         share = stage["share"]

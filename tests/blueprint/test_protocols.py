@@ -3,6 +3,7 @@ import pytest
 from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.load import load_recipe
 from refold.blueprint.protocols import built_in_protocols, expand_protocol, scale_stages
+from refold.errors import RecipeError
 
 
 @pytest.mark.parametrize("name", list(built_in_protocols()))
@@ -42,3 +43,19 @@ def test_stages_keep_their_shares_of_another_budget():
 
 def test_a_budget_too_small_for_a_share_still_gives_it_a_token():
     assert [stage["tokens"] for stage in expand_protocol("align-then-distil", 2)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"protocol": "distill", "tokens": 10}, r"protocol must be one of .* \(got 'distill'\); did you mean 'distil'"),
+        ({"protocol": "distil"}, r"protocol distil: requires `tokens`, such as 20M \(got None\)"),
+        (
+            {"tokens": 10, "seed": 3},
+            r"must be a list of stages, or a mapping with `protocol` .*keys tokens, seed",
+        ),
+    ],
+)
+def test_a_section_that_cannot_be_expanded_is_refused(section, says):
+    with pytest.raises(RecipeError, match=says):
+        load_recipe({"heal": section})
