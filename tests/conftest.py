@@ -163,6 +163,38 @@ def make_model(make_source: Callable[..., Path], tmp_path_factory: pytest.TempPa
     return make
 
 
+@pytest.fixture(scope="session")
+def make_evaluation() -> Callable[..., Any]:
+    """Makes evaluations, with the fields that a test is about."""
+    from refold.evaluation.result import Evaluation, Machine, ModelFacts, Seconds
+
+    def make(**fields: Any) -> Evaluation:
+        plain: dict[str, Any] = {
+            "model": ModelFacts(name="m", model_type="refold", parameters=10, weight_bytes=40, dtype="float32"),
+            "data": (),
+            "is_whole_data": True,
+            "max_tokens": None,
+            "context": 16,
+            "stride": 8,
+            "batch_size": 2,
+            "documents": 1,
+            "tokens": 20,
+            "bytes": 70,
+            "bits_per_byte": 1.5,
+            "bits_per_byte_error": None,
+            "perplexity": 9.0,
+            "accuracy": 0.5,
+            "seconds": Seconds(load=1, tokenise=1, model=1, against=1, score=1),
+            "tokens_per_second": 5,
+            "machine": Machine(device="cpu", device_name="x86_64", cpus=2, torch_threads=1, system="Linux"),
+            "versions": {},
+            "time": "now",
+        }
+        return Evaluation(**{**plain, **fields})
+
+    return make
+
+
 def _write_source(folder: Path, model_type: str, dtype: str, fields: dict[str, Any]) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

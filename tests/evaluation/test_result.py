@@ -1,47 +1,27 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from refold.errors import FolderError
-from refold.evaluation.result import Comparison, Evaluation, Machine, ModelFacts, Seconds, read_evaluation
+from refold.evaluation.result import Comparison, Evaluation, ModelFacts, read_evaluation
 
 
 @pytest.fixture
-def evaluation() -> Evaluation:
-    facts = ModelFacts(name="m", model_type="llama", parameters=10, weight_bytes=40, dtype="float32")
-    return Evaluation(
-        model=facts,
-        data=(),
-        is_whole_data=True,
-        max_tokens=None,
-        context=16,
-        stride=8,
-        documents=1,
-        tokens=20,
-        bytes=70,
-        bits_per_byte=1.5,
-        bits_per_byte_error=None,
-        perplexity=9.0,
-        accuracy=0.5,
-        against=Comparison(
-            model=facts,
-            bits_per_byte=1.4,
-            bits_per_byte_error=0.1,
-            perplexity=8.0,
-            accuracy=0.6,
-            difference=0.1,
-            difference_error=0.01,
-            agreement=0.9,
-            kl=0.2,
-        ),
-        seconds=Seconds(load=1, tokenise=1, model=1, against=1, score=1),
-        tokens_per_second=5,
-        batch_size=2,
-        machine=Machine(device="cpu", device_name="x86_64", cpus=2, torch_threads=1, system="Linux"),
-        versions={},
-        time="now",
+def evaluation(make_evaluation: Callable[..., Evaluation]) -> Evaluation:
+    against = Comparison(
+        model=ModelFacts(name="s", model_type="llama", parameters=10, weight_bytes=40, dtype="float32"),
+        bits_per_byte=1.4,
+        bits_per_byte_error=0.1,
+        perplexity=8.0,
+        accuracy=0.6,
+        difference=0.1,
+        difference_error=0.01,
+        agreement=0.9,
+        kl=0.2,
     )
+    return make_evaluation(against=against)
 
 
 def test_what_is_written_is_read_back(evaluation: Evaluation, tmp_path: Path):
