@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,11 @@ class Documents:
                 mask[row, 0, query, begin : query + 1] = True
         return mask
 
-    def piece(self, row: int, columns: slice) -> "Documents":
-        return Documents(*(part[row : row + 1, columns] for part in (self.input_ids, self.position_ids, self.labels)))
+    def each(self) -> "list[Documents]":
+        """Every document alone, filling left out."""
+        parts = (self.input_ids, self.position_ids, self.labels)
+        places = [(0, slice(0, 10)), (0, slice(10, 16)), (1, slice(0, 5)), (1, slice(5, 12))]
+        return [Documents(*(part[row : row + 1, columns] for part in parts)) for row, columns in places]
 
     def rows(self, rows: slice) -> "Documents":
         return Documents(self.input_ids[rows], self.position_ids[rows], self.labels[rows])
@@ -129,6 +132,21 @@ def run_objective() -> Callable[..., Loss]:
     return run
 
 
+@pytest.fixture(scope="session")
+def require_documents_apart(documents: Documents, run_objective: Callable[..., Loss]) -> Callable[..., None]:
+    """Requires that packed documents cost what each costs alone, and that this tells them from one long document."""
+
+    def require(objective: Objective, student: Any, teacher: Any) -> None:
+        count = documents.num_tokens
+        found = run_objective(objective, student, teacher, documents).total
+        alone = [run_objective(objective, student, teacher, each, count).total for each in documents.each()]
+        torch.testing.assert_close(found, torch.stack(alone).sum())
+        leaking = run_objective(objective, student, teacher, documents.unpacked()).total
+        assert (leaking - found).abs() > 1e-3 * found
+
+    return require
+
+
 @dataclass
 class Plain:
     """A source's layers, called one by one as transformers has them."""
@@ -150,11 +168,10 @@ class Plain:
             seen = seen & (tokens[None, :] > tokens[:, None] - window)
         return torch.zeros(seen.shape, dtype=self.model.dtype).masked_fill_(~seen, torch.finfo(self.model.dtype).min)
 
-    def streams(self) -> list[Tensor]:
-        """The stream before each layer, and after the last."""
-        stream = self.model.get_input_embeddings()(self.documents.input_ids)
-        streams = [stream]
-        for layer in range(len(self.layers)):
+    def streams(self, run: Sequence[int] | None = None) -> list[Tensor]:
+        """The stream before each layer that is run, and after the last; None: all layers, in order."""
+        streams = [self.model.get_input_embeddings()(self.documents.input_ids)]
+        for layer in range(len(self.layers)) if run is None else run:
             streams.append(self.layer(layer, streams[-1]))
         return streams
 
