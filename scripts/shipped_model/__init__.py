@@ -1,0 +1,1 @@
+"""What `train_shipped_model.py` runs: training and measuring without refold."""
