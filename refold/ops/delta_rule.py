@@ -1,0 +1,313 @@
+"""The delta rule, without and with a decay: what the state holds under a key is replaced rather than added to.
+
+    S <- exp(g_t) S,    u_t = beta_t (v_t - S^T k_t),    S <- S + k_t u_t^T,    o_t = S^T q_t
+
+DeltaNet is arXiv 2406.06484 (equation 4; chunks in sections 3.2 and 3.3), the gated rule arXiv 2412.06464 (equation 10;
+our exp(g) is its alpha). Their states are the transpose of ours.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from refold.ops.chunking import Segment, look, put_chunks, segments, suffix_sums, to_chunks
+from refold.ops.documents import number_documents
+
+
+def step(
+    q: Float[Tensor, "B H K"],
+    k: Float[Tensor, "B H K"],
+    v: Float[Tensor, "B H V"],
+    beta: Float[Tensor, "B H"],
+    log_decay: Float[Tensor, "B H"] | None,
+    state: Float[Tensor, "B H K V"] | None,
+) -> tuple[Float[Tensor, "B H V"], Float[Tensor, "B H K V"]]:
+    """Takes in one token.
+
+    Args:
+        q: Query, scaled.
+        k: Key, usually of length 1.
+        v: Value.
+        beta: How much of what is held under the key is replaced, from 0 to 1 (up to 2 with keys of length 1).
+        log_decay: g, at most 0; None: no decay.
+        state: float32, or float64 with values in float64; None: zeros.
+
+    Returns:
+        The output in v's dtype, and the new state.
+    """
+    dtype = _compute_dtype(v)
+    with torch.autocast(v.device.type, enabled=False):
+        query, key, value = q.to(dtype), k.to(dtype), v.to(dtype)
+        if state is None:
+            state = value.new_zeros(*key.shape, value.shape[-1])
+        if log_decay is not None:
+            state = state * log_decay.to(dtype).exp()[..., None, None]
+        held = (key[..., None, :] @ state).squeeze(-2)
+        written = beta.to(dtype)[..., None] * (value - held)
+        state = state + key[..., None] * written[..., None, :]
+        out = (query[..., None, :] @ state).squeeze(-2)
+    return out.to(v.dtype), state
+
+
+def naive(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    beta: Float[Tensor, "B T H"],
+    log_decay: Float[Tensor, "B T H"] | None = None,
+    state: Float[Tensor, "B H K V"] | None = None,
+    resets: Bool[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
+    """Takes in token by token; arguments and returns as of `chunked`. The oracle of tests."""
+    if state is None:
+        state = _zero_state(k, v)
+    outs = []
+    for t in range(v.shape[1]):
+        if resets is not None:
+            state = state.masked_fill(resets[:, t, None, None, None], 0.0)
+        decay = None if log_decay is None else log_decay[:, t]
+        out, state = step(q[:, t], k[:, t], v[:, t], beta[:, t], decay, state)
+        outs.append(out)
+    return torch.stack(outs, dim=1), state
+
+
+def chunked(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T H V"],
+    beta: Float[Tensor, "B T H"],
+    log_decay: Float[Tensor, "B T H"] | None = None,
+    state: Float[Tensor, "B H K V"] | None = None,
+    resets: Bool[Tensor, "B T"] | None = None,
+    chunk_size: int = 64,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
+    """Takes in whole rows: a triangular system says what a chunk's tokens write (arXiv 2412.06464, section 3.3).
+
+    With U and V the chunk's u and v as rows, G the sums of g within the chunk and S_0 the state that comes in:
+    (I + A) U = diag(beta) (V - diag(exp G) K S_0), where A_ij = beta_i exp(G_i - G_j) k_i . k_j for j < i.
+
+    Computes in float32 (float64 for values in float64). For backward it keeps the inputs and one state per segment, and
+    works the rest out again. It can be differentiated once.
+
+    Args:
+        q: Queries, scaled.
+        k: Keys, usually of length 1.
+        v: Values.
+        beta: How much of what is held under the key is replaced, from 0 to 1 (up to 2 with keys of length 1).
+        log_decay: g, finite and at most 0; None: no decay.
+        state: From the tokens before; None: zeros.
+        resets: Where a document begins: the state is emptied before that token is taken in.
+        chunk_size: Tokens.
+
+    Returns:
+        The outputs in v's dtype, and the state after the last token in float32 (float64).
+    """
+    start = _zero_state(k, v) if state is None else state.to(_compute_dtype(v))
+    decays = start.new_zeros(1, 1, 1).expand(beta.shape) if log_decay is None else log_decay
+    numbers = None if resets is None else number_documents(resets, q.shape[0], q.shape[1], q.device)
+    return _DeltaRule.apply(q, k, v, beta, decays, start, numbers, chunk_size)  # pyright: ignore[reportReturnType]
+
+
+def matrix(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T H K"],
+    beta: Float[Tensor, "B T H"],
+    log_decay: Float[Tensor, "B T H"] | None = None,
+    resets: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B H T T"]:
+    """The recurrence as an attention matrix M: o = M v from an empty state (one chunk of all tokens).
+
+    Args:
+        q: Queries, scaled.
+        k: Keys.
+        beta: As of `chunked`.
+        log_decay: As of `chunked`.
+        resets: As of `chunked`.
+
+    Returns:
+        Row t: what token t takes from each token. float32 (float64).
+    """
+    dtype = _compute_dtype(q)
+    with torch.autocast(q.device.type, enabled=False):
+        queries, keys = (x.to(dtype).transpose(1, 2) for x in (q, k))
+        strengths = beta.to(dtype).transpose(1, 2)
+        decays = torch.zeros_like(strengths) if log_decay is None else log_decay.to(dtype).transpose(1, 2)
+        pairs = _pairwise_decay(decays.cumsum(-1))
+        if resets is not None:
+            numbers = number_documents(resets, q.shape[0], q.shape[1], q.device)
+            pairs = pairs.masked_fill((numbers[:, :, None] != numbers[:, None, :])[:, None], 0.0)
+        system = (keys @ keys.mT * pairs * strengths[..., None]).tril(-1)
+        taken = torch.linalg.solve_triangular(
+            system, queries @ keys.mT * pairs, upper=False, left=False, unitriangular=True
+        )
+        return taken * strengths[..., None, :]
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _zero_state(k: Tensor, v: Tensor) -> Tensor:
+    return v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=_compute_dtype(v))
+
+
+def _pairwise_decay(sums: Float[Tensor, "*X T"]) -> Float[Tensor, "*X T T"]:
+    """exp(sums_i - sums_j) for j <= i, else 0; masked before exp, which may overflow there."""
+    later = torch.ones(sums.shape[-1], sums.shape[-1], dtype=torch.bool, device=sums.device).triu(1)
+    return (sums[..., :, None] - sums[..., None, :]).masked_fill_(later, -torch.inf).exp_()
+
+
+class _Chunks(NamedTuple):
+    """A segment's inputs by chunk, row and head (X), and token, and how far they decay."""
+
+    q: Float[Tensor, "N X C K"]
+    k: Float[Tensor, "N X C K"]
+    v: Float[Tensor, "N X C V"]
+    beta: Float[Tensor, "N X C 1"]
+    pairs: Float[Tensor, "N X C C"]  # from token to token of a chunk
+    into: Float[Tensor, "N X C 1"]  # from the chunk's incoming state to a token
+    onto: Float[Tensor, "N X C 1"]  # from a token to the state that leaves the chunk
+    across: Float[Tensor, "N X 1 1"]  # from the incoming state to the leaving one
+
+
+class _Written(NamedTuple):
+    """What a segment's tokens write into the states, and what that takes to know."""
+
+    likeness: Float[Tensor, "N X C C"]  # of keys: K K^T
+    system: Float[Tensor, "N X C C"]  # A, its diagonal to be read as 1
+    readers: Float[Tensor, "N X C K"]  # (I + A)^-1 diag(beta exp G) K
+    states: Float[Tensor, "N X K V"]  # that come into the chunks
+    u: Float[Tensor, "N X C V"]
+
+
+class _DeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        log_decay: Tensor,
+        state: Tensor,
+        numbers: Tensor | None,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        carried, starts = state.flatten(0, 1), []
+        with torch.autocast(v.device.type, enabled=False):
+            for segment in segments(v, chunk_size):
+                starts.append(carried)
+                chunks = _read(q, k, v, beta, log_decay, numbers, segment)
+                written, carried = _write(chunks, carried)
+                found = (chunks.q @ written.states).mul_(chunks.into)
+                found += (chunks.q @ chunks.k.mT).mul_(chunks.pairs) @ written.u
+                put_chunks(out, segment, found.unflatten(1, state.shape[:2]))
+        ctx.save_for_backward(q, k, v, beta, log_decay, numbers, *starts)
+        ctx.chunk_size = chunk_size
+        return out, carried.unflatten(0, state.shape[:2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, beta, log_decay, numbers, *starts = ctx.saved_tensors
+        inputs = (q, k, v, beta, log_decay)
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+        heads = d_state.shape[:2]
+        d_carried = d_state.flatten(0, 1)
+        with torch.autocast(d_out.device.type, enabled=False):
+            for segment in reversed(list(segments(d_out, ctx.chunk_size))):
+                chunks = _read(q, k, v, beta, log_decay, numbers, segment)
+                d_found = to_chunks(d_out, segment, chunks.v.dtype).flatten(1, 2)
+                *parts, d_carried = _differentiate(chunks, starts.pop(), d_found, d_carried)
+                for grad, part in zip(grads, parts, strict=True):
+                    put_chunks(grad, segment, part.unflatten(1, heads))
+        return *grads, d_carried.unflatten(0, heads), None, None
+
+
+def _read(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, numbers: Tensor | None, segment: Segment
+) -> _Chunks:
+    dtype = _compute_dtype(v)
+    sums = to_chunks(log_decay, segment, dtype).cumsum(-1)
+    factors = (_pairwise_decay(sums), sums.exp(), (sums[..., -1:] - sums).exp_(), sums[..., -1].exp())
+    if numbers is not None:
+        factors = (factor * seen for factor, seen in zip(factors, look(numbers, segment), strict=True))
+    pairs, into, onto, across = (factor.flatten(1, 2) for factor in factors)
+    queries, keys, values, strengths = (to_chunks(x, segment, dtype).flatten(1, 2) for x in (q, k, v, beta))
+    return _Chunks(
+        queries,
+        keys,
+        values,
+        strengths[..., None],
+        pairs,
+        into[..., None],
+        onto[..., None],
+        across[..., None, None],
+    )
+
+
+def _write(chunks: _Chunks, start: Float[Tensor, "X K V"]) -> tuple[_Written, Float[Tensor, "X K V"]]:
+    """Solves the chunks' systems, but for the states that come in, and then goes from state to state."""
+    likeness = chunks.k @ chunks.k.mT
+    system = (likeness * chunks.pairs).mul_(chunks.beta)
+    size = chunks.v.shape[-1]
+    known = torch.cat([chunks.v * chunks.beta, chunks.k * (chunks.beta * chunks.into)], dim=-1)
+    # Transposed, because LAPACK's matrices are stored by columns: nothing is copied to another order.
+    solved = torch.linalg.solve_triangular(system.mT, known.mT, upper=True, left=False, unitriangular=True).mT
+    u, readers = solved[..., :size], solved[..., size:]
+    writers = (chunks.k * chunks.onto).mT
+    states = torch.empty(*writers.shape[:-1], size, dtype=u.dtype, device=u.device)
+    for n in range(len(u)):
+        states[n] = start
+        u[n].baddbmm_(readers[n], start, alpha=-1.0)
+        start = (start * chunks.across[n]).baddbmm_(writers[n], u[n])
+    return _Written(likeness, system, readers, states, u), start
+
+
+def _differentiate(
+    chunks: _Chunks, start: Tensor, d_found: Float[Tensor, "N X C V"], d_leaving: Float[Tensor, "X K V"]
+) -> tuple[Tensor, ...]:
+    """Gradients of one segment: of q, k, v, beta, the log decays, and of the state at its start."""
+    q, k, v, beta, pairs, into, onto, across = chunks
+    (likeness, system, readers, states, u), _ = _write(chunks, start)
+
+    scores = q @ k.mT
+    d_u = (scores * pairs).mT @ d_found
+    d_found_into = d_found * into
+    d_states = q.mT @ d_found_into
+    writers = k * onto
+    d_written = torch.empty_like(d_states)
+    for n in reversed(range(len(d_states))):
+        d_written[n] = d_leaving
+        d_u[n].baddbmm_(writers[n], d_leaving)
+        d_leaving = torch.addcmul(d_states[n], across[n], d_leaving)
+        d_leaving.baddbmm_(readers[n].mT, d_u[n], alpha=-1.0)
+
+    d_known = torch.linalg.solve_triangular(system.mT, d_u, upper=True, unitriangular=True)
+    d_scores = (d_found @ u.mT).mul_(pairs)
+    d_likeness = (d_known @ u.mT).mul_(pairs).tril_(-1).neg_()  # still to be multiplied by beta
+    d_q_carried = d_found_into @ states.mT
+    d_k_read = (d_known * into) @ states.mT
+    d_k_written = (u @ d_written.mT).mul_(onto)
+    held = (k * d_k_read).sum(-1, keepdim=True)
+
+    from_pairs = likeness.mul_(d_likeness)
+    d_beta = from_pairs.sum(-1, keepdim=True) + (d_known * v).sum(-1, keepdim=True) - held
+    d_likeness *= beta
+    d_q = d_scores @ k + d_q_carried
+    d_k = (d_likeness + d_likeness.mT) @ k
+    d_k += d_scores.mT @ q
+    d_k += d_k_written
+    d_k -= d_k_read * beta
+
+    # A token's own term does not decay; left in, it would drown the others where decay is strong.
+    d_pairs = (from_pairs * beta).addcmul_(d_scores, scores)
+    d_pairs.diagonal(dim1=-2, dim2=-1).zero_()
+    kept = (k * d_k_written).sum(-1)
+    d_sums = d_pairs.sum(-1) - d_pairs.sum(-2) + (q * d_q_carried).sum(-1) - (held * beta).squeeze(-1) - kept
+    d_sums[..., -1] += kept.sum(-1) + (states * d_written).sum(dim=(2, 3)) * across[..., 0, 0]
+    return d_q, d_k, d_known * beta, d_beta.squeeze(-1), suffix_sums(d_sums, -1), d_leaving
