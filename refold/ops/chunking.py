@@ -1,0 +1,92 @@
+"""Tokens in chunks, `[N, B, H, C, .]` for batched products, and what chunks see of each other across documents."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+CPU_SEGMENT_NUMBERS = 2**18
+"""What a `[N, B, H, C, C]` holds while a segment is worked on: enough to be quick, little enough to stay in cache."""
+DEVICE_SEGMENT_NUMBERS = 2**25
+"""The same on other devices, which want more work at once."""
+
+
+class Segment(NamedTuple):
+    """Tokens `start` to `stop`: a whole number of chunks of `chunk` tokens, worked on at once."""
+
+    start: int
+    stop: int
+    chunk: int
+
+
+def segments(x: Float[Tensor, "B T H V"], chunk_size: int) -> Iterator[Segment]:
+    """Cuts rows into segments of whole chunks; what is left at the end is a chunk of its own, so nothing is padded."""
+    batch, tokens, heads = x.shape[:3]
+    whole = tokens - tokens % chunk_size
+    numbers = CPU_SEGMENT_NUMBERS if x.device.type == "cpu" else DEVICE_SEGMENT_NUMBERS
+    stride = max(numbers // (batch * heads * chunk_size**2), 1) * chunk_size
+    for start in range(0, whole, stride):
+        yield Segment(start, min(start + stride, whole), chunk_size)
+    if whole < tokens:
+        yield Segment(whole, tokens, tokens - whole)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What recurrences compute in, and states are kept in: float32, or float64 where inputs are."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def to_chunks(x: Float[Tensor, "B T H *X"], segment: Segment, dtype: torch.dtype) -> Float[Tensor, "N B H C *X"]:
+    """A segment's tokens laid out by chunk and head, contiguous."""
+    return _chunked_view(x, segment).to(dtype).contiguous()
+
+
+def put_chunks(x: Float[Tensor, "B T H *X"], segment: Segment, chunks: Float[Tensor, "N B H C *X"]) -> None:
+    """Writes what `to_chunks` would have read."""
+    _chunked_view(x, segment).copy_(chunks)
+
+
+def _chunked_view(x: Float[Tensor, "B T H *X"], segment: Segment) -> Float[Tensor, "N B H C *X"]:
+    return x[:, segment.start : segment.stop].unflatten(1, (-1, segment.chunk)).transpose(0, 1).transpose(2, 3)
+
+
+def suffix_sums(x: Tensor, dim: int) -> Tensor:
+    """At each place of a dimension the sum of what is there and after it."""
+    return x.flip(dim).cumsum(dim).flip(dim)
+
+
+class Sight(NamedTuple):
+    """What is of one document: False where a document began in between. Heads are a size of 1.
+
+    Attributes:
+        pairs: Token by token within a chunk, order not regarded.
+        before: The state that comes into the chunk, by the chunk's tokens.
+        after: The chunk's tokens, by the state that leaves it.
+        across: The state that comes in, by the state that leaves.
+    """
+
+    pairs: Bool[Tensor, "N B 1 C C"]
+    before: Bool[Tensor, "N B 1 C"]
+    after: Bool[Tensor, "N B 1 C"]
+    across: Bool[Tensor, "N B 1"]
+
+
+def look(numbers: Int[Tensor, "B T"], segment: Segment) -> Sight:
+    """Compares the documents of a segment's tokens.
+
+    Args:
+        numbers: Of the row's tokens, from `number_documents`.
+        segment: Where to look.
+    """
+    own = numbers[:, segment.start : segment.stop].unflatten(1, (-1, segment.chunk)).transpose(0, 1)
+    first = numbers[None, :, segment.start - 1] if segment.start else torch.zeros_like(own[:1, :, 0])
+    last = own[:, :, -1]
+    incoming = torch.cat([first, last[:-1]])
+    return Sight(
+        pairs=(own[:, :, :, None] == own[:, :, None, :])[:, :, None],
+        before=(own == incoming[:, :, None])[:, :, None],
+        after=(own == last[:, :, None])[:, :, None],
+        across=(last == incoming)[:, :, None],
+    )

@@ -1,0 +1,331 @@
+"""The recurrence with one decay per head: Mamba-2's, retention's where it is constant, linear attention's without.
+
+    S_t = exp(g_t) S_{t-1} + k_t v_t^T,    o_t = S_t^T q_t
+
+State-space duality is arXiv 2405.21060 (equations 1 and 16; our exp(g) is its a, our q, k, v its C, B, X), retention
+arXiv 2307.08621 (equation 5; exp(g) is its gamma), linear attention arXiv 2006.16236 (equations 16 to 20, without its
+normaliser). Queries and keys may have fewer heads than values (G groups, Mamba-2): head h reads group h // (H // G).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from refold.ops.chunking import Segment, Sight, compute_dtype, look, put_chunks, segments, suffix_sums, to_chunks
+from refold.ops.documents import number_documents
+
+
+def step(
+    q: Float[Tensor, "B G K"],
+    k: Float[Tensor, "B G K"],
+    v: Float[Tensor, "B H V"],
+    log_decay: Float[Tensor, "B H"] | Float[Tensor, " H"] | None,
+    state: Float[Tensor, "B H K V"] | None,
+) -> tuple[Float[Tensor, "B H V"], Float[Tensor, "B H K V"]]:
+    """Takes in one token.
+
+    Args:
+        q: Query, scaled.
+        k: Key.
+        v: Value.
+        log_decay: g, at most 0; None: no decay.
+        state: float32, or float64 with values in float64; None: zeros.
+
+    Returns:
+        The output in v's dtype, and the new state.
+    """
+    dtype = compute_dtype(v)
+    repeats = v.shape[1] // q.shape[1]
+    with torch.autocast(v.device.type, enabled=False):
+        written = k.to(dtype)[:, :, None, :, None] * v.to(dtype).unflatten(1, (-1, repeats))[:, :, :, None, :]
+        new = written.flatten(1, 2)
+        if state is not None:
+            decay = 1.0 if log_decay is None else log_decay.to(dtype).exp()[..., None, None]
+            new = new + decay * state
+        out = q.to(dtype)[:, :, None, None, :] @ new.unflatten(1, (-1, repeats))
+    return out.squeeze(-2).flatten(1, 2).to(v.dtype), new
+
+
+def naive(
+    q: Float[Tensor, "B T G K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T H V"],
+    log_decay: Float[Tensor, "B T H"] | Float[Tensor, " H"] | None,
+    state: Float[Tensor, "B H K V"] | None = None,
+    resets: Bool[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
+    """Takes in token by token; arguments and returns as of `chunked`. The oracle of tests."""
+    if state is None:
+        state = v.new_zeros(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=compute_dtype(v))
+    outs = []
+    for t in range(v.shape[1]):
+        if resets is not None:
+            state = state.masked_fill(resets[:, t, None, None, None], 0.0)
+        decay = log_decay[:, t] if log_decay is not None and log_decay.dim() == 3 else log_decay
+        out, state = step(q[:, t], k[:, t], v[:, t], decay, state)
+        outs.append(out)
+    return torch.stack(outs, dim=1), state
+
+
+def chunked(
+    q: Float[Tensor, "B T G K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T H V"],
+    log_decay: Float[Tensor, "B T H"] | Float[Tensor, " H"] | None,
+    state: Float[Tensor, "B H K V"] | None = None,
+    resets: Bool[Tensor, "B T"] | None = None,
+    chunk_size: int = 64,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
+    """Takes in whole rows: quadratic within chunks, the recurrence from chunk to chunk (arXiv 2405.21060, section 6).
+
+    Computes in float32 (float64 for values in float64). For backward it keeps the inputs and one state per segment, and
+    works the rest out again. It can be differentiated once.
+
+    Args:
+        q: Queries, scaled.
+        k: Keys.
+        v: Values.
+        log_decay: g, finite and at most 0, per token or per head; None: no decay.
+        state: From the tokens before; None: zeros.
+        resets: Where a document begins: the state is emptied before that token is taken in.
+        chunk_size: Tokens.
+
+    Returns:
+        The outputs in v's dtype, and the state after the last token in float32 (float64).
+    """
+    dtype = compute_dtype(v)
+    if state is None:
+        state = v.new_zeros(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=dtype)
+    decays = v.new_zeros(1, dtype=dtype) if log_decay is None else log_decay
+    numbers = None if resets is None else number_documents(resets, resets.shape[0], resets.shape[1], resets.device)
+    return _ScalarDecay.apply(q, k, v, decays, state.to(dtype), numbers, chunk_size)  # pyright: ignore[reportReturnType]
+
+
+def matrix(
+    q: Float[Tensor, "B T G K"],
+    k: Float[Tensor, "B T G K"],
+    log_decay: Float[Tensor, "B T H"] | Float[Tensor, " H"] | None,
+    resets: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B H T T"]:
+    """The recurrence as an attention matrix M: o = M v from an empty state (arXiv 2405.21060, equation 16).
+
+    Args:
+        q: Queries, scaled.
+        k: Keys.
+        log_decay: As of `chunked`; with None there are as many heads as groups.
+        resets: As of `chunked`.
+
+    Returns:
+        Row t: what token t takes from each token. float32 (float64).
+    """
+    dtype = compute_dtype(q)
+    tokens, groups = q.shape[1:3]
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q.to(dtype).transpose(1, 2) @ k.to(dtype).permute(0, 2, 3, 1)
+        if log_decay is None:
+            mixing = scores.tril()
+        else:
+            per_token = log_decay.to(dtype).expand(*q.shape[:2], -1)
+            # Differences of sums over all tokens need more digits than the sums.
+            weights = _later_left_out(per_token.transpose(1, 2).double().cumsum(-1)).to(dtype).exp()
+            mixing = (scores[:, :, None] * weights.unflatten(1, (groups, -1))).flatten(1, 2)
+        if resets is not None:
+            numbers = number_documents(resets, len(resets), tokens, resets.device)
+            mixing = mixing.masked_fill((numbers[:, :, None] != numbers[:, None, :])[:, None], 0.0)
+    return mixing
+
+
+def _later_left_out(sums: Float[Tensor, "*X T"]) -> Float[Tensor, "*X T T"]:
+    """sums_i - sums_j for j <= i, else -inf: there exp might overflow."""
+    later = torch.ones(sums.shape[-1], sums.shape[-1], dtype=torch.bool, device=sums.device).triu(1)
+    return (sums[..., :, None] - sums[..., None, :]).masked_fill_(later, -torch.inf)
+
+
+def _pairwise_decay(decays: Float[Tensor, "*X C"], block: int = 16) -> Float[Tensor, "*X C C"]:
+    """exp(g_{j+1} + ... + g_i) for j <= i, else 0.
+
+    Between blocks it is the product of the way to the later block's start and the way from there: far fewer
+    exponentials than pairs, none of them above 1, and no differences of long sums.
+    """
+    size = decays.shape[-1]
+    if size <= block or size % block:
+        return _later_left_out(decays.cumsum(-1)).exp_()
+    num_blocks = size // block
+    sums = decays.unflatten(-1, (num_blocks, block)).cumsum(-1)
+    order = torch.arange(num_blocks, device=decays.device)
+    is_between = (order[:, None, None] < order[:, None]) & (order[:, None, None] > order)
+    between = torch.tensordot(sums[..., -1], is_between.to(sums.dtype), dims=1)
+    between = between.masked_fill_(order[:, None] <= order, -torch.inf)
+    reach = (between[..., None] + (sums[..., -1:] - sums)[..., None, :, :]).exp_().flatten(-2)
+    pairs = sums.exp()[..., None] * reach[..., None, :]
+    within = _later_left_out(sums).exp_()
+    pairs.unflatten(-1, (num_blocks, block)).diagonal(dim1=-4, dim2=-2).copy_(within.movedim(-3, -1))
+    return pairs.flatten(-3, -2)
+
+
+class _Chunks(NamedTuple):
+    """A segment's inputs by chunk, group, head of the group (R) and token, and how far they decay.
+
+    Decays that are the same for all chunks, rows or heads have size 1 there.
+    """
+
+    q: Float[Tensor, "N B G C K"]
+    k: Float[Tensor, "N B G C K"]
+    v: Float[Tensor, "N B G R C V"]
+    pairs: Float[Tensor, "#N #B #G #R C C"]  # from token to token of a chunk
+    into: Float[Tensor, "#N #B #G #R C"]  # from the chunk's incoming state to a token
+    onto: Float[Tensor, "#N #B #G #R C"]  # from a token to the state that leaves the chunk
+    across: Float[Tensor, "N #B #G 1 #R 1"]  # from the incoming state to the leaving one
+    values: Float[Tensor, "N B G C RV"]  # as the leaving state takes them
+
+    def states(self, start: Float[Tensor, "B G K R V"]) -> Float[Tensor, "S B G K R V"]:
+        """The state that comes into each chunk, and the one that leaves the last."""
+        written = (self.k.mT @ self.values).unflatten(-1, self.v.shape[3::2])
+        states = written.new_empty(len(written) + 1, *start.shape)
+        states[0] = start
+        for n, new in enumerate(written):
+            torch.addcmul(new, self.across[n], states[n], out=states[n + 1])
+        return states
+
+
+class _ScalarDecay(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        state: Tensor,
+        numbers: Tensor | None,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        carried, starts = _to_groups(state, q.shape[2]), []
+        with torch.autocast(v.device.type, enabled=False):
+            for segment in segments(v, chunk_size):
+                starts.append(carried)
+                chunks = _read(q, k, v, log_decay, numbers, segment)
+                states = chunks.states(carried)
+                carried = states[-1].clone()
+                found = _mix(chunks) @ chunks.v
+                found.addcmul_(chunks.into[..., None], _rows(chunks.q @ states[:-1].flatten(-2), chunks.v))
+                put_chunks(out, segment, found.flatten(2, 3))
+        ctx.save_for_backward(q, k, v, log_decay, numbers, *starts)
+        ctx.chunk_size = chunk_size
+        return out, _from_groups(carried)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_decay, numbers, *starts = ctx.saved_tensors
+        with_decay = ctx.needs_input_grad[3]
+        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        d_decay = torch.zeros(log_decay.shape, dtype=log_decay.dtype, device=v.device)
+        d_carried = _to_groups(d_state, q.shape[2])
+        with torch.autocast(v.device.type, enabled=False):
+            for segment in reversed(list(segments(v, ctx.chunk_size))):
+                chunks = _read(q, k, v, log_decay, numbers, segment)
+                d_found = to_chunks(d_out, segment, chunks.v.dtype).unflatten(2, chunks.v.shape[2:4])
+                *parts, d_sums, d_carried = _differentiate(chunks, starts.pop(), d_found, d_carried, with_decay)
+                for grad, part in zip(grads, parts, strict=True):
+                    put_chunks(grad, segment, part)
+                if d_sums is None:
+                    continue
+                d_decays = suffix_sums(d_sums, -1).flatten(2, 3)
+                if log_decay.dim() == 3:
+                    put_chunks(d_decay, segment, d_decays)
+                else:
+                    d_decay += d_decays.sum(dim=(0, 1, 3))
+        return *grads, d_decay if with_decay else None, _from_groups(d_carried), None, None
+
+
+def _read(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, numbers: Tensor | None, segment: Segment) -> _Chunks:
+    dtype, groups = compute_dtype(v), q.shape[2]
+    if log_decay.dim() == 3:
+        decays = to_chunks(log_decay, segment, dtype).unflatten(2, (groups, -1))
+    else:
+        per_head = log_decay.to(dtype).view(1, 1, groups if len(log_decay) > 1 else 1, -1, 1)
+        decays = per_head.expand(-1, -1, -1, -1, segment.chunk)
+    sums = decays.cumsum(-1)
+    pairs = _pairwise_decay(decays)
+    until = functional.pad(suffix_sums(decays, -1)[..., 1:], (0, 1))
+    into, onto, across = sums.exp(), until.exp_(), sums[..., -1].exp()
+    if numbers is not None:
+        sight = Sight(*(mask[:, :, :, None] for mask in look(numbers, segment)))
+        pairs, into, onto, across = pairs * sight.pairs, into * sight.before, onto * sight.after, across * sight.across
+    queries, keys = to_chunks(q, segment, dtype), to_chunks(k, segment, dtype)
+    values = to_chunks(v, segment, dtype).unflatten(2, (groups, -1))
+    across = across[:, :, :, None, :, None].expand(len(values), -1, -1, -1, -1, -1)
+    return _Chunks(queries, keys, values, pairs, into, onto, across, _columns(values * onto[..., None]))
+
+
+def _mix(chunks: _Chunks) -> Float[Tensor, "N B G R C C"]:
+    """What each token takes from each token of its chunk."""
+    scores = (chunks.q @ chunks.k.mT)[:, :, :, None]
+    return scores.mul_(chunks.pairs) if chunks.v.shape[3] == 1 else scores * chunks.pairs
+
+
+def _differentiate(
+    chunks: _Chunks,
+    start: Float[Tensor, "B G K R V"],
+    d_found: Float[Tensor, "N B G R C V"],
+    d_leaving: Float[Tensor, "B G K R V"],
+    with_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of one segment: of q, k, v, of the decays' sums within each chunk, and of the state at its start."""
+    states = chunks.states(start)[:-1]
+    into_state = _columns(d_found * chunks.into[..., None])
+    found = (chunks.q.mT @ into_state).unflatten(-1, states.shape[-2:])
+    d_states = found.new_empty(len(found) + 1, *start.shape)
+    d_states[-1] = d_leaving
+    for n in reversed(range(len(found))):
+        torch.addcmul(found[n], chunks.across[n], d_states[n + 1], out=d_states[n])
+    d_written = d_states[1:]
+
+    d_mix = d_found @ chunks.v.mT
+    mix = _mix(chunks)
+    # A token's own term does not decay; left in, it would drown the others where decay is strong.
+    d_pairs = (d_mix * mix).tril_(-1) if with_decay else None
+    d_scores = d_mix.mul_(chunks.pairs)
+    d_scores = d_scores.sum(3) if d_scores.shape[3] > 1 else d_scores[:, :, :, 0]
+    d_q_carried = into_state @ states.flatten(-2).mT
+    d_q = (d_scores @ chunks.k).add_(d_q_carried)
+    d_k = (d_scores.mT @ chunks.q).add_(chunks.values @ d_written.flatten(-2).mT)
+    d_v_carried = _rows(chunks.k @ d_written.flatten(-2), chunks.v) * chunks.onto[..., None]
+    d_v = (mix.mT @ d_found).add_(d_v_carried)
+    if d_pairs is None:
+        return d_q, d_k, d_v.flatten(2, 3), None, d_states[0]
+
+    d_sums = d_pairs.sum(-1) - d_pairs.sum(-2)
+    if d_sums.shape[3] == 1:
+        d_sums += (chunks.q * d_q_carried).sum(-1)[:, :, :, None]
+    else:
+        carried = _rows(chunks.q @ states.flatten(-2), chunks.v)
+        d_sums += (carried * d_found).sum(-1) * chunks.into
+    kept = (chunks.v * d_v_carried).sum(-1)
+    d_sums -= kept
+    d_sums[..., -1] += kept.sum(-1) + ((states * d_written).sum(dim=(3, 5), keepdim=True) * chunks.across)[..., 0, :, 0]
+    return d_q, d_k, d_v.flatten(2, 3), d_sums, d_states[0]
+
+
+def _columns(x: Float[Tensor, "N B G R C V"]) -> Float[Tensor, "N B G C RV"]:
+    """A group's heads side by side, so that one product with the group's keys or queries serves all of them."""
+    return x.transpose(3, 4).flatten(-2)
+
+
+def _rows(x: Float[Tensor, "N B G C RV"], like: Float[Tensor, "N B G R C V"]) -> Float[Tensor, "N B G R C V"]:
+    """`_columns` undone."""
+    return x.unflatten(-1, like.shape[3::2]).transpose(3, 4)
+
+
+def _to_groups(state: Float[Tensor, "B H K V"], groups: int) -> Float[Tensor, "B G K R V"]:
+    return state.unflatten(1, (groups, -1)).transpose(2, 3)
+
+
+def _from_groups(state: Float[Tensor, "B G K R V"]) -> Float[Tensor, "B H K V"]:
+    return state.transpose(2, 3).flatten(1, 2)
