@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from refold.checkpoint.atomic_file import write_json
 from refold.checkpoint.folder import AtomicFolder, repair
 from refold.checkpoint.manifest import verify
 from refold.checkpoint.reader import CheckpointReader
@@ -18,6 +19,7 @@ from refold.errors import FolderError, HealError
 from refold.healing.thaw import ThawState
 
 STATE_NAME = "state.json"
+RUN_NAME = "run.json"
 NUM_KEPT = 2
 _NAME = re.compile(r"step-(\d{9})")
 
@@ -73,6 +75,19 @@ class Checkpoints:
     folder: Path
     identity: Mapping[str, Any] = field(default_factory=dict)
     tell: Callable[[str], None] = print
+
+    def claim(self) -> None:
+        """Notes whose folder this is, so that nothing of another run is taken up, checkpoint or not.
+
+        Raises:
+            HealError: an unfinished run with other settings, model, teacher or data lies there; each is named.
+            FolderError: the note cannot be written.
+        """
+        path = self.folder.parent / RUN_NAME
+        if path.exists():
+            self._require_same_run(json.loads(path.read_text()))
+        else:
+            write_json(path, self.identity)
 
     def save(self, state: RunState, tensors: Mapping[str, Tensor]) -> Path:
         """Writes a checkpoint, then removes all but the newest two.

@@ -157,15 +157,16 @@ def prepare(
     if any(each.wants_teacher for each in prepared):
         found = _find_teacher(model, teacher)
         _require_same_tokens(tokenizer, found)
-        identity["teacher"] = found.fingerprint()
+        identity["teacher"] = {**found.fingerprint(), "weights": _hash_weights(found)}
     elif teacher is not None:
         names = ", ".join(name for each in prepared for name in each.objectives)
         raise HealError(f"teacher: an objective that learns from one is required (got {teacher} with {names})")
-    measured = None
+    measured, identity["held_out"] = None, None
     if held_out is not None:
         source = held_out if isinstance(held_out, DataSource) else open_data(held_out)
         context = prepared[0].stage.context
         assert context is not None
+        identity["held_out"] = source.identity
         measured = HeldOut(source, tokenizer, context, work / "tokens")
     return PreparedRun(tuple(prepared), found, measured, identity)
 

@@ -158,6 +158,7 @@ class Run:
         return start | {line["step"]: line["held_out"] for line in lines if "held_out" in line}
 
     def _resume(self) -> dict[str, Tensor] | None:
+        self.team.first(self._checkpoints.claim)
         self.team.first(self._checkpoints.newest)  # which repairs what a kill left: one process does that
         found = self._checkpoints.load()
         if found is None:

@@ -129,6 +129,38 @@ def test_another_model_or_text_does_not_resume(healing, source, tmp_path):
         healing(data=type(healing.data)((blocks,), "another", "another"))
 
 
+def test_another_teacher_or_held_out_text_does_not_resume(healing, source, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(source, teacher)
+    arguments = {"teacher": teacher, "held_out": from_documents(["a goes to aaaa."])}
+    healing.hook = _stop_after(2)
+    with pytest.raises(HealInterrupted):
+        healing(**arguments)
+    healing.hook = None
+    with pytest.raises(HealError, match=r"\(held_out was"):
+        healing(**{**arguments, "held_out": from_documents(["b goes to bbbb."])})
+    weights = bytearray((teacher / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (teacher / "model.safetensors").write_bytes(weights)
+    with pytest.raises(HealError, match=r"\(teacher was"):
+        healing(**arguments)
+
+
+def test_what_a_run_killed_before_its_first_checkpoint_found_is_not_taken_up_by_another(healing, monkeypatch):
+    healing.work.mkdir()  # so that a run that fails leaves it, as a killed one would
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("refold.healing.loop.Loop.run", kill)
+        with pytest.raises(KeyboardInterrupt):
+            healing()
+    with pytest.raises(HealError, match=r"with other settings .*\(learning_rate was 0.01, is 0.02\)"):
+        healing({"learning_rate": 2e-2})
+    assert healing().resumed_from is None
+
+
 def test_a_failed_write_at_the_end_costs_no_training(healing, monkeypatch):
     from refold.healing import heal as module
 
