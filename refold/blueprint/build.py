@@ -1,19 +1,20 @@
 """From an architecture and a recipe to the blueprint, with every check across the two."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from refold.blueprint.advice import advise
 from refold.blueprint.cost import count_parameters
 from refold.blueprint.drops import dropped_blocks, dropped_parts
-from refold.blueprint.fold import FoldedStack, fold_layers, require_equal_signatures, tied_sources
+from refold.blueprint.fold import FoldedStack, fold_layers, tied_sources
 from refold.blueprint.ranks import Linears, choose_ranks
 from refold.blueprint.recipe import Exits, Fold, Recipe
 from refold.blueprint.schema import POOLS, Blueprint, Depth, Exit, MixerPart, MlpPart, Pool
-from refold.blueprint.specs import attention, mlp
 from refold.blueprint.specs.exits import describe_exits
+from refold.blueprint.specs.registry import MLP, find_mixer
 from refold.blueprint.starts import Starts
+from refold.blueprint.swaps import ChosenMixer, choose_mixers
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
 
@@ -81,19 +82,25 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
     layers = _remaining_layers(arch, recipe, counted.layer, counted.final_norm)
     stack = fold_layers(recipe.fold, layers) if recipe.fold else FoldedStack((), (), 0)
     layers = tuple(layer for layer in layers if layer not in stack.dropped)
-    pools: dict[Pool, _StoredPool] = {pool: _store(pool, arch, recipe, stack, layers) for pool in POOLS}
-    ranks, rank_notes = _ranks(recipe, arch, pools, counted.non_embedding)
+    chosen = choose_mixers(recipe, arch)
+    pools: dict[Pool, _StoredPool] = {
+        "mixer": _store("mixer", arch, recipe, stack, layers, lambda layer: chosen[layer].signature),
+        "mlp": _store("mlp", arch, recipe, stack, layers, lambda layer: chosen[layer].has_fresh_mlp),
+    }
+    stored = [chosen[users[0]] for users in pools["mixer"].users]
+    ranks, rank_notes = _ranks(recipe, arch, pools, chosen, counted.non_embedding)
     blueprint = Blueprint(
         arch=arch,
-        mixers=tuple(MixerPart(sources=sources) for sources in pools["mixer"].sources),
-        mlps=tuple(MlpPart(sources=sources) for sources in pools["mlp"].sources),
-        depths=tuple(_depth(arch, recipe, layer, pools, ranks) for layer in range(arch.num_layers)),
+        mixers=tuple(
+            MixerPart(sources=sources, type=mixer.type, options=dict(mixer.options))
+            for sources, mixer in zip(pools["mixer"].sources, stored, strict=True)
+        ),
+        mlps=tuple(
+            MlpPart(sources=() if chosen[users[0]].has_fresh_mlp else sources)
+            for sources, users in zip(pools["mlp"].sources, pools["mlp"].users, strict=True)
+        ),
+        depths=tuple(_depth(recipe, layer, pools, chosen[layer], ranks[layer]) for layer in range(arch.num_layers)),
     )
-    for pool in POOLS:
-        # Layers of today's families are alike; those of mixed stacks will differ in what this compares.
-        require_equal_signatures(
-            blueprint.pool(pool), pools[pool].users, lambda layer: (arch.hidden_size, arch.intermediate_size)
-        )
     if recipe.exits is not None:
         blueprint = _with_exits(blueprint, recipe.exits, recipe.fold, stack)
     exit_notes = describe_exits(blueprint)
@@ -102,6 +109,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
         weights=recipe.weights,
         lora=recipe.relax.init if relaxed and recipe.relax else None,
         svd=recipe.relax.svd if recipe.relax else "auto",
+        transfers=tuple(mixer.transfers for mixer in stored) if recipe.mixers else (),
         seed=recipe.seed,
     )
     return Built(blueprint, starts, (*stack.notes, *rank_notes, *exit_notes, *advise(recipe, relaxed)))
@@ -131,23 +139,32 @@ def _remaining_layers(arch: ArchSpec, recipe: Recipe, layer: int, final_norm: in
     return tuple(index for index in range(arch.num_layers) if index not in dropped)
 
 
-def _store(pool: Pool, arch: ArchSpec, recipe: Recipe, stack: FoldedStack, layers: Sequence[int]) -> _StoredPool:
+def _store(
+    pool: Pool,
+    arch: ArchSpec,
+    recipe: Recipe,
+    stack: FoldedStack,
+    layers: Sequence[int],
+    signature: Callable[[int], Hashable],
+) -> _StoredPool:
+    """Deals the depths of one pool to stored parts; tied layers whose signatures differ get a part for each kind."""
     key = "attention" if pool == "mixer" else "mlp"
     drop = getattr(recipe.drop, key) if recipe.drop else None
     dropped = dropped_parts(drop, layers, f"drop.{key}", arch.num_layers) if drop else frozenset()
     using = tuple(layer for layer in layers if layer not in dropped)
-    parts: dict[tuple[str, int], tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    parts: dict[Hashable, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     tied = recipe.fold is not None and pool in recipe.fold.tie
-    groups = stack.groups(using) if tied else ()
-    sources = tied_sources(recipe.fold, stack, using, arch.num_layers) if tied and recipe.fold else ()
     places = dict(zip(stack.block, stack.stored, strict=True)) if tied else {}
     # Stored in the order in which they first run.
     for layer in using:
-        stored = places.get(layer)
+        stored, kind = places.get(layer), signature(layer)
         if stored is None:
             parts["layer", layer] = ((layer,), (layer,))
-        else:
-            parts.setdefault(("block", stored), (sources[stored], groups[stored]))
+        elif ("block", stored, kind) not in parts:
+            assert recipe.fold is not None
+            alike = tuple(each for each in using if signature(each) == kind)
+            sources = tied_sources(recipe.fold, stack, alike, arch.num_layers)
+            parts["block", stored, kind] = (sources[stored], stack.groups(alike)[stored])
     fresh = recipe.weights == "fresh"
     return _StoredPool(
         sources=tuple(() if fresh else made for made, _ in parts.values()),
@@ -156,37 +173,50 @@ def _store(pool: Pool, arch: ArchSpec, recipe: Recipe, stack: FoldedStack, layer
 
 
 def _ranks(
-    recipe: Recipe, arch: ArchSpec, pools: dict[Pool, _StoredPool], non_embedding: int
-) -> tuple[dict[Pool, dict[str, int]], tuple[str, ...]]:
+    recipe: Recipe,
+    arch: ArchSpec,
+    pools: dict[Pool, _StoredPool],
+    chosen: Sequence[ChosenMixer],
+    non_embedding: int,
+) -> tuple[list[dict[str, int]], tuple[str, ...]]:
     if recipe.relax is None:
-        return {pool: {} for pool in POOLS}, ()
-    tied: list[tuple[Pool, ...]] = [
-        tuple(pool for pool in POOLS if pools[pool].ties(layer)) for layer in range(arch.num_layers)
+        return [{} for _ in chosen], ()
+
+    def linears(pool: Pool, layer: int) -> Linears:
+        mixer = chosen[layer]
+        return MLP.linears(arch, {}) if pool == "mlp" else find_mixer(mixer.type).linears(arch, mixer.options)
+
+    every = range(arch.num_layers)
+
+    def relaxes(pool: Pool, layer: int) -> bool:
+        return pools[pool].ties(layer) or (recipe.relax.at == "all" and pools[pool].part_of(layer) is not None)
+
+    tied: list[dict[Pool, Linears]] = [
+        {pool: linears(pool, layer) for pool in POOLS if relaxes(pool, layer)} for layer in every
     ]
     if not any(tied):
-        raise RecipeError("relax: tied layers are required (no part is used twice); set fold.loops to 2 or more")
-    linears: dict[Pool, Linears] = {"mixer": attention.linears(arch, {}), "mlp": mlp.linears(arch, {})}
-    ranks, notes = choose_ranks(recipe.relax, linears, tied, non_embedding)
-    return {pool: {name: ranks[name] for name in linears[pool] if name in ranks} for pool in POOLS}, notes
+        raise RecipeError(
+            "relax: tied layers are required (no part is used twice); set fold.loops to 2 or more, or relax.at to all"
+        )
+    known: dict[Pool, Linears] = {
+        pool: {name: shape for layer in every for name, shape in linears(pool, layer).items()} for pool in POOLS
+    }
+    return choose_ranks(recipe.relax, tied, known, non_embedding)
 
 
 def _depth(
-    arch: ArchSpec,
-    recipe: Recipe,
-    layer: int,
-    pools: dict[Pool, _StoredPool],
-    ranks: dict[Pool, dict[str, int]],
+    recipe: Recipe, layer: int, pools: dict[Pool, _StoredPool], mixer: ChosenMixer, ranks: dict[str, int]
 ) -> Depth:
-    tied: list[Pool] = [pool for pool in POOLS if pools[pool].ties(layer)]
-    own = bool(tied) and recipe.relax is not None and recipe.relax.vectors == "own"
+    tied = any(pools[pool].ties(layer) for pool in POOLS)
+    own = tied and recipe.relax is not None and recipe.relax.vectors == "own"
     return Depth(
         source=layer,
         mixer=pools["mixer"].part_of(layer),
         mlp=pools["mlp"].part_of(layer),
-        ranks={name: rank for pool in tied for name, rank in ranks[pool].items()},
+        ranks=ranks,
         vectors="own" if own else "tied",
-        window=arch.layers[layer].window,
-        rope=arch.layers[layer].rope,
+        window=mixer.window,
+        rope=mixer.rope,
     )
 
 

@@ -44,7 +44,7 @@ class Cost(Frozen):
     cache: tuple[CacheCost, ...]
     """For one sequence; one entry for each window, widest first."""
     state_bytes: int
-    """Recurrent state of one sequence."""
+    """Recurrent state of one sequence, with the last inputs of convolutions and windows."""
     flops_per_token: int
     """One token through every depth and the head: all linears with their LoRAs. Not counted: embedding look-up, norms,
     activations, rotary embedding, biases, and exits, which a token that runs every depth does not use."""
@@ -58,6 +58,10 @@ class Cost(Frozen):
     def cache_bytes(self, context: int) -> int:
         """Bytes cached for one sequence of `context` tokens, recurrent state included."""
         return self.state_bytes + sum(each.bytes_per_token * _reached(context, each.max_tokens) for each in self.cache)
+
+    def memory_bytes(self, context: int) -> int:
+        """Bytes of weights, cache and state together."""
+        return self.weight_bytes + self.cache_bytes(context)
 
     def flops(self, context: int) -> int:
         """FLOPs for the token after `context` tokens."""
@@ -82,6 +86,28 @@ class ParameterCount(NamedTuple):
     @property
     def total(self) -> int:
         return self.embedding + self.head + self.non_embedding
+
+
+def smaller_from(source: Cost, target: Cost) -> int | None:
+    """Returns the context length from which on a target needs less memory than its source.
+
+    Weights, cache and state of one sequence are counted. Their difference is linear between windows' ends, so this is
+    the exact length: 0 where the target is smaller at every length, None where it is not from any length on.
+    """
+
+    def excess(context: int) -> int:
+        return target.memory_bytes(context) - source.memory_bytes(context)
+
+    windows = {each.max_tokens for each in (*source.cache, *target.cache) if each.max_tokens is not None}
+    first, *earlier = sorted({0, *windows}, reverse=True)
+    growth = excess(first + 1) - excess(first)
+    if growth > 0 or (growth == 0 and excess(first) >= 0):
+        return None
+    # Each piece ends below zero, so where it begins above it falls by the same amount at each token.
+    for begin in (first, *earlier):
+        if excess(begin) >= 0:
+            return begin + excess(begin) // (excess(begin) - excess(begin + 1)) + 1
+    return 0
 
 
 def _reached(context: int, window: int | None) -> int:
@@ -122,7 +148,7 @@ def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
         spec = find_mixer(blueprint.mixers[depth.mixer].type)
         cached[depth.window] += dtype_bytes * spec.cache_elements_per_token(arch, options)
         looked_back[depth.window] += spec.flops_per_context_token(arch, options)
-        state += STATE_BYTES * spec.state_elements(arch, options)
+        state += STATE_BYTES * spec.state_elements(arch, options) + dtype_bytes * spec.kept_elements(arch, options)
     return Cost(
         parameters=counted.total,
         non_embedding_parameters=counted.non_embedding,

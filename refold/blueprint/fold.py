@@ -1,10 +1,9 @@
 """Where each layer stands: prelude, tied block or coda; and which stored layer each place of the block runs."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from refold.blueprint.recipe import Fold
-from refold.blueprint.schema import Part
 from refold.blueprint.spacing import evenly_spaced
 from refold.blueprint.specs.tying import TYING_INITS, TiedBlock, TyingInit, explicit
 from refold.errors import RecipeError
@@ -127,26 +126,3 @@ def _find_init(fold: Fold, num_stored: int, num_layers: int) -> TyingInit:
                 f"fold.init: layer {layer} is out of range ({num_layers} source layers: 0..{num_layers - 1})"
             )
     return explicit(fold.init)
-
-
-def require_equal_signatures(
-    parts: Sequence[Part], users: Sequence[Sequence[int]], signature: Callable[[int], Hashable]
-):
-    """Refuses to tie layers whose tensors differ in name or shape.
-
-    Args:
-        parts: Stored parts of one pool.
-        users: For each of them the source layers tied to it.
-        signature: What a source layer's part consists of.
-
-    Raises:
-        RecipeError: Layers of one part differ.
-    """
-    for part, tied in zip(parts, users, strict=True):
-        layers = sorted({*part.sources, *tied})
-        differing = [layer for layer in layers if signature(layer) != signature(layers[0])]
-        if differing:
-            raise RecipeError(
-                f"fold: layers that share a part must have equal tensors (got {layers[0]} and {differing[0]}, which "
-                f"differ); choose loops, pattern, prelude or coda so that equal layers meet"
-            )

@@ -54,8 +54,10 @@ def _path(item: ErrorDetails) -> str:
 def _explain(item: ErrorDetails, model: type[BaseModel]) -> str:
     kind, got, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        location = _location(item)
-        legal = sorted({name for found in _models_at(model, location[:-1]) for name in found.model_fields})
+        location = item["loc"]
+        legal = sorted(
+            {_key_of(found, name) for found in _models_at(model, location[:-1]) for name in found.model_fields}
+        )
         return f"unknown key{did_you_mean(str(location[-1]), legal) or '; must be one of ' + ', '.join(legal)}"
     if kind == "missing":
         return "required (not there)"
@@ -75,6 +77,10 @@ def _explain(item: ErrorDetails, model: type[BaseModel]) -> str:
     return f"{item['msg'].lower()} (got {got!r})"
 
 
+def _key_of(model: type[BaseModel], name: str) -> str:
+    return model.model_fields[name].alias or name
+
+
 def _alternative(item: ErrorDetails) -> str:
     return _ALTERNATIVES.get(str(item["loc"][-1]), "") if item["loc"] else ""
 
@@ -86,10 +92,17 @@ def _one_of(legal: list[str]) -> str:
 def _models_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[type[BaseModel]]:
     found = [model]
     for key in location:
-        if isinstance(key, str):
+        if isinstance(key, str) and key[:1] == "<":
+            # A tag that is the default of the branch's `type` says which branch it is.
+            found = [each for each in found if _type_of(each) == key.strip("<>")] or found
+        elif isinstance(key, str) and key != "[key]":
             fields = [each.model_fields[key] for each in found if key in each.model_fields]
             found = [inner for field in fields for inner in _models_in(field.annotation)]
     return found
+
+
+def _type_of(model: type[BaseModel]) -> Any:
+    return model.model_fields["type"].default if "type" in model.model_fields else None
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from refold.blueprint.schema import Blueprint, Pool
+from refold.blueprint.specs.part import Carried
+from refold.blueprint.specs.registry import find_mixer
 from refold.blueprint.starts import Starts
 from refold.blueprint.tensors import TargetTensor
 
@@ -19,6 +21,7 @@ class Origin:
             LoRA of a residual's truncated SVD; `joint`: fitted together with all tensors that share the linear.
         canonical: Name of the source's canonical tensor, such as `mixer.q_proj.weight`; of a LoRA that of its linear,
             of a gate its own name in its exit.
+        repeat: How often each head of the source's tensor stands in the target's, before anything else is done.
         layers: Source layers read for it. Of `factorised` the layer the depth stands for; of `joint` all layers tied to
             the part. Empty outside the layers, and for `fresh`.
     """
@@ -26,6 +29,27 @@ class Origin:
     how: How
     canonical: str
     layers: tuple[int, ...] = ()
+    repeat: int = 1
+
+
+def carried_tensor(blueprint: Blueprint, starts: Starts, part: int, local: str) -> Carried | None:
+    """Says how a tensor of a stored mixer is taken over from source layers; None: it is not, and starts fresh.
+
+    Args:
+        blueprint: The target.
+        starts: How it starts.
+        part: Index of the stored mixer.
+        local: The tensor's name in it.
+    """
+    mixer = blueprint.mixers[part]
+    spec = find_mixer(mixer.type)
+    if spec.carried is None:
+        return Carried(f"mixer.{local}")
+    found = spec.carried(blueprint.arch, mixer.options).get(local)
+    if found is None or found.misfit:
+        return None
+    transfers = starts.transfers_of(part)
+    return found if not found.group or transfers is None or found.group in transfers else None
 
 
 def origin(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> Origin:
@@ -46,18 +70,33 @@ def origin(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> Origin
         return Origin("fresh" if starts.weights == "fresh" else "copied", canonical)
     if tensor.role in ("lora_a", "lora_b"):
         return _lora_origin(blueprint, starts, tensor)
-    canonical = f"{tensor.pool}.{tensor.local}"
-    if starts.weights == "fresh":
-        return Origin("fresh", canonical)
+    part = part_of(blueprint, tensor)
+    carried = _carried(blueprint, starts, tensor.pool, part, tensor.local)
+    sources = blueprint.pool(tensor.pool)[part].sources
+    if carried is None or not sources or starts.weights == "fresh":
+        return Origin("fresh", f"{tensor.pool}.{tensor.local}")
+    canonical, repeat = carried.canonical, carried.repeat
     if tensor.part is None:
         assert tensor.depth is not None
-        return Origin("copied", canonical, (blueprint.depths[tensor.depth].source,))
-    sources = blueprint.pool(tensor.pool)[tensor.part].sources
-    if not sources:
-        return Origin("fresh", canonical)
+        return Origin("copied", canonical, (blueprint.depths[tensor.depth].source,), repeat)
     if tensor.role == "linear" and starts.lora == "joint" and is_relaxed(blueprint, tensor):
-        return Origin("joint", canonical, tied_layers(blueprint, tensor.pool, tensor.part))
-    return Origin("copied" if len(sources) == 1 else "averaged", canonical, sources)
+        return Origin("joint", canonical, tied_layers(blueprint, tensor.pool, tensor.part), repeat)
+    return Origin("copied" if len(sources) == 1 else "averaged", canonical, sources, repeat)
+
+
+def part_of(blueprint: Blueprint, tensor: TargetTensor) -> int:
+    """Returns the stored part that a tensor of a mixer or MLP belongs to, or that the depth owning it runs."""
+    assert tensor.pool is not None
+    if tensor.part is not None:
+        return tensor.part
+    assert tensor.depth is not None
+    part = getattr(blueprint.depths[tensor.depth], tensor.pool)
+    assert part is not None
+    return part
+
+
+def _carried(blueprint: Blueprint, starts: Starts, pool: Pool, part: int, local: str) -> Carried | None:
+    return carried_tensor(blueprint, starts, part, local) if pool == "mixer" else Carried(f"{pool}.{local}")
 
 
 def is_relaxed(blueprint: Blueprint, tensor: TargetTensor) -> bool:
@@ -82,14 +121,14 @@ def _exit_origin(starts: Starts, tensor: TargetTensor) -> Origin:
 def _lora_origin(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> Origin:
     assert tensor.pool is not None
     assert tensor.depth is not None
-    canonical = f"{tensor.pool}.{tensor.local}.weight"
+    part = part_of(blueprint, tensor)
+    carried = _carried(blueprint, starts, tensor.pool, part, f"{tensor.local}.weight")
     depth = blueprint.depths[tensor.depth]
-    part = getattr(depth, tensor.pool)
     sources = blueprint.pool(tensor.pool)[part].sources
-    if starts.lora == "zero" or starts.weights == "fresh" or not sources:
-        return Origin("fresh", canonical)
+    if carried is None or starts.lora == "zero" or starts.weights == "fresh" or not sources:
+        return Origin("fresh", f"{tensor.pool}.{tensor.local}.weight")
     if starts.lora == "joint":
-        return Origin("joint", canonical, tied_layers(blueprint, tensor.pool, part))
+        return Origin("joint", carried.canonical, tied_layers(blueprint, tensor.pool, part), carried.repeat)
     if sources == (depth.source,):
-        return Origin("fresh", canonical)
-    return Origin("factorised", canonical, (depth.source,))
+        return Origin("fresh", carried.canonical)
+    return Origin("factorised", carried.canonical, (depth.source,), carried.repeat)

@@ -23,58 +23,65 @@ def lora_parameters(ranks: Mapping[str, int], linears: Linears) -> int:
 
 
 def choose_ranks(
-    relax: LoraRelax, pools: Mapping[Pool, Linears], tied: Sequence[Sequence[Pool]], non_embedding_parameters: int
-) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Chooses the rank of each linear; it holds wherever that linear is tied.
+    relax: LoraRelax,
+    tied: Sequence[Mapping[Pool, Linears]],
+    known: Mapping[Pool, Linears],
+    non_embedding_parameters: int,
+) -> tuple[list[dict[str, int]], tuple[str, ...]]:
+    """Chooses the rank of each linear at each depth.
 
     Args:
         relax: The recipe's `relax`.
-        pools: Linears of the tied pools, `mixer` and `mlp`, those of an untied or empty pool included.
-        tied: For each depth the pools that are tied there.
+        tied: For each depth the linears that are tied there, by pool.
+        known: All linears a recipe may name, tied or not.
         non_embedding_parameters: Of the source, for budgets.
 
     Returns:
-        Linear name to rank, without those that get none; and notes.
+        For each depth linear name to rank, without those that get none; and notes.
 
     Raises:
         RecipeError: An unknown name, or a budget that not even rank 1 fits into.
     """
-    linears = {name: shape for pool in pools.values() for name, shape in pool.items()}
     if isinstance(relax.rank, RankShare):
-        return _spend(relax.rank.parameters, pools, linears, tied, non_embedding_parameters)
-    largest = max(min(shape) for shape in linears.values())
+        rank, notes = _spend(relax.rank.parameters, tied, non_embedding_parameters)
+        return [_uniform(rank, depth) for depth in tied], notes
+    largest = max(min(shape) for pool in known.values() for shape in pool.values())
     if not isinstance(relax.rank, Mapping):
-        return uniform_ranks(largest if relax.rank == "full" else relax.rank, linears), ()
-    legal = (*linears, *GROUPS)
+        rank = largest if relax.rank == "full" else relax.rank
+        return [_uniform(rank, depth) for depth in tied], ()
+    legal = (*(name for names in known.values() for name in names), *GROUPS)
     for name in relax.rank:
         if name not in legal:
             raise RecipeError(
                 f"relax.rank.{name}: must name a linear or a group: {', '.join(legal)}{did_you_mean(name, legal)}"
             )
-    ranks: dict[str, int] = {}
-    for pool, names in pools.items():
-        for name, shape in names.items():
-            given: int | str = next((relax.rank[key] for key in (name, pool, "all") if key in relax.rank), 0)
-            ranks[name] = min(given if isinstance(given, int) else largest, *shape)
-    without = sorted({pool for pool in pools if pool in relax.rank} - {pool for depth in tied for pool in depth})
+    found: list[dict[str, int]] = []
+    for depth in tied:
+        ranks: dict[str, int] = {}
+        for pool, names in depth.items():
+            for name, shape in names.items():
+                given: int | str = next((relax.rank[key] for key in (name, pool, "all") if key in relax.rank), 0)
+                ranks[name] = min(given if isinstance(given, int) else largest, *shape)
+        found.append({name: rank for name, rank in ranks.items() if rank})
+    without = sorted({pool for pool in known if pool in relax.rank} - {pool for depth in tied for pool in depth})
     notes = tuple(f"relax.rank.{pool}: has no effect, no {pool} is tied" for pool in without)
-    return {name: rank for name, rank in ranks.items() if rank}, notes
+    return found, notes
+
+
+def _uniform(rank: int, depth: Mapping[Pool, Linears]) -> dict[str, int]:
+    return {name: each for names in depth.values() for name, each in uniform_ranks(rank, names).items()}
 
 
 def _spend(
-    share: float,
-    pools: Mapping[Pool, Linears],
-    linears: Linears,
-    tied: Sequence[Sequence[Pool]],
-    non_embedding_parameters: int,
-) -> tuple[dict[str, int], tuple[str, ...]]:
+    share: float, tied: Sequence[Mapping[Pool, Linears]], non_embedding_parameters: int
+) -> tuple[int, tuple[str, ...]]:
     budget = int(share * non_embedding_parameters)
-    times = {pool: sum(pool in depth for depth in tied) for pool in pools}
 
     def spent(rank: int) -> int:
-        return sum(times[pool] * lora_parameters(uniform_ranks(rank, names), names) for pool, names in pools.items())
+        return sum(lora_parameters(uniform_ranks(rank, names), names) for depth in tied for names in depth.values())
 
-    low, high = 0, max(min(shape) for pool, names in pools.items() if times[pool] for shape in names.values())
+    shapes = [shape for depth in tied for names in depth.values() for shape in names.values()]
+    low, high = 0, max(min(shape) for shape in shapes)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if spent(middle) <= budget else (low, middle - 1)
@@ -84,4 +91,4 @@ def _spend(
             f"{non_embedding_parameters:,} = {budget:,}); raise the share"
         )
     note = f"relax.rank: {share:g} of the source's non-embedding parameters is rank {low} ({spent(low):,} parameters)"
-    return uniform_ranks(low, linears), (note,)
+    return low, (note,)

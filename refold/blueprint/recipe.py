@@ -8,8 +8,16 @@ from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.numbers import Amount, Count, LayerIndex, Real
 from refold.blueprint.protocols import read_heal
 from refold.blueprint.section import Section
+from refold.blueprint.specs.attention import Attention
+from refold.blueprint.specs.gated_deltanet import GatedDeltanet
+from refold.blueprint.specs.gla import Gla
+from refold.blueprint.specs.linear_attention import LinearAttention
+from refold.blueprint.specs.mamba import Mamba
+from refold.blueprint.specs.mamba2 import Mamba2
+from refold.blueprint.specs.registry import MIXERS
+from refold.blueprint.specs.retention import Retention
 from refold.blueprint.specs.tying import TYING_INITS
-from refold.suggest import did_you_mean
+from refold.suggest import did_you_mean, must_be_one_of
 
 
 def _known_init(name: str) -> str:
@@ -43,6 +51,16 @@ def _kind_of_one_rank(value: Any) -> str:
     return "<full>" if isinstance(value, str) else "<number>"
 
 
+def _known_mixer(value: Any) -> Any:
+    if isinstance(value, dict) and value.get("type") not in MIXERS:
+        raise ValueError(f"type: {must_be_one_of(value.get('type', ''), MIXERS)}")
+    return value
+
+
+def _kind_of_mixer(value: Any) -> str:
+    return f"<{value.get('type') if isinstance(value, dict) else getattr(value, 'type', 'attention')}>"
+
+
 SourceLayers = Annotated[tuple[LayerIndex, ...], Field(min_length=1), AfterValidator(_no_repeats)]
 ListedInit = Annotated[tuple[LayerIndex, ...], Field(min_length=1)]
 FoldInit = Annotated[
@@ -52,6 +70,19 @@ FoldInit = Annotated[
 Rank = Annotated[int, Field(strict=True, ge=0)]
 OneRank = Annotated[
     Annotated[Rank, Tag("<number>")] | Annotated[Literal["full"], Tag("<full>")], Discriminator(_kind_of_one_rank)
+]
+
+
+AnyMixer = Annotated[
+    Annotated[Attention, Tag("<attention>")]
+    | Annotated[Retention, Tag("<retention>")]
+    | Annotated[Mamba, Tag("<mamba>")]
+    | Annotated[Mamba2, Tag("<mamba2>")]
+    | Annotated[Gla, Tag("<gla>")]
+    | Annotated[GatedDeltanet, Tag("<gated_deltanet>")]
+    | Annotated[LinearAttention, Tag("<linear_attention>")],
+    Discriminator(_kind_of_mixer),
+    BeforeValidator(_known_mixer),
 ]
 
 
@@ -101,6 +132,8 @@ class LoraRelax(Section):
     """One rank for all linears; `full`; `{parameters: 0.15}`, a budget as a share of the source's non-embedding
     parameters; or a mapping of linears (`q_proj`) and groups (`mixer`, `mlp`, `all`) to ranks, where the more specific
     name wins and what is not named gets none. Capped at the smaller side of each linear; 0 is no LoRA."""
+    at: Literal["tied", "all"] = "tied"
+    """Which linears: those of parts that several depths use, or all, so that adapters alone can be trained."""
     init: Literal["svd", "zero", "joint"] | None = None
     """How LoRAs start: from the truncated SVD of what tying lost (`svd`), without effect (`zero`), or fitted together
     with the stored weights (`joint`). Left out: `zero` for stored layers that start `stepwise` or fresh, else `svd`."""
@@ -194,6 +227,8 @@ class Recipe(Section):
     """Relaxes the tie with something small for each depth."""
     drop: Drop | None = None
     """Leaves out layers, token mixers or MLPs."""
+    mixers: tuple[AnyMixer, ...] = ()
+    """Replaces the attention of some depths by mixers of linear cost."""
     exits: Exits | None = None
     """Places where the stack may be left early."""
     ignore_tensors: tuple[IgnoredTensor, ...] = ()

@@ -5,8 +5,13 @@ import zlib
 import torch
 from torch import Tensor
 
+from refold.blueprint.origins import part_of
+from refold.blueprint.schema import Blueprint
+from refold.blueprint.specs.part import Fill
+from refold.blueprint.specs.registry import find_mixer
 from refold.blueprint.tensors import TargetTensor
 from refold.families.arch import ArchSpec
+from refold.nn.fills import make_fill
 
 _ZERO_AT_EXITS = ("lora.lm_head.b", "gate.weight", "gate.bias")
 
@@ -16,14 +21,25 @@ def tensor_seed(seed: int, name: str) -> int:
     return seed * 1_000_003 + zlib.crc32(name.encode())
 
 
-def fresh_tensor(tensor: TargetTensor, arch: ArchSpec, seed: int) -> Tensor:
+def fill_of(blueprint: Blueprint, tensor: TargetTensor) -> Fill | None:
+    """Returns what a mixer's spec asks for in a fresh vector; None for all other tensors."""
+    if tensor.role != "vector" or tensor.pool != "mixer":
+        return None
+    part = blueprint.mixers[part_of(blueprint, tensor)]
+    return find_mixer(part.type).fills(blueprint.arch, part.options).get(tensor.local)
+
+
+def fresh_tensor(tensor: TargetTensor, arch: ArchSpec, seed: int, fill: Fill | None = None) -> Tensor:
     """Returns float32 start values: normal weights, unit norms, zero biases and gates; Gaussian A and zero B of LoRAs.
 
     Args:
         tensor: What is to be filled.
         arch: Gives the standard deviation and the norm's offset.
         seed: The conversion's seed.
+        fill: What its mixer's spec asks for, from `fill_of`.
     """
+    if fill is not None:
+        return make_fill(fill, tensor.shape, torch.Generator().manual_seed(tensor_seed(seed, tensor.name)))
     if tensor.role == "lora_b" or tensor.local in _ZERO_AT_EXITS:
         return torch.zeros(tensor.shape)
     is_exit_norm = tensor.role == "exit" and tensor.local.startswith("norm.")

@@ -15,8 +15,10 @@ class PieceReader:
         self._model, self._reader = model, reader
         self._shapes = canonical_tensors(model.arch)
 
-    def read(self, canonical: str, layer: int | None, dtype: torch.dtype) -> Tensor:
+    def read(self, canonical: str, layer: int | None, dtype: torch.dtype, repeat: int = 1) -> Tensor:
         """Returns a canonical tensor on the CPU in `dtype`; an unfused one in its own dtype is a view of the file.
+
+        With `repeat` each of its heads (`head_dim` rows) stands so many times in a row.
 
         Raises:
             SourceError: Its file is damaged.
@@ -31,4 +33,6 @@ class PieceReader:
             # [heads, pieces, head_dim] by rows, as GPT-NeoX packs query, key and value.
             heads = rows // self._model.arch.head_dim
             packed = packed.unflatten(0, (heads, len(rule.pieces), -1))[:, index].flatten(0, 1)
+        if repeat > 1:
+            packed = packed.unflatten(0, (-1, self._model.arch.head_dim)).repeat_interleave(repeat, dim=0).flatten(0, 1)
         return packed.to(dtype)

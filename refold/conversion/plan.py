@@ -12,7 +12,7 @@ from refold.blueprint.cost import Cost, cost
 from refold.blueprint.load import RecipeLike, built_in_recipes, load_recipe
 from refold.blueprint.recipe import Recipe
 from refold.blueprint.schema import Blueprint, Depth
-from refold.blueprint.specs.registry import depth_linears
+from refold.blueprint.specs.registry import depth_linears, find_mixer
 from refold.blueprint.starts import Starts
 from refold.checkpoint.locate import Source
 from refold.conversion.plan_lines import PlanLine, plan_lines
@@ -216,7 +216,10 @@ def _equals_source(blueprint: Blueprint, starts: Starts, depth: Depth) -> bool:
     """Whether a depth computes what its source layer does."""
     if depth.mixer is None or depth.mlp is None:
         return False
-    stored = (blueprint.mixers[depth.mixer].sources, blueprint.mlps[depth.mlp].sources)
+    mixer = blueprint.mixers[depth.mixer]
+    if find_mixer(mixer.type).is_recurrent or depth.window != blueprint.arch.layers[depth.source].window:
+        return False
+    stored = (mixer.sources, blueprint.mlps[depth.mlp].sources)
     if all(sources == (depth.source,) for sources in stored):
         return True
     full = all(depth.ranks.get(name) == min(shape) for name, shape in depth_linears(blueprint, depth).items())

@@ -4,15 +4,18 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
-from refold.blueprint.origins import Origin, origin
+from refold.blueprint.origins import Origin, carried_tensor, origin, part_of
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.source_tensors import SourceTensor, locate_piece
+from refold.blueprint.specs.registry import find_mixer
 from refold.blueprint.starts import Starts
 from refold.blueprint.tensors import TargetTensor, target_tensors
 from refold.families.arch import Frozen
 from refold.families.family import Family
 
-How = Literal["copied", "averaged", "split", "fresh", "factorised", "joint", "dropped", "ignored"]
+How = Literal[
+    "copied", "averaged", "split", "repeated", "fresh", "factorised", "joint", "dropped", "ignored"
+]  # fmt: skip
 _INDEX = re.compile(r"\.\d+\.")
 
 
@@ -66,7 +69,7 @@ def plan_lines(
         made = origin(blueprint, starts, tensor)
         if made.how != "fresh":
             used |= {(made.canonical, layer) for layer in made.layers or (None,)}
-        how, reason = _explain(made, tensor, starts, family)
+        how, reason = _explain(made, tensor, blueprint, starts, family)
         name = tensor.name
         if tensor.role in ("lora_a", "lora_b") or tensor.local.startswith(("lora.", "gate.")):
             name = name.rpartition(".")[0] + ".*"
@@ -81,23 +84,44 @@ def plan_lines(
     return tuple(lines)
 
 
-def _explain(made: Origin, tensor: TargetTensor, starts: Starts, family: Family) -> tuple[How, str]:
+def _explain(
+    made: Origin, tensor: TargetTensor, blueprint: Blueprint, starts: Starts, family: Family
+) -> tuple[How, str]:
     if tensor.role == "exit":
         return _explain_exit(made, tensor)
     if made.how == "fresh":
         if tensor.role in ("lora_a", "lora_b"):
             zero = starts.lora == "zero" or starts.weights == "fresh"
             return "fresh", "Gaussian A, zero B" + ("" if zero else ": nothing to correct")
-        return "fresh", "weights: fresh" if starts.weights == "fresh" else "fold.init: random"
+        return "fresh", _why_fresh(blueprint, starts, tensor)
     if made.how == "factorised":
         return "factorised", f"truncated SVD of source minus stored weight (svd: {starts.svd})"
     if made.how == "joint":
         return "joint", "stored weight and LoRAs fitted together"
+    if made.repeat > 1:
+        each = f"each key-value head {made.repeat} times"
+        return ("repeated", each) if made.how == "copied" else ("averaged", f"{each} first")
     fused = locate_piece(family, made.canonical, made.layers[0] if made.layers else None).rule
     if fused.layout != "whole":
         name = fused.source.rsplit(".", 2)[-2]
         return ("split", f"split from {name}") if made.how == "copied" else ("averaged", f"split from {name} first")
     return made.how, ""
+
+
+def _why_fresh(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> str:
+    if starts.weights == "fresh":
+        return "weights: fresh"
+    assert tensor.pool is not None
+    part = part_of(blueprint, tensor)
+    if not blueprint.pool(tensor.pool)[part].sources:
+        by_choice = tensor.pool == "mlp" and any(transfers is not None for transfers in starts.transfers)
+        return "not named in transfer" if by_choice else "fold.init: random"
+    mixer = blueprint.mixers[part]
+    spec = find_mixer(mixer.type)
+    carried = (spec.carried(blueprint.arch, mixer.options) if spec.carried else {}).get(tensor.local)
+    if carried is None:
+        return f"new in {mixer.type}"
+    return f"not named in transfer{f', and does not fit: {carried.misfit}' if carried.misfit else ''}"
 
 
 def _explain_exit(made: Origin, tensor: TargetTensor) -> tuple[How, str]:
@@ -117,4 +141,12 @@ def _why_unused(blueprint: Blueprint, starts: Starts, tensor: SourceTensor) -> s
     pool = tensor.rule.pieces[0].split(".")[0]
     if all(getattr(depth, pool) is None for depth in depths):
         return "attention left out" if pool == "mixer" else "MLP left out"
+    if pool == "mixer" and (depth := next((each for each in depths if each.mixer is not None), None)) is not None:
+        assert depth.mixer is not None
+        mixer = blueprint.mixers[depth.mixer].type
+        pieces = [piece.removeprefix("mixer.") for piece in tensor.rule.pieces]
+        if all(carried_tensor(blueprint, starts, depth.mixer, piece) is None for piece in pieces):
+            return f"not carried over to {mixer}"
+    if pool == "mlp" and any(depth.mlp is not None and not blueprint.mlps[depth.mlp].sources for depth in depths):
+        return "not carried over: the MLP starts fresh"
     return "tied: replaced by what its stored layer starts from"

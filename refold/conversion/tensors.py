@@ -5,10 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from refold.blueprint.origins import origin
-from refold.blueprint.schema import Pool
+from refold.blueprint.origins import Origin, origin
 from refold.blueprint.tensors import TargetTensor, target_tensors
-from refold.conversion.fresh import fresh_tensor, tensor_seed
+from refold.conversion.fresh import fill_of, fresh_tensor, tensor_seed
 from refold.conversion.pieces import PieceReader
 from refold.conversion.plan import Plan
 from refold.conversion.starts.group import LinearGroup, Member
@@ -36,18 +35,19 @@ class TargetBuilder:
             if tensor.name in fitted:
                 continue
             made = origin(blueprint, starts, tensor)
-            if tensor.role == "linear" and self._is_fitted(tensor):
-                for name, value in self._fit(tensor):
+            if tensor.role == "linear" and made.how != "fresh" and any(self._users(tensor).values()):
+                for name, value in self._fit(tensor, made):
                     fitted.add(name)
                     yield name, value.to(self._dtype)
             elif made.how == "fresh":
-                yield tensor.name, fresh_tensor(tensor, blueprint.arch, starts.seed).to(self._dtype)
+                fresh = fresh_tensor(tensor, blueprint.arch, starts.seed, fill_of(blueprint, tensor))
+                yield tensor.name, fresh.to(self._dtype)
             elif made.how == "averaged":
-                layers = [self._pieces.read(made.canonical, layer, torch.float32) for layer in made.layers]
+                layers = [self._pieces.read(made.canonical, layer, torch.float32, made.repeat) for layer in made.layers]
                 yield tensor.name, torch.stack(layers).mean(dim=0).to(self._dtype)
             else:
                 layer = made.layers[0] if made.layers else None
-                yield tensor.name, self._pieces.read(made.canonical, layer, self._dtype)
+                yield tensor.name, self._pieces.read(made.canonical, layer, self._dtype, made.repeat)
 
     def _users(self, tensor: TargetTensor) -> dict[int, int]:
         """Depth to LoRA rank of those that run a stored linear."""
@@ -59,24 +59,19 @@ class TargetBuilder:
             depth: depths[depth].ranks.get(linear, 0) for depth in self._plan.blueprint.users(tensor.pool, tensor.part)
         }
 
-    def _is_fitted(self, tensor: TargetTensor) -> bool:
-        """Whether a stored linear and its LoRAs start from source weights together."""
-        assert tensor.part is not None
-        pool: Pool = tensor.pool or "mixer"
-        from_source = self._plan.starts.weights == "source" and self._plan.blueprint.pool(pool)[tensor.part].sources
-        return bool(from_source) and any(self._users(tensor).values())
-
-    def _fit(self, tensor: TargetTensor) -> Iterator[tuple[str, Tensor]]:
+    def _fit(self, tensor: TargetTensor, made: Origin) -> Iterator[tuple[str, Tensor]]:
         blueprint, starts = self._plan.blueprint, self._plan.starts
         assert tensor.pool is not None
         assert tensor.part is not None
         assert starts.lora is not None
         linear = tensor.local.removesuffix(".weight")
-        canonical = f"{tensor.pool}.{tensor.local}"
         users = self._users(tensor)
         sources = blueprint.pool(tensor.pool)[tensor.part].sources
         wanted = dict.fromkeys((*sources, *(blueprint.depths[depth].source for depth in users)))
-        weights = {layer: self._pieces.read(canonical, layer, torch.float32).to(self._device) for layer in wanted}
+        weights = {
+            layer: self._pieces.read(made.canonical, layer, torch.float32, made.repeat).to(self._device)
+            for layer in wanted
+        }
         group = LinearGroup(
             sources=tuple(weights[layer] for layer in sources),
             members={depth: Member(weights[blueprint.depths[depth].source], rank) for depth, rank in users.items()},

@@ -4,11 +4,15 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from refold.blueprint.schema import Blueprint
+from refold.blueprint.schema import Blueprint, Depth
+from refold.blueprint.specs.registry import find_mixer
 from refold.errors import RecipeError
 from refold.modeling.registration import register, register_model_if_loaded
 
 MODEL_TYPE = "refold"
+RECURRENT = "linear_attention"
+COUNTING = "hybrid_sliding"
+"""transformers' names for a layer with a state, and for one with a state and a window, which counts tokens."""
 
 
 class RefoldConfig(PreTrainedConfig):
@@ -74,16 +78,27 @@ class RefoldConfig(PreTrainedConfig):
         if len(windows) > 1:
             raise RecipeError(f"depths: at most one window size is supported in one model (got {sorted(windows)})")
         self.sliding_window = windows.pop() if windows else None
+        if COUNTING in self.layer_types:
+            # That layer keeps one token's place; with a window of 1 transformers' layer would keep every token's.
+            self.sliding_window = 2
 
 
 def layer_types(blueprint: Blueprint) -> list[str]:
     """transformers' name for what each depth caches.
 
     `moe` is its only accepted name for a layer that caches nothing, which is what a depth without a mixer is. A cache
-    must hold one other layer at least, so a stack without any mixer has empty ones.
+    must hold one other layer at least, so a stack without any mixer has empty ones. Recurrent layers do not count
+    tokens, so where all are recurrent the first has a window of one token beside its state, which does.
     """
     nothing = "full_attention" if all(depth.mixer is None for depth in blueprint.depths) else "moe"
-    return [
-        nothing if depth.mixer is None else "full_attention" if depth.window is None else "sliding_attention"
-        for depth in blueprint.depths
-    ]
+    types = [nothing if depth.mixer is None else _layer_type(blueprint, depth) for depth in blueprint.depths]
+    if RECURRENT in types and not {"full_attention", "sliding_attention"} & set(types):
+        types[types.index(RECURRENT)] = COUNTING
+    return types
+
+
+def _layer_type(blueprint: Blueprint, depth: Depth) -> str:
+    assert depth.mixer is not None
+    if find_mixer(blueprint.mixers[depth.mixer].type).is_recurrent:
+        return RECURRENT
+    return "full_attention" if depth.window is None else "sliding_attention"

@@ -8,26 +8,37 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from refold.blueprint.schema import Blueprint
+from refold.blueprint.specs.part import Fill, Shape
 from refold.blueprint.specs.registry import MLP, depth_linears, find_mixer
+from refold.families.arch import Norm
 from refold.modeling.configuration import RefoldConfig
+from refold.nn.fills import make_fill
 from refold.nn.lora import LoraPair
 from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.registry import MIXERS
-from refold.nn.norms import StackNorm
 from refold.nn.part import Lora, OwnVectors, StoredPart
 
 
 class OwnedVectors(nn.Module):
     """The norms and biases a depth keeps for one of its parts, under the names they have in the part."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], initial: Mapping[str, Tensor]):
+    def __init__(self, shapes: Mapping[str, Shape], fills: Mapping[str, Fill], norm: Norm):
         super().__init__()
         self.names = tuple(shapes)
-        for name in shapes:
+        ones = Fill("constant", 1.0 - norm.offset)
+        self.fills = {
+            name: fills.get(name, ones if name.endswith("_norm.weight") else Fill("constant")) for name in shapes
+        }
+        for name, shape in shapes.items():
             owner, kind = name.rsplit(".", 1)
             if not hasattr(self, owner):
                 self.add_module(owner, nn.Module())
-            getattr(self, owner).register_parameter(kind, nn.Parameter(initial[name]))
+            getattr(self, owner).register_parameter(kind, nn.Parameter(make_fill(self.fills[name], shape)))
+
+    def reset(self) -> None:
+        """Fills all vectors anew."""
+        for name, tensor in self.tensors().items():
+            tensor.data.copy_(make_fill(self.fills[name], tuple(tensor.shape)))
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: self.get_parameter(name) for name in self.names}
@@ -58,9 +69,11 @@ class Depth(GradientCheckpointingLayer):
             part = blueprint.mixers[spec.mixer]
             self.view = MIXERS[part.type].view(config, arch, index, spec.window)
             if spec.vectors == "own":
-                owned["mixer"] = _own_vectors(find_mixer(part.type).vectors(arch, part.options), arch.norm)
+                mixer = find_mixer(part.type)
+                fills = mixer.fills(arch, part.options)
+                owned["mixer"] = OwnedVectors(mixer.vectors(arch, part.options), fills, arch.norm)
         if spec.mlp is not None and spec.vectors == "own":
-            owned["mlp"] = _own_vectors(MLP.vectors(arch, {}), arch.norm)
+            owned["mlp"] = OwnedVectors(MLP.vectors(arch, {}), {}, arch.norm)
         self.vectors = nn.ModuleDict(owned)
 
     def adapters(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -98,14 +111,3 @@ class Depth(GradientCheckpointingLayer):
             return mlp(hidden_states, lora, self.own_vectors("mlp")) + update + hidden_states
         mixed = hidden_states if update is None else hidden_states + update
         return mixed if mlp is None else mixed + mlp(mixed, lora, self.own_vectors("mlp"))
-
-
-def _own_vectors(shapes: Mapping[str, tuple[int, ...]], norm: Any) -> OwnedVectors:
-    initial: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        owner, kind = name.rsplit(".", 1)
-        fresh = StackNorm(norm.model_copy(update={"bias": True}), shape[0])
-        value = fresh.weight if owner.endswith("_norm") and kind == "weight" else fresh.bias
-        assert value is not None
-        initial[name] = value.data
-    return OwnedVectors(shapes, initial)

@@ -47,3 +47,33 @@ def document_starts(
     reached = (slots[:, :1] - positions[:, :1]).clamp(min=0)
     starts = torch.cat((reached, torch.where(begins, slots[:, 1:], 0)), dim=1)
     return starts.cummax(dim=1).values
+
+
+def state_resets(
+    document_starts: Int[Tensor, "B T"] | None,
+    attention_mask: Tensor | None,
+    past_length: int | Tensor,
+    tokens: int,
+) -> Bool[Tensor, "B T"] | None:
+    """Returns where recurrent states are emptied: where a document begins, and at the first token after left padding.
+
+    None where that is nowhere, which on an unpadded row is the case from the second token on.
+
+    Args:
+        document_starts: From `document_starts`.
+        attention_mask: `[B, past + T]` or `[B, T]` with zeros at padding, or None.
+        past_length: Number of slots already in the cache.
+        tokens: T.
+    """
+    found = None
+    if document_starts is not None:
+        slots = torch.arange(tokens, device=document_starts.device) + past_length
+        found = document_starts == slots
+    if attention_mask is not None and attention_mask.ndim == 2 and tokens > 1:
+        real = attention_mask[:, -tokens:].bool()
+        if torch.compiler.is_compiling() or not bool(real.all()):
+            known = attention_mask.shape[1] > tokens
+            before = attention_mask[:, -tokens - 1 : -tokens].bool() if known else real[:, :1]
+            begins = real & ~torch.cat((before, real[:, :-1]), dim=1)
+            found = begins if found is None else found | begins
+    return found

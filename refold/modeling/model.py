@@ -1,5 +1,6 @@
 """The model of any blueprint: stored parts once, depths that run them."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -11,20 +12,24 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from refold.blueprint.schema import Blueprint
+from refold.blueprint.schema import Depth as DepthSpec
+from refold.blueprint.specs.registry import find_mixer
 from refold.errors import FolderError, RefoldError
-from refold.modeling.configuration import RefoldConfig
+from refold.modeling.configuration import COUNTING, RECURRENT, RefoldConfig
 from refold.modeling.depth import Depth, OwnedVectors
-from refold.modeling.documents import document_starts
+from refold.modeling.documents import document_starts, state_resets
 from refold.modeling.masks import build_masks
 from refold.modeling.outputs import CausalOutput, StackOutput
 from refold.nn.exits import ExitParts, Gate
 from refold.nn.lora import LoraPair
 from refold.nn.mixers.attention import AttentionView
 from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.memory import count_tokens
 from refold.nn.mixers.registry import MIXERS
 from refold.nn.mlp import Mlp
 from refold.nn.norms import StackNorm
-from refold.nn.part import StoredPart
+from refold.nn.part import StoredPart, Vectors
 from refold.nn.rotary import Rotary
 
 Contexts = dict[tuple[int | None, int | None], MixerContext]
@@ -51,6 +56,11 @@ class RefoldPreTrainedModel(PreTrainedModel):
         # scaled_dot_product_attention has no soft-cap, so a soft-capped model falls to eager by itself.
         return self.config.read_blueprint().arch.attention_softcap is None
 
+    @property
+    def _is_stateful(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # A state cannot be taken back, so drafted tokens cannot be refused.
+        return bool({RECURRENT, COUNTING} & set(self.config.layer_types or ()))
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -63,6 +73,8 @@ class RefoldPreTrainedModel(PreTrainedModel):
         elif isinstance(module, LoraPair):
             nn.init.normal_(module.a, std=module.a.shape[1] ** -0.5)
             nn.init.zeros_(module.b)
+        elif isinstance(module, Vectors):
+            module.reset()
         elif isinstance(module, Gate):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
@@ -70,12 +82,7 @@ class RefoldPreTrainedModel(PreTrainedModel):
             nn.init.constant_(module.weight, 1.0 - module.offset)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, OwnedVectors):
-            norm = self.config.read_blueprint().arch.norm
-            for name, tensor in module.tensors().items():
-                scales = name.endswith("_norm.weight")
-                nn.init.constant_(tensor, 1.0 - norm.offset if scales else 0.0)
-        elif isinstance(module, Rotary):
+        elif isinstance(module, (OwnedVectors, Rotary)):
             module.reset()
 
     @classmethod
@@ -139,8 +146,13 @@ class RefoldModel(RefoldPreTrainedModel):
         ropes = list(dict.fromkeys(depth.rope for _, depth in mixing if depth.rope is not None))
         self.rotaries = nn.ModuleList(Rotary(rope, arch.max_position_embeddings) for rope in ropes)
         self._rope_of = {index: ropes.index(depth.rope) for index, depth in mixing if depth.rope is not None}
+        recurrent = [index for index, depth in mixing if _is_recurrent(blueprint, depth)]
+        attending = [(index, depth) for index, depth in mixing if index not in recurrent]
         # The first depth of each window gives caches and masks their sizes.
-        self._windows = {depth.window: index for index, depth in reversed(mixing)}
+        self._windows = {depth.window: index for index, depth in reversed(attending)}
+        self._kinds = {(depth.window, self._rope_of.get(index)) for index, depth in mixing}
+        self._is_recurrent = bool(recurrent)
+        self._first_counting = next((index for index, _ in (*attending, *mixing)), 0)
         self.exit_depths = tuple(index for index, depth in enumerate(blueprint.depths) if depth.exit is not None)
         self.gradient_checkpointing = False
         self.post_init()
@@ -280,17 +292,21 @@ class RefoldModel(RefoldPreTrainedModel):
             past_key_values: As for `forward`.
             extra: Arguments for the attention back-end.
         """
-        if not self._windows:
+        if not self._kinds:
             return {}
         batch, tokens = hidden_states.shape[:2]
-        first_mixer = min(self._windows.values())
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length(first_mixer)
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length(self._first_counting)
         mask_2d = attention_mask if isinstance(attention_mask, Tensor) else None
         if position_ids is not None:
             position_ids = position_ids.expand(batch, -1)
         starts = document_starts(position_ids, mask_2d, past_length)
         if position_ids is None:
             position_ids = (torch.arange(tokens, device=hidden_states.device) + past_length).unsqueeze(0)
+        resets = None
+        if self._is_recurrent:
+            resets = state_resets(starts, _padding_mask(attention_mask), past_length, tokens)
+            if not self._windows:
+                count_tokens(past_key_values, self._first_counting, hidden_states)
         masks = build_masks(
             self.config, self._windows, hidden_states, attention_mask, past_key_values, past_length, starts
         )
@@ -298,11 +314,30 @@ class RefoldModel(RefoldPreTrainedModel):
         extra = {"position_ids": position_ids, **(extra or {})}
         return {
             (window, rope): MixerContext(
-                None if rope is None else rotations[rope], masks[window], starts, past_key_values, extra
+                None if rope is None else rotations[rope], masks.get(window), starts, resets, past_key_values, extra
             )
-            for window in self._windows
-            for rope in (None, *range(len(rotations)))
+            for window, rope in self._kinds
         }
+
+
+def _is_recurrent(blueprint: Blueprint, depth: DepthSpec) -> bool:
+    return depth.mixer is not None and find_mixer(blueprint.mixers[depth.mixer].type).is_recurrent
+
+
+def _padding_mask(attention_mask: Any) -> Tensor | None:
+    """The `[B, tokens]` mask of what a user or `generate` gave.
+
+    Raises:
+        RefoldError: A ready mask of another form, which recurrent mixers cannot follow.
+    """
+    if isinstance(attention_mask, Mapping):
+        attention_mask = attention_mask.get("linear_attention")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise RefoldError(
+            f"attention_mask: [batch, tokens] is required where mixers keep a state (got {attention_mask.ndim} "
+            f"dimensions); mark documents by position_ids"
+        )
+    return attention_mask
 
 
 class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from refold.blueprint.specs.part import Shape
+from refold.blueprint.specs.part import Fill, Shape
 from refold.families.arch import Norm
+from refold.nn.fills import make_fill
 from refold.nn.lora import Pair, relax
 from refold.nn.norms import StackNorm
 
@@ -14,6 +15,26 @@ Lora = Mapping[str, Pair]
 """Linear name to the pair that relaxes it at the calling depth."""
 OwnVectors = Mapping[str, Tensor] | None
 """Vector name to tensor where the calling depth keeps its own norms and biases; None: the part's."""
+
+
+class Vectors(nn.Module):
+    """Vectors of a part that are neither norms nor biases of its linears, such as decays or a convolution.
+
+    Args:
+        shapes: Name (`a_log`) to shape.
+        fills: What each holds at first.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape], fills: Mapping[str, Fill]):
+        super().__init__()
+        self.fills = dict(fills)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(make_fill(fills[name], shape)))
+
+    def reset(self) -> None:
+        """Fills all vectors anew."""
+        for name, parameter in self.named_parameters():
+            parameter.data.copy_(make_fill(self.fills[name], tuple(parameter.shape)))
 
 
 class StoredPart(nn.Module):
@@ -26,12 +47,19 @@ class StoredPart(nn.Module):
         vectors: Vector name to shape, as the part's spec lists them.
         norm: The architecture's norm; used for every vector called `*_norm.weight`.
         stores_vectors: Whether norms and biases live here, or arrive with each call.
+        fills: What vectors besides norms and biases of linears hold at first.
     """
 
     def __init__(
-        self, linears: Mapping[str, tuple[int, int]], vectors: Mapping[str, Shape], norm: Norm, stores_vectors: bool
+        self,
+        linears: Mapping[str, tuple[int, int]],
+        vectors: Mapping[str, Shape],
+        norm: Norm,
+        stores_vectors: bool,
+        fills: Mapping[str, Fill] | None = None,
     ):
         super().__init__()
+        fills = fills or {}
         for name, (rows, columns) in linears.items():
             self.add_module(name, nn.Linear(columns, rows, bias=stores_vectors and f"{name}.bias" in vectors))
         for name, shape in vectors.items():
@@ -39,6 +67,15 @@ class StoredPart(nn.Module):
             if owner.endswith("_norm") and kind == "weight":
                 spec = norm.model_copy(update={"bias": f"{owner}.bias" in vectors})
                 self.add_module(owner, StackNorm(spec, shape[0], stored=stores_vectors))
+        owners = dict.fromkeys(name.rsplit(".", 1)[0] for name in fills if name.rsplit(".", 1)[0] not in linears)
+        for owner in owners if stores_vectors else ():
+            own = {name.rsplit(".", 1)[1]: name for name in fills if name.startswith(f"{owner}.")}
+            shapes = {kind: vectors[name] for kind, name in own.items()}
+            self.add_module(owner, Vectors(shapes, {kind: fills[name] for kind, name in own.items()}))
+
+    def vector(self, name: str, vectors: OwnVectors) -> Tensor:
+        """Returns one of the part's vectors, the depth's own where it has some."""
+        return self.get_parameter(name) if vectors is None else vectors[name]
 
     def normalise(
         self, name: str, x: Float[Tensor, "*batch size"], vectors: OwnVectors

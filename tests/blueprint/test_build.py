@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from refold.blueprint.build import build_blueprint, identity_blueprint
 from refold.blueprint.cost import cost
-from refold.blueprint.fold import require_equal_signatures
 from refold.blueprint.load import built_in_recipes, load_recipe
-from refold.blueprint.schema import Blueprint, MlpPart
+from refold.blueprint.schema import Blueprint
 from refold.blueprint.specs.registry import depth_linears
 from refold.errors import RecipeError
 
@@ -298,13 +297,6 @@ REFUSED = [
 def test_a_recipe_that_does_not_fit_the_source_is_refused(make_arch, sections, message):
     with pytest.raises(RecipeError, match=message):
         build_blueprint(make_arch(6), load_recipe(sections))
-
-
-def test_layers_of_unequal_tensors_are_not_tied():
-    parts, users = (MlpPart(sources=(0,)),), ((0, 2),)
-    require_equal_signatures(parts, users, lambda layer: 8)
-    with pytest.raises(RecipeError, match=r"must have equal tensors \(got 0 and 2, which differ\)"):
-        require_equal_signatures(parts, users, lambda layer: 8 if layer < 2 else 16)
 
 
 @pytest.mark.parametrize("name", built_in_recipes())

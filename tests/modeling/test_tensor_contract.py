@@ -54,7 +54,16 @@ drops = st.fixed_dictionaries(
         "block": st.fixed_dictionaries({"count": st.integers(0, 3)}),
     },
 )
-recipes = st.fixed_dictionaries({}, optional={"fold": folds, "relax": relaxes, "drop": drops})
+swaps = st.fixed_dictionaries(
+    {"type": st.sampled_from(["retention", "mamba", "mamba2", "gla", "gated_deltanet", "linear_attention"])},
+    optional={
+        "except": st.sampled_from([[0], "xatl", {"every": 2}]),
+        "transfer": st.sampled_from([[], ["o_proj", "mlp"]]),
+    },
+).filter(lambda swap: not (swap["type"] == "mamba" and "o_proj" in swap.get("transfer", ["o_proj"])))
+recipes = st.fixed_dictionaries(
+    {}, optional={"fold": folds, "relax": relaxes, "drop": drops, "mixers": st.lists(swaps, min_size=1, max_size=1)}
+)
 
 
 @given(recipe=recipes, kind=st.sampled_from(KINDS))

@@ -1,10 +1,22 @@
 """Softmax attention: multi-head, grouped-query, with optional biases and query/key norms."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+from refold.blueprint.numbers import Count
 from refold.blueprint.specs.part import PartSpec, Shape, norm_vectors
+from refold.blueprint.specs.swap import MixerSwap, Transfer
 from refold.families.arch import ArchSpec
+
+
+class Attention(MixerSwap):
+    """Keeps softmax attention, within a window if asked."""
+
+    type: Literal["attention"] = "attention"
+    transfer: Transfer = "all"
+    """What is taken over from the source's layer besides its norms."""
+    window: Count | None = None
+    """So many latest tokens, itself included, are attended to; left out: what the source looks at."""
 
 
 def linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

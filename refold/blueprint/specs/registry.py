@@ -3,12 +3,32 @@
 from collections.abc import Mapping
 
 from refold.blueprint.schema import Blueprint, Depth
-from refold.blueprint.specs import attention, mlp
+from refold.blueprint.specs import (
+    attention,
+    gated_deltanet,
+    gla,
+    linear_attention,
+    mamba,
+    mamba2,
+    mlp,
+    retention,
+)
 from refold.blueprint.specs.part import PartSpec
 from refold.errors import RecipeError
 from refold.suggest import must_be_one_of
 
-MIXERS: Mapping[str, PartSpec] = {spec.name: spec for spec in (attention.SPEC,)}
+MIXERS: Mapping[str, PartSpec] = {
+    spec.name: spec
+    for spec in (
+        attention.SPEC,
+        retention.SPEC,
+        mamba.SPEC,
+        mamba2.SPEC,
+        gla.SPEC,
+        gated_deltanet.SPEC,
+        linear_attention.SPEC,
+    )
+}
 MLP = mlp.SPEC
 
 

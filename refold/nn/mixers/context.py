@@ -18,6 +18,8 @@ class MixerContext:
         attention_mask: In the form the attention back-end asks for; None: plainly causal.
         document_starts: `[B, T]`, for each token the slot (counted from the first token of the cache) where its
             document begins; None where each row is one document. No mixer may look, or carry state, across it.
+        resets: `[B, T]`, true where a document, or after left padding the row, begins: recurrent states are emptied
+            there; None: nowhere in this call.
         past_key_values: Cache indexed by depth, or None.
         extra: Further arguments for the attention back-end.
     """
@@ -25,5 +27,6 @@ class MixerContext:
     rotation: Rotation | None
     attention_mask: Any
     document_starts: Tensor | None
+    resets: Tensor | None
     past_key_values: Cache | None
     extra: dict[str, Any] = field(default_factory=dict)

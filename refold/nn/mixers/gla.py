@@ -1,0 +1,54 @@
+"""Gated linear attention: every channel of the keys fades at its own rate (arXiv 2312.06635; Liger: 2503.01496)."""
+
+import torch
+from torch import Tensor, nn
+
+from refold.nn.mixers.headed import HeadedMixer, is_single
+from refold.nn.part import Lora, OwnVectors
+from refold.ops import channel_decay
+
+
+class Gla(HeadedMixer):
+    """Gated linear attention's weights with their norms."""
+
+    spec_name = "gla"
+
+    def mix(
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: Tensor | None,
+        resets: Tensor | None,
+        lora: Lora,
+        vectors: OwnVectors,
+    ) -> tuple[Tensor, Tensor]:
+        decay = self._decays(x, key, lora, vectors)
+        query, key, value = *self._activate(query, key), self.widen(value)
+        if is_single(query, state, resets):
+            mixed, state = channel_decay.step(query[:, 0], key[:, 0], value[:, 0], decay[:, 0], state)
+            return mixed.unsqueeze(1), state
+        return channel_decay.chunked(query, key, value, decay, state, resets)
+
+    def write_matrix(
+        self, x: Tensor, query: Tensor, key: Tensor, resets: Tensor | None, lora: Lora, vectors: OwnVectors
+    ) -> Tensor:
+        decay = self._decays(x, key, lora, vectors)
+        return channel_decay.matrix(*self._activate(query, key), decay, resets)
+
+    def _activate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = self.widen(query), self.widen(key)
+        if self.options["activation"] == "softmax":
+            return query.softmax(dim=-1, dtype=torch.float32), key.softmax(dim=-1, dtype=torch.float32)
+        return query * self.query_scale, key
+
+    def _decays(self, x: Tensor, key: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:
+        """Log decays `[B, T, H, K]`, float32."""
+        if self.options["decay_from"] == "keys":
+            # Liger pools the keys to the gates' size; keys that have it already are their own pool.
+            raw = self.widen(key)
+        else:
+            raw = self.project("decay_up_proj", self.project("decay_down_proj", x, lora, vectors), lora, vectors)
+            raw = raw.unflatten(-1, (-1, self.layout.key_dim))
+        return nn.functional.logsigmoid(raw.float()) / self.options["decay_divisor"]

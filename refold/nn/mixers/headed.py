@@ -1,0 +1,181 @@
+"""What mixers with queries, keys and values in heads share: reading, convolving, gating and writing."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+
+from refold.blueprint.specs.heads import Heads
+from refold.blueprint.specs.registry import find_mixer
+from refold.families.arch import ArchSpec
+from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.memory import Memory, StateView
+from refold.nn.mixers.mixer import Mixer
+from refold.nn.part import Lora, OwnVectors
+from refold.nn.rotary import rotate
+from refold.ops.convolution import convolve
+
+ACTIVATIONS = {"none": lambda x: x, "silu": nn.functional.silu, "sigmoid": torch.sigmoid}
+
+
+class RecurrentMixer(Mixer):
+    """A mixer with a state of constant size.
+
+    Args:
+        arch: The source's architecture.
+        options: Resolved options of the stored part.
+        stores_vectors: Whether norms, biases and other vectors live here.
+    """
+
+    spec_name: str
+    """Name in the registry of specs."""
+
+    @classmethod
+    def create(cls, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool) -> "RecurrentMixer":
+        return cls(arch, options, stores_vectors)
+
+    @classmethod
+    def view(cls, config: PreTrainedConfig, arch: ArchSpec, layer_idx: int, window: int | None) -> StateView:
+        return StateView(layer_idx)
+
+    def __init__(self, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool):
+        spec = find_mixer(self.spec_name)
+        shapes = spec.vectors(arch, options)
+        super().__init__(spec.linears(arch, options), shapes, arch.norm, stores_vectors, spec.fills(arch, options))
+        self.has_conv_bias, self.has_scale = "conv.bias" in shapes, "heads.scale" in shapes
+        self.options, self.eps, self.normalises_output = options, arch.norm.eps, arch.output_norms
+
+    def write(self, mixed: Float[Tensor, "B T V"], lora: Lora, vectors: OwnVectors) -> Float[Tensor, "B T D"]:
+        """Output projection and, where there is one, output norm."""
+        y = self.project("o_proj", mixed, lora, vectors)
+        return self.normalise("output_norm", y, vectors) if self.normalises_output else y
+
+    def convolve(
+        self, x: Float[Tensor, "B T C"], context: MixerContext, memory: Memory, vectors: OwnVectors
+    ) -> Float[Tensor, "B T C"]:
+        """Runs the short convolution over all channels, with the inputs before this call, and keeps the last ones."""
+        weight = self.vector("conv.weight", vectors)
+        bias = self.vector("conv.bias", vectors) if self.has_conv_bias else None
+        width = weight.shape[1] - 1
+        past = memory.exchange(x, width) if width else None
+        past = None if past is None else past.transpose(1, 2)
+        y = convolve(x, weight, bias, past, context.resets)
+        return ACTIVATIONS[self.options.get("conv_activation", "silu")](y)
+
+    def normalise_heads(self, y: Tensor, scale: Tensor | None) -> Tensor:
+        """Root-mean-square norm over the last dimension, taken in float32."""
+        wide = y.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide if scale is None else wide * scale.float()).to(y.dtype)
+
+    def compile_regions(self) -> None:
+        self.write = torch.compile(self.write)
+
+
+class HeadedMixer(RecurrentMixer):
+    """A recurrent mixer with queries, keys and values."""
+
+    def __init__(self, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool):
+        super().__init__(arch, options, stores_vectors)
+        self.layout = Heads.of(options)
+        self.num_matrix_heads = self.layout.heads
+        self.query_scale = self.layout.key_dim**-0.5
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        view: nn.Module,
+        context: MixerContext,
+        lora: Lora,
+        vectors: OwnVectors,
+    ) -> Float[Tensor, "B T D"]:
+        assert isinstance(view, StateView)
+        memory = Memory(context.past_key_values, view.layer_idx)
+        x = self.normalise("input_norm", hidden_states, vectors)
+        query, key, value = self.read(x, context, memory, lora, vectors)
+        mixed, state = self.mix(x, query, key, value, memory.state(), context.resets, lora, vectors)
+        memory.keep_state(state)
+        return self.write(self.finish(x, mixed, lora, vectors), lora, vectors)
+
+    def matrix(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        view: nn.Module,
+        context: MixerContext,
+        lora: Lora,
+        vectors: OwnVectors,
+    ) -> Float[Tensor, "B H T T"]:
+        x = self.normalise("input_norm", hidden_states, vectors)
+        query, key, _ = self.read(x, context, Memory(None, 0), lora, vectors)
+        return self.write_matrix(x, query, key, context.resets, lora, vectors)
+
+    def read(
+        self,
+        x: Float[Tensor, "B T D"],
+        context: MixerContext,
+        memory: Memory,
+        lora: Lora,
+        vectors: OwnVectors,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[B, T, heads, size]`, convolved, rotated and activated as the options say."""
+        layout = self.layout
+        parts = [self.project(name, x, lora, vectors) for name in ("q_proj", "k_proj", "v_proj")]
+        if self.options.get("conv"):
+            joined = self.convolve(torch.cat(parts, dim=-1), context, memory, vectors)
+            parts = joined.split([part.shape[-1] for part in parts], dim=-1)
+        activate = ACTIVATIONS.get(self.options.get("activation", "none"), ACTIVATIONS["none"])
+        sizes = (layout.key_dim, layout.key_dim, layout.value_dim)
+        query, key, value = (activate(part).unflatten(-1, (-1, size)) for part, size in zip(parts, sizes, strict=True))
+        if context.rotation is not None and self.options.get("rotary"):
+            query, key = rotate(query, context.rotation), rotate(key, context.rotation)
+        return query, key, value
+
+    def widen(self, states: Float[Tensor, "B T G K"]) -> Float[Tensor, "B T H K"]:
+        """Repeats heads that serve several of the state's."""
+        times = self.layout.heads // states.shape[2]
+        return states if times == 1 else states.repeat_interleave(times, dim=2)
+
+    def mix(
+        self,
+        x: Float[Tensor, "B T D"],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: Tensor | None,
+        resets: Bool[Tensor, "B T"] | None,
+        lora: Lora,
+        vectors: OwnVectors,
+    ) -> tuple[Float[Tensor, "B T H V"], Tensor]:
+        """Runs the recurrence: one step for a single token with a state, chunks otherwise."""
+        raise NotImplementedError
+
+    def write_matrix(
+        self,
+        x: Float[Tensor, "B T D"],
+        query: Tensor,
+        key: Tensor,
+        resets: Bool[Tensor, "B T"] | None,
+        lora: Lora,
+        vectors: OwnVectors,
+    ) -> Float[Tensor, "B H T T"]:
+        """The matrix by which `mix` mixes values."""
+        raise NotImplementedError
+
+    def finish(
+        self, x: Float[Tensor, "B T D"], mixed: Float[Tensor, "B T H V"], lora: Lora, vectors: OwnVectors
+    ) -> Float[Tensor, "B T W"]:
+        """Norm, then gate, all heads side by side."""
+        norm, gate = self.options["norm"], self.options["gate"]
+        if norm == "head":
+            mixed = self.normalise_heads(mixed, self.vector("heads.scale", vectors) if self.has_scale else None)
+        mixed = mixed.flatten(-2)
+        if norm == "full":
+            mixed = self.normalise_heads(mixed, self.vector("heads.scale", vectors))
+        return mixed if gate == "none" else mixed * ACTIVATIONS[gate](self.project("g_proj", x, lora, vectors))
+
+
+def is_single(query: Tensor, state: Tensor | None, resets: Tensor | None) -> bool:
+    """Whether this call is one token that goes on from a state."""
+    return query.shape[1] == 1 and state is not None and resets is None

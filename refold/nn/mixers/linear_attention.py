@@ -1,0 +1,171 @@
+"""Attention by feature maps instead of a softmax (arXiv 2006.16236), with a window of softmax beside it if asked."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+
+from refold.blueprint.specs import linear_attention as spec
+from refold.families.arch import ArchSpec
+from refold.nn.mixers.attention import Attention
+from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.headed import is_single
+from refold.nn.mixers.memory import Memory, StateView
+from refold.nn.mixers.mixer import Mixer
+from refold.nn.part import Lora, OwnVectors
+from refold.ops import scalar_decay
+from refold.ops.documents import number_documents
+from refold.ops.feature_maps import feature_map
+from refold.ops.window import window_sums
+
+SMALLEST_SUM = 1e-30
+"""What weights are divided by at least: sums of a long key's random features are far below 1 and still exact."""
+
+
+class LinearAttention(Attention):
+    """Attention's weights with a feature map for queries and one for keys."""
+
+    @classmethod
+    def create(cls, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool) -> "LinearAttention":
+        return cls(arch, options, stores_vectors)
+
+    @classmethod
+    def view(cls, config: PreTrainedConfig, arch: ArchSpec, layer_idx: int, window: int | None) -> nn.Module:
+        return StateView(layer_idx)
+
+    def __init__(self, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool):
+        linears, vectors = spec.SPEC.linears(arch, options), spec.vectors(arch, options)
+        # Attention's own spec has fewer vectors than this one.
+        Mixer.__init__(self, linears, vectors, arch.norm, stores_vectors, spec.fills(arch, options))
+        self.head_dim, self.qk_norm, self.normalises_output = arch.head_dim, arch.qk_norm, arch.output_norms
+        self.num_matrix_heads = arch.num_attention_heads
+        self.groups = arch.num_attention_heads // arch.num_key_value_heads
+        self.feature_map, self.window, self.normalise_weights = (
+            options["feature_map"],
+            options["window"],
+            options["normalise"],
+        )
+        self.has_directions = spec.map_shape(arch, options) is not None
+        self.has_weights = "map_weights.log" in vectors
+        self.root_scale = arch.attention_scale**0.5
+
+    def forward(
+        self, hidden_states: Tensor, view: nn.Module, context: MixerContext, lora: Lora, vectors: OwnVectors
+    ) -> Float[Tensor, "B T D"]:
+        assert isinstance(view, StateView)
+        memory = Memory(context.past_key_values, view.layer_idx)
+        query, key, value = self._read_scaled(hidden_states, context, lora, vectors)
+        if self.window:
+            mixed, state = self._mix_with_window(query, key, value, context, memory, vectors)
+        else:
+            mapped = self.features(query, "q_map", vectors), self.features(self._widen(key), "k_map", vectors)
+            mixed, state = self._mix_features(*mapped, self._widen(value), memory.state(), context.resets)
+            if self.normalise_weights:
+                mixed = mixed[..., :-1] / mixed[..., -1:].clamp(min=SMALLEST_SUM)
+        memory.keep_state(state)
+        return self.write(mixed.to(hidden_states.dtype).flatten(-2), lora, vectors)
+
+    def features(self, x: Float[Tensor, "B T H K"], name: str, vectors: OwnVectors) -> Float[Tensor, "B T H F"]:
+        """Maps queries (`q_map`) or keys (`k_map`)."""
+        directions = self.vector(f"{name}.weight", vectors) if self.has_directions else None
+        weights = self.vector("map_weights.log", vectors) / 2 if self.has_weights else None
+        # Without a normaliser, scaling a query's features would show.
+        is_query = name == "q_map" and self.normalise_weights and not self.window
+        return feature_map(self.feature_map, x, directions, weights, is_query)
+
+    def matrix(
+        self, hidden_states: Tensor, view: nn.Module, context: MixerContext, lora: Lora, vectors: OwnVectors
+    ) -> Float[Tensor, "B H T T"]:
+        query, key, _ = self._read_scaled(hidden_states, context, lora, vectors)
+        return self.mixing_matrix(query, self._widen(key), context.resets, vectors)
+
+    def mixing_matrix(
+        self,
+        query: Float[Tensor, "B T H K"],
+        key: Float[Tensor, "B T H K"],
+        resets: Bool[Tensor, "B T"] | None,
+        vectors: OwnVectors = None,
+    ) -> Float[Tensor, "B H T T"]:
+        """The matrix by which values are mixed, from queries and keys that carry the attention's scale."""
+        batch, tokens = query.shape[:2]
+        numbers = number_documents(resets, batch, tokens, query.device)
+        place = torch.arange(tokens, device=query.device)
+        seen = (numbers[:, :, None] == numbers[:, None, :]) & (place[None, :] <= place[:, None])
+        near = seen & (place[None, :] > place[:, None] - self.window)
+        mapped = torch.einsum(
+            "bthf,bshf->bhts", self.features(query, "q_map", vectors), self.features(key, "k_map", vectors)
+        )
+        weights = mapped * (seen & ~near)[:, None] if self.window else mapped * seen[:, None]
+        if self.window:
+            scores = torch.einsum("bthk,bshk->bhts", query.float(), key.float())
+            scores = scores.masked_fill(~near[:, None], -torch.inf)
+            share = self._share(vectors).view(1, -1, 1, 1)
+            weights = (1 - share) * weights + share * (scores - scores.amax(dim=-1, keepdim=True).detach()).exp()
+        return (
+            weights / weights.sum(dim=-1, keepdim=True).clamp(min=SMALLEST_SUM) if self.normalise_weights else weights
+        )
+
+    def _read_scaled(
+        self, hidden_states: Tensor, context: MixerContext, lora: Lora, vectors: OwnVectors
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self.read(hidden_states, context.rotation, lora, vectors)
+        return query * self.root_scale, key * self.root_scale, value
+
+    def _widen(self, states: Float[Tensor, "B T G K"]) -> Float[Tensor, "B T H K"]:
+        return states if self.groups == 1 else states.repeat_interleave(self.groups, dim=2)
+
+    def _mix_features(
+        self, query: Tensor, key: Tensor, value: Tensor, state: Tensor | None, resets: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the recurrence over features; with a normaliser the last channel is the sum of weights."""
+        value = value.float()
+        if self.normalise_weights:
+            value = torch.cat((value, torch.ones_like(value[..., :1])), dim=-1)
+        if is_single(query, state, resets):
+            mixed, state = scalar_decay.step(query[:, 0], key[:, 0], value[:, 0], None, state)
+            return mixed.unsqueeze(1), state
+        return scalar_decay.chunked(query, key, value, None, state, resets)
+
+    def _mix_with_window(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: MixerContext,
+        memory: Memory,
+        vectors: OwnVectors,
+    ) -> tuple[Float[Tensor, "B T H V"], Tensor]:
+        batch, tokens = query.shape[:2]
+        numbers = number_documents(context.resets, batch, tokens, query.device)
+        goes_on = (numbers == numbers[:, -1:]).to(key.dtype).unsqueeze(-1)
+        kept = torch.cat((key.flatten(2), value.flatten(2), goes_on), dim=-1)
+        state = memory.state()
+        before = memory.exchange(kept, self.window)
+        if before is None:
+            before = torch.zeros_like(kept[:, :1]).expand(-1, self.window, -1)
+        width = key.flatten(2).shape[2]
+        past_key, past_value, is_real = before.split([width, width, 1], dim=-1)
+        keys, values = (
+            self._widen(torch.cat((past.unflatten(-1, (-1, self.head_dim)), states), dim=1))
+            for past, states in ((past_key, key), (past_value, value))
+        )
+        # What is no token of the document that goes on gets a number that no token has.
+        past_numbers = torch.where(is_real.squeeze(-1) > 0, 0, -1)
+        all_numbers = torch.cat((past_numbers, numbers), dim=1)
+        seen = all_numbers[:, 1:].unfold(1, self.window, 1) == numbers.unsqueeze(-1)
+        near, near_sum = window_sums(query, keys, values, seen, self.window)
+        # The features see the token that leaves the window: keys and values `window` tokens late.
+        is_late = (all_numbers[:, :tokens] == numbers)[:, :, None, None]
+        late = self.features(keys[:, :tokens], "k_map", vectors) * is_late
+        far, state = self._mix_features(
+            self.features(query, "q_map", vectors), late, values[:, :tokens], state, context.resets
+        )
+        share = self._share(vectors).view(1, 1, -1, 1)
+        summed = share * near + (1 - share) * far[..., :-1]
+        weight = share * near_sum + (1 - share) * far[..., -1:]
+        return summed / weight.clamp(min=SMALLEST_SUM), state
+
+    def _share(self, vectors: OwnVectors) -> Tensor:
+        return self.vector("blend.share", vectors).float().sigmoid()

@@ -1,0 +1,38 @@
+"""Mamba: a selective state-space model with a decay for each channel and state (arXiv 2312.00752)."""
+
+from torch import Tensor, nn
+
+from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.headed import RecurrentMixer, is_single
+from refold.nn.mixers.memory import Memory, StateView
+from refold.nn.part import Lora, OwnVectors
+from refold.ops import selective_scan
+
+
+class Mamba(RecurrentMixer):
+    """Mamba's weights with the norms around them."""
+
+    spec_name = "mamba"
+
+    def forward(
+        self, hidden_states: Tensor, view: nn.Module, context: MixerContext, lora: Lora, vectors: OwnVectors
+    ) -> Tensor:
+        assert isinstance(view, StateView)
+        memory = Memory(context.past_key_values, view.layer_idx)
+        normed = self.normalise("input_norm", hidden_states, vectors)
+        inner = self.convolve(self.project("v_proj", normed, lora, vectors), context, memory, vectors)
+        rank, size = self.options["dt_rank"], self.options["state"]
+        selected = self.project("select_proj", inner, lora, vectors)
+        low, b, c = selected.split([rank, size, size], dim=-1)
+        dt = nn.functional.softplus(self.project("dt_proj", low, lora, vectors).float())
+        a = -self.vector("decay.a_log", vectors).float().exp()
+        state = memory.state()
+        if is_single(inner, state, context.resets):
+            y, state = selective_scan.step(inner[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state)
+            y = y.unsqueeze(1)
+        else:
+            y, state = selective_scan.chunked(inner, dt, a, b, c, state, context.resets)
+        memory.keep_state(state)
+        y = y + inner * self.vector("skip.d", vectors)
+        y = y * nn.functional.silu(self.project("g_proj", normed, lora, vectors))
+        return self.write(y.to(inner.dtype), lora, vectors)

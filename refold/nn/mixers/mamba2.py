@@ -1,0 +1,68 @@
+"""Mamba-2: a state-space model with one decay for each head and token (arXiv 2405.21060)."""
+
+import torch
+from torch import Tensor, nn
+
+from refold.nn.mixers.headed import HeadedMixer, is_single
+from refold.nn.part import Lora, OwnVectors
+from refold.ops import scalar_decay
+
+
+class Mamba2(HeadedMixer):
+    """Mamba-2 weights with their norms: queries, keys and values are the paper's C, B and x."""
+
+    spec_name = "mamba2"
+
+    def mix(
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: Tensor | None,
+        resets: Tensor | None,
+        lora: Lora,
+        vectors: OwnVectors,
+    ) -> tuple[Tensor, Tensor]:
+        value = self.widen(value)
+        step, decay = self._discretise(x, lora, vectors)
+        key, query = self._shared(key), self._shared(query)
+        written = value.float() * step.unsqueeze(-1)
+        if is_single(query, state, resets):
+            mixed, state = scalar_decay.step(query[:, 0], key[:, 0], written[:, 0], decay[:, 0], state)
+            mixed = mixed.unsqueeze(1)
+        else:
+            mixed, state = scalar_decay.chunked(query, key, written, decay, state, resets)
+        skip = self.vector("skip.d", vectors).float().unsqueeze(-1)
+        return (mixed + skip * value.float()).to(x.dtype), state
+
+    def write_matrix(
+        self, x: Tensor, query: Tensor, key: Tensor, resets: Tensor | None, lora: Lora, vectors: OwnVectors
+    ) -> Tensor:
+        step, decay = self._discretise(x, lora, vectors)
+        found = scalar_decay.matrix(self.widen(query), self.widen(key), decay, resets)
+        found = found * step.transpose(1, 2).unsqueeze(2)
+        skip = self.vector("skip.d", vectors).float()
+        return found + skip[:, None, None] * torch.eye(x.shape[1], device=x.device)
+
+    def finish(self, x: Tensor, mixed: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:
+        # The gate comes before the norm here.
+        mixed = mixed.flatten(-2)
+        if self.options["gate"] != "none":
+            mixed = mixed * nn.functional.silu(self.project("g_proj", x, lora, vectors).float())
+        if self.has_scale:
+            # Released models norm each group of heads by itself.
+            groups = (self.layout.q_heads, -1)
+            scale = self.vector("heads.scale", vectors).unflatten(0, groups)
+            mixed = self.normalise_heads(mixed.unflatten(-1, groups), scale).flatten(-2)
+        return mixed.to(x.dtype)
+
+    def _shared(self, states: Tensor) -> Tensor:
+        """Keys and queries of one group stay as they are; the recurrence repeats them where they are equally many."""
+        return states if self.layout.q_heads == self.layout.k_heads else self.widen(states)
+
+    def _discretise(self, x: Tensor, lora: Lora, vectors: OwnVectors) -> tuple[Tensor, Tensor]:
+        """Step sizes and log decays `[B, T, H]`, float32."""
+        raw = self.project("dt_proj", x, lora, vectors).float()
+        step = nn.functional.softplus(raw + self.vector("decay.dt_bias", vectors).float())
+        return step, -step * self.vector("decay.a_log", vectors).float().exp()

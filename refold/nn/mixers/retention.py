@@ -1,0 +1,62 @@
+"""Retention: linear attention whose state fades at a fixed rate for each head (arXiv 2307.08621)."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refold.families.arch import ArchSpec
+from refold.nn.mixers.headed import HeadedMixer, is_single
+from refold.nn.part import Lora, OwnVectors
+from refold.ops import scalar_decay
+
+
+def log_decays(kind: str, heads: int, scale: float) -> list[float]:
+    """Returns the logarithm of what each head keeps of its state at each token.
+
+    Args:
+        kind: `retnet`: 1 - 2^(-5-h) is kept; `slopes`: exp(-2^(-8(h+1)/H)) (lightning attention, arXiv 2401.04658).
+        heads: H.
+        scale: Factor on the logarithms.
+    """
+    if kind == "retnet":
+        return [scale * math.log1p(-(2.0 ** (-5 - head))) for head in range(heads)]
+    return [-scale * 2.0 ** (-8.0 * (head + 1) / heads) for head in range(heads)]
+
+
+class Retention(HeadedMixer):
+    """Retention weights with their norms; with slopes, activations and a full norm this is lightning attention."""
+
+    spec_name = "retention"
+
+    def __init__(self, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool):
+        super().__init__(arch, options, stores_vectors)
+        self.log_decay = log_decays(options["decay"], self.layout.heads, options["decay_scale"])
+        if options["norm"] == "full":
+            # Lightning attention leaves queries as they are.
+            self.query_scale = 1.0
+
+    def mix(
+        self,
+        x: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: Tensor | None,
+        resets: Tensor | None,
+        lora: Lora,
+        vectors: OwnVectors,
+    ) -> tuple[Tensor, Tensor]:
+        query, key, value = self.widen(query) * self.query_scale, self.widen(key), self.widen(value)
+        decay = torch.tensor(self.log_decay, device=query.device)
+        if is_single(query, state, resets):
+            mixed, state = scalar_decay.step(query[:, 0], key[:, 0], value[:, 0], decay, state)
+            return mixed.unsqueeze(1), state
+        return scalar_decay.chunked(query, key, value, decay, state, resets)
+
+    def write_matrix(
+        self, x: Tensor, query: Tensor, key: Tensor, resets: Tensor | None, lora: Lora, vectors: OwnVectors
+    ) -> Tensor:
+        decay = torch.tensor(self.log_decay, device=query.device)
+        return scalar_decay.matrix(self.widen(query) * self.query_scale, self.widen(key), decay, resets)

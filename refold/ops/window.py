@@ -1,0 +1,53 @@
+"""Softmax over a window of the latest tokens, unnormalised, so that it can share a normaliser with something else."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+LOWEST = -1e30
+"""Score of what is not seen; low enough to vanish, far from overflow."""
+
+
+def window_sums(
+    query: Float[Tensor, "B T H K"],
+    keys: Float[Tensor, "B S H K"],
+    values: Float[Tensor, "B S H V"],
+    seen: Bool[Tensor, "B T W"],
+    window: int,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H 1"]]:
+    """Returns sums of values and of weights exp(score - highest score in the window), in float32.
+
+    Token t sees the keys t + 1 to t + window (the last is its own), of those that `seen` allows. Memory grows with
+    T times window.
+
+    Args:
+        query: With the attention's scale.
+        keys: `window` keys of before, then those of these tokens.
+        values: Alike.
+        seen: For each token which of its window's keys, oldest first, exist and are of its document; its own always.
+        window: W.
+    """
+    tokens, block = query.shape[1], min(window, query.shape[1])
+    padded = -(-tokens // block) * block
+    query = _pad(query.float(), padded - tokens)
+    keys, values = _pad(keys.float(), padded - tokens), _pad(values.float(), padded - tokens)
+    # [B, N, H, block, .] queries beside [B, N, H, window + block, .] keys.
+    query = query.unflatten(1, (-1, block)).transpose(2, 3)
+    near_keys, near_values = (
+        states.unfold(1, window + block, block).permute(0, 1, 2, 4, 3) for states in (keys, values)
+    )
+    scores = query @ near_keys.transpose(-1, -2)
+    # Row i sees the columns i + 1 to i + window of its block.
+    rows = torch.arange(block, device=query.device)[:, None] + 1 + torch.arange(window, device=query.device)
+    scores = scores.gather(-1, rows.expand(*scores.shape[:-1], window))
+    allowed = torch.nn.functional.pad(seen, (0, 0, 0, padded - tokens)).unflatten(1, (-1, block)).unsqueeze(2)
+    scores = torch.where(allowed, scores, LOWEST)
+    weights = (scores - scores.amax(dim=-1, keepdim=True).detach()).exp()
+    spread = torch.zeros(*weights.shape[:-1], window + block, device=weights.device, dtype=weights.dtype)
+    spread = spread.scatter(-1, rows.expand_as(weights), weights)
+    summed = (spread @ near_values).transpose(2, 3).flatten(1, 2)[:, :tokens]
+    return summed, weights.sum(dim=-1, keepdim=True).transpose(2, 3).flatten(1, 2)[:, :tokens]
+
+
+def _pad(states: Tensor, missing: int) -> Tensor:
+    return torch.nn.functional.pad(states, (0, 0, 0, 0, 0, missing)) if missing else states

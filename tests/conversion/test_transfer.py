@@ -1,0 +1,126 @@
+"""What mixers take over from attention: exactly what the plan says, everything else untouched."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from refold.conversion.convert import convert
+from refold.conversion.plan import Plan
+from refold.modeling.load import load_model
+
+Converted = tuple[Plan, dict[str, Tensor], dict[str, Tensor]]
+
+
+@pytest.fixture
+def transfer(make_source: Callable[..., Path], tmp_path: Path) -> Callable[..., Converted]:
+    """Converts a tiny source with one mixer; returns plan, source tensors and target tensors."""
+
+    def make(swap: dict[str, Any], variant: str = "llama", **sections: Any) -> Converted:
+        source, out = make_source(variant), tmp_path / "out"
+        plan = convert(source, out, {"mixers": [swap], **sections}, allow_larger=True)
+        return plan, load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+
+    return make
+
+
+def far(one: Tensor, other: Tensor) -> float:
+    """Largest difference, beside the largest number."""
+    return float((one - other).detach().abs().max() / other.detach().abs().max())
+
+
+def said(plan: Plan, tensors: str) -> list[tuple[str, str]]:
+    return [(line.how, line.reason) for line in plan.lines if line.tensors == tensors]
+
+
+def layer(name: str, index: int) -> str:
+    return f"model.layers.{index}.{name}.weight"
+
+
+@pytest.mark.parametrize("mixer", ["retention", "mamba2", "gla", "gated_deltanet", "linear_attention"])
+def test_everything_that_is_no_mixer_stays_bit_equal(transfer, mixer):
+    _, given, found = transfer({"type": mixer, "transfer": ["o_proj", "mlp"]})
+    pairs = {"model.embed_tokens.weight": "model.embed_tokens.weight", "model.norm.weight": "model.norm.weight"}
+    for index in range(4):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            pairs[layer(f"mlp.{name}", index)] = f"model.mlps.{index}.{name}.weight"
+        pairs[layer("post_attention_layernorm", index)] = f"model.mlps.{index}.input_norm.weight"
+        pairs[layer("input_layernorm", index)] = f"model.mixers.{index}.input_norm.weight"
+        pairs[layer("self_attn.o_proj", index)] = f"model.mixers.{index}.o_proj.weight"
+    for source, target in pairs.items():
+        assert torch.equal(given[source], found[target]), target
+
+
+def test_xatl_starts_queries_keys_and_values_fresh(transfer):
+    plan, given, found = transfer({"type": "retention"})
+    assert said(plan, "model.mixers.*.q_proj.weight") == [("fresh", "not named in transfer")]
+    assert said(plan, "model.mixers.*.g_proj.weight") == [("fresh", "new in retention")]
+    assert said(plan, "model.mixers.*.o_proj.weight") == [("copied", "")]
+    assert said(plan, "model.layers.*.self_attn.k_proj.weight") == [("dropped", "not carried over to retention")]
+    assert not torch.equal(given[layer("self_attn.q_proj", 0)], found["model.mixers.0.q_proj.weight"])
+
+
+def test_each_choice_takes_over_less(transfer):
+    plan, _, _ = transfer({"type": "retention", "transfer": []})
+    assert said(plan, "model.mixers.*.o_proj.weight") == [("fresh", "not named in transfer")]
+    assert said(plan, "model.mlps.*.up_proj.weight") == [("fresh", "not named in transfer")]
+    assert said(plan, "model.layers.*.mlp.up_proj.weight") == [("dropped", "not carried over: the MLP starts fresh")]
+    assert said(plan, "model.mixers.*.input_norm.weight") == [("copied", "")]
+
+
+def test_grouped_heads_are_repeated(transfer):
+    plan, given, found = transfer({"type": "gla", "transfer": "all"})
+    assert said(plan, "model.mixers.*.k_proj.weight") == [("repeated", "each key-value head 2 times")]
+    key = given[layer("self_attn.k_proj", 2)].unflatten(0, (2, 8))
+    assert torch.equal(found["model.mixers.2.k_proj.weight"], torch.stack((key, key), dim=1).flatten(0, 2))
+
+
+def test_grouped_heads_stay_where_the_mixer_has_as_few(transfer):
+    plan, given, found = transfer({"type": "gla", "transfer": "all", "k_heads": 2, "v_heads": 2})
+    assert said(plan, "model.mixers.*.v_proj.weight") == [("copied", "")]
+    assert torch.equal(found["model.mixers.1.v_proj.weight"], given[layer("self_attn.v_proj", 1)])
+
+
+def test_fused_projections_are_split_with_their_biases(transfer):
+    plan, given, found = transfer({"type": "mamba2", "transfer": "all"}, "gpt_neox")
+    assert said(plan, "model.mixers.*.q_proj.bias") == [("split", "split from query_key_value")]
+    fused = given["gpt_neox.layers.1.attention.query_key_value.bias"].unflatten(0, (4, 3, 8))
+    assert torch.equal(found["model.mixers.1.v_proj.bias"], fused[:, 2].flatten())
+
+
+def test_mean_and_loras_are_taken_of_what_was_repeated(transfer):
+    sections = {"fold": {"loops": 2}, "relax": {"rank": "full", "init": "svd", "vectors": "own"}}
+    plan, given, found = transfer({"type": "gla", "transfer": "all"}, **sections)
+    assert said(plan, "model.mixers.*.k_proj.weight") == [("averaged", "each key-value head 2 times first")]
+    for depth in range(4):
+        stored = found[f"model.mixers.{depth % 2}.k_proj.weight"]
+        lora = found[f"model.depths.{depth}.lora.k_proj.b"] @ found[f"model.depths.{depth}.lora.k_proj.a"]
+        own = given[layer("self_attn.k_proj", depth)].unflatten(0, (2, 8)).repeat_interleave(2, dim=0).flatten(0, 1)
+        assert torch.allclose(stored + lora, own, atol=1e-5)
+        # A fresh linear has nothing to correct.
+        assert not found[f"model.depths.{depth}.lora.g_proj.b"].any()
+
+
+def test_a_window_over_the_whole_context_is_the_source(make_source, tmp_path):
+    swap = {"type": "linear_attention", "window": 64}
+    tokens = torch.randint(2, 95, (2, 20), generator=torch.Generator().manual_seed(3))
+    for variant in ("llama-mha-bias", "mistral-head-dim", "gpt_neox"):
+        source = make_source(variant, **({"sliding_window": None} if "mistral" in variant else {}))
+        out = tmp_path / variant
+        convert(source, out, {"mixers": [swap]}, allow_larger=True)
+        expected, found = (load_model(each, device="cpu")(tokens).logits for each in (source, out))
+        assert far(found, expected) < 2e-5
+        narrow = tmp_path / f"{variant}-narrow"
+        convert(source, narrow, {"mixers": [{**swap, "window": 3}]}, allow_larger=True)
+        away = load_model(narrow, device="cpu")(tokens).logits
+        assert far(away, expected) > 2e-3
+
+
+def test_kept_depths_keep_the_source(transfer):
+    _, given, found = transfer({"type": "retention", "except": [1]})
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        assert torch.equal(found[f"model.mixers.1.{name}.weight"], given[layer(f"self_attn.{name}", 1)])

@@ -1,0 +1,180 @@
+"""Every mixer with a state, inside a model: caches, padding, documents, beams, and what its spec says of it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from refold.blueprint.cost import cost
+from refold.blueprint.specs.registry import MIXERS
+from refold.errors import RefoldError
+from refold.modeling.load import load_model
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "retention": {"type": "retention", "transfer": "all"},
+    "lightning": {"type": "retention", "decay": "slopes", "activation": "silu", "norm": "full", "gate": "sigmoid"},
+    "mamba": {"type": "mamba", "transfer": ["mlp"]},
+    "mamba2": {"type": "mamba2", "transfer": "all"},
+    "mamba2-groups": {"type": "mamba2", "q_heads": 2, "k_heads": 2, "key_dim": 6},
+    "gla": {"type": "gla", "transfer": "all"},
+    "liger": {"type": "gla", "decay_from": "keys", "activation": "softmax", "norm": "none", "gate": "none"},
+    "gated_deltanet": {"type": "gated_deltanet", "transfer": "all"},
+    "deltanet": {"type": "gated_deltanet", "decay": False, "conv": 0, "gate": "none", "k_heads": 2},
+    "hedgehog": {"type": "linear_attention"},
+    "hedgehog-window": {"type": "linear_attention", "window": 5},
+    "favor": {"type": "linear_attention", "feature_map": "favor", "features": 12},
+    "dijiang": {"type": "linear_attention", "feature_map": "dijiang"},
+    "t2r-plain": {"type": "linear_attention", "feature_map": "t2r", "normalise": False},
+    "elu": {"type": "linear_attention", "feature_map": "elu"},
+    "relu": {"type": "linear_attention", "feature_map": "relu"},
+}
+FOLDED = {"fold": {"loops": 2}, "relax": {"rank": 3, "init": "svd", "vectors": "own"}}
+TOLERANCE = 1e-5
+
+
+def recipe(name: str, **sections: Any) -> dict[str, Any]:
+    return {"mixers": [OPTIONS[name]], **sections}
+
+
+def far(one: Tensor, other: Tensor) -> float:
+    """Largest difference, beside the largest number."""
+    return float((one - other).detach().abs().max() / other.detach().abs().max())
+
+
+def test_every_mixer_with_a_state_is_tried():
+    assert {options["type"] for options in OPTIONS.values()} == {
+        name for name, spec in MIXERS.items() if spec.is_recurrent
+    }
+
+
+@pytest.fixture(params=OPTIONS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt_neox"])
+def test_calls_with_a_cache_give_what_one_call_gives(load, tokens, name, variant):
+    model = load(variant, recipe(name))
+    whole = model(tokens).logits
+    cache = DynamicCache(config=model.config)
+    pieces = [tokens[:, :9], tokens[:, 9:11], *tokens[:, 11:].split(1, dim=1)]
+    found = torch.cat([model(piece, past_key_values=cache, use_cache=True).logits for piece in pieces], dim=1)
+    assert far(found, whole) < TOLERANCE
+
+
+def test_hybrids_count_tokens_by_their_attention(load, tokens, name):
+    model = load("mistral-window", {"mixers": [{**OPTIONS[name], "except": [1, 3]}]})
+    cache = DynamicCache(config=model.config)
+    found = [model(piece, past_key_values=cache, use_cache=True).logits for piece in tokens.split([13, 1, 10], dim=1)]
+    assert far(torch.cat(found, dim=1), model(tokens).logits) < TOLERANCE
+
+
+def test_left_padding_is_not_seen(load, tokens, name):
+    model = load("llama", recipe(name))
+    padded = torch.cat((torch.full((2, 6), 5), tokens), dim=1)
+    mask = torch.ones_like(padded)
+    mask[0, :6], mask[1, :2] = 0, 0
+    padded[1, 2:] = torch.cat((tokens[1, :4], tokens[1]))
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = model(padded, attention_mask=mask, position_ids=position_ids).logits
+    assert far(found[0, 6:], model(tokens[:1]).logits[0]) < TOLERANCE
+    assert far(found[1, 2:], model(padded[1:, 2:]).logits[0]) < TOLERANCE
+
+
+def test_packed_documents_do_not_see_each_other(load, tokens, name):
+    model = load("llama", recipe(name))
+    lengths = (7, 1, 16)
+    position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
+    found = model(tokens[:1], position_ids=position_ids).logits
+    alone = torch.cat([model(piece).logits for piece in tokens[:1].split(lengths, dim=1)], dim=1)
+    assert far(found, alone) < TOLERANCE
+    assert far(found, model(tokens[:1]).logits) > 30 * TOLERANCE
+    # With a cache, cut inside the last document and inside a window.
+    cache = DynamicCache(config=model.config)
+    cut = [
+        model(tokens[:1, start:stop], position_ids=position_ids[:, start:stop], past_key_values=cache).logits
+        for start, stop in ((0, 10), (10, 11), (11, 24))
+    ]
+    assert far(torch.cat(cut, dim=1), alone) < TOLERANCE
+
+
+def test_beams_with_a_cache_find_what_they_find_without(load, tokens, name):
+    model = load("llama", recipe(name))
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    with_cache = model.generate(tokens, attention_mask=mask, **options)
+    assert torch.equal(with_cache, model.generate(tokens, attention_mask=mask, use_cache=False, **options))
+
+
+def test_the_state_has_the_size_its_spec_says_at_any_length(load, tokens, name):
+    model = load("llama", recipe(name))
+    sizes = set()
+    for length in (3, 24):
+        cache = DynamicCache(config=model.config)
+        model(tokens[:1, :length], past_key_values=cache, use_cache=True)
+        sizes.add(
+            sum(
+                state.numel() * state.element_size()
+                for layer in cache.layers
+                for states in (layer.recurrent_states, layer.conv_states)
+                for state in states.values()
+                if state.shape[-2:] != (1, 1)
+            )
+        )
+    assert sizes == {cost(model.config.read_blueprint(), 4).state_bytes}
+
+
+def test_states_start_anew_after_a_reset(load, tokens, name):
+    model = load("llama", recipe(name))
+    cache = DynamicCache(config=model.config)
+    model(tokens, past_key_values=cache, use_cache=True)
+    cache.reset()
+    found = [model(piece, past_key_values=cache, use_cache=True).logits for piece in tokens.split([11, 13], dim=1)]
+    assert far(torch.cat(found, dim=1), model(tokens).logits) < TOLERANCE
+
+
+def test_mixers_work_inside_a_folded_and_relaxed_model(load, fold, tokens, name, tmp_path):
+    sections = recipe(name, **FOLDED)
+    model = load("llama", sections)
+    blueprint = model.config.read_blueprint()
+    assert len(blueprint.mixers) == 2
+    cache = DynamicCache(config=model.config)
+    found = [model(piece, past_key_values=cache, use_cache=True).logits for piece in tokens.split([20, 1, 3], dim=1)]
+    whole = model(tokens).logits
+    assert far(torch.cat(found, dim=1), whole) < TOLERANCE
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(load_model(tmp_path / "again", device="cpu")(tokens).logits, whole)
+
+
+def test_gradients_reach_every_weight(load, tokens, name):
+    model = load("gpt_neox", recipe(name, **FOLDED))
+    model.zero_grad()
+    model(tokens, labels=tokens).loss.backward()
+    without = [
+        key for key, weight in model.named_parameters() if weight.grad is None or not weight.grad.isfinite().all()
+    ]
+    assert not without
+    silent = {key for key, weight in model.named_parameters() if not weight.grad.any()}
+    # LoRAs of fresh linears have a zero B, behind which A learns nothing yet.
+    assert all(".lora." in key and key.endswith(".a") for key in silent), silent
+    model.zero_grad()
+
+
+def test_a_cache_of_keys_and_values_is_refused(load, tokens):
+    model = load("llama", recipe("retention"))
+    with pytest.raises(RefoldError, match=r"past_key_values: a cache made for this model's config is required"):
+        model(tokens, past_key_values=DynamicCache(), use_cache=True)
+
+
+def test_masks_that_are_not_padding_are_refused(load, tokens):
+    model = load("llama", recipe("retention"))
+    with pytest.raises(RefoldError, match=r"attention_mask: \[batch, tokens\] is required .*got 4 dimensions"):
+        model(tokens, attention_mask=torch.zeros(2, 1, 24, 24))
+
+
+def test_stateful_models_say_so(load):
+    assert load("llama", recipe("gla"))._is_stateful
+    assert not load("llama", {})._is_stateful
