@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from refold.ops.chunking import Segment, look, put_chunks, segments, suffix_sums, to_chunks
+from refold.ops.chunking import Segment, compute_dtype, look, put_chunks, segments, suffix_sums, to_chunks
 from refold.ops.documents import number_documents
 
 
@@ -38,7 +38,7 @@ def step(
     Returns:
         The output in v's dtype, and the new state.
     """
-    dtype = _compute_dtype(v)
+    dtype = compute_dtype(v)
     with torch.autocast(v.device.type, enabled=False):
         query, key, value = q.to(dtype), k.to(dtype), v.to(dtype)
         if state is None:
@@ -105,7 +105,7 @@ def chunked(
     Returns:
         The outputs in v's dtype, and the state after the last token in float32 (float64).
     """
-    start = _zero_state(k, v) if state is None else state.to(_compute_dtype(v))
+    start = _zero_state(k, v) if state is None else state.to(compute_dtype(v))
     decays = start.new_zeros(1, 1, 1).expand(beta.shape) if log_decay is None else log_decay
     numbers = None if resets is None else number_documents(resets, q.shape[0], q.shape[1], q.device)
     return _DeltaRule.apply(q, k, v, beta, decays, start, numbers, chunk_size)  # pyright: ignore[reportReturnType]
@@ -130,7 +130,7 @@ def matrix(
     Returns:
         Row t: what token t takes from each token. float32 (float64).
     """
-    dtype = _compute_dtype(q)
+    dtype = compute_dtype(q)
     with torch.autocast(q.device.type, enabled=False):
         queries, keys = (x.to(dtype).transpose(1, 2) for x in (q, k))
         strengths = beta.to(dtype).transpose(1, 2)
@@ -146,12 +146,8 @@ def matrix(
         return taken * strengths[..., None, :]
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _zero_state(k: Tensor, v: Tensor) -> Tensor:
-    return v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=_compute_dtype(v))
+    return v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=compute_dtype(v))
 
 
 def _pairwise_decay(sums: Float[Tensor, "*X T"]) -> Float[Tensor, "*X T T"]:
@@ -231,7 +227,7 @@ class _DeltaRule(torch.autograd.Function):
 def _read(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, numbers: Tensor | None, segment: Segment
 ) -> _Chunks:
-    dtype = _compute_dtype(v)
+    dtype = compute_dtype(v)
     sums = to_chunks(log_decay, segment, dtype).cumsum(-1)
     factors = (_pairwise_decay(sums), sums.exp(), (sums[..., -1:] - sums).exp_(), sums[..., -1].exp())
     if numbers is not None:
