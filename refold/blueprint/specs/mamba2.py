@@ -21,7 +21,7 @@ class Mamba2(HeadedSwap):
     conv_activation: Literal["silu", "none"] = "silu"
     """After the convolution."""
     norm: Literal["group", "none"] = "group"
-    """Root-mean-square norm of the gated output of all heads that share a query head (all of them where there is one)."""
+    """Root-mean-square norm of the gated output, over all heads that a query head serves."""
     gate: Literal["silu", "none"] = "silu"
     """Gate on the output, from a projection of its own (z in the paper)."""
 

@@ -1,0 +1,117 @@
+"""Mixers without a model around them, with weights large enough to matter."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, LinearAttentionLayer
+
+from refold.blueprint.recipe import Recipe
+from refold.blueprint.swaps import choose_mixers
+from refold.families.arch import ArchSpec, Layer, Norm, Rope
+from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.mixer import Mixer
+from refold.nn.mixers.registry import MIXERS
+from refold.nn.rotary import Rotary
+
+
+@dataclass
+class LoneMixer:
+    """One mixer as a depth would run it.
+
+    Attributes:
+        arch: Of the source it might stand in.
+        options: Resolved.
+        mixer: With random weights.
+        view: Its place in a cache.
+    """
+
+    arch: ArchSpec
+    options: dict[str, Any]
+    mixer: Mixer
+    view: nn.Module
+
+    def weight(self, name: str) -> Tensor:
+        """Returns a weight in float64."""
+        return self.mixer.get_parameter(name).detach().double()
+
+    def fill(self, **values: Tensor) -> None:
+        """Sets weights, all of them; `__` stands for the dot in names."""
+        self.mixer.load_state_dict({name.replace("__", "."): value for name, value in values.items()})
+
+    def context(
+        self, tokens: int, cache: Cache | None = None, resets: Tensor | None = None, past: int = 0
+    ) -> MixerContext:
+        rope = self.arch.layers[0].rope
+        assert rope is not None
+        positions = torch.arange(past, past + tokens)[None]
+        return MixerContext(Rotary(rope, 512)(positions, torch.float32), None, None, resets, cache)
+
+    @torch.no_grad()
+    def run(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
+        return self.mixer(x, self.view, self.context(x.shape[1], None, resets), {}, None)
+
+    @torch.no_grad()
+    def run_with_cache(self, x: Tensor, prefill: int) -> Tensor:
+        """Runs `prefill` tokens at once, and the others one by one."""
+        cache = Cache(layers=[LinearAttentionLayer()])
+        found, past = [], 0
+        for piece in x.split([prefill] + [1] * (x.shape[1] - prefill), dim=1):
+            found.append(self.mixer(piece, self.view, self.context(piece.shape[1], cache, None, past), {}, None))
+            past += piece.shape[1]
+        return torch.cat(found, dim=1)
+
+    @torch.no_grad()
+    def matrix(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
+        return self.mixer.matrix(x, self.view, self.context(x.shape[1], None, resets), {}, None)
+
+
+@pytest.fixture(scope="session")
+def make_mixer() -> Callable[..., LoneMixer]:
+    """Makes a mixer from an entry of a recipe's `mixers`; `arch` replaces fields of the architecture."""
+
+    def make(kind: str, arch: dict[str, Any] | None = None, **entry: Any) -> LoneMixer:
+        spec = make_arch(**(arch or {}))
+        recipe = Recipe.model_validate({"mixers": [{"type": kind, "transfer": [], **entry}]})
+        options = dict(choose_mixers(recipe, spec)[0].options)
+        mixer = MIXERS[kind].create(spec, options, True)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, weight in mixer.named_parameters():
+                noise = torch.randn(weight.shape, generator=generator)
+                is_scale = name.endswith(("_norm.weight", "heads.scale", "skip.d"))
+                weight.copy_(noise * (0.7 if name.startswith("decay.") else 0.3) + is_scale)
+        config = PreTrainedConfig()
+        config._attn_implementation = "sdpa"
+        return LoneMixer(spec, options, mixer, MIXERS[kind].view(config, spec, 0, None))
+
+    return make
+
+
+@pytest.fixture
+def hidden_states() -> Tensor:
+    """Two rows of 130 tokens, two chunks and two more; hidden size 32."""
+    return torch.randn(2, 130, 32, generator=torch.Generator().manual_seed(5))
+
+
+def make_arch(**fields: Any) -> ArchSpec:
+    head_dim = fields.get("head_dim", 8)
+    plain: dict[str, Any] = {
+        "family": "llama",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": head_dim,
+        "max_position_embeddings": 512,
+        "layers": (Layer(rope=Rope(rotary_dim=head_dim)),),
+        "norm": Norm(eps=1e-5),
+        "activation": "silu",
+        "attention_scale": head_dim**-0.5,
+    }
+    return ArchSpec(**{**plain, **fields})
