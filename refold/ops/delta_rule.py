@@ -251,7 +251,9 @@ def _write(chunks: _Chunks, start: Float[Tensor, "X K V"]) -> tuple[_Written, Fl
     likeness = chunks.k @ chunks.k.mT
     system = (likeness * chunks.pairs).mul_(chunks.beta)
     size = chunks.v.shape[-1]
-    known = torch.cat([chunks.v * chunks.beta, chunks.k * (chunks.beta * chunks.into)], dim=-1)
+    known = chunks.v.new_empty(*chunks.v.shape[:-1], size + chunks.k.shape[-1])
+    torch.mul(chunks.v, chunks.beta, out=known[..., :size])
+    torch.mul(chunks.k, chunks.beta * chunks.into, out=known[..., size:])
     # Transposed, because LAPACK's matrices are stored by columns: nothing is copied to another order.
     solved = torch.linalg.solve_triangular(system.mT, known.mT, upper=True, left=False, unitriangular=True).mT
     u, readers = solved[..., :size], solved[..., size:]
