@@ -9,7 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from refold.blueprint import heal_stage, recipe
 from refold.blueprint.protocols import built_in_protocols
-from refold.blueprint.specs import objectives
+from refold.blueprint.specs import objectives, swap
 from refold.blueprint.specs.tying import TYING_INITS
 
 TARGET = Path(__file__).parent / "recipe-reference.md"
@@ -21,6 +21,9 @@ SECTIONS: tuple[tuple[str, type[recipe.Section]], ...] = (
     ("drop", recipe.Drop),
     ("drop.block", recipe.BlockDrop),
     ("drop.attention, drop.mlp", recipe.PartDrop),
+    ("mixers[] of every type", swap.MixerSwap),
+    *((f"mixers[] with type: {mixer}", options) for mixer, options in recipe.MIXER_SECTIONS.items()),
+    ("mixers[].depths, mixers[].except at regular distances", swap.Every),
     ("exits", recipe.Exits),
     ("ignore_tensors[]", recipe.IgnoredTensor),
     ("heal[]", heal_stage.HealStage),
@@ -46,15 +49,28 @@ def render() -> str:
     for title, section in SECTIONS:
         lines += ["", f"## {title}", "", " ".join((section.__doc__ or "").split()), "", "| key | default | meaning |"]
         lines += ["|---|---|---|"]
-        for name, field in section.model_fields.items():
+        for name, field in _own_fields(section).items():
             text = " ".join((field.description or "").split()).replace("|", "\\|")
-            lines.append(f"| `{name}` | {_default(field)} | {text} |")
+            lines.append(f"| `{field.alias or name}` | {_default(field)} | {text} |")
     lines += ["", "## Starts of stored layers (`fold.init`)", "", "| name | rule |", "|---|---|"]
     lines += [f"| `{name}` | {init.summary} ([source]({init.url})) |" for name, init in TYING_INITS.items()]
     lines += ["", "## Healing protocols (`heal: {protocol: NAME, tokens: N}`)", ""]
     lines += ["| name | what it does |", "|---|---|"]
     lines += [f"| `{name}` | {description} |" for name, description in built_in_protocols().items()]
     return "\n".join(lines) + "\n"
+
+
+def _own_fields(section: type[BaseModel]) -> dict[str, Any]:
+    """The fields of a section; of a mixer those that not every mixer has, or has with the same default."""
+    fields = section.model_fields
+    if section is swap.MixerSwap or not issubclass(section, swap.MixerSwap):
+        return fields
+    common = swap.MixerSwap.model_fields
+    return {
+        name: field
+        for name, field in fields.items()
+        if name != "type" and (name not in common or field.default != common[name].default)
+    }
 
 
 def _default(field: Any) -> str:

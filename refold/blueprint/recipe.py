@@ -1,5 +1,6 @@
 """The recipe: what is done to a source, in one file for the whole way. Every section is optional; empty: identity."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -16,6 +17,7 @@ from refold.blueprint.specs.mamba import Mamba
 from refold.blueprint.specs.mamba2 import Mamba2
 from refold.blueprint.specs.registry import MIXERS
 from refold.blueprint.specs.retention import Retention
+from refold.blueprint.specs.swap import MixerSwap
 from refold.blueprint.specs.tying import TYING_INITS
 from refold.suggest import did_you_mean, must_be_one_of
 
@@ -84,6 +86,12 @@ AnyMixer = Annotated[
     Discriminator(_kind_of_mixer),
     BeforeValidator(_known_mixer),
 ]
+
+MIXER_SECTIONS: Mapping[str, type[MixerSwap]] = {
+    each.model_fields["type"].default: each
+    for each in (Attention, Retention, Mamba, Mamba2, Gla, GatedDeltanet, LinearAttention)
+}
+"""What an entry of `mixers` can say, by its type."""
 
 
 class Fold(Section):

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.recipe import BlockDrop, Drop, Recipe
 from refold.checkpoint.locate import Source
 from refold.conversion.plan import Plan, plan_model
@@ -11,7 +13,8 @@ from refold.conversion.source_model import SourceModel
 from refold.errors import RecipeError
 from refold.suggest import must_be_one_of
 
-DEFAULT_BASELINES = ("pruned",)
+ALIGNMENTS = frozenset({"mixer_outputs", "hidden_states", "attention_matrices"})
+"""Objectives that say nothing to a model whose layers are the source's own."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,35 @@ def scratch_recipe(plan: Plan) -> Recipe:
     return recipe.model_copy(update={"weights": "fresh", "fold": fold, "relax": relax})
 
 
+def whole_model_stages(stages: Sequence[HealStage]) -> tuple[HealStage, ...]:
+    """Returns stages of the same tokens, batches and schedules in which everything trains, as it does in a rival.
+
+    What freezes, thaws or trains parts is left out; where only activations were aligned, the source's distribution is
+    learned instead. A learning rate that was meant for parts becomes the default.
+    """
+    return tuple(_for_all(stage) for stage in stages)
+
+
+def _for_all(stage: HealStage) -> HealStage:
+    changes: dict[str, Any] = {"train": ("all",), "freeze": (), "rates": {}, "thaw": None}
+    if set(stage.objective.chosen()) <= ALIGNMENTS:
+        changes["objective"] = HealStage.model_fields["objective"].default
+    if stage.train != ("all",) or "objective" in changes:
+        changes["learning_rate"] = HealStage.model_fields["learning_rate"].default
+    return stage.model_copy(update=changes)
+
+
+def default_baselines(plan: Plan) -> tuple[str, ...]:
+    """Returns the rival nobody named: depth pruning, or for a target as large as its source the same from scratch."""
+    costs = plan.cost
+    is_smaller = costs.target.non_embedding_parameters < costs.source.non_embedding_parameters
+    return ("pruned",) if is_smaller else ("scratch",)
+
+
 def _start_pruned(job: BaselineJob) -> Path:
+    costs = job.plan.cost
+    if costs.target.non_embedding_parameters >= costs.source.non_embedding_parameters:
+        raise RecipeError("baseline pruned: a target smaller than its source is required; take scratch")
     return job.convert(plan_model(job.model, pruned_recipe(job.plan)))
 
 
@@ -93,14 +124,14 @@ def require_baseline(name: str, further: Sequence[str] = ()) -> None:
         raise RecipeError(f"baseline: {must_be_one_of(name, known)}")
 
 
-def read_baselines(names: Sequence[str] | None) -> tuple[str, ...]:
-    """Reads the baselines a user names, `none` for none; nothing named: depth pruning.
+def read_baselines(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Reads the baselines a user names, `none` for none; nothing named: None, for the default.
 
     Raises:
         RecipeError: An unknown one.
     """
     if not names:
-        return DEFAULT_BASELINES
+        return None
     for name in names:
         require_baseline(name, further=("none",))
     return tuple(name for name in BASELINES if name in names)

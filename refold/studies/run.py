@@ -25,7 +25,13 @@ from refold.evaluation.evaluate import evaluate
 from refold.evaluation.result import Evaluation, read_evaluation
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
-from refold.studies.baselines import BASELINES, DEFAULT_BASELINES, BaselineJob, require_baseline
+from refold.studies.baselines import (
+    BASELINES,
+    BaselineJob,
+    default_baselines,
+    require_baseline,
+    whole_model_stages,
+)
 from refold.studies.report_line import report_line
 
 RUN_NAME = "run.json"
@@ -42,7 +48,8 @@ class RunSettings:
 
     Attributes:
         tokens: Healing tokens, over the recipe's own; 0: no healing; None: the recipe's.
-        baselines: Which of `BASELINES` are converted, healed and measured alike.
+        baselines: Which of `BASELINES` are converted, healed and measured alike; None: depth pruning, or for a target
+            as large as its source the same from scratch.
         eval_tokens: How much held-out text is read.
         learning_rate: Over the recipe's own.
         seed: Of the order of the data, over the recipe's own.
@@ -53,14 +60,14 @@ class RunSettings:
     """
 
     tokens: int | None = None
-    baselines: tuple[str, ...] = DEFAULT_BASELINES
+    baselines: tuple[str, ...] | None = None
     eval_tokens: int | None = 200_000
     learning_rate: float | None = None
     seed: int | None = None
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name in self.baselines:
+        for name in self.baselines or ():
             require_baseline(name)
 
     def stages(self, recipe: Recipe) -> tuple[HealStage, ...]:
@@ -186,18 +193,17 @@ def run(
     stages = settings.stages(plan.recipe)
     opened = data if isinstance(data, DataSource) else open_data(data)
     train, test = split(opened) if held_out is None else (opened, _open(held_out))
+    chosen = default_baselines(plan) if settings.baselines is None else settings.baselines
     root = _claim(Path(destination), plan, settings, train, test)
     with FolderLock(root):
-        ways = {
-            arm: _Way(root / arm, located, train, test, settings, stages, command, say)
-            for arm in ("folded", *settings.baselines)
-        }
-        folded = ways["folded"]
+        folded = _Way(root / "folded", located, train, test, settings, stages, command, say)
+        for_all = whole_model_stages(stages)
+        ways = {arm: _Way(root / arm, located, train, test, settings, for_all, command, say) for arm in chosen}
         converted = folded.convert(plan)
         unhealed = folded.evaluate(converted, "unhealed")
         healed_model = folded.heal(converted)
         healed = folded.evaluate(healed_model, "healed") if stages else unhealed
-        rivals = {arm: _baseline(ways[arm], model, plan) for arm in settings.baselines}
+        rivals = {arm: _baseline(way, model, plan) for arm, way in ways.items()}
         made = read_plan(converted / PLAN_NAME)
         result = _summarise(
             name, made, healed_model, unhealed, healed, {k: v for k, v in rivals.items() if v is not None}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.load import load_recipe
 from refold.blueprint.recipe import Recipe
 from refold.checkpoint.locate import locate
@@ -16,7 +17,14 @@ from refold.conversion.plan import plan_model
 from refold.conversion.source_model import read_source_model
 from refold.data.readers import from_documents
 from refold.errors import RecipeError
-from refold.studies.baselines import BASELINES, BaselineJob, read_baselines, scratch_recipe
+from refold.studies.baselines import (
+    BASELINES,
+    BaselineJob,
+    default_baselines,
+    read_baselines,
+    scratch_recipe,
+    whole_model_stages,
+)
 from refold.studies.run import RunSettings, run
 
 TEXTS = [f"def number_{index}():\n    return {index} * {index % 7}\n" for index in range(300)]
@@ -31,7 +39,7 @@ FOLDS = (
 
 
 def test_baselines_are_named() -> None:
-    assert read_baselines(None) == ("pruned",)
+    assert read_baselines(None) is None
     assert read_baselines(["none"]) == ()
     assert read_baselines(["scratch", "trained-source", "pruned"]) == ("pruned", "trained-source", "scratch")
     with pytest.raises(RecipeError, match=r"must be one of pruned, trained-source, scratch, none .got 'best'."):
@@ -91,3 +99,22 @@ def test_a_run_heals_and_reports_scratch_alike(tmp_path: Path) -> None:
     assert scratch[1].recipe == folded[1].recipe
     assert scratch[1].tokens == folded[1].tokens == 1024
     assert set(json.loads((tmp_path / "run" / "summary.json").read_text())["baselines"]) == {"scratch"}
+
+
+def stages_of(protocol: str) -> tuple[HealStage, ...]:
+    return load_recipe({"heal": {"protocol": protocol, "tokens": 1000}}).heal
+
+
+def test_a_rival_trains_whole_where_the_model_trains_parts() -> None:
+    aligned, _, text = whole_model_stages(stages_of("align-then-distil"))
+    (thawing,) = whole_model_stages(stages_of("xatl"))
+    assert (aligned.train, list(aligned.objective.chosen()), aligned.learning_rate) == (("all",), ["distil"], 3e-4)
+    assert (thawing.thaw, list(thawing.objective.chosen())) == (None, ["next_token"])
+    assert (text.learning_rate, text.tokens) == (1e-4, 200)
+
+
+def test_the_rival_of_a_target_as_large_as_its_source_is_the_same_from_scratch(make_source: Any) -> None:
+    model = read_source_model(make_source("llama"))
+    smaller = plan_model(model, load_recipe({"fold": {"loops": 2}}))
+    larger = plan_model(model, load_recipe({"mixers": [{"type": "retention"}]}), allow_larger=True)
+    assert (default_baselines(smaller), default_baselines(larger)) == (("pruned",), ("scratch",))
