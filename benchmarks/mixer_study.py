@@ -1,0 +1,288 @@
+"""What carrying weights over to mixers of linear cost brings: each mixer transferred and from scratch, at equal tokens.
+
+    python benchmarks/mixer_study.py --source MODEL --train TEXT --held-out TEXT --work runs/mixers --write PAGE
+
+For each arm the learning rate is chosen by short runs on one seed, then every seed is trained with it. A run is one
+folder under `--work`, and one that is there is not run again, so the script goes on where it was interrupted.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from refold.blueprint.heal_stage import HealStage
+from refold.blueprint.load import load_recipe
+from refold.blueprint.numbers import read_amount
+from refold.conversion.convert import carry_out
+from refold.conversion.plan import Plan, plan_model
+from refold.conversion.source_model import SourceModel, read_source_model
+from refold.evaluation.evaluate import evaluate
+from refold.evaluation.result import Evaluation, read_evaluation
+from refold.healing.heal import heal
+from refold.healing.run import HealOptions
+from refold.studies.baselines import scratch_recipe
+
+ALL, XATL, NONE = "all", ["o_proj", "mlp"], []
+Recipe = dict[str, Any]
+
+
+def swap(mixer: str, transfer: Any = ALL, **options: Any) -> Recipe:
+    return {"mixers": [{"type": mixer, "transfer": transfer, **options}]}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to a model.
+
+    Attributes:
+        recipe: What is made of the source.
+        protocol: How it is healed; `next_token`, `distil` and `frozen` are one stage of that kind.
+        fresh: Whether it is the architecture from scratch.
+    """
+
+    recipe: Recipe
+    protocol: str = "next_token"
+    fresh: bool = False
+    tables: tuple[str, ...] = field(default=("mixers",))
+
+
+def _arms() -> dict[str, Arm]:
+    mixers = {
+        "retention": swap("retention"),
+        "mamba2": swap("mamba2"),
+        "gla": swap("gla"),
+        "gated deltanet": swap("gated_deltanet"),
+        "hedgehog features": swap("linear_attention"),
+        "hedgehog, window 32": swap("linear_attention", window=32),
+        "striped mamba": swap("mamba", ["mlp"]),
+        "gated deltanet, attention at xatl's depths": swap("gated_deltanet", **{"except": "xatl"}),
+    }
+    found: dict[str, Arm] = {}
+    for name, recipe in mixers.items():
+        found[name] = Arm(recipe)
+        found[f"{name}, from scratch"] = Arm(recipe, fresh=True)
+    # What is carried over, how it is trained: on retention, as in the paper.
+    for name, transfer in (("o_proj and mlp (XATL)", XATL), ("mlp only", ["mlp"]), ("neither", NONE)):
+        found[f"retention, {name}"] = Arm(swap("retention", transfer), tables=("components",))
+    found["retention, o_proj and mlp, frozen then thawed"] = Arm(swap("retention", XATL), "xatl", tables=("training",))
+    found["retention, all, frozen then thawed"] = Arm(swap("retention"), "xatl", tables=("training",))
+    found["retention, all, aligned first"] = Arm(swap("retention"), "align-then-distil", tables=("training",))
+    found["retention, all, distilled"] = Arm(swap("retention"), "distil", tables=("training",))
+    found["gated deltanet, aligned first"] = Arm(swap("gated_deltanet"), "align-then-distil", tables=("training",))
+    found["gated deltanet, distilled"] = Arm(swap("gated_deltanet"), "distil", tables=("training",))
+    return found
+
+
+ARMS = _arms()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--held-out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/mixers"))
+    parser.add_argument("--tokens", type=read_amount, default=500_000)
+    parser.add_argument("--sweep-tokens", type=read_amount, default=100_000)
+    parser.add_argument("--eval-tokens", type=read_amount, default=50_000)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 9e-3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--batch-tokens", type=read_amount, default=4096)
+    parser.add_argument("--only", nargs="*", help="arms whose names hold one of these")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so many minutes")
+    parser.add_argument("--write", type=Path, help="page to write")
+    return parser.parse_args()
+
+
+def stages(arm: Arm, rate: float, seed: int, tokens: int, given: argparse.Namespace) -> tuple[HealStage, ...]:
+    """The arm's training at one learning rate; protocols keep the proportions of their stages' rates."""
+    if arm.protocol in ("next_token", "distil"):
+        found = (HealStage.model_validate({"objective": arm.protocol, "tokens": tokens}),)
+    else:
+        found = load_recipe({"heal": {"protocol": arm.protocol, "tokens": tokens}}).heal
+    middle = HealStage.model_fields["learning_rate"].default
+    changes = {"batch_tokens": given.batch_tokens, "context": given.context, "seed": seed}
+    return tuple(
+        stage.model_copy(update={**changes, "learning_rate": rate * stage.learning_rate / middle}) for stage in found
+    )
+
+
+def measure(model: Path, path: Path, given: argparse.Namespace) -> Evaluation:
+    if not path.exists():
+        options = {"context": given.context, "max_tokens": given.eval_tokens}
+        evaluate(model, given.held_out, against=given.source, **options).write(path)
+    return read_evaluation(path)
+
+
+def train(
+    start: Path, folder: Path, arm: Arm, rate: float, seed: int, tokens: int, given: argparse.Namespace
+) -> tuple[float, list[tuple[int, float]]]:
+    """Trains and evaluates one run, once; returns bits per byte, and after which tokens it had which."""
+    name = f"lr{rate:g}-seed{seed}-{tokens}"
+    result, curve = folder / f"{name}.json", folder / f"{name}.curve.json"
+    if not curve.exists():
+        started, out = time.perf_counter(), folder / name
+        if not out.exists():
+            watched = given.held_out if tokens == given.tokens else None
+            options = HealOptions(quiet=True)
+            heal(start, out, given.train, stages(arm, rate, seed, tokens, given), held_out=watched, options=options)
+        found = measure(out, result, given)
+        steps = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+        points = [(step["tokens"], step["held_out"]) for step in steps if step.get("held_out") is not None]
+        curve.write_text(json.dumps(points) + "\n")
+        shutil.rmtree(out)
+        print(f"{folder.name} {name}: {found.bits_per_byte:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
+    return read_evaluation(result).bits_per_byte, json.loads(curve.read_text())
+
+
+def tokens_to_reach(goal: float, curve: list[tuple[int, float]]) -> float | None:
+    """Tokens after which a curve first is as low as `goal`, between two points by a straight line; None: never."""
+    before: tuple[int, float] | None = None
+    for tokens, value in curve:
+        if value <= goal:
+            if before is None or before[1] == value:
+                return float(tokens)
+            share = (before[1] - goal) / (before[1] - value)
+            return before[0] + share * (tokens - before[0])
+        before = (tokens, value)
+    return None
+
+
+def run_arm(name: str, arm: Arm, model: SourceModel, given: argparse.Namespace) -> dict[str, Any]:
+    folder = given.work / name.replace(",", "").replace("'", "").replace(" ", "-")
+    recipe = load_recipe(arm.recipe)
+    plan = plan_model(model, recipe, allow_larger=True)
+    if arm.fresh:
+        plan = plan_model(model, scratch_recipe(plan), allow_larger=True)
+    start = folder / "converted"
+    if not start.exists():
+        carry_out(plan, model.source, start)
+    unhealed = measure(start, folder / "unhealed.json", given).bits_per_byte
+    sweep = {
+        rate: train(start, folder, arm, rate, given.seeds[0], given.sweep_tokens, given)[0] for rate in given.rates
+    }
+    best = min(sweep, key=lambda rate: sweep[rate])
+    runs = {seed: train(start, folder, arm, best, seed, given.tokens, given) for seed in given.seeds}
+    return {
+        "tables": arm.tables,
+        "unhealed": unhealed,
+        "sweep": sweep,
+        "learning_rate": best,
+        "healed": {seed: value for seed, (value, _) in runs.items()},
+        "curves": {seed: curve for seed, (_, curve) in runs.items()},
+        **costs(plan),
+    }
+
+
+def costs(plan: Plan) -> dict[str, Any]:
+    target = plan.cost.target
+    return {"weight_bytes": target.weight_bytes, "memory_8k": target.weight_bytes + target.cache_bytes(8192)}
+
+
+def main() -> None:
+    given = arguments()
+    given.work.mkdir(parents=True, exist_ok=True)
+    model = read_source_model(given.source)
+    source = measure(Path(given.source), given.work / "source.json", given).bits_per_byte
+    started, results = time.perf_counter(), {}
+    for name, arm in ARMS.items():
+        if given.only and not any(part in name for part in given.only):
+            continue
+        if time.perf_counter() - started > 60 * given.minutes:
+            print(f"{name}: not begun, {given.minutes:g} minutes are over", flush=True)
+            continue
+        results[name] = run_arm(name, arm, model, given)
+    facts = {"source": source, "results": results}
+    (given.work / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+    if given.write is not None:
+        given.write.write_text(render(source, results, model, given))
+
+
+def render(source: float, results: dict[str, Any], model: SourceModel, given: argparse.Namespace) -> str:
+    """The page."""
+    reference = plan_model(model, load_recipe({})).cost.source
+    memory = reference.weight_bytes + reference.cache_bytes(8192)
+    lines = [
+        "# Mixers of linear cost: carried over and from scratch",
+        "",
+        f"Bits per byte on held-out text after {given.tokens:,} tokens, for each seed "
+        f"({', '.join(map(str, given.seeds))}); the source, `{Path(given.source).name}`, has {source:.4f}. Lower is "
+        "better. `at 8k`: weights, cache and state of one sequence of 8,192 tokens, beside the source's.",
+        "",
+        "## Each mixer, with all of the source's weights that fit, and from scratch",
+        "",
+        "Fewer tokens: how many times fewer tokens the transferred model needed for what the one from scratch had in "
+        "the end (mean over seeds, from ten measurements of each run).",
+        "",
+        "| mixer | unhealed | transferred | from scratch | fewer tokens | learning rates | weights | at 8k |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in results.items():
+        scratch = results.get(f"{name}, from scratch")
+        if scratch is None or "mixers" not in row["tables"]:
+            continue
+        lines.append(
+            f"| {name} | {row['unhealed']:.3f} | {_each(row)} | {_each(scratch)} | {_fewer(row, scratch, given)} "
+            f"| {row['learning_rate']:g}, {scratch['learning_rate']:g} "
+            f"| {row['weight_bytes'] / reference.weight_bytes:.2f}x | {row['memory_8k'] / memory:.2f}x |"
+        )
+    for table, title in (("components", "What is carried over"), ("training", "How it is trained")):
+        chosen = {name: row for name, row in results.items() if table in row["tables"]}
+        if chosen:
+            lines += ["", f"## {title}", "", "| model | unhealed | healed | learning rate |", "|---|---|---|---|"]
+            lines += [
+                f"| {name} | {row['unhealed']:.3f} | {_each(row)} | {row['learning_rate']:g} |"
+                for name, row in chosen.items()
+            ]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = " ".join(argument if "/" not in argument else Path(argument).name for argument in sys.argv[1:])
+    lines += [
+        "",
+        "## How",
+        "",
+        f"Learning rates were chosen for each arm by runs of {given.sweep_tokens:,} tokens at "
+        f"{', '.join(f'{rate:g}' for rate in given.rates)}; in protocols of several stages the stages keep the "
+        f"proportions of their rates. Next-token prediction unless said otherwise, {given.batch_tokens:,} tokens a "
+        f"step, context {given.context}, {given.eval_tokens:,} held-out tokens.",
+        "",
+        f"Machine: {os.cpu_count()} cores, {platform.machine()}; Python {platform.python_version()}; commit "
+        f"{commit.stdout.strip() or 'unknown'}. Command:",
+        "",
+        f"    python benchmarks/mixer_study.py {command}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _each(row: dict[str, Any]) -> str:
+    values = list(row["healed"].values())
+    return f"{' / '.join(f'{value:.4f}' for value in values)} (**{statistics.mean(values):.4f}**)"
+
+
+def _fewer(row: dict[str, Any], scratch: dict[str, Any], given: argparse.Namespace) -> str:
+    ratios = []
+    for seed, curve in row["curves"].items():
+        reached = tokens_to_reach(scratch["curves"][seed][-1][1], curve)
+        if reached is None:
+            return "never"
+        ratios.append(given.tokens / reached)
+    first = min(tokens for curve in row["curves"].values() for tokens, _ in curve)
+    mean = statistics.mean(ratios)
+    return f"at least {mean:.1f}" if mean >= given.tokens / first * 0.99 else f"{mean:.1f}"
+
+
+if __name__ == "__main__":
+    main()
