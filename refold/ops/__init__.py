@@ -1,1 +1,1 @@
-"""Recurrences of linear-cost token mixers as pure tensor functions, each as a token loop, a single step and in chunks."""
+"""Recurrences of linear-cost token mixers as pure functions: token loop, single step, and chunks."""

@@ -90,3 +90,31 @@ def look(numbers: Int[Tensor, "B T"], segment: Segment) -> Sight:
         after=(own == last[:, :, None])[:, :, None],
         across=(last == incoming)[:, :, None],
     )
+
+
+def later_left_out(sums: Float[Tensor, "*X T"]) -> Float[Tensor, "*X T T"]:
+    """sums_i - sums_j for j <= i, else -inf: there exp might overflow."""
+    later = torch.ones(sums.shape[-1], sums.shape[-1], dtype=torch.bool, device=sums.device).triu(1)
+    return (sums[..., :, None] - sums[..., None, :]).masked_fill_(later, -torch.inf)
+
+
+def pairwise_decay(decays: Float[Tensor, "*X C"], block: int = 16) -> Float[Tensor, "*X C C"]:
+    """exp(g_{j+1} + ... + g_i) for j <= i, else 0.
+
+    Between blocks it is the product of the way to the later block's start and the way from there: far fewer
+    exponentials than pairs, none of them above 1, and no differences of long sums.
+    """
+    size = decays.shape[-1]
+    if size <= block or size % block:
+        return later_left_out(decays.cumsum(-1)).exp_()
+    num_blocks = size // block
+    sums = decays.unflatten(-1, (num_blocks, block)).cumsum(-1)
+    order = torch.arange(num_blocks, device=decays.device)
+    is_between = (order[:, None, None] < order[:, None]) & (order[:, None, None] > order)
+    between = torch.tensordot(sums[..., -1], is_between.to(sums.dtype), dims=1)
+    between = between.masked_fill_(order[:, None] <= order, -torch.inf)
+    reach = (between[..., None] + (sums[..., -1:] - sums)[..., None, :, :]).exp_().flatten(-2)
+    pairs = sums.exp()[..., None] * reach[..., None, :]
+    within = later_left_out(sums).exp_()
+    pairs.unflatten(-1, (num_blocks, block)).diagonal(dim1=-4, dim2=-2).copy_(within.movedim(-3, -1))
+    return pairs.flatten(-3, -2)

@@ -13,7 +13,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from refold.ops.chunking import Segment, compute_dtype, look, put_chunks, segments, suffix_sums, to_chunks
+from refold.ops.chunking import (
+    Segment,
+    compute_dtype,
+    look,
+    pairwise_decay,
+    put_chunks,
+    segments,
+    suffix_sums,
+    to_chunks,
+)
 from refold.ops.documents import number_documents
 
 
@@ -135,7 +144,7 @@ def matrix(
         queries, keys = (x.to(dtype).transpose(1, 2) for x in (q, k))
         strengths = beta.to(dtype).transpose(1, 2)
         decays = torch.zeros_like(strengths) if log_decay is None else log_decay.to(dtype).transpose(1, 2)
-        pairs = _pairwise_decay(decays.cumsum(-1))
+        pairs = pairwise_decay(decays)
         if resets is not None:
             numbers = number_documents(resets, q.shape[0], q.shape[1], q.device)
             pairs = pairs.masked_fill((numbers[:, :, None] != numbers[:, None, :])[:, None], 0.0)
@@ -148,12 +157,6 @@ def matrix(
 
 def _zero_state(k: Tensor, v: Tensor) -> Tensor:
     return v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=compute_dtype(v))
-
-
-def _pairwise_decay(sums: Float[Tensor, "*X T"]) -> Float[Tensor, "*X T T"]:
-    """exp(sums_i - sums_j) for j <= i, else 0; masked before exp, which may overflow there."""
-    later = torch.ones(sums.shape[-1], sums.shape[-1], dtype=torch.bool, device=sums.device).triu(1)
-    return (sums[..., :, None] - sums[..., None, :]).masked_fill_(later, -torch.inf).exp_()
 
 
 class _Chunks(NamedTuple):
@@ -228,8 +231,9 @@ def _read(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, numbers: Tensor | None, segment: Segment
 ) -> _Chunks:
     dtype = compute_dtype(v)
-    sums = to_chunks(log_decay, segment, dtype).cumsum(-1)
-    factors = (_pairwise_decay(sums), sums.exp(), (sums[..., -1:] - sums).exp_(), sums[..., -1].exp())
+    decays = to_chunks(log_decay, segment, dtype)
+    sums = decays.cumsum(-1)
+    factors = (pairwise_decay(decays), sums.exp(), (sums[..., -1:] - sums).exp_(), sums[..., -1].exp())
     if numbers is not None:
         factors = (factor * seen for factor, seen in zip(factors, look(numbers, segment), strict=True))
     pairs, into, onto, across = (factor.flatten(1, 2) for factor in factors)

@@ -15,7 +15,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from refold.ops.chunking import Segment, Sight, compute_dtype, look, put_chunks, segments, suffix_sums, to_chunks
+from refold.ops.chunking import (
+    Segment,
+    Sight,
+    compute_dtype,
+    later_left_out,
+    look,
+    pairwise_decay,
+    put_chunks,
+    segments,
+    suffix_sums,
+    to_chunks,
+)
 from refold.ops.documents import number_documents
 
 
@@ -131,40 +142,12 @@ def matrix(
         else:
             per_token = log_decay.to(dtype).expand(*q.shape[:2], -1)
             # Differences of sums over all tokens need more digits than the sums.
-            weights = _later_left_out(per_token.transpose(1, 2).double().cumsum(-1)).to(dtype).exp()
+            weights = later_left_out(per_token.transpose(1, 2).double().cumsum(-1)).to(dtype).exp()
             mixing = (scores[:, :, None] * weights.unflatten(1, (groups, -1))).flatten(1, 2)
         if resets is not None:
             numbers = number_documents(resets, len(resets), tokens, resets.device)
             mixing = mixing.masked_fill((numbers[:, :, None] != numbers[:, None, :])[:, None], 0.0)
     return mixing
-
-
-def _later_left_out(sums: Float[Tensor, "*X T"]) -> Float[Tensor, "*X T T"]:
-    """sums_i - sums_j for j <= i, else -inf: there exp might overflow."""
-    later = torch.ones(sums.shape[-1], sums.shape[-1], dtype=torch.bool, device=sums.device).triu(1)
-    return (sums[..., :, None] - sums[..., None, :]).masked_fill_(later, -torch.inf)
-
-
-def _pairwise_decay(decays: Float[Tensor, "*X C"], block: int = 16) -> Float[Tensor, "*X C C"]:
-    """exp(g_{j+1} + ... + g_i) for j <= i, else 0.
-
-    Between blocks it is the product of the way to the later block's start and the way from there: far fewer
-    exponentials than pairs, none of them above 1, and no differences of long sums.
-    """
-    size = decays.shape[-1]
-    if size <= block or size % block:
-        return _later_left_out(decays.cumsum(-1)).exp_()
-    num_blocks = size // block
-    sums = decays.unflatten(-1, (num_blocks, block)).cumsum(-1)
-    order = torch.arange(num_blocks, device=decays.device)
-    is_between = (order[:, None, None] < order[:, None]) & (order[:, None, None] > order)
-    between = torch.tensordot(sums[..., -1], is_between.to(sums.dtype), dims=1)
-    between = between.masked_fill_(order[:, None] <= order, -torch.inf)
-    reach = (between[..., None] + (sums[..., -1:] - sums)[..., None, :, :]).exp_().flatten(-2)
-    pairs = sums.exp()[..., None] * reach[..., None, :]
-    within = _later_left_out(sums).exp_()
-    pairs.unflatten(-1, (num_blocks, block)).diagonal(dim1=-4, dim2=-2).copy_(within.movedim(-3, -1))
-    return pairs.flatten(-3, -2)
 
 
 class _Chunks(NamedTuple):
@@ -252,7 +235,7 @@ def _read(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, numbers: Tensor | 
         per_head = log_decay.to(dtype).view(1, 1, groups if len(log_decay) > 1 else 1, -1, 1)
         decays = per_head.expand(-1, -1, -1, -1, segment.chunk)
     sums = decays.cumsum(-1)
-    pairs = _pairwise_decay(decays)
+    pairs = pairwise_decay(decays)
     until = functional.pad(suffix_sums(decays, -1)[..., 1:], (0, 1))
     into, onto, across = sums.exp(), until.exp_(), sums[..., -1].exp()
     if numbers is not None:

@@ -8,6 +8,7 @@ from pydantic import Field
 from refold.blueprint.numbers import Count, Real
 from refold.blueprint.specs.heads import HeadedSwap, Heads, carried_heads, head_linears, head_vectors, resolve_heads
 from refold.blueprint.specs.part import Fill, PartSpec, Shape
+from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
 
 
@@ -30,6 +31,17 @@ class Gla(HeadedSwap):
     """Root-mean-square norm of each head's output, with weights that all heads share."""
     gate: Literal["silu", "none"] = "silu"
     """Gate on the normed output, from a projection of its own."""
+
+
+def resolve(arch: ArchSpec, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns the options with head counts and sizes filled in.
+
+    Raises:
+        RecipeError: As `resolve_heads`, or keys would be turned before decays are taken from them.
+    """
+    if options["decay_from"] == "keys" and options["rotary"]:
+        raise RecipeError(f"{where}.rotary: must be false where decays come from the keys, which it turns (got true)")
+    return resolve_heads(arch, options, where)
 
 
 def linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -67,6 +79,6 @@ SPEC = PartSpec(
     fills=fills,
     carried=carried_heads,
     rotary=lambda options: bool(options["rotary"]),
-    resolve=resolve_heads,
+    resolve=resolve,
     is_recurrent=True,
 )
