@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 from refold.blueprint.heal_stage import HealStage
 from refold.healing.groups import Trainable
+from refold.modeling.depth import OwnedVectors
+from refold.nn.part import Vectors
 
 BETAS = (0.9, 0.95)
 _FUSED = ("cpu", "cuda", "mps")
@@ -17,10 +19,10 @@ _FUSED = ("cpu", "cuda", "mps")
 def make_optimizers(model: PreTrainedModel, stage: HealStage, trainable: Trainable) -> list[torch.optim.Optimizer]:
     """Makes the optimizers over all parameters that train at some time; the learning rate is set anew at every step.
 
-    Matrices decay, LoRA pairs among them; norms, biases and embeddings (with them a tied head) do not: a row of an
-    embedding gets a gradient only when its token occurs, but would shrink at every step. With `muon` (Jordan et al.,
-    https://kellerjordan.github.io/posts/muon; scaled to AdamW's updates as in arXiv 2502.16982) the matrices between
-    embedding and head have it, and AdamW the rest.
+    Matrices decay, LoRA pairs among them. Norms, biases, what else a blueprint calls vectors, and embeddings (with them
+    a tied head) do not: a row of an embedding gets a gradient only when its token occurs, but would shrink at every
+    step. With `muon` (Jordan et al., https://kellerjordan.github.io/posts/muon; scaled to AdamW's updates as in arXiv
+    2502.16982) the matrices between embedding and head have it, and AdamW the rest.
 
     Args:
         model: the student.
@@ -34,11 +36,18 @@ def make_optimizers(model: PreTrainedModel, stage: HealStage, trainable: Trainab
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head: Any = model.get_output_embeddings()
     outside = embeddings | {id(head.weight)}
+    # Convolutions, decays and feature maps of mixers have several dimensions, but are no matrices of the stack.
+    vectors = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, (Vectors, OwnedVectors))
+        for parameter in module.parameters()
+    }
     grouped: dict[tuple[bool, bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name in trainable.trained:
-            is_matrix = parameter.ndim >= 2
-            has_muon = stage.optimizer == "muon" and parameter.ndim == 2 and id(parameter) not in outside
+            is_matrix = parameter.ndim >= 2 and id(parameter) not in vectors
+            has_muon = stage.optimizer == "muon" and is_matrix and id(parameter) not in outside
             decays = is_matrix and id(parameter) not in embeddings
             key = (has_muon, decays, trainable.factors.get(name, 1.0), name in trainable.frozen_first)
             grouped.setdefault(key, []).append(parameter)

@@ -43,7 +43,7 @@ class RefoldPreTrainedModel(PreTrainedModel):
     config_class = RefoldConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Depth", "Attention", "Mlp"]  # noqa: RUF012
+    _no_split_modules = ["Depth", "Mlp", *(mixer.__name__ for mixer in MIXERS.values())]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_flex_attn = True
