@@ -39,7 +39,9 @@ def fresh_tensor(tensor: TargetTensor, arch: ArchSpec, seed: int, fill: Fill | N
         fill: What its mixer's spec asks for, from `fill_of`.
     """
     if fill is not None:
-        return make_fill(fill, tensor.shape, torch.Generator().manual_seed(tensor_seed(seed, tensor.name)))
+        # Random features estimate exp(q . k) only where queries and keys have the same directions.
+        name = tensor.name.replace("q_map.", "k_map.")
+        return make_fill(fill, tensor.shape, torch.Generator().manual_seed(tensor_seed(seed, name)))
     if tensor.role == "lora_b" or tensor.local in _ZERO_AT_EXITS:
         return torch.zeros(tensor.shape)
     is_exit_norm = tensor.role == "exit" and tensor.local.startswith("norm.")
