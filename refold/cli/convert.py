@@ -1,5 +1,9 @@
 """`refold convert`: carry out a recipe on a source."""
 
+from typing import Annotated
+
+import typer
+
 from refold.cli import options
 from refold.cli.show import note, print_json, progress
 
@@ -9,21 +13,27 @@ def command(
     out: options.Out,
     recipe: options.Recipe = None,
     set_: options.Set = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(help="Text, jsonl or parquet that feature maps are fitted to and measured on. Repeatable."),
+    ] = None,
     device: options.Device = "cpu",
     overwrite: options.Overwrite = False,
     allow_larger: options.AllowLarger = False,
     json: options.Json = False,
 ) -> None:
     """Fold a source into a new model folder, streaming: a few matrices are in memory at a time."""
+    from refold.cli.approximation_table import print_approximation
     from refold.cli.plan_tables import print_plan
     from refold.conversion.convert import convert
 
-    with progress("converting", "tensors") as report:
+    with progress("converting", "steps") as report:
         made = convert(
             source,
             out,
             recipe,
             set_ or (),
+            calibration=calibration,
             overwrite=overwrite,
             allow_larger=allow_larger,
             device=device or "cpu",
@@ -34,4 +44,5 @@ def command(
         print_json(made)
     else:
         print_plan(made, context=8192, lines=False)
+        print_approximation(made.approximation)
     note(f"written: {out}")

@@ -14,16 +14,19 @@ from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import PLAN_NAME, Source, locate
 from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.writer import ShardedWriter, count_bytes
+from refold.conversion.approximation import require_text, stored_maps
+from refold.conversion.map_fitter import MapFitter
 from refold.conversion.pieces import PieceReader
 from refold.conversion.plan import Plan, plan_model
 from refold.conversion.source_model import read_source_model
 from refold.conversion.tensors import TargetBuilder
-from refold.errors import SourceError
+from refold.data.readers import DataSource, open_data
+from refold.errors import RecipeError, SourceError
 from refold.modeling.configuration import RefoldConfig
 
 PASSED_ON = ("bos_token_id", "eos_token_id", "pad_token_id")
 Progress = Callable[[int, int], None]
-"""Called with tensors done and tensors in all."""
+"""Called with steps done and steps in all: tensors written, and layers whose approximation is measured."""
 
 
 def convert(
@@ -32,6 +35,7 @@ def convert(
     recipe: RecipeLike = None,
     overrides: Sequence[str] = (),
     *,
+    calibration: str | Path | Sequence[str | Path] | DataSource | None = None,
     overwrite: bool = False,
     allow_larger: bool = False,
     device: str = "cpu",
@@ -45,24 +49,33 @@ def convert(
         destination: The folder to write: there whole afterwards, or not at all.
         recipe: Built-in name, YAML file, mapping or Recipe; None for the identity.
         overrides: `key.path=value` strings.
+        calibration: Text, jsonl or parquet files or folders: what maps with `fit: calibration` are fitted to and every
+            approximation of attention is measured on. None: these are measured on random inputs.
         overwrite: Replace a folder refold wrote.
         allow_larger: Accept a target that is smaller than its source in nothing.
-        device: Where residuals are decomposed.
+        device: Where residuals are decomposed and feature maps fitted.
         command: Command line, for the provenance.
         progress: Told how far the conversion is.
 
     Returns:
-        The plan with the kept energy of every residual.
+        The plan with the kept energy of every residual and the error of every approximation.
 
     Raises:
-        RecipeError: The recipe is wrong, or does not fit the source.
+        RecipeError: The recipe is wrong, does not fit the source, or requires calibration text, or has no use for it.
+        DataError: The calibration text is missing, broken or too short.
         SourceError: The source is missing, broken or unknown.
         FolderError: The destination is taken, locked or cannot be written.
     """
     located = source if isinstance(source, Source) else locate(source)
     loaded = load_recipe(recipe, overrides)
     plan = plan_model(read_source_model(located), loaded, allow_larger)
-    return carry_out(plan, located, destination, overwrite, device, command, progress)
+    if calibration is not None and not stored_maps(plan.blueprint, plan.starts):
+        raise RecipeError(
+            "calibration: a recipe whose feature maps stand for the source's attention is required (got none of them); "
+            "leave it out, or replace attention by a mixer of type linear_attention"
+        )
+    text = calibration if calibration is None or isinstance(calibration, DataSource) else open_data(calibration)
+    return carry_out(plan, located, destination, overwrite, device, command, progress, text)
 
 
 def carry_out(
@@ -73,12 +86,17 @@ def carry_out(
     device: str = "cpu",
     command: str = "",
     progress: Progress | None = None,
+    calibration: DataSource | None = None,
 ) -> Plan:
     """Carries a plan out on the source it was made for; arguments as for `convert`.
 
     Raises:
         SourceError: The source is not the one the plan was made for, or has no weights.
+        RecipeError: A feature map is to be fitted to text and there is none.
+        DataError: The calibration text is too short, or cannot be read.
     """
+    maps = stored_maps(plan.blueprint, plan.starts)
+    require_text(maps, calibration is not None)
     if source.headers(config_only=True) is None:
         raise SourceError(f"{source.where}: safetensors weights are required (only config.json is there)")
     fingerprint = source.fingerprint()
@@ -91,17 +109,26 @@ def carry_out(
         AtomicFolder(destination, overwrite, needed_bytes=count_bytes(specs)) as out,
         CheckpointReader(folder) as reader,
     ):
-        builder = TargetBuilder(plan, PieceReader(read_source_model(locate(folder)), reader), dtype, device)
+        model = read_source_model(locate(folder))
+        pieces = PieceReader(model, reader)
+        fitter = MapFitter(plan, model, pieces, device)
+        num_steps = fitter.num_layers + len(specs)
+        report = progress or (lambda done, total: None)
+        fitter.run(calibration, lambda done: report(done, num_steps))
+        builder = TargetBuilder(plan, pieces, dtype, device, fitter.tensors)
         with ShardedWriter(out.path, specs) as writer, torch.inference_mode():
-            for done, (name, value) in enumerate(builder.build(), start=1):
+            for done, (name, value) in enumerate(builder.build(), start=fitter.num_layers + 1):
                 writer.write(name, value)
-                if progress is not None:
-                    progress(done, len(specs))
+                report(done, num_steps)
         out.hashes.update(writer.hashes)
         companions = copy_companions(folder, out.path)
-        made = plan.model_copy(update={"kept_energy": builder.kept_energy})
+        notes = list(plan.notes)
+        if calibration is not None and maps:
+            notes.append(f"calibration text: {calibration.name}")
         if not companions.has_tokenizer:
-            made = made.model_copy(update={"notes": (*made.notes, "the source has no tokenizer: none was copied")})
+            notes.append("the source has no tokenizer: none was copied")
+        found = {"kept_energy": builder.kept_energy, "approximation": fitter.approximation, "notes": tuple(notes)}
+        made = plan.model_copy(update=found)
         _write_config(plan, source, out.path)
         (out.path / PLAN_NAME).write_text(made.model_dump_json(indent=2) + "\n")
         stage = provenance.Stage(

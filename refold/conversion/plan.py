@@ -15,6 +15,7 @@ from refold.blueprint.schema import Blueprint, Depth
 from refold.blueprint.specs.registry import depth_linears, find_mixer
 from refold.blueprint.starts import Starts
 from refold.checkpoint.locate import Source
+from refold.conversion.approximation import Approximation, stored_maps
 from refold.conversion.plan_lines import PlanLine, plan_lines
 from refold.conversion.source_model import SourceModel, read_source_model
 from refold.errors import RecipeError, RefoldError
@@ -74,6 +75,8 @@ class Plan(Frozen):
     notes: tuple[str, ...]
     kept_energy: Mapping[str, float] = Field(default_factory=dict)
     """After conversion, by `depths.<d>.<linear>`: the share of what tying lost that the LoRA holds."""
+    approximation: Mapping[str, Approximation] = Field(default_factory=dict)
+    """After conversion, by `depths.<d>`: how far feature maps are off the softmax of the source's layer."""
 
     def summary(self, context: int = SUMMARY_CONTEXT) -> list[SummaryRow]:
         """Returns the costs side by side, cache and FLOPs at a context of `context` tokens."""
@@ -140,6 +143,8 @@ def plan_model(model: SourceModel, recipe: Recipe, allow_larger: bool = False) -
     recipe = recipe.resolved()
     ignored = model.check_tensors(recipe.ignore_tensors)
     blueprint, starts, notes = build_blueprint(model.arch, recipe)
+    # Raises where a map is to be fitted and there is nothing to fit it to.
+    stored_maps(blueprint, starts)
     costs = CostPair(
         source=cost(identity_blueprint(model.arch), model.dtype_bytes), target=cost(blueprint, model.dtype_bytes)
     )

@@ -1,6 +1,6 @@
 """Every tensor of a target, computed from the source a few matrices at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -23,8 +23,16 @@ class TargetBuilder:
         kept_energy: After `build`, by `depths.<d>.<linear>`: the share of what tying lost that the LoRA holds.
     """
 
-    def __init__(self, plan: Plan, pieces: PieceReader, dtype: torch.dtype, device: str = "cpu"):
+    def __init__(
+        self,
+        plan: Plan,
+        pieces: PieceReader,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        fitted: Mapping[str, Tensor] | None = None,
+    ):
         self._plan, self._pieces, self._dtype, self._device = plan, pieces, dtype, device
+        self._fitted = fitted or {}
         self.kept_energy: dict[str, float] = {}
 
     def build(self) -> Iterator[tuple[str, Tensor]]:
@@ -33,6 +41,9 @@ class TargetBuilder:
         fitted: set[str] = set()
         for tensor in target_tensors(blueprint):
             if tensor.name in fitted:
+                continue
+            if tensor.name in self._fitted:
+                yield tensor.name, self._fitted[tensor.name].to(self._dtype)
                 continue
             made = origin(blueprint, starts, tensor)
             if tensor.role == "linear" and made.how != "fresh" and any(self._users(tensor).values()):

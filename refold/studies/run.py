@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.load import RecipeLike, load_recipe
@@ -121,7 +120,7 @@ class _Way:
         target = self.folder / "converted"
         if not _stands(target):
             self.say(f"{self.folder.name}: converting")
-            carry_out(plan, self.source, target, command=self.command)
+            carry_out(plan, self.source, target, command=self.command, calibration=self.train)
         return target
 
     def heal(self, start: str | Path) -> Path:
