@@ -178,3 +178,17 @@ def test_masks_that_are_not_padding_are_refused(load, tokens):
 def test_stateful_models_say_so(load):
     assert load("llama", recipe("gla"))._is_stateful
     assert not load("llama", {})._is_stateful
+
+
+@pytest.mark.parametrize("kept", [[], [1]])
+def test_static_caches_serve_too(load, tokens, kept):
+    model = load("llama", {"mixers": [{**OPTIONS["gated_deltanet"], "except": kept}]})
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    static = model.generate(tokens, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(static, model.generate(tokens, **options))
+
+
+def test_drafted_tokens_are_refused_because_states_cannot_go_back(load, tokens):
+    model = load("llama", recipe("retention"))
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        model.generate(tokens[:1], assistant_model=model, max_new_tokens=3, do_sample=False, pad_token_id=0)
