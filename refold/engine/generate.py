@@ -1,6 +1,6 @@
 """Text from a model, folded or not, through transformers' `generate`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -8,13 +8,15 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from refold.blueprint.specs.registry import find_mixer
 from refold.checkpoint.locate import Source
 from refold.engine.detokeniser import Detokeniser
-from refold.engine.prompts import Messages, encode_prompt, pad_left
+from refold.engine.prompts import Messages, encode_continuation, encode_prompt, pad_left
 from refold.engine.sampling import DEFAULT_NEW_TOKENS, Sampling
+from refold.engine.state import PromptState, load_state, read_state
 from refold.engine.stream import TokenStream
 from refold.errors import RefoldError
-from refold.modeling.configuration import MODEL_TYPE
+from refold.modeling.configuration import MODEL_TYPE, RefoldConfig
 from refold.modeling.load import load_model, load_tokenizer
 
 Prompt = str | Messages
@@ -65,26 +67,82 @@ class TextGenerator:
         *,
         chat: bool = False,
         exit_depth: int | None = None,
+        state: PromptState | None = None,
     ) -> list[str]:
-        """Continues a batch of prompts and returns the new text of each; arguments as for `generate`."""
+        """Continues a batch of prompts and returns the new text of each; arguments as for `generate`, and:
+
+        Args:
+            state: What was read before: each prompt goes on from it, independently of the others; an empty one adds
+                nothing. The state stays as it is.
+        """
         if not prompts:
             return []
-        ids = [encode_prompt(self.tokenizer, prompt, chat) for prompt in prompts]
-        options = self._options(ids, sampling or Sampling(), exit_depth)
+        ids = self._encode(prompts, chat, state)
+        options = self._options(ids, sampling or Sampling(), exit_depth, state)
         new = self._run(ids, sampling or Sampling(), options)
         return [self._text(prompt, row) for prompt, row in zip(ids, new, strict=True)]
 
     def stream(
-        self, prompt: Prompt, sampling: Sampling | None = None, *, chat: bool = False, exit_depth: int | None = None
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        chat: bool = False,
+        exit_depth: int | None = None,
+        state: PromptState | None = None,
     ) -> Iterator[str]:
         """Continues one prompt and yields its text as it comes; the pieces together are what `generate` returns.
 
         Mistakes are raised by the call itself. Closing the iterator stops the model.
         """
         sampling = sampling or Sampling()
-        ids = encode_prompt(self.tokenizer, prompt, chat)
-        options = self._options([ids], sampling, exit_depth)
+        ids = self._encode([prompt], chat, state)[0]
+        options = self._options([ids], sampling, exit_depth, state)
         return self._pieces(ids, sampling, options)
+
+    def read_prompt(
+        self,
+        prompt: Prompt,
+        *,
+        chat: bool = False,
+        state: PromptState | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> PromptState:
+        """Reads a prompt once, to be continued by `generate` and `stream` any number of times.
+
+        Args:
+            prompt: As for `generate`.
+            chat: As for `generate`.
+            state: What the prompt goes on from.
+            on_progress: Told (tokens read, tokens in all).
+
+        Raises:
+            RefoldError: The prompt does not fit the model, or the model's cache cannot be kept.
+        """
+        ids = self._encode([prompt], chat, state)[0]
+        self._room([ids], Sampling())
+        return read_state(self.model, ids, state, on_progress)
+
+    def load_state(self, path: str | Path) -> PromptState:
+        """Reads what `PromptState.save` wrote.
+
+        Raises:
+            RefoldError: There is no such file, it is damaged, of another format, or of another model.
+        """
+        return load_state(path, self.model)
+
+    def _encode(self, prompts: Sequence[Prompt], chat: bool, state: PromptState | None) -> list[list[int]]:
+        """Token ids of prompts, with those of the state they go on from."""
+        if state is None:
+            return [encode_prompt(self.tokenizer, prompt, chat) for prompt in prompts]
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if chat or len(texts) < len(prompts):
+            raise RefoldError(
+                "chat: plain text is required after a state (got a conversation, whose template begins it anew); read "
+                "the conversation into the state instead"
+            )
+        state.require_model(self.model)
+        return [[*state.token_ids, *encode_continuation(self.tokenizer, text)] for text in texts]
 
     def _pieces(self, ids: list[int], sampling: Sampling, options: dict[str, Any]) -> Iterator[str]:
         detokeniser = Detokeniser(self.tokenizer, ids)
@@ -134,7 +192,13 @@ class TextGenerator:
         detokeniser = Detokeniser(self.tokenizer, prompt)
         return "".join(map(detokeniser.add, new)) + detokeniser.finish()
 
-    def _options(self, prompts: list[list[int]], sampling: Sampling, exit_depth: int | None) -> dict[str, Any]:
+    def _options(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        exit_depth: int | None,
+        state: PromptState | None = None,
+    ) -> dict[str, Any]:
         """What `generate` is called with besides the prompt.
 
         Raises:
@@ -170,11 +234,14 @@ class TextGenerator:
             if not 1 <= exit_depth <= num_depths:
                 raise RefoldError(f"exit_depth: must lie in 1..{num_depths} (got {exit_depth})")
             options["exit_depth"] = exit_depth
+        if state is not None:
+            # `generate` is given whole prompts, with a mask as long, and reads what lies beyond the cache's length.
+            options["past_key_values"] = state.open(self.model, prompts)
         return options
 
     def _room(self, prompts: list[list[int]], sampling: Sampling) -> int:
         longest = max(map(len, prompts))
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = _position_limit(self.model)
         wanted = sampling.max_new_tokens
         if not limit:
             return wanted or DEFAULT_NEW_TOKENS
@@ -260,6 +327,16 @@ def generate(
     if texts:
         raise RefoldError("prompt: texts or the messages of one conversation are required (got both in one list)")
     return generator.generate([messages], sampling, chat=True, exit_depth=exit_depth)[0]
+
+
+def _position_limit(model: PreTrainedModel) -> int | None:
+    """How many tokens a model was made for; None for one that keeps its past in states of constant size alone."""
+    if isinstance(model.config, RefoldConfig):
+        blueprint = model.config.read_blueprint()
+        kinds = {blueprint.mixers[depth.mixer].type for depth in blueprint.depths if depth.mixer is not None}
+        if kinds and all(find_mixer(kind).is_recurrent for kind in kinds):
+            return None
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 def _listed(tokens: Any) -> list[int]:

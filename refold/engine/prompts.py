@@ -64,3 +64,16 @@ def pad_left(prompts: Sequence[Sequence[int]], padding: int) -> PromptBatch:
         torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]),
         torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
     )
+
+
+def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Turns a text that goes on from another into token ids: no start token, and no space that is not in the text.
+
+    Some tokenizers put a space before whatever they are given, so it is given with a line before it, whose tokens are
+    then taken off.
+    """
+    before, joined, alone = (
+        list(tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"])
+        for each in ("\n", "\n" + text, text)
+    )
+    return joined[len(before) :] if joined[: len(before)] == before else alone

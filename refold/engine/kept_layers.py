@@ -1,0 +1,107 @@
+"""What the layers of a cache hold, taken out of it and put into others."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from refold.errors import RefoldError
+
+_KNOWN = (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+
+
+class KeptLayers(NamedTuple):
+    """A cache's content for one sequence.
+
+    Attributes:
+        tokens_seen: How many tokens it has read.
+        layers: For each layer tensors by name: `keys` and `values` `[1, heads, slots, size]`, `recurrent` and `inputs`
+            (a state, and the last inputs before it); a layer can have both, or nothing.
+    """
+
+    tokens_seen: int
+    layers: tuple[dict[str, Tensor], ...]
+
+
+def kept_names(config: PreTrainedConfig) -> list[set[str]]:
+    """Returns the names of what each layer of a model's cache holds once a token was read.
+
+    Raises:
+        RefoldError: A layer is of a kind that cannot be taken out.
+    """
+    found = []
+    for layer in DynamicCache(config=config).layers:
+        if type(layer) not in _KNOWN:
+            raise RefoldError(
+                f"state: a model whose layers cache keys and values or a recurrent state is required (got a "
+                f"{type(layer).__name__}); give the whole prompt each time"
+            )
+        has_state, has_keys = isinstance(layer, LinearAttentionLayer), isinstance(layer, DynamicLayer)
+        found.append(({"recurrent", "inputs"} if has_state else set()) | ({"keys", "values"} if has_keys else set()))
+    return found
+
+
+def take(cache: Cache, tokens_seen: int) -> KeptLayers:
+    """Takes a copy of what a cache of one sequence holds after so many tokens."""
+    return KeptLayers(
+        tokens_seen, tuple({name: tensor.clone() for name, tensor in _held(layer).items()} for layer in cache.layers)
+    )
+
+
+def join(config: PreTrainedConfig, rows: Sequence[KeptLayers]) -> DynamicCache:
+    """Makes a cache of several sequences that have read something.
+
+    It is the one that reading them in a batch would have left: shorter ones are padded on the left, which the caller's
+    attention mask must say. States need no padding.
+
+    Args:
+        config: Of the model.
+        rows: One for each sequence.
+    """
+    cache = DynamicCache(config=config)
+    tokens_seen = max(row.tokens_seen for row in rows)
+    for index, layer in enumerate(cache.layers):
+        parts = {name: [row.layers[index][name] for row in rows] for name in rows[0].layers[index]}
+        if isinstance(layer, LinearAttentionLayer) and "recurrent" in parts:
+            inputs, state = torch.cat(parts["inputs"]), torch.cat(parts["recurrent"])
+            layer.lazy_initialization(conv_states=inputs, recurrent_states=state)
+            layer.update_conv_state(inputs)
+            layer.update_recurrent_state(state)
+        if isinstance(layer, DynamicLayer) and "keys" in parts:
+            layer.update(_pad_left(parts["keys"]), _pad_left(parts["values"]))
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = tokens_seen
+    return cache
+
+
+def _held(layer: object) -> dict[str, Tensor]:
+    found: dict[str, Tensor | None] = {}
+    if isinstance(layer, LinearAttentionLayer):
+        found |= {"recurrent": layer.recurrent_states[0], "inputs": layer.conv_states[0]}
+    if isinstance(layer, DynamicLayer):
+        found |= {"keys": layer.keys, "values": layer.values}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _pad_left(rows: list[Tensor]) -> Tensor:
+    slots = max(row.shape[2] for row in rows)
+    return torch.cat([nn.functional.pad(row, (0, 0, slots - row.shape[2], 0)) for row in rows])

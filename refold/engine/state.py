@@ -1,0 +1,265 @@
+"""A prompt that was read once: what every layer remembers of it, to be continued often and kept in a file."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from refold.checkpoint.atomic_file import flush
+from refold.checkpoint.headers import parse_header, read_header_bytes
+from refold.engine.fingerprint import fingerprint
+from refold.engine.kept_layers import KeptLayers, join, kept_names, take
+from refold.errors import FolderError, RefoldError, SourceError
+from refold.version import __version__
+
+STATE_FORMAT = 1
+_KEY = "refold_state"
+_IDS = "token_ids"
+_CHUNK = 2048
+_WRITE_AGAIN = "write it again with --save-state"
+
+
+@dataclass(frozen=True)
+class PromptState:
+    """What a model remembers after a prompt. It is never changed, so that it can be continued any number of times.
+
+    Attributes:
+        token_ids: Of the prompt.
+        kept: Of all its tokens but the last, which is read with what follows: so the next token is known even where
+            nothing follows.
+        fingerprint: Of the model that read it.
+        dtype: Of that model's weights.
+    """
+
+    token_ids: tuple[int, ...]
+    kept: KeptLayers
+    fingerprint: str
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what the layers hold."""
+        return sum(tensor.nbytes for layer in self.kept.layers for tensor in layer.values())
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Writes it to one safetensors file, which is there whole afterwards or not at all.
+
+        Args:
+            path: The file.
+            overwrite: Replace an older state file; a file of anything else is refused all the same.
+
+        Raises:
+            RefoldError: The file exists.
+            FolderError: It cannot be written.
+        """
+        path = require_free(path, overwrite)
+        tensors = {_IDS: torch.tensor(self.token_ids, dtype=torch.int32)}
+        for index, layer in enumerate(self.kept.layers):
+            tensors |= {f"layers.{index}.{name}": tensor.contiguous() for name, tensor in layer.items()}
+        said = {
+            "format": STATE_FORMAT,
+            "refold": __version__,
+            "fingerprint": self.fingerprint,
+            "dtype": self.dtype,
+            "tokens_seen": self.kept.tokens_seen,
+        }
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                # The library writes for the owner alone; others may read as much as of any new file.
+                unfinished.touch()
+                mode = unfinished.stat().st_mode
+                save_file(tensors, unfinished, {_KEY: json.dumps(said)})
+                unfinished.chmod(mode)
+                flush(unfinished)
+                os.replace(unfinished, path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+            flush(path.parent)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise FolderError(
+                f"{path}: a writable place is required ({reason}); choose another, or make room there"
+            ) from error
+
+    def require_model(self, model: PreTrainedModel, where: str = "state") -> None:
+        """Checks that a model is the one that read the prompt.
+
+        Raises:
+            RefoldError: It is another, has changed since, or was loaded in another dtype.
+        """
+        dtype = _dtype_name(model)
+        if dtype != self.dtype:
+            raise RefoldError(
+                f"{where}: a state in {dtype}, as the model is, is required (got {self.dtype}); load the model with "
+                f"dtype {self.dtype}, or {_WRITE_AGAIN}"
+            )
+        if fingerprint(model) != self.fingerprint:
+            raise RefoldError(
+                f"{where}: a state of this model is required (got that of another, or of this one before its weights "
+                f"changed); give the model that read the prompt, or {_WRITE_AGAIN}"
+            )
+
+    def open(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> DynamicCache | None:
+        """Makes a cache that has read all of some prompts but their last tokens.
+
+        Args:
+            model: The one that read this state.
+            prompts: Token ids; each begins with this state's. The mask that goes with the cache pads them on the left.
+
+        Returns:
+            The cache; None where there is nothing to be kept of a prompt of one token.
+        """
+        if not self.kept.tokens_seen:
+            return None
+        if len(prompts) == 1:
+            return self._read_on(model, prompts[0])
+        rows = [take(self._read_on(model, prompt), len(prompt) - 1) for prompt in prompts]
+        return join(model.config, rows)
+
+    def _read_on(self, model: PreTrainedModel, prompt: Sequence[int]) -> DynamicCache:
+        cache = join(model.config, [self.kept])
+        _feed(model, cache, prompt[self.kept.tokens_seen : -1])
+        return cache
+
+
+def read_state(
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    state: PromptState | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> PromptState:
+    """Reads a prompt, in pieces, so that memory does not grow with what the model does not keep.
+
+    Args:
+        model: Folded or not.
+        token_ids: At least one.
+        state: Of how the prompt begins, read before.
+        on_progress: Told (tokens read, tokens in all).
+
+    Raises:
+        RefoldError: The model caches something else than keys, values and states, or the state is not this model's.
+    """
+    kept_names(model.config)
+    seen = 0
+    if state is None or not state.kept.tokens_seen:
+        cache = DynamicCache(config=model.config)
+    else:
+        cache, seen = join(model.config, [state.kept]), state.kept.tokens_seen
+    _feed(model, cache, token_ids[seen:-1], on_progress)
+    return PromptState(
+        token_ids=tuple(token_ids),
+        kept=take(cache, len(token_ids) - 1),
+        fingerprint=fingerprint(model) if state is None else state.fingerprint,
+        dtype=_dtype_name(model),
+    )
+
+
+def load_state(path: str | Path, model: PreTrainedModel) -> PromptState:
+    """Reads a state file, onto the model's device.
+
+    Args:
+        path: The file.
+        model: The one that read the prompt.
+
+    Raises:
+        RefoldError: There is no such file, it is damaged, of another format, or of another model.
+    """
+    path = Path(path)
+    said, names = _read_header(path)
+    state = PromptState((), KeptLayers(said["tokens_seen"], ()), said["fingerprint"], said["dtype"])
+    state.require_model(model, str(path))
+    wanted = {_IDS}
+    for index, layer in enumerate(kept_names(model.config)):
+        wanted |= {f"layers.{index}.{name}" for name in layer if said["tokens_seen"]}
+    if names != wanted:
+        first = sorted(names ^ wanted)[0]
+        raise RefoldError(f"{path}: the tensors of this model's layers are required (see {first}); {_WRITE_AGAIN}")
+    tensors = load_file(path, device=str(model.device))
+    token_ids = tuple(tensors.pop(_IDS).tolist())
+    layers: list[dict[str, Tensor]] = [{} for _ in kept_names(model.config)]
+    for name, tensor in tensors.items():
+        _, index, part = name.split(".")
+        layers[int(index)][part] = tensor
+    return PromptState(token_ids, KeptLayers(said["tokens_seen"], tuple(layers)), state.fingerprint, state.dtype)
+
+
+def require_free(path: str | Path, overwrite: bool = False) -> Path:
+    """Checks that a state can be written to a file.
+
+    Args:
+        path: The file.
+        overwrite: An older state file may be there.
+
+    Raises:
+        RefoldError: Something is there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise RefoldError(f"{path}: a file name is required (got a folder); name a file in it")
+    if path.exists() and not overwrite:
+        raise RefoldError(f"{path}: a new file is required (it exists); choose another or pass --overwrite")
+    if path.exists():
+        try:
+            _read_header(path)
+        except RefoldError:
+            raise RefoldError(
+                f"{path}: a state file is required to be overwritten (got another file); choose another name"
+            ) from None
+    return path
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """What a state file says of itself, and the names of its tensors."""
+    if not path.exists():
+        raise RefoldError(f"{path}: a state file is required (no such file); write one with --save-state")
+    try:
+        raw, num_bytes = read_header_bytes(path)
+        names = set(parse_header(raw, path.name, num_bytes, where=str(path)))
+        said = json.loads(json.loads(raw)["__metadata__"][_KEY])
+    except SourceError as error:
+        reason = str(error).removeprefix(f"{path}: ").rpartition(";")[0]
+        raise RefoldError(f"{path}: a whole state file is required ({reason}); {_WRITE_AGAIN}") from None
+    except (KeyError, TypeError, ValueError):
+        raise RefoldError(
+            f"{path}: a state file is required (got safetensors of another kind); write one with --save-state"
+        ) from None
+    if not isinstance(said, dict) or said.get("format") != STATE_FORMAT:
+        got = said.get("format") if isinstance(said, dict) else said
+        raise RefoldError(
+            f"{path}: state format {STATE_FORMAT} is required (got {got}); use the refold that wrote it, or "
+            f"{_WRITE_AGAIN}"
+        )
+    kinds = {"fingerprint": str, "dtype": str, "tokens_seen": int}
+    if not all(isinstance(said.get(name), kind) for name, kind in kinds.items()):
+        raise RefoldError(f"{path}: {', '.join(kinds)} are required in its header; {_WRITE_AGAIN}")
+    return said, names
+
+
+@torch.no_grad()
+def _feed(
+    model: PreTrainedModel,
+    cache: DynamicCache,
+    token_ids: Sequence[int],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    # Without the head: no logits are wanted.
+    stack: Any = model.base_model
+    for begin in range(0, len(token_ids), _CHUNK):
+        piece = torch.tensor([token_ids[begin : begin + _CHUNK]], device=model.device)
+        stack(input_ids=piece, past_key_values=cache, use_cache=True)
+        if on_progress is not None:
+            on_progress(begin + piece.shape[1], len(token_ids))
+
+
+def _dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
