@@ -1,5 +1,6 @@
 """A folded model's description as tables."""
 
+from refold.cli.approximation_table import print_approximation
 from refold.cli.show import format_bytes, format_count, print_table
 from refold.conversion.inspect import Inspection
 
@@ -11,12 +12,13 @@ def print_inspection(found: Inspection) -> None:
         ("parameters", format_count(source.parameters), format_count(target.parameters)),
         ("weight bytes", format_bytes(source.weight_bytes), format_bytes(target.weight_bytes)),
         *(
-            (f"cache + state at {context:,}", *(format_bytes(each.cache_bytes(context)) for each in (source, target)))
-            for context in (1_024, 32_768, 1_048_576)
+            (f"cache + state at {each.context:,}", format_bytes(each.source), format_bytes(each.target))
+            for each in found.memory.cache_and_state
         ),
         ("FLOPs per token", format_count(source.flops_per_token), format_count(target.flops_per_token)),
     ]
     print_table(("", "source", "folded"), rows, f"{found.path} ({found.blueprint.arch.family}, {found.dtype})")
+    print(f"less memory than its source (weights, cache and state): {found.memory.describe()}")
     print()
     stack = []
     for index, depth in enumerate(found.blueprint.depths):
@@ -35,6 +37,7 @@ def print_inspection(found: Inspection) -> None:
             )
         )
     print_table(("depth", "layer", "mixer", "mlp", "rank", "vectors", "least kept energy", "exit"), stack)
+    print_approximation(found.approximation)
     for said in found.notes:
         print(f"- {said}")
     if found.stages:

@@ -21,18 +21,18 @@ def command(
 
     Without --recipe and --set all built-in recipes stand side by side. A folder with only config.json can be planned.
     """
-    from refold.cli.plan_tables import print_all, print_plan
+    from refold.cli.plan_tables import as_json, print_all, print_plan
     from refold.conversion.plan import plan, plan_all
 
     if recipe is None and not set_:
         planned = plan_all(source)
         if json:
-            print_json({each.name: each.error or (each.plan and each.plan.model_dump(mode="json")) for each in planned})
+            print_json({each.name: each.error or (each.plan and as_json(each.plan)) for each in planned})
         else:
             print_all(planned, context)
         return
     made = plan(source, recipe, set_ or (), allow_larger)
     if json:
-        print_json(made)
+        print_json(as_json(made))
     else:
         print_plan(made, context, lines)

@@ -12,6 +12,8 @@ from refold.checkpoint.folder import settle
 from refold.checkpoint.headers import read_headers
 from refold.checkpoint.locate import PLAN_NAME, locate
 from refold.checkpoint.manifest import verify as verify_files
+from refold.conversion.approximation import Approximation
+from refold.conversion.memory import Memory, compare_memory
 from refold.conversion.plan import CostPair, read_plan
 from refold.conversion.source_model import DTYPE_BYTES
 from refold.errors import FolderError
@@ -24,6 +26,7 @@ class Inspection(Frozen):
     path: str
     blueprint: Blueprint
     cost: CostPair
+    memory: Memory
     dtype: str
     num_files: int
     """Weight files, or with `verify` all files that were hashed."""
@@ -31,6 +34,8 @@ class Inspection(Frozen):
     """The provenance, first to last."""
     kept_energy: dict[str, float]
     """By `depths.<d>.<linear>`: the share of what tying lost that the LoRA held at conversion."""
+    approximation: dict[str, Approximation]
+    """By `depths.<d>`: how far feature maps were off the source's softmax at conversion."""
     notes: tuple[str, ...]
 
 
@@ -61,13 +66,16 @@ def inspect(folder: str | Path, *, verify: bool = False) -> Inspection:
     dtype = str(config.get("dtype") or "float32").removeprefix("torch.")
     plan = read_plan(path / PLAN_NAME) if (path / PLAN_NAME).exists() else None
     size = DTYPE_BYTES[dtype]
+    costs = CostPair(source=cost(identity_blueprint(blueprint.arch), size), target=cost(blueprint, size))
     return Inspection(
         path=str(path),
         blueprint=blueprint,
-        cost=CostPair(source=cost(identity_blueprint(blueprint.arch), size), target=cost(blueprint, size)),
+        cost=costs,
+        memory=compare_memory(costs.source, costs.target),
         dtype=dtype,
         num_files=num_files,
         stages=tuple(vars(stage) for stage in provenance.read(path)),
         kept_energy=dict(plan.kept_energy) if plan is not None else {},
+        approximation=dict(plan.approximation) if plan is not None else {},
         notes=plan.notes if plan is not None else (),
     )

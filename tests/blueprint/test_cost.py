@@ -1,7 +1,9 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from refold.blueprint.build import build_blueprint, identity_blueprint
-from refold.blueprint.cost import cost
+from refold.blueprint.cost import Cost, cost, smaller_from
 from refold.blueprint.load import load_recipe
 from refold.blueprint.specs.part import CacheCost
 
@@ -87,3 +89,53 @@ def test_a_source_weighs_what_its_tensors_do(make_arch, model_type):
             size *= side
         total += size
     assert cost(identity_blueprint(arch), 2).parameters == total
+
+
+def _made_cost(weights: int, state: int, cache: dict[int | None, int]) -> Cost:
+    return Cost(
+        parameters=0,
+        non_embedding_parameters=0,
+        weight_bytes=weights,
+        cache=tuple(CacheCost(size, window) for window, size in cache.items()),
+        state_bytes=state,
+        flops_per_token=0,
+        flops_per_context_token=0,
+        context_flops=(),
+    )
+
+
+SOURCE = _made_cost(100, 0, {None: 10})
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "expected"),
+    [
+        (SOURCE, _made_cost(100, 50, {}), 6),
+        (SOURCE, _made_cost(100, 49, {}), 5),
+        (SOURCE, _made_cost(120, 50, {None: 3}), 11),
+        (SOURCE, _made_cost(99, 0, {None: 10}), 0),
+        (SOURCE, SOURCE, None),
+        (SOURCE, _made_cost(50, 0, {None: 11}), None),
+        # The source's window is full before the target's state is paid for.
+        (_made_cost(100, 0, {8: 10}), _made_cost(100, 80, {}), None),
+        (_made_cost(100, 0, {8: 10}), _made_cost(100, 79, {}), 8),
+        # Smaller, then larger, and when its window is full soon smaller for good: 95 + 20 x 12 < 100 + 24 x 10.
+        (SOURCE, _made_cost(95, 0, {20: 12}), 24),
+    ],
+)
+def test_where_a_target_begins_to_need_less_memory(source, target, expected):
+    assert smaller_from(source, target) == expected
+
+
+amounts = st.integers(0, 300)
+caches = st.dictionaries(st.sampled_from([None, 1, 7, 40, 64]), st.integers(0, 9))
+
+
+@given(st.tuples(amounts, amounts, caches), st.tuples(amounts, amounts, caches))
+@settings(max_examples=200, deadline=None)
+def test_it_is_the_first_length_from_which_it_stays_so(one, other):
+    source, target = _made_cost(*one), _made_cost(*other)
+    # At one byte per token, the largest difference there can be here is made up for after 1,672.
+    smaller = [target.memory_bytes(context) < source.memory_bytes(context) for context in range(1800)]
+    expected = None if not smaller[-1] else next((at for at in range(1799, 0, -1) if not smaller[at - 1]), 0)
+    assert smaller_from(source, target) == expected

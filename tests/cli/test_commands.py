@@ -17,7 +17,7 @@ FLAGS = {
     "demo": {"--out", "--heal-tokens", "--json"},
     "plan": {"--recipe", "-r", "--set", "--context", "--lines", "--allow-larger", "--json"},
     "recipes": {"--protocols", "--json"},
-    "convert": {"--recipe", "-r", "--set", "--device", "--overwrite", "--allow-larger", "--json"},
+    "convert": {"--recipe", "-r", "--set", "--calibration", "--device", "--overwrite", "--allow-larger", "--json"},
     "heal": {
         "--data", "-d", "--tokens", "-t", "--protocol", "-p", "--recipe", "-r", "--set", "--objective",
         "--learning-rate", "--batch-tokens", "--context", "--seed", "--held-out", "--teacher", "--teacher-tokens",
@@ -34,7 +34,7 @@ FLAGS = {
     "inspect": {"--verify", "--json"},
     "generate": {
         "--prompt", "-p", "--chat", "--stream", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed",
-        "--adapters", "--exit-depth", "--device", "--dtype",
+        "--save-state", "--state", "--overwrite", "--adapters", "--exit-depth", "--device", "--dtype",
     },
     "export": {"--to", "--dtype", "--overwrite"},
 }  # fmt: skip
@@ -67,11 +67,18 @@ def test_flags_are_these() -> None:
         (["plan", "SOURCE", "--set", "fold.lops=2"], "did you mean 'loops'"),
         (["plan", "SOURCE", "-r", "recursive", "--set", "fold.init=[0,99,1,2,3,4]"], "out of range"),
         (["convert", "SOURCE", "EXISTING"], "never overwritten"),
+        (["convert", "SOURCE", "OUT", "--calibration", "LATIN"], "calibration: a recipe whose feature maps"),
         (["inspect", "SOURCE"], "a folded model is required"),
         (["evaluate", "SOURCE", "--data", "/nowhere"], "required"),
         (["evaluate", "SOURCE", "--data", "LATIN"], "UTF-8"),
         (["heal", "SOURCE", "OUT", "--data", "LATIN", "--tokens", "many"], "many"),
         (["generate", "SOURCE", "-p", "x", "--chat"], "chat template"),
+        (["generate", "SOURCE"], "give --prompt, or --state to go on"),
+        (["generate", "SOURCE", "-p", "x", "--save-state", "LATIN"], "it exists"),
+        (["generate", "SOURCE", "-p", "x", "--save-state", "LATIN", "--overwrite"], "got another file"),
+        (["generate", "SOURCE", "-p", "x", "--save-state", "NEW", "--stream"], "nothing is generated with it"),
+        (["generate", "SOURCE", "--state", "LATIN"], "a whole state file is required"),
+        (["generate", "SOURCE", "--state", "NEW"], "write one with --save-state"),
         (["export", "SOURCE", "OUT", "--to", "gguf"], "dense"),
         (["run", "SOURCE", "EXISTING", "--data", "LATIN"], "required"),
     ],
@@ -90,6 +97,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(
         "OUT": tmp_path / "out",
         "EXISTING": tmp_path / "mine",
         "LATIN": tmp_path / "latin.txt",
+        "NEW": tmp_path / "new.state",
     }
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
@@ -143,6 +151,54 @@ def test_the_whole_way_by_hand(
     streamed = ("generate", healed, "-p", "def f", "--max-new-tokens", "4", "--stream")
     assert run(*streamed, monkeypatch=monkeypatch) == 0
     assert capsys.readouterr().out == plain
+
+
+def test_a_prompt_read_once_is_gone_on_from(
+    shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first.state", tmp_path / "second.state"
+    few = ("--max-new-tokens", "6")
+    assert run("generate", shipped, "-p", "def add(a,", "--save-state", first, monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "tokens read; " in printed.err
+    before = first.read_bytes()
+    assert run("generate", shipped, "--state", first, "-p", " b):", *few, monkeypatch=monkeypatch) == 0
+    forked = capsys.readouterr().out
+    assert run("generate", shipped, "-p", "def add(a, b):", *few, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out == forked
+    further = ("--state", first, "-p", " b):", "--save-state", second)
+    assert run("generate", shipped, *further, monkeypatch=monkeypatch) == 0
+    capsys.readouterr()
+    assert run("generate", shipped, "--state", second, "--stream", *few, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().out == forked
+    assert first.read_bytes() == before
+
+
+def test_memory_at_long_contexts_is_shown(
+    shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, folded = tmp_path / "recipe.yaml", tmp_path / "folded"
+    recipe.write_text("mixers: [{type: retention, except: [1]}]")
+    wanted = (shipped, "-r", recipe, "--allow-larger")
+    assert run("plan", *wanted, monkeypatch=monkeypatch) == 0
+    table = capsys.readouterr().out
+    assert run("plan", *wanted, "--json", monkeypatch=monkeypatch) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert [each["context"] for each in memory["cache_and_state"]] == [1024, 32768, 1048576]
+    said = f"less memory than its source (weights, cache and state): from {memory['smaller_from']:,} tokens on"
+    assert "cache + state at 1,048,576" in table
+    assert said in table
+    assert run("convert", shipped, folded, "-r", recipe, "--allow-larger", monkeypatch=monkeypatch) == 0
+    capsys.readouterr()
+    assert run("inspect", folded, monkeypatch=monkeypatch) == 0
+    shown = capsys.readouterr().out
+    assert said in shown
+    assert "cache + state at 32,768" in shown
+    assert run("inspect", folded, "--json", monkeypatch=monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["memory"] == memory
+    assert run("plan", shipped, "--json", monkeypatch=monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["pruned"]["memory"]["smaller_from"] == 0
 
 
 def test_plan_prints_json_that_convert_would_write(
