@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -19,8 +18,9 @@ from transformers.cache_utils import (
 
 from refold.errors import RefoldError
 
+_EMPTY = ("moe", "mlp")
+"""Layer types of configs whose layers cache nothing, whatever class transformers gives them."""
 _KNOWN = (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -48,8 +48,12 @@ def kept_names(config: PreTrainedConfig) -> list[set[str]]:
     Raises:
         RefoldError: A layer is of a kind that cannot be taken out.
     """
-    found = []
-    for layer in DynamicCache(config=config).layers:
+    found: list[set[str]] = []
+    types = getattr(config, "layer_types", None) or ()
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if index < len(types) and types[index] in _EMPTY:
+            found.append(set())
+            continue
         if type(layer) not in _KNOWN:
             raise RefoldError(
                 f"state: a model whose layers cache keys and values or a recurrent state is required (got a "
