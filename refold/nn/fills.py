@@ -40,9 +40,11 @@ def _log_range(fill: Fill, shape: Shape, generator: torch.Generator | None) -> T
 
 def _identity(fill: Fill, shape: Shape, generator: torch.Generator | None) -> Tensor:
     heads, size, directions = shape
-    # More directions than numbers repeat them.
-    columns = torch.arange(directions) % size
-    return fill.low * torch.eye(size)[:, columns].expand(heads, size, directions).clone()
+    blocks = [torch.eye(size).expand(heads, size, size)]
+    # Copies would get the same gradients and never part, so further directions are other orthonormal ones.
+    for _ in range(-(-directions // size) - 1):
+        blocks.append(torch.linalg.qr(torch.randn(heads, size, size, generator=generator))[0])
+    return fill.low * torch.cat(blocks, dim=-1)[..., :directions]
 
 
 def _orthogonal(fill: Fill, shape: Shape, generator: torch.Generator | None) -> Tensor:

@@ -125,6 +125,9 @@ def test_the_state_has_the_size_its_spec_says_at_any_length(load, tokens, name):
             )
         )
     assert sizes == {cost(model.config.read_blueprint(), 4).state_bytes}
+    # What counts tokens where no depth attends holds one place.
+    assert cache.get_seq_length() == 24
+    assert cache.layers[0].keys.numel() == 1
 
 
 def test_states_start_anew_after_a_reset(load, tokens, name):

@@ -17,8 +17,9 @@ class Fill:
         kind: `constant` (`low`); `normal` (standard deviation `low`); `log_uniform`: log of uniform numbers between
             `low` and `high`; `log_range`: log of 1, 2, 3, ... along the last dimension; `softplus_inverse`: what
             softplus turns into numbers between `low` and `high`, uniform in their logarithm; `last_tap`: a convolution
-            that passes on the current token; `identity`: the identity for each head, `low` times; `orthogonal`: for
-            each head orthogonal directions of Gaussian length; `cosine`: for each head the discrete cosine transform.
+            that passes on the current token; `identity`: the identity for each head, `low` times, and other directions
+            as long beyond it; `orthogonal`: for each head orthogonal directions of Gaussian length; `cosine`: for each
+            head the discrete cosine transform.
     """
 
     kind: Literal[

@@ -1,0 +1,57 @@
+"""What fresh vectors of mixers hold."""
+
+import math
+
+import pytest
+import torch
+
+from refold.blueprint.specs.part import Fill
+from refold.nn.fills import make_fill
+
+
+def made(kind, shape, low=0.0, high=0.0, seed=0):
+    return make_fill(Fill(kind, low, high), shape, torch.Generator().manual_seed(seed))
+
+
+def test_steps_lie_between_their_bounds_after_softplus():
+    steps = torch.nn.functional.softplus(made("softplus_inverse", (4000,), 0.001, 0.1))
+    assert 0.001 <= float(steps.min())
+    assert float(steps.max()) <= 0.1001
+    # Uniform in the logarithm: the median is the geometric mean of the bounds.
+    assert float(steps.median()) == pytest.approx(0.01, rel=0.1)
+
+
+def test_decays_are_logs_of_what_lies_between_their_bounds():
+    drawn = made("log_uniform", (2000,), 1.0, 16.0).exp()
+    assert 1 <= float(drawn.min())
+    assert float(drawn.max()) <= 16.001
+    assert float(drawn.mean()) == pytest.approx(8.5, rel=0.05)
+    assert torch.allclose(made("log_range", (2, 3)).exp(), torch.tensor([[1.0, 2.0, 3.0]] * 2))
+
+
+def test_a_convolution_passes_on_the_current_token():
+    assert torch.equal(made("last_tap", (2, 3)), torch.tensor([[0.0, 0.0, 1.0]] * 2))
+
+
+def test_further_directions_than_a_head_has_numbers_are_other_ones():
+    found = made("identity", (2, 8, 20), 1.0)
+    assert torch.equal(found[0, :, :8], torch.eye(8))
+    overlap = (found.mT @ found).abs() - torch.eye(20)
+    assert float(overlap.max()) < 0.999
+    assert torch.allclose(found.norm(dim=1), torch.ones(2, 20), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "cosine"])
+def test_random_directions_are_orthogonal_in_blocks_and_as_long_as_gaussian_ones(kind):
+    found = made(kind, (4, 32, 64))
+    products = found[..., :32].mT @ found[..., :32]
+    off = products - torch.diag_embed(products.diagonal(dim1=1, dim2=2))
+    if kind == "orthogonal":
+        assert float(off.abs().max()) < 1e-3
+    assert float(found.norm(dim=1).mean()) == pytest.approx(math.sqrt(32), rel=0.05)
+
+
+def test_constants_and_normals():
+    assert torch.equal(made("constant", (3,), 2.5), torch.full((3,), 2.5))
+    assert float(made("normal", (5000,), 0.3).std()) == pytest.approx(0.3, rel=0.05)
+    assert torch.equal(made("normal", (5,), 1.0, seed=1), made("normal", (5,), 1.0, seed=1))
