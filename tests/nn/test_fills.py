@@ -15,7 +15,7 @@ def made(kind, shape, low=0.0, high=0.0, seed=0):
 
 def test_steps_lie_between_their_bounds_after_softplus():
     steps = torch.nn.functional.softplus(made("softplus_inverse", (4000,), 0.001, 0.1))
-    assert 0.001 <= float(steps.min())
+    assert float(steps.min()) >= 0.001
     assert float(steps.max()) <= 0.1001
     # Uniform in the logarithm: the median is the geometric mean of the bounds.
     assert float(steps.median()) == pytest.approx(0.01, rel=0.1)
@@ -23,7 +23,7 @@ def test_steps_lie_between_their_bounds_after_softplus():
 
 def test_decays_are_logs_of_what_lies_between_their_bounds():
     drawn = made("log_uniform", (2000,), 1.0, 16.0).exp()
-    assert 1 <= float(drawn.min())
+    assert float(drawn.min()) >= 1
     assert float(drawn.max()) <= 16.001
     assert float(drawn.mean()) == pytest.approx(8.5, rel=0.05)
     assert torch.allclose(made("log_range", (2, 3)).exp(), torch.tensor([[1.0, 2.0, 3.0]] * 2))
