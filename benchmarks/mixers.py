@@ -219,7 +219,7 @@ def compare_memory(page: Page, options: argparse.Namespace) -> None:
     rows, growth = [], {}
     for name in WHOLE:
         lone = LoneMixer.named(name)
-        lone.work(256).train()
+        lone.work(short).train()  # what libraries keep for themselves is there before
         peaks = []
         for tokens in (short, long):
             peaks.append(peak_bytes(lone.work(tokens).train))
