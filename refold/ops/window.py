@@ -6,6 +6,8 @@ from torch import Tensor
 
 LOWEST = -1e30
 """Score of what is not seen; low enough to vanish, far from overflow."""
+TOKENS_AT_ONCE = 1024
+"""Queries whose scores are held at the same time."""
 
 
 def window_sums(
@@ -17,8 +19,8 @@ def window_sums(
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H 1"]]:
     """Returns sums of values and of weights exp(score - highest score in the window), in float32.
 
-    Token t sees the keys t + 1 to t + window (the last is its own), of those that `seen` allows. Memory grows with
-    T times window.
+    Token t sees the keys t + 1 to t + window (the last is its own), of those that `seen` allows. Without gradients,
+    memory beyond inputs and outputs does not grow with T.
 
     Args:
         query: With the attention's scale.
@@ -27,6 +29,24 @@ def window_sums(
         seen: For each token which of its window's keys, oldest first, exist and are of its document; its own always.
         window: W.
     """
+    stride = max(window, TOKENS_AT_ONCE)
+    pieces = [
+        _sum_block_by_block(
+            query[:, start : start + stride],
+            keys[:, start : start + stride + window],
+            values[:, start : start + stride + window],
+            seen[:, start : start + stride],
+            window,
+        )
+        for start in range(0, query.shape[1], stride)
+    ]
+    summed, weights = zip(*pieces, strict=True)
+    return torch.cat(summed, dim=1), torch.cat(weights, dim=1)
+
+
+def _sum_block_by_block(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, window: int
+) -> tuple[Tensor, Tensor]:
     tokens, block = query.shape[1], min(window, query.shape[1])
     padded = -(-tokens // block) * block
     query = _pad(query.float(), padded - tokens)
