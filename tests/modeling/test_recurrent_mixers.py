@@ -1,5 +1,6 @@
 """Every mixer with a state, inside a model: caches, padding, documents, beams, and what its spec says of it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "relu": {"type": "linear_attention", "feature_map": "relu"},
 }
 FOLDED = {"fold": {"loops": 2}, "relax": {"rank": 3, "init": "svd", "vectors": "own"}}
-TOLERANCE = 1e-5
+TOLERANCE = 2e-5
 
 
 def recipe(name: str, **sections: Any) -> dict[str, Any]:
@@ -47,6 +48,20 @@ def test_every_mixer_with_a_state_is_tried():
     assert {options["type"] for options in OPTIONS.values()} == {
         name for name, spec in MIXERS.items() if spec.is_recurrent
     }
+
+
+@pytest.fixture
+def load(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Loads a converted model whose mixers' fresh weights are as large as the source's, so that they can be seen."""
+
+    def make(*arguments: Any, **fields: Any) -> Any:
+        model, generator = load(*arguments, **fields), torch.Generator().manual_seed(5)
+        for key, weight in model.model.mixers.named_parameters():
+            if key.endswith("conv.weight") or (key.endswith("proj.weight") and float(weight.detach().std()) < 0.1):
+                weight.data.normal_(std=0.3, generator=generator)
+        return model
+
+    return make
 
 
 @pytest.fixture(params=OPTIONS)
@@ -90,14 +105,13 @@ def test_packed_documents_do_not_see_each_other(load, tokens, name):
     found = model(tokens[:1], position_ids=position_ids).logits
     alone = torch.cat([model(piece).logits for piece in tokens[:1].split(lengths, dim=1)], dim=1)
     assert far(found, alone) < TOLERANCE
-    assert far(found, model(tokens[:1]).logits) > 30 * TOLERANCE
-    # With a cache, cut inside the last document and inside a window.
-    cache = DynamicCache(config=model.config)
-    cut = [
-        model(tokens[:1, start:stop], position_ids=position_ids[:, start:stop], past_key_values=cache).logits
-        for start, stop in ((0, 10), (10, 11), (11, 24))
-    ]
-    assert far(torch.cat(cut, dim=1), alone) < TOLERANCE
+    assert far(found, model(tokens[:1]).logits) > 100 * TOLERANCE
+    # With a cache, cut before, at and behind where documents begin.
+    for cuts in ((10, 1, 13), (5, 3, 2, 14), (7, 1, 1, 1, 14)):
+        cache = DynamicCache(config=model.config)
+        pieces = zip(tokens[:1].split(cuts, dim=1), position_ids.split(cuts, dim=1), strict=True)
+        cut = [model(ids, position_ids=places, past_key_values=cache).logits for ids, places in pieces]
+        assert far(torch.cat(cut, dim=1), alone) < TOLERANCE
 
 
 def test_beams_with_a_cache_find_what_they_find_without(load, tokens, name):

@@ -59,7 +59,7 @@ class RecurrentMixer(Mixer):
         weight = self.vector("conv.weight", vectors)
         bias = self.vector("conv.bias", vectors) if self.has_conv_bias else None
         width = weight.shape[1] - 1
-        past = memory.exchange(x, width) if width else None
+        past = memory.exchange(x, width, context.resets) if width else None
         past = None if past is None else past.transpose(1, 2)
         y = convolve(x, weight, bias, past, context.resets)
         return ACTIVATIONS[self.options.get("conv_activation", "silu")](y)

@@ -139,10 +139,10 @@ class LinearAttention(Attention):
     ) -> tuple[Float[Tensor, "B T H V"], Tensor]:
         batch, tokens = query.shape[:2]
         numbers = number_documents(context.resets, batch, tokens, query.device)
-        goes_on = (numbers == numbers[:, -1:]).to(key.dtype).unsqueeze(-1)
-        kept = torch.cat((key.flatten(2), value.flatten(2), goes_on), dim=-1)
+        # The last channel tells tokens from the zeros that stand where there were none.
+        kept = torch.cat((key.flatten(2), value.flatten(2), torch.ones_like(key[..., :1, 0])), dim=-1)
         state = memory.state()
-        before = memory.exchange(kept, self.window)
+        before = memory.exchange(kept, self.window, context.resets)
         if before is None:
             before = torch.zeros_like(kept[:, :1]).expand(-1, self.window, -1)
         width = key.flatten(2).shape[2]

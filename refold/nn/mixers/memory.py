@@ -1,11 +1,12 @@
 """What a depth with a recurrent mixer remembers between calls, kept in transformers' cache."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from refold.errors import RefoldError
+from refold.ops.documents import number_documents
 
 
 class StateView(nn.Module):
@@ -61,10 +62,13 @@ class Memory:
                 self._layer.update_conv_state(state.new_zeros(len(state), 1, 1))
             self._layer.update_recurrent_state(state)
 
-    def exchange(self, inputs: Float[Tensor, "B T C"], width: int) -> Float[Tensor, "B W C"] | None:
+    def exchange(
+        self, inputs: Float[Tensor, "B T C"], width: int, resets: Bool[Tensor, "B T"] | None
+    ) -> Float[Tensor, "B W C"] | None:
         """Returns the `width` inputs before these, oldest first, and keeps the last `width` of all.
 
-        Zeros stand where there were none; None where there was nothing before.
+        Zeros stand where there were none. Of what is kept only the document that goes on is left, the rest is zeros as
+        well. None where there was nothing before.
         """
         if self._layer is None:
             return None
@@ -75,6 +79,11 @@ class Memory:
             # Sizes are taken from what comes first, which may be shorter than the width.
             layer.lazy_initialization(conv_states=columns, conv_kernel_size=width)
         earlier = None if before is None else before.transpose(1, 2).clone()
+        if resets is not None:
+            numbers = number_documents(resets, *resets.shape, resets.device)
+            columns = columns * (numbers == numbers[:, -1:]).unsqueeze(1)
+            if before is not None:
+                before.copy_(before * (numbers[:, -1] == 0)[:, None, None])
         layer.update_conv_state(columns)
         return earlier
 
