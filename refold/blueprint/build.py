@@ -179,7 +179,8 @@ def _ranks(
     chosen: Sequence[ChosenMixer],
     non_embedding: int,
 ) -> tuple[list[dict[str, int]], tuple[str, ...]]:
-    if recipe.relax is None:
+    relax = recipe.relax
+    if relax is None:
         return [{} for _ in chosen], ()
 
     def linears(pool: Pool, layer: int) -> Linears:
@@ -189,7 +190,7 @@ def _ranks(
     every = range(arch.num_layers)
 
     def relaxes(pool: Pool, layer: int) -> bool:
-        return pools[pool].ties(layer) or (recipe.relax.at == "all" and pools[pool].part_of(layer) is not None)
+        return pools[pool].ties(layer) or (relax.at == "all" and pools[pool].part_of(layer) is not None)
 
     tied: list[dict[Pool, Linears]] = [
         {pool: linears(pool, layer) for pool in POOLS if relaxes(pool, layer)} for layer in every
@@ -201,7 +202,7 @@ def _ranks(
     known: dict[Pool, Linears] = {
         pool: {name: shape for layer in every for name, shape in linears(pool, layer).items()} for pool in POOLS
     }
-    return choose_ranks(recipe.relax, tied, known, non_embedding)
+    return choose_ranks(relax, tied, known, non_embedding)
 
 
 def _depth(

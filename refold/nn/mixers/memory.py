@@ -80,7 +80,7 @@ class Memory:
             layer.lazy_initialization(conv_states=columns, conv_kernel_size=width)
         earlier = None if before is None else before.transpose(1, 2).clone()
         if resets is not None:
-            numbers = number_documents(resets, *resets.shape, resets.device)
+            numbers = number_documents(resets, resets.shape[0], resets.shape[1], resets.device)
             columns = columns * (numbers == numbers[:, -1:]).unsqueeze(1)
             if before is not None:
                 before.copy_(before * (numbers[:, -1] == 0)[:, None, None])
