@@ -16,12 +16,12 @@ from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.writer import ShardedWriter, count_bytes
 from refold.conversion.approximation import require_text, stored_maps
 from refold.conversion.map_fitter import MapFitter
-from refold.conversion.pieces import PieceReader
 from refold.conversion.plan import Plan, plan_model
-from refold.conversion.source_model import read_source_model
 from refold.conversion.tensors import TargetBuilder
 from refold.data.readers import DataSource, open_data
 from refold.errors import RecipeError, SourceError
+from refold.measuring.pieces import PieceReader
+from refold.measuring.source_model import read_source_model
 from refold.modeling.configuration import RefoldConfig
 
 PASSED_ON = ("bos_token_id", "eos_token_id", "pad_token_id")

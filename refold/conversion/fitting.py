@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refold.conversion.calibration import AttentionSample
 from refold.families.arch import ArchSpec
+from refold.measuring.calibration import AttentionSample
 from refold.nn.mixers.linear_attention import LinearAttention
 
 LEARNED = ("q_map.weight", "k_map.weight")

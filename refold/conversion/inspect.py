@@ -15,9 +15,9 @@ from refold.checkpoint.manifest import verify as verify_files
 from refold.conversion.approximation import Approximation
 from refold.conversion.memory import Memory, compare_memory
 from refold.conversion.plan import CostPair, read_plan
-from refold.conversion.source_model import DTYPE_BYTES
 from refold.errors import FolderError
 from refold.families.arch import Frozen
+from refold.measuring.source_model import DTYPE_BYTES
 
 
 class Inspection(Frozen):

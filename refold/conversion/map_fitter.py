@@ -8,7 +8,12 @@ from torch import Tensor
 
 from refold.blueprint.tensors import target_tensors
 from refold.conversion.approximation import Approximation, StoredMap, stored_maps
-from refold.conversion.calibration import (
+from refold.conversion.fitting import LEARNED, FitSettings, MapFit, Vectors
+from refold.conversion.fresh import fill_of, fresh_tensor, tensor_seed
+from refold.conversion.plan import Plan
+from refold.data.packing import PackedSequence
+from refold.data.readers import DataSource
+from refold.measuring.calibration import (
     AttentionSample,
     CalibrationText,
     SourceLayer,
@@ -16,13 +21,8 @@ from refold.conversion.calibration import (
     draw_streams,
     pack_calibration,
 )
-from refold.conversion.fitting import LEARNED, FitSettings, MapFit, Vectors
-from refold.conversion.fresh import fill_of, fresh_tensor, tensor_seed
-from refold.conversion.pieces import PieceReader
-from refold.conversion.plan import Plan
-from refold.conversion.source_model import SourceModel
-from refold.data.packing import PackedSequence
-from refold.data.readers import DataSource
+from refold.measuring.pieces import PieceReader
+from refold.measuring.source_model import SourceModel
 from refold.modeling.load import load_tokenizer
 
 DIGITS = 6

@@ -17,9 +17,9 @@ from refold.blueprint.starts import Starts
 from refold.checkpoint.locate import Source
 from refold.conversion.approximation import Approximation, stored_maps
 from refold.conversion.plan_lines import PlanLine, plan_lines
-from refold.conversion.source_model import SourceModel, read_source_model
 from refold.errors import RecipeError, RefoldError
 from refold.families.arch import Frozen
+from refold.measuring.source_model import SourceModel, read_source_model
 
 PLAN_FORMAT = 1
 """The plan's file in a model folder."""

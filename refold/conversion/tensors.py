@@ -8,10 +8,10 @@ from torch import Tensor
 from refold.blueprint.origins import Origin, origin
 from refold.blueprint.tensors import TargetTensor, target_tensors
 from refold.conversion.fresh import fill_of, fresh_tensor, tensor_seed
-from refold.conversion.pieces import PieceReader
 from refold.conversion.plan import Plan
 from refold.conversion.starts.group import LinearGroup, Member
 from refold.conversion.starts.registry import STARTS
+from refold.measuring.pieces import PieceReader
 
 
 class TargetBuilder:

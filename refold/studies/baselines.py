@@ -9,8 +9,8 @@ from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.recipe import BlockDrop, Drop, Recipe
 from refold.checkpoint.locate import Source
 from refold.conversion.plan import Plan, plan_model
-from refold.conversion.source_model import SourceModel
 from refold.errors import RecipeError
+from refold.measuring.source_model import SourceModel
 from refold.suggest import must_be_one_of
 
 ALIGNMENTS = frozenset({"mixer_outputs", "hidden_states", "attention_matrices"})

@@ -16,7 +16,6 @@ from refold.checkpoint.lock import FolderLock
 from refold.checkpoint.manifest import check, is_refold_folder
 from refold.conversion.convert import carry_out
 from refold.conversion.plan import Plan, plan_model, read_plan
-from refold.conversion.source_model import SourceModel, read_source_model
 from refold.data.readers import DataSource, open_data
 from refold.data.split import split
 from refold.errors import FolderError, RecipeError
@@ -24,6 +23,7 @@ from refold.evaluation.evaluate import evaluate
 from refold.evaluation.result import Evaluation, read_evaluation
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
+from refold.measuring.source_model import SourceModel, read_source_model
 from refold.studies.baselines import (
     BASELINES,
     BaselineJob,

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from refold.blueprint.specs import linear_attention as spec
-from refold.conversion.calibration import AttentionSample
 from refold.conversion.fitting import LEARNED, FitSettings, MapFit
 from refold.families.arch import ArchSpec
 from refold.families.registry import read_arch
+from refold.measuring.calibration import AttentionSample
 from refold.nn.fills import make_fill
 
 QUICK = FitSettings(steps=80)

@@ -11,17 +11,17 @@ from safetensors.torch import load_file
 
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.approximation import stored_maps
-from refold.conversion.calibration import SourceLayers
 from refold.conversion.convert import convert
 from refold.conversion.fitting import FitSettings
 from refold.conversion.inspect import inspect
 from refold.conversion.map_fitter import MapFitter
-from refold.conversion.pieces import PieceReader
 from refold.conversion.plan import plan, read_plan
-from refold.conversion.source_model import read_source_model
 from refold.data.packing import PackedSequence
 from refold.data.readers import DataSource, from_documents
 from refold.errors import DataError, RecipeError
+from refold.measuring.calibration import SourceLayers
+from refold.measuring.pieces import PieceReader
+from refold.measuring.source_model import read_source_model
 from refold.modeling.load import load_model
 
 SMALL = FitSettings(sequence_length=64, fit_sequences=8, held_out_sequences=4, steps=100)

@@ -14,9 +14,9 @@ from refold.blueprint.load import built_in_recipes
 from refold.blueprint.source_tensors import source_tensors
 from refold.conversion.plan import Plan, plan, plan_all, read_plan
 from refold.conversion.plan_lines import PlanLine
-from refold.conversion.source_model import read_source_model
 from refold.errors import RecipeError, RefoldError, SourceError
 from refold.families.registry import find_family, read_arch
+from refold.measuring.source_model import read_source_model
 
 CONFIG = {
     "model_type": "llama",

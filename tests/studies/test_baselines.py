@@ -14,9 +14,9 @@ from refold.checkpoint.provenance import read as read_provenance
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import carry_out
 from refold.conversion.plan import plan_model
-from refold.conversion.source_model import read_source_model
 from refold.data.readers import from_documents
 from refold.errors import RecipeError
+from refold.measuring.source_model import read_source_model
 from refold.studies.baselines import (
     BASELINES,
     BaselineJob,

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from refold.blueprint.source_tensors import canonical_tensors
 from refold.checkpoint.reader import CheckpointReader
-from refold.conversion.source_model import SourceModel
+from refold.measuring.source_model import SourceModel
 
 
 class PieceReader:

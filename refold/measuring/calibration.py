@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from refold.blueprint.build import identity_blueprint
 from refold.blueprint.schema import POOLS, Blueprint, Pool
-from refold.conversion.pieces import PieceReader
-from refold.conversion.source_model import SourceModel
 from refold.data.packing import PackedSequence, PackedSequences, stack
 from refold.data.readers import DataSource
 from refold.data.tokens import TokenisedDocuments, tokenise
 from refold.errors import DataError
 from refold.families.arch import ArchSpec
+from refold.measuring.pieces import PieceReader
+from refold.measuring.source_model import SourceModel
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.model import Contexts, RefoldModel
 from refold.nn.mixers.attention import Attention

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from refold.checkpoint.reader import CheckpointReader
-from refold.conversion.calibration import SourceLayers, draw_streams, pack_calibration
-from refold.conversion.pieces import PieceReader
-from refold.conversion.source_model import read_source_model
 from refold.data.packing import PackedSequence
 from refold.data.readers import from_documents
 from refold.errors import DataError
+from refold.measuring.calibration import SourceLayers, draw_streams, pack_calibration
+from refold.measuring.pieces import PieceReader
+from refold.measuring.source_model import read_source_model
 from refold.modeling.load import load_tokenizer
 
 
