@@ -30,7 +30,7 @@ from refold.checkpoint.atomic_file import flush
 from refold.checkpoint.locate import PLAN_NAME
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import convert
-from refold.conversion.svd import truncated_svd
+from refold.measuring.svd import truncated_svd
 
 RANK = 64
 RELAXED = ("--recipe", "relaxed", "--set", f"relax.rank={RANK}")

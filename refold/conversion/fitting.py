@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refold.families.arch import ArchSpec
-from refold.measuring.calibration import AttentionSample
+from refold.measuring.layers import AttentionSample
 from refold.nn.mixers.linear_attention import LinearAttention
 
 LEARNED = ("q_map.weight", "k_map.weight")

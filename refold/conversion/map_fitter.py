@@ -13,14 +13,8 @@ from refold.conversion.fresh import fill_of, fresh_tensor, tensor_seed
 from refold.conversion.plan import Plan
 from refold.data.packing import PackedSequence
 from refold.data.readers import DataSource
-from refold.measuring.calibration import (
-    AttentionSample,
-    CalibrationText,
-    SourceLayer,
-    SourceLayers,
-    draw_streams,
-    pack_calibration,
-)
+from refold.measuring.calibration import CalibrationText, draw_streams, pack_calibration
+from refold.measuring.layers import AttentionSample, SourceLayer, SourceLayers
 from refold.measuring.pieces import PieceReader
 from refold.measuring.source_model import SourceModel
 from refold.modeling.load import load_tokenizer

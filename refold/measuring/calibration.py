@@ -1,36 +1,23 @@
-"""A source run layer by layer, one in memory at a time: what its attention and each of its linears see."""
+"""Calibration text: drawn from all over a file, packed, and parted into what is fitted to and what is measured on."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from refold.blueprint.build import identity_blueprint
-from refold.blueprint.schema import POOLS, Blueprint, Pool
 from refold.data.packing import PackedSequence, PackedSequences, stack
 from refold.data.readers import DataSource
 from refold.data.tokens import TokenisedDocuments, tokenise
 from refold.errors import DataError
 from refold.families.arch import ArchSpec
-from refold.measuring.pieces import PieceReader
-from refold.measuring.source_model import SourceModel
-from refold.modeling.configuration import RefoldConfig
-from refold.modeling.model import Contexts, RefoldModel
-from refold.nn.mixers.attention import Attention
-from refold.nn.rotary import Rotary
 
-EMBEDDING = "embed_tokens.weight"
 READ_AHEAD = 32
 """So many times the tokens wanted are tokenised, and sequences drawn from all over them: neighbours are alike."""
 HELD_OUT_SHARE = 0.2
 """The last share of the tokens, from which held-out sequences are drawn."""
-
-Watch = Callable[[int, str, Tensor], None]
-"""Called with a layer's index, a linear's name (`q_proj`, `down_proj`) and its inputs `[B, T, in]`."""
 
 
 class CalibrationText(NamedTuple):
@@ -38,151 +25,6 @@ class CalibrationText(NamedTuple):
 
     fit: PackedSequence | None
     held_out: PackedSequence
-
-
-class AttentionSample(NamedTuple):
-    """Attention of one source layer on some sequences, in float32.
-
-    Attributes:
-        query: Normed and rotated, times the square root of the attention's scale.
-        key: Likewise, key-value heads repeated for all query heads.
-        weights: The softmax itself, with the layer's window, soft-cap and documents.
-        resets: True where a document begins.
-    """
-
-    query: Float[Tensor, "B T H K"]
-    key: Float[Tensor, "B T H K"]
-    weights: Float[Tensor, "B H T T"]
-    resets: Bool[Tensor, "B T"]
-
-    def rows(self, chosen: Sequence[int] | slice) -> "AttentionSample":
-        """Returns some of the sequences."""
-        return AttentionSample(*(part[chosen] for part in self))
-
-
-class SourceLayer:
-    """One layer of a source, loaded in float32.
-
-    Args:
-        model: A stack of this layer alone, without a usable embedding.
-        index: Which of the source's layers it is.
-        arch: The source's architecture.
-        device: Where it computes; results come back to the CPU.
-        rows_at_once: How many sequences it computes at once.
-    """
-
-    def __init__(self, model: RefoldModel, index: int, arch: ArchSpec, device: str, rows_at_once: int):
-        self.index = index
-        self._model, self._arch, self._device, self._rows_at_once = model, arch, device, rows_at_once
-
-    @torch.no_grad()
-    def run(
-        self, hidden_states: Float[Tensor, "B T D"], positions: Int[Tensor, "B T"] | None, watch: Watch | None = None
-    ) -> Float[Tensor, "B T D"]:
-        """Returns the stream after the layer.
-
-        Args:
-            hidden_states: The stream before it.
-            positions: Within each document; None: every row is one.
-            watch: Told the inputs of every linear of the layer, some sequences at a time.
-        """
-        hooks = [] if watch is None else self._watch(watch)
-        try:
-            parts = [
-                self._model.run_depth(0, states, contexts).cpu()
-                for states, contexts in self._pieces(hidden_states, positions)
-            ]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def attention(self, hidden_states: Float[Tensor, "B T D"], positions: Int[Tensor, "B T"] | None) -> AttentionSample:
-        """Returns queries, keys and the softmax of the layer's attention; arguments as for `run`."""
-        mixer, depth = cast("Attention", self._model.mixers[0]), self._model.depths[0]
-        root_scale = self._arch.attention_scale**0.5
-        groups = self._arch.num_attention_heads // self._arch.num_key_value_heads
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for states, contexts in self._pieces(hidden_states, positions):
-            (context,) = contexts.values()
-            query, key, _ = mixer.read(states, context.rotation, {}, None)
-            weights = mixer.matrix(states, cast("nn.Module", depth.view), context, {}, None)
-            wide = key.repeat_interleave(groups, dim=2)
-            found.append((query.cpu() * root_scale, wide.cpu() * root_scale, weights.cpu()))
-        resets = torch.zeros(hidden_states.shape[:2], dtype=torch.bool) if positions is None else positions == 0
-        query, key, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return AttentionSample(query, key, weights, resets)
-
-    def _pieces(self, hidden_states: Tensor, positions: Tensor | None) -> Iterator[tuple[Tensor, Contexts]]:
-        for first in range(0, len(hidden_states), self._rows_at_once):
-            rows = slice(first, first + self._rows_at_once)
-            states = hidden_states[rows].to(self._device)
-            places = None if positions is None else positions[rows].to(self._device)
-            yield states, self._model.contexts(states, position_ids=places)
-
-    def _watch(self, watch: Watch) -> list[torch.utils.hooks.RemovableHandle]:
-        def tell(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda module, inputs: watch(self.index, name, inputs[0].cpu())
-
-        parts = (*self._model.mixers, *self._model.mlps)
-        linears = [
-            (name, each) for part in parts for name, each in part.named_children() if isinstance(each, nn.Linear)
-        ]
-        return [linear.register_forward_pre_hook(tell(name)) for name, linear in linears]
-
-
-class SourceLayers:
-    """Loads a source's layers one by one, and runs sequences through them.
-
-    Args:
-        model: The source.
-        pieces: Reads its weights.
-        device: Where layers compute.
-        rows_at_once: How many sequences a layer computes at once.
-    """
-
-    def __init__(self, model: SourceModel, pieces: PieceReader, device: str = "cpu", rows_at_once: int = 4):
-        self._source, self._pieces, self._device, self._rows_at_once = model, pieces, device, rows_at_once
-        self.arch = model.arch
-
-    def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """Returns the stream before the first layer."""
-        # In the dtype of the file, of which only the rows asked for are then read.
-        table = self._pieces.read(EMBEDDING, None, getattr(torch, self._source.dtype))
-        return table[input_ids].float() * self.arch.embedding_scale
-
-    def load(self, index: int, pools: Sequence[Pool] = POOLS) -> SourceLayer:
-        """Loads one layer; with `pools=("mixer",)` only its attention, which then is all that `run` adds."""
-        blueprint = _lone_layer(self.arch, index, has_mlp="mlp" in pools)
-        # No memory for an embedding nobody asks, no time for weights that are replaced at once.
-        with torch.device("meta"):
-            model = RefoldModel(RefoldConfig(blueprint=blueprint.model_dump(mode="json"))).eval()
-        for pool, parts in (("mixer", model.mixers), ("mlp", model.mlps)):
-            for part in parts:
-                read = {name: self._pieces.read(f"{pool}.{name}", index, torch.float32) for name in part.state_dict()}
-                part.load_state_dict({name: each.to(self._device) for name, each in read.items()}, assign=True)
-        for rotary in model.rotaries:
-            cast("Rotary", rotary.to_empty(device=self._device)).reset()
-        return SourceLayer(model, index, self.arch, self._device, self._rows_at_once)
-
-    def walk(
-        self, sequences: PackedSequence, num_layers: int | None = None, watch: Watch | None = None
-    ) -> Iterator[tuple[SourceLayer, Float[Tensor, "B T D"]]]:
-        """Yields each layer with the stream before it, top to bottom.
-
-        Args:
-            sequences: Packed tokens, a batch.
-            num_layers: Stop behind so many; None: all.
-            watch: Told the inputs of every linear, of a layer once the next is asked for.
-        """
-        hidden_states = self.embed(sequences.input_ids)
-        last = (self.arch.num_layers if num_layers is None else num_layers) - 1
-        for index in range(last + 1):
-            layer = self.load(index)
-            yield layer, hidden_states
-            if index < last or watch is not None:
-                hidden_states = layer.run(hidden_states, sequences.position_ids, watch)
 
 
 def draw_streams(arch: ArchSpec, rows: int, tokens: int, seed: int) -> Float[Tensor, "B T D"]:
@@ -239,10 +81,3 @@ def _draw(
     offsets = np.concatenate(([0], inside, [stop - start]))
     packed = PackedSequences(tokens.tokens[start:stop], offsets, sequence_length, seed)
     return stack([packed.sequence(place) for place in range(min(count, len(packed)))])
-
-
-def _lone_layer(arch: ArchSpec, index: int, has_mlp: bool) -> Blueprint:
-    alone = identity_blueprint(arch.model_copy(update={"layers": (arch.layers[index],), "vocab_size": 1}))
-    if has_mlp:
-        return alone
-    return alone.model_copy(update={"mlps": (), "depths": (alone.depths[0].model_copy(update={"mlp": None}),)})

@@ -12,7 +12,7 @@ from refold.blueprint.specs import linear_attention as spec
 from refold.conversion.fitting import LEARNED, FitSettings, MapFit
 from refold.families.arch import ArchSpec
 from refold.families.registry import read_arch
-from refold.measuring.calibration import AttentionSample
+from refold.measuring.layers import AttentionSample
 from refold.nn.fills import make_fill
 
 QUICK = FitSettings(steps=80)

@@ -19,7 +19,7 @@ from refold.conversion.plan import plan, read_plan
 from refold.data.packing import PackedSequence
 from refold.data.readers import DataSource, from_documents
 from refold.errors import DataError, RecipeError
-from refold.measuring.calibration import SourceLayers
+from refold.measuring.layers import SourceLayers
 from refold.measuring.pieces import PieceReader
 from refold.measuring.source_model import read_source_model
 from refold.modeling.load import load_model

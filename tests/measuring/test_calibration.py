@@ -12,7 +12,8 @@ from refold.checkpoint.reader import CheckpointReader
 from refold.data.packing import PackedSequence
 from refold.data.readers import from_documents
 from refold.errors import DataError
-from refold.measuring.calibration import SourceLayers, draw_streams, pack_calibration
+from refold.measuring.calibration import draw_streams, pack_calibration
+from refold.measuring.layers import SourceLayers
 from refold.measuring.pieces import PieceReader
 from refold.measuring.source_model import read_source_model
 from refold.modeling.load import load_tokenizer

@@ -8,7 +8,7 @@ import torch
 
 from refold.conversion.starts.group import Fitted, LinearGroup, Member
 from refold.conversion.starts.zero import mean_weight, zero_pair
-from refold.conversion.svd import SvdMode, Truncated, truncated_svd
+from refold.measuring.svd import SvdMode, Truncated, truncated_svd
 
 ROUNDS = 6
 """Alternating rounds for three and more members; further ones change the loss by less than a percent."""

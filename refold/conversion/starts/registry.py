@@ -6,7 +6,7 @@ from refold.conversion.starts.group import Fitted, LinearGroup
 from refold.conversion.starts.joint import fit_joint
 from refold.conversion.starts.svd import fit_svd
 from refold.conversion.starts.zero import fit_zero
-from refold.conversion.svd import SvdMode
+from refold.measuring.svd import SvdMode
 
 STARTS: Mapping[str, Callable[[LinearGroup, SvdMode], Fitted]] = {
     "zero": fit_zero,

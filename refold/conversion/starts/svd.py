@@ -4,7 +4,7 @@ import torch
 
 from refold.conversion.starts.group import Fitted, LinearGroup
 from refold.conversion.starts.zero import mean_weight, zero_pair
-from refold.conversion.svd import SvdMode, Truncated, truncated_svd
+from refold.measuring.svd import SvdMode, Truncated, truncated_svd
 
 
 def fit_svd(group: LinearGroup, svd: SvdMode) -> Fitted:

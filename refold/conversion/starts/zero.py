@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from refold.conversion.starts.group import Fitted, LinearGroup
-from refold.conversion.svd import SvdMode
+from refold.measuring.svd import SvdMode
 from refold.nn.lora import Pair
 
 

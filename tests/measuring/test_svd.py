@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refold.conversion.svd import Truncated, truncated_svd
+from refold.measuring.svd import Truncated, truncated_svd
 
 SPECTRA = {
     "flat": lambda size: torch.ones(size),
