@@ -7,7 +7,7 @@ from typing import NamedTuple
 from refold.blueprint.schema import Blueprint, Depth
 from refold.blueprint.specs.exits import count_exit_parameters, gate_flops, head_flops
 from refold.blueprint.specs.part import CacheCost
-from refold.blueprint.specs.registry import MLP, depth_linears, find_mixer
+from refold.blueprint.specs.registry import MLP, depth_factors, depth_linears, find_mixer
 from refold.blueprint.tensors import target_tensors
 from refold.families.arch import Frozen
 
@@ -192,9 +192,12 @@ def _depth_flops(blueprint: Blueprint, depth: Depth) -> int:
 
 
 def _linear_flops(blueprint: Blueprint, depth: Depth) -> int:
-    linears = depth_linears(blueprint, depth)
-    dense = sum(rows * columns for rows, columns in linears.values())
-    return 2 * (dense + sum(rank * sum(linears[name]) for name, rank in depth.ranks.items()))
+    linears, factors = depth_linears(blueprint, depth), depth_factors(blueprint, depth)
+    stored = sum(
+        rows * columns if factors.get(name) is None else factors[name] * (rows + columns)
+        for name, (rows, columns) in linears.items()
+    )
+    return 2 * (stored + sum(rank * sum(linears[name]) for name, rank in depth.ranks.items()))
 
 
 def _widest_first(amounts: Counter[int | None]) -> list[tuple[int | None, int]]:

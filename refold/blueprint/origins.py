@@ -17,8 +17,8 @@ class Origin:
     """Where a target tensor's first values come from.
 
     Attributes:
-        how: `copied` from one layer (or from outside the layers); `averaged` over `layers`; `fresh`; `factorised`: the
-            LoRA of a residual's truncated SVD; `joint`: fitted together with all tensors that share the linear.
+        how: `copied` from one layer (or from outside the layers); `averaged` over `layers`; `fresh`; `factorised`: from
+            a truncated SVD, of a residual where it is a LoRA; `joint`: fitted together with all that share the linear.
         canonical: Name of the source's canonical tensor, such as `mixer.q_proj.weight`; of a LoRA that of its linear,
             of a gate its own name in its exit.
         repeat: How often each head of the source's tensor stands in the target's, before anything else is done.
@@ -71,16 +71,20 @@ def origin(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> Origin
     if tensor.role in ("lora_a", "lora_b"):
         return _lora_origin(blueprint, starts, tensor)
     part = part_of(blueprint, tensor)
-    carried = _carried(blueprint, starts, tensor.pool, part, tensor.local)
+    is_factor = tensor.role in ("factor_a", "factor_b")
+    local = f"{tensor.linear}.weight" if is_factor else tensor.local
+    carried = _carried(blueprint, starts, tensor.pool, part, local)
     sources = blueprint.pool(tensor.pool)[part].sources
     if carried is None or not sources or starts.weights == "fresh":
-        return Origin("fresh", f"{tensor.pool}.{tensor.local}")
+        return Origin("fresh", f"{tensor.pool}.{local}")
     canonical, repeat = carried.canonical, carried.repeat
     if tensor.part is None:
         assert tensor.depth is not None
         return Origin("copied", canonical, (blueprint.depths[tensor.depth].source,), repeat)
-    if tensor.role == "linear" and starts.lora == "joint" and is_relaxed(blueprint, tensor):
+    if starts.lora == "joint" and (is_factor or tensor.role == "linear") and is_relaxed(blueprint, tensor):
         return Origin("joint", canonical, tied_layers(blueprint, tensor.pool, tensor.part), repeat)
+    if is_factor:
+        return Origin("factorised", canonical, sources, repeat)
     return Origin("copied" if len(sources) == 1 else "averaged", canonical, sources, repeat)
 
 
@@ -103,8 +107,7 @@ def is_relaxed(blueprint: Blueprint, tensor: TargetTensor) -> bool:
     """Says whether any depth has a LoRA for this stored linear."""
     assert tensor.pool is not None
     assert tensor.part is not None
-    linear = tensor.local.removesuffix(".weight")
-    return any(linear in blueprint.depths[user].ranks for user in blueprint.users(tensor.pool, tensor.part))
+    return any(tensor.linear in blueprint.depths[user].ranks for user in blueprint.users(tensor.pool, tensor.part))
 
 
 def tied_layers(blueprint: Blueprint, pool: Pool, part: int) -> tuple[int, ...]:
@@ -129,6 +132,6 @@ def _lora_origin(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> 
         return Origin("fresh", f"{tensor.pool}.{tensor.local}.weight")
     if starts.lora == "joint":
         return Origin("joint", carried.canonical, tied_layers(blueprint, tensor.pool, part), carried.repeat)
-    if sources == (depth.source,):
+    if sources == (depth.source,) and tensor.linear not in blueprint.pool(tensor.pool)[part].factors:
         return Origin("fresh", carried.canonical)
     return Origin("factorised", carried.canonical, (depth.source,), carried.repeat)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from refold.blueprint.recipe import LoraRelax, RankShare
+from refold.blueprint.recipe import LoraRelax, RankEnergy, RankShare
 from refold.blueprint.schema import Pool
 from refold.errors import RecipeError
 from refold.suggest import did_you_mean
@@ -31,7 +31,7 @@ def choose_ranks(
     """Chooses the rank of each linear at each depth.
 
     Args:
-        relax: The recipe's `relax`.
+        relax: The recipe's `relax`. Ranks that are to be measured are even ones here, or what they are at most.
         tied: For each depth the linears that are tied there, by pool.
         known: All linears a recipe may name, tied or not.
         non_embedding_parameters: Of the source, for budgets.
@@ -42,10 +42,15 @@ def choose_ranks(
     Raises:
         RecipeError: An unknown name, or a budget that not even rank 1 fits into.
     """
+    if isinstance(relax.rank, RankShare) and relax.rank.parameters is None:
+        return [_uniform(1, depth) for depth in tied], ()
     if isinstance(relax.rank, RankShare):
+        assert relax.rank.parameters is not None
         rank, notes = _spend(relax.rank.parameters, tied, non_embedding_parameters)
         return [_uniform(rank, depth) for depth in tied], notes
     largest = max(min(shape) for pool in known.values() for shape in pool.values())
+    if isinstance(relax.rank, RankEnergy):
+        return [_uniform(largest, depth) for depth in tied], ()
     if not isinstance(relax.rank, Mapping):
         rank = largest if relax.rank == "full" else relax.rank
         return [_uniform(rank, depth) for depth in tied], ()

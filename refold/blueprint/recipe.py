@@ -19,6 +19,7 @@ from refold.blueprint.specs.registry import MIXERS
 from refold.blueprint.specs.retention import Retention
 from refold.blueprint.specs.swap import MixerSwap
 from refold.blueprint.specs.tying import TYING_INITS
+from refold.blueprint.starts import Weight
 from refold.suggest import did_you_mean, must_be_one_of
 
 
@@ -44,8 +45,10 @@ def _list_or_name(value: Any) -> str:
 
 
 def _kind_of_rank(value: Any) -> str:
-    if isinstance(value, RankShare) or (isinstance(value, dict) and "parameters" in value):
+    if isinstance(value, RankShare) or (isinstance(value, dict) and value.keys() & {"parameters", "split"}):
         return "<share>"
+    if isinstance(value, RankEnergy) or (isinstance(value, dict) and "energy" in value):
+        return "<energy>"
     return "<linears>" if isinstance(value, dict) else _kind_of_one_rank(value)
 
 
@@ -119,11 +122,24 @@ class Fold(Section):
     spaced (`drop`), or add the surplus to the prelude (`prelude`)."""
 
 
-class RankShare(Section):
-    """A budget for all LoRAs together: the largest uniform rank that fits is used."""
+Split = Literal["even", "measured"]
 
-    parameters: Annotated[Real, Field(gt=0)]
-    """Share of the source's non-embedding parameters, such as 0.15."""
+
+class RankShare(Section):
+    """A budget for all LoRAs together."""
+
+    parameters: Annotated[Real, Field(gt=0)] | None = None
+    """Share of the source's non-embedding parameters, such as 0.15. Left out only beside `factor`, whose budget then
+    holds the LoRAs too."""
+    split: Split = "even"
+    """`even`: the largest uniform rank that fits; `measured`: each linear and depth gets what lowers the error most."""
+
+
+class RankEnergy(Section):
+    """Ranks that keep a share of what tying lost, measured by the source's weights."""
+
+    energy: Annotated[Real, Field(gt=0, le=1)]
+    """Share of each residual's energy, in the weighting of `relax.weight`, that its LoRA keeps at least."""
 
 
 class LoraRelax(Section):
@@ -134,11 +150,13 @@ class LoraRelax(Section):
         Annotated[Rank, Tag("<number>")]
         | Annotated[Literal["full"], Tag("<full>")]
         | Annotated[RankShare, Tag("<share>")]
+        | Annotated[RankEnergy, Tag("<energy>")]
         | Annotated[dict[str, OneRank], Field(min_length=1), Tag("<linears>")],
         Discriminator(_kind_of_rank),
     ]
     """One rank for all linears; `full`; `{parameters: 0.15}`, a budget as a share of the source's non-embedding
-    parameters; or a mapping of linears (`q_proj`) and groups (`mixer`, `mlp`, `all`) to ranks, where the more specific
+    parameters, split evenly or as measured; `{energy: 0.6}`, what keeps that share of each residual; or a mapping of
+    linears (`q_proj`) and groups (`mixer`, `mlp`, `all`) to ranks, where the more specific
     name wins and what is not named gets none. Capped at the smaller side of each linear; 0 is no LoRA."""
     at: Literal["tied", "all"] = "tied"
     """Which linears: those of parts that several depths use, or all, so that adapters alone can be trained."""
@@ -147,8 +165,34 @@ class LoraRelax(Section):
     with the stored weights (`joint`). Left out: `zero` for stored layers that start `stepwise` or fresh, else `svd`."""
     vectors: Literal["tied", "own"] = "tied"
     """Whether norms, q/k norms and biases are tied with the linears, as in the paper, or kept for each depth."""
+    weight: Weight | None = None
+    """What `svd` and `joint` weigh their errors by: nothing, as in the paper; what linears see on calibration text
+    (`activations`); or what their errors do to the loss there (`fisher`). Left out: as `factor`, else `none`."""
     svd: Literal["auto", "exact"] = "auto"
     """`auto` takes the fastest method that is accurate enough; `exact` forces LAPACK's full decomposition."""
+
+
+class Factor(Section):
+    """Keeps stored linears as two factors of lower rank, as SVD-LLM does (arXiv 2403.07378), under a fold too."""
+
+    parameters: Annotated[Real, Field(gt=0)]
+    """Share of the source's linear weights that the target's take, LoRAs included, such as 0.6."""
+    split: Split = "even"
+    """`even`: every stored linear keeps the same share; `measured`: each keeps what lowers the error most, its whole
+    matrix if that is better. With `relax.rank: {split: measured}` it is also measured for each tied linear whether
+    tying pays: where it does not, its depths get factors of their own."""
+    weight: Weight | None = None
+    """What errors are weighed by: nothing, what linears see on calibration text, or what errors do to the loss. Left
+    out: as `relax`, else `activations`."""
+
+
+class Calibration(Section):
+    """How much calibration text is read, where anything is measured on some."""
+
+    tokens: Amount = 65_536
+    """Tokens, drawn from all over the text."""
+    context: Count = 512
+    """Tokens of each sequence; at most the source's context."""
 
 
 # A tagged union on `type` as soon as there is a second way to relax.
@@ -233,6 +277,10 @@ class Recipe(Section):
     """Ties layers into a loop."""
     relax: Relax | None = None
     """Relaxes the tie with something small for each depth."""
+    factor: Factor | None = None
+    """Keeps stored linears as two factors of lower rank."""
+    calibration: Calibration = Calibration()
+    """How much calibration text is read."""
     drop: Drop | None = None
     """Leaves out layers, token mixers or MLPs."""
     mixers: tuple[AnyMixer, ...] = ()
@@ -243,6 +291,24 @@ class Recipe(Section):
     """Source tensors that are left out on purpose, each with the reason."""
     heal: Annotated[tuple[HealStage, ...], BeforeValidator(read_heal)] = ()
     """Training stages after conversion, in order; or a protocol, such as `{protocol: distil, tokens: 20M}`."""
+
+    @property
+    def weight(self) -> Weight:
+        """What the errors of fitted linears are weighed by."""
+        given = [each.weight for each in (self.factor, self.relax) if each is not None and each.weight is not None]
+        return given[0] if given else ("activations" if self.factor is not None else "none")
+
+    @property
+    def measures_ranks(self) -> bool:
+        """Whether ranks follow from the source's weights, and not from the recipe alone."""
+        rank = None if self.relax is None else self.relax.rank
+        chosen = isinstance(rank, RankEnergy) or (isinstance(rank, RankShare) and rank.split == "measured")
+        return self.weights == "source" and (chosen or (self.factor is not None and self.factor.split == "measured"))
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether linears are fitted to calibration text."""
+        return self.weights == "source" and self.weight != "none"
 
     def resolved(self) -> "Recipe":
         """Returns the recipe with the defaults filled in that depend on other fields: `fold.init` and `relax.init`."""

@@ -18,6 +18,9 @@ class Part(Frozen):
 
     sources: tuple[Index, ...] = ()
     """Source layers it is made from; none: fresh weights."""
+    factors: dict[str, Index] = Field(default_factory=dict)
+    """Rank of each linear that is kept as two factors instead of a matrix; 0: nothing of it is stored here, and the
+    LoRAs of the depths that use the part are all there is of it."""
 
 
 class MixerPart(Part):
@@ -129,6 +132,13 @@ class Blueprint(Frozen):
                     raise ValueError(
                         f"{pool}s[{part}]: all depths that use it must agree on `vectors` (depths {list(users)} do not)"
                     )
+                for linear, rank in stored.factors.items():
+                    bare = [user for user in users if linear not in self.depths[user].ranks]
+                    if rank == 0 and bare:
+                        raise ValueError(
+                            f"{pool}s[{part}].factors.{linear}: a rank above 0 is required where a depth has no LoRA "
+                            f"for it (depths {bare} have none)"
+                        )
                 if stored.sources and max(stored.sources) >= num_layers:
                     raise ValueError(
                         f"{pool}s[{part}].sources: layer {max(stored.sources)} is out of range "

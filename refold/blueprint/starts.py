@@ -4,6 +4,12 @@ from typing import Literal
 
 from refold.families.arch import Frozen
 
+Weight = Literal["none", "activations", "fisher"]
+"""By what an error E of a linear's weight is measured: `none`, its entries, |E|^2; `activations`, its outputs on
+calibration text, |E S|^2 with S S^T the second moment of the inputs (SVD-LLM, arXiv 2403.07378); `fisher`, what they
+do to the loss: outputs are weighted by the second moment of its gradients as well (the Kronecker-factored Fisher matrix
+of arXiv 1503.05671)."""
+
 
 class Starts(Frozen):
     """How the tensors of a target start. With the blueprint it says everything about a conversion."""
@@ -13,6 +19,8 @@ class Starts(Frozen):
     lora: Literal["svd", "zero", "joint"] | None = None
     """How LoRAs start; None: there are none."""
     svd: Literal["auto", "exact"] = "auto"
+    weight: Weight = "none"
+    """What the error of a fitted linear is weighted by."""
     transfers: tuple[tuple[str, ...] | None, ...] = ()
     """For each stored mixer what it takes over from its sources besides norms, by name; None, or no entry: all."""
     seed: int = 0

@@ -1,15 +1,17 @@
 """Every tensor of a folded model, by name: what the cost counts, the converter writes and the model loads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from refold.blueprint.schema import Blueprint
+from refold.blueprint.schema import Blueprint, Pool
 from refold.blueprint.specs.exits import exit_tensors
 from refold.blueprint.specs.part import PartSpec, Shape, norm_vectors
 from refold.blueprint.specs.registry import MLP, depth_linears, find_mixer
 
-Role = Literal["embedding", "head", "final_norm", "linear", "vector", "lora_a", "lora_b", "exit"]
+Role = Literal[
+    "embedding", "head", "final_norm", "linear", "factor_a", "factor_b", "vector", "lora_a", "lora_b", "exit"
+]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class TargetTensor:
     local: str = ""
 
     @property
+    def linear(self) -> str:
+        """The linear that a tensor of role `linear`, `factor_*` or `lora_*` belongs to, such as `q_proj`."""
+        return self.local.split(".")[0]
+
+    @property
     def num_elements(self) -> int:
         total = 1
         for size in self.shape:
@@ -43,11 +50,25 @@ class TargetTensor:
         return total
 
 
-def _pools(blueprint: Blueprint) -> Iterator[tuple[Literal["mixer", "mlp"], int, PartSpec, dict]]:
+def _pools(blueprint: Blueprint) -> Iterator[tuple[Pool, int, PartSpec, dict[str, Any], Mapping[str, int]]]:
     for index, part in enumerate(blueprint.mixers):
-        yield "mixer", index, find_mixer(part.type), part.options
-    for index in range(len(blueprint.mlps)):
-        yield "mlp", index, MLP, {}
+        yield "mixer", index, find_mixer(part.type), part.options, part.factors
+    for index, part in enumerate(blueprint.mlps):
+        yield "mlp", index, MLP, {}, part.factors
+
+
+def _stored_linear(
+    prefix: str, linear: str, shape: tuple[int, int], pool: Pool, part: int, rank: int | None
+) -> Iterator[TargetTensor]:
+    """A matrix, or two factors of a rank, or with rank 0 nothing."""
+    rows, columns = shape
+    if rank is None:
+        local = f"{linear}.weight"
+        yield TargetTensor(f"{prefix}.{local}", shape, "linear", pool, part=part, local=local)
+    elif rank > 0:
+        for name, role, each in (("a", "factor_a", (rank, columns)), ("b", "factor_b", (rows, rank))):
+            local = f"{linear}.{name}.weight"
+            yield TargetTensor(f"{prefix}.{local}", each, role, pool, part=part, local=local)
 
 
 def target_tensors(blueprint: Blueprint) -> Iterator[TargetTensor]:
@@ -57,14 +78,13 @@ def target_tensors(blueprint: Blueprint) -> Iterator[TargetTensor]:
     """
     arch = blueprint.arch
     yield TargetTensor("model.embed_tokens.weight", (arch.vocab_size, arch.hidden_size), "embedding")
-    for pool, index, spec, options in _pools(blueprint):
+    for pool, index, spec, options, factors in _pools(blueprint):
         prefix = f"model.{pool}s.{index}"
         if blueprint.keeps_vectors(pool, index):
             for local, shape in spec.vectors(arch, options).items():
                 yield TargetTensor(f"{prefix}.{local}", shape, "vector", pool, part=index, local=local)
         for linear, shape in spec.linears(arch, options).items():
-            local = f"{linear}.weight"
-            yield TargetTensor(f"{prefix}.{local}", shape, "linear", pool, part=index, local=local)
+            yield from _stored_linear(prefix, linear, shape, pool, index, factors.get(linear))
     for index in range(blueprint.num_depths):
         yield from _depth_tensors(blueprint, index)
     for index, depth in enumerate(blueprint.depths):

@@ -1,5 +1,6 @@
 """A plan carried out: one pass over the source's tensors, streamed into a new model folder."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.writer import ShardedWriter, count_bytes
 from refold.conversion.approximation import require_text, stored_maps
 from refold.conversion.map_fitter import MapFitter
+from refold.conversion.measured import measure_plan, measuring_steps, require_calibration
 from refold.conversion.plan import Plan, plan_model
 from refold.conversion.tensors import TargetBuilder
 from refold.data.readers import DataSource, open_data
@@ -24,6 +26,8 @@ from refold.measuring.pieces import PieceReader
 from refold.measuring.source_model import read_source_model
 from refold.modeling.configuration import RefoldConfig
 
+SCRATCH_NAME = "measured"
+"""Folder for what is measured, inside the one that is being made, so that a kill leaves nothing behind."""
 PASSED_ON = ("bos_token_id", "eos_token_id", "pad_token_id")
 Progress = Callable[[int, int], None]
 """Called with steps done and steps in all: tensors written, and layers whose approximation is measured."""
@@ -49,8 +53,9 @@ def convert(
         destination: The folder to write: there whole afterwards, or not at all.
         recipe: Built-in name, YAML file, mapping or Recipe; None for the identity.
         overrides: `key.path=value` strings.
-        calibration: Text, jsonl or parquet files or folders: what maps with `fit: calibration` are fitted to and every
-            approximation of attention is measured on. None: these are measured on random inputs.
+        calibration: Text, jsonl or parquet files or folders: what errors of fitted linears are weighed by, what maps
+            with `fit: calibration` are fitted to and every approximation of attention is measured on. None: the last
+            are measured on random inputs.
         overwrite: Replace a folder refold wrote.
         allow_larger: Accept a target that is smaller than its source in nothing.
         device: Where residuals are decomposed and feature maps fitted.
@@ -69,10 +74,10 @@ def convert(
     located = source if isinstance(source, Source) else locate(source)
     loaded = load_recipe(recipe, overrides)
     plan = plan_model(read_source_model(located), loaded, allow_larger)
-    if calibration is not None and not stored_maps(plan.blueprint, plan.starts):
+    if calibration is not None and not (stored_maps(plan.blueprint, plan.starts) or plan.recipe.needs_text):
         raise RecipeError(
-            "calibration: a recipe whose feature maps stand for the source's attention is required (got none of them); "
-            "leave it out, or replace attention by a mixer of type linear_attention"
+            "calibration: a recipe that has a use for text is required (nothing of this one is weighed by or fitted to "
+            "some); leave it out, or set relax.weight or factor.weight, or take a mixer of type linear_attention"
         )
     text = calibration if calibration is None or isinstance(calibration, DataSource) else open_data(calibration)
     return carry_out(plan, located, destination, overwrite, device, command, progress, text)
@@ -97,13 +102,14 @@ def carry_out(
     """
     maps = stored_maps(plan.blueprint, plan.starts)
     require_text(maps, calibration is not None)
+    require_calibration(plan.recipe, calibration is not None)
     if source.headers(config_only=True) is None:
         raise SourceError(f"{source.where}: safetensors weights are required (only config.json is there)")
     fingerprint = source.fingerprint()
     if plan.source.config_sha256 not in (None, fingerprint["config_sha256"]):
         raise SourceError(f"{source.where}: the source of the plan is required (config.json differs); plan again")
     dtype = getattr(torch, plan.source.dtype)
-    specs = {tensor.name: (tensor.shape, dtype) for tensor in target_tensors(plan.blueprint)}
+    specs = _specs(plan, dtype)
     folder = source.fetch()
     with (
         AtomicFolder(destination, overwrite, needed_bytes=count_bytes(specs)) as out,
@@ -111,19 +117,27 @@ def carry_out(
     ):
         model = read_source_model(locate(folder))
         pieces = PieceReader(model, reader)
-        fitter = MapFitter(plan, model, pieces, device)
-        num_steps = fitter.num_layers + len(specs)
         report = progress or (lambda done, total: None)
-        fitter.run(calibration, lambda done: report(done, num_steps))
-        builder = TargetBuilder(plan, pieces, dtype, device, fitter.tensors)
+        measuring, scratch = measuring_steps(plan), out.path / SCRATCH_NAME
+        scratch.mkdir()
+        num_steps = measuring + len(specs)
+        plan, store = measure_plan(
+            plan, model, pieces, calibration, scratch, device, lambda done: report(done, num_steps)
+        )
+        specs = _specs(plan, dtype)
+        fitter = MapFitter(plan, model, pieces, device)
+        before, num_steps = measuring + fitter.num_layers, measuring + fitter.num_layers + len(specs)
+        fitter.run(calibration, lambda done: report(measuring + done, num_steps))
+        builder = TargetBuilder(plan, pieces, dtype, device, fitter.tensors, store)
         with ShardedWriter(out.path, specs) as writer, torch.inference_mode():
-            for done, (name, value) in enumerate(builder.build(), start=fitter.num_layers + 1):
+            for done, (name, value) in enumerate(builder.build(), start=before + 1):
                 writer.write(name, value)
                 report(done, num_steps)
         out.hashes.update(writer.hashes)
+        shutil.rmtree(scratch)
         companions = copy_companions(folder, out.path)
         notes = list(plan.notes)
-        if calibration is not None and maps:
+        if calibration is not None and (maps or plan.recipe.needs_text):
             notes.append(f"calibration text: {calibration.name}")
         if not companions.has_tokenizer:
             notes.append("the source has no tokenizer: none was copied")
@@ -141,6 +155,10 @@ def carry_out(
         provenance.write(out.path, [stage])
         _write_card(made, source, folder, out.path)
     return made
+
+
+def _specs(plan: Plan, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {tensor.name: (tensor.shape, dtype) for tensor in target_tensors(plan.blueprint)}
 
 
 def _write_config(plan: Plan, source: Source, folder: Path) -> None:

@@ -50,4 +50,7 @@ def fresh_tensor(tensor: TargetTensor, arch: ArchSpec, seed: int, fill: Fill | N
         return torch.full(tensor.shape, 1.0 - arch.norm.offset if scales else 0.0)
     generator = torch.Generator().manual_seed(tensor_seed(seed, tensor.name))
     std = tensor.shape[1] ** -0.5 if tensor.role in ("lora_a", "exit") else arch.initializer_range
+    if tensor.role == "factor_a":
+        # So that the product of two fresh factors varies as a fresh matrix does.
+        std = tensor.shape[0] ** -0.5
     return torch.randn(tensor.shape, generator=generator) * std

@@ -141,8 +141,27 @@ def plan_all(source: str | Path | Source) -> list[PlannedRecipe]:
 def plan_model(model: SourceModel, recipe: Recipe, allow_larger: bool = False) -> Plan:
     """Plans a conversion of a source that has been read; see `plan`."""
     recipe = recipe.resolved()
+    return _assemble(model, recipe, *build_blueprint(model.arch, recipe), allow_larger=allow_larger)
+
+
+def replan(plan: Plan, model: SourceModel, blueprint: Blueprint, outdated: str) -> Plan:
+    """Returns a plan with another blueprint, such as one whose ranks have been measured.
+
+    Args:
+        plan: The plan.
+        model: Its source.
+        blueprint: What it is to make.
+        outdated: The note that no longer holds.
+    """
+    made = _assemble(model, plan.recipe, blueprint, plan.starts, (), allow_larger=True)
+    kept = tuple(note for note in plan.notes if note != outdated and note not in made.notes)
+    return made.model_copy(update={"notes": (*kept, *made.notes)})
+
+
+def _assemble(
+    model: SourceModel, recipe: Recipe, blueprint: Blueprint, starts: Starts, notes: tuple[str, ...], allow_larger: bool
+) -> Plan:
     ignored = model.check_tensors(recipe.ignore_tensors)
-    blueprint, starts, notes = build_blueprint(model.arch, recipe)
     # Raises where a map is to be fitted and there is nothing to fit it to.
     stored_maps(blueprint, starts)
     costs = CostPair(

@@ -71,7 +71,7 @@ def plan_lines(
             used |= {(made.canonical, layer) for layer in made.layers or (None,)}
         how, reason = _explain(made, tensor, blueprint, starts, family)
         name = tensor.name
-        if tensor.role in ("lora_a", "lora_b") or tensor.local.startswith(("lora.", "gate.")):
+        if tensor.role in ("lora_a", "lora_b", "factor_a", "factor_b") or tensor.local.startswith(("lora.", "gate.")):
             name = name.rpartition(".")[0] + ".*"
         lines.add(_INDEX.sub(".*.", name), how, reason, made.layers)
     for tensor in expected.values():
@@ -94,10 +94,12 @@ def _explain(
             zero = starts.lora == "zero" or starts.weights == "fresh"
             return "fresh", "Gaussian A, zero B" + ("" if zero else ": nothing to correct")
         return "fresh", _why_fresh(blueprint, starts, tensor)
+    weighed = "" if starts.weight == "none" else f", weighed by {starts.weight}"
     if made.how == "factorised":
-        return "factorised", f"truncated SVD of source minus stored weight (svd: {starts.svd})"
+        of = "source minus stored weight" if tensor.role in ("lora_a", "lora_b") else "the weight"
+        return "factorised", f"truncated SVD of {of}{weighed} (svd: {starts.svd})"
     if made.how == "joint":
-        return "joint", "stored weight and LoRAs fitted together"
+        return "joint", f"stored weight and LoRAs fitted together{weighed}"
     if made.repeat > 1:
         each = f"each key-value head {made.repeat} times"
         return ("repeated", each) if made.how == "copied" else ("averaged", f"{each} first")

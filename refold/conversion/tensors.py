@@ -5,19 +5,32 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from refold.blueprint.origins import Origin, origin
+from refold.blueprint.factors import stored_shape
+from refold.blueprint.origins import origin, part_of
 from refold.blueprint.tensors import TargetTensor, target_tensors
 from refold.conversion.fresh import fill_of, fresh_tensor, tensor_seed
 from refold.conversion.plan import Plan
 from refold.conversion.starts.group import LinearGroup, Member
 from refold.conversion.starts.registry import STARTS
+from refold.measuring.curves import GroupWeightings, LinearSources, linear_sources
+from refold.measuring.moments import MomentStore
 from refold.measuring.pieces import PieceReader
+
+FITTED_ROLES = ("linear", "factor_a", "factor_b", "lora_a", "lora_b")
 
 
 class TargetBuilder:
     """Computes a plan's target tensor by tensor.
 
     Residuals, means and decompositions are float32 from the source's own weights; what is only copied stays as it is.
+
+    Args:
+        plan: The conversion.
+        pieces: Reads the source's weights.
+        dtype: Of the target.
+        device: Where linears are fitted.
+        fitted: Tensors that are there already, by name.
+        store: Moments that errors are weighed by, where the plan weighs them.
 
     Attributes:
         kept_energy: After `build`, by `depths.<d>.<linear>`: the share of what tying lost that the LoRA holds.
@@ -30,9 +43,10 @@ class TargetBuilder:
         dtype: torch.dtype,
         device: str = "cpu",
         fitted: Mapping[str, Tensor] | None = None,
+        store: MomentStore | None = None,
     ):
         self._plan, self._pieces, self._dtype, self._device = plan, pieces, dtype, device
-        self._fitted = fitted or {}
+        self._fitted, self._store = fitted or {}, store
         self.kept_energy: dict[str, float] = {}
 
     def build(self) -> Iterator[tuple[str, Tensor]]:
@@ -45,9 +59,10 @@ class TargetBuilder:
             if tensor.name in self._fitted:
                 yield tensor.name, self._fitted[tensor.name].to(self._dtype)
                 continue
+            group = self._group_of(tensor)
             made = origin(blueprint, starts, tensor)
-            if tensor.role == "linear" and made.how != "fresh" and any(self._users(tensor).values()):
-                for name, value in self._fit(tensor, made):
+            if group is not None:
+                for name, value in self._fit(group):
                     fitted.add(name)
                     yield name, value.to(self._dtype)
             elif made.how == "fresh":
@@ -60,37 +75,56 @@ class TargetBuilder:
                 layer = made.layers[0] if made.layers else None
                 yield tensor.name, self._pieces.read(made.canonical, layer, self._dtype, made.repeat)
 
-    def _users(self, tensor: TargetTensor) -> dict[int, int]:
-        """Depth to LoRA rank of those that run a stored linear."""
+    def _group_of(self, tensor: TargetTensor) -> LinearSources | None:
+        """The stored linear that a tensor is fitted with; None where it is only copied, averaged or fresh."""
+        if tensor.role not in FITTED_ROLES:
+            return None
+        blueprint = self._plan.blueprint
         assert tensor.pool is not None
-        assert tensor.part is not None
-        linear = tensor.local.removesuffix(".weight")
-        depths = self._plan.blueprint.depths
-        return {
-            depth: depths[depth].ranks.get(linear, 0) for depth in self._plan.blueprint.users(tensor.pool, tensor.part)
-        }
+        part = part_of(blueprint, tensor)
+        shape = stored_shape(blueprint, tensor.pool, part, tensor.linear)
+        group = linear_sources(blueprint, self._plan.starts, tensor.pool, part, tensor.linear, shape)
+        if group is None:
+            return None
+        is_tied = len(group.users) > 1 and self._store is not None and group.is_native
+        relaxed = any(tensor.linear in blueprint.depths[depth].ranks for depth in group.users)
+        is_factored = tensor.linear in blueprint.pool(group.pool)[group.part].factors
+        # A weighted mean is fitted too, where stored weights start from all layers tied to them.
+        return group if relaxed or is_factored or (is_tied and len(group.sources) == len(group.users)) else None
 
-    def _fit(self, tensor: TargetTensor, made: Origin) -> Iterator[tuple[str, Tensor]]:
+    def _fit(self, group: LinearSources) -> Iterator[tuple[str, Tensor]]:
         blueprint, starts = self._plan.blueprint, self._plan.starts
-        assert tensor.pool is not None
-        assert tensor.part is not None
-        assert starts.lora is not None
-        linear = tensor.local.removesuffix(".weight")
-        users = self._users(tensor)
-        sources = blueprint.pool(tensor.pool)[tensor.part].sources
-        wanted = dict.fromkeys((*sources, *(blueprint.depths[depth].source for depth in users)))
+        wanted = dict.fromkeys((*group.sources, *group.users.values()))
         weights = {
-            layer: self._pieces.read(made.canonical, layer, torch.float32, made.repeat).to(self._device)
+            layer: self._pieces.read(group.carried.canonical, layer, torch.float32, group.carried.repeat).to(
+                self._device
+            )
             for layer in wanted
         }
-        group = LinearGroup(
-            sources=tuple(weights[layer] for layer in sources),
-            members={depth: Member(weights[blueprint.depths[depth].source], rank) for depth, rank in users.items()},
-            seed=tensor_seed(starts.seed, tensor.name) % 2**31,
+        prefix = f"model.{group.pool}s.{group.part}.{group.linear}"
+        weightings = None
+        if self._store is not None and group.is_native:
+            weightings = GroupWeightings(starts.weight, group, self._store, self._device)
+        found = STARTS[starts.lora or "svd"](
+            LinearGroup(
+                sources=tuple(weights[layer] for layer in group.sources),
+                members={
+                    depth: Member(weights[layer], blueprint.depths[depth].ranks.get(group.linear, 0))
+                    for depth, layer in group.users.items()
+                },
+                weightings=weightings,
+                stored_rank=blueprint.pool(group.pool)[group.part].factors.get(group.linear),
+                seed=tensor_seed(starts.seed, f"{prefix}.weight") % 2**31,
+            ),
+            starts.svd,
         )
-        found = STARTS[starts.lora](group, starts.svd)
-        yield tensor.name, found.stored.cpu()
+        if found.stored.factors is None:
+            yield f"{prefix}.weight", found.stored.weight.cpu()
+        elif found.stored.factors:
+            a, b = found.stored.factors
+            yield f"{prefix}.a.weight", a.cpu()
+            yield f"{prefix}.b.weight", b.cpu()
         for depth, (a, b) in found.pairs.items():
-            self.kept_energy[f"depths.{depth}.{linear}"] = round(found.kept[depth], 6)
-            yield f"model.depths.{depth}.lora.{linear}.a", a.cpu()
-            yield f"model.depths.{depth}.lora.{linear}.b", b.cpu()
+            self.kept_energy[f"depths.{depth}.{group.linear}"] = round(found.kept[depth], 6)
+            yield f"model.depths.{depth}.lora.{group.linear}.a", a.cpu()
+            yield f"model.depths.{depth}.lora.{group.linear}.b", b.cpu()

@@ -42,16 +42,30 @@ class DepthWeights:
             return self._neutral(canonical, dtype)
         stored = f"model.{pool}s.{part}.{local}"
         linear, _, kind = local.rpartition(".")
-        if kind == "weight" and linear in spec.ranks:
-            return self._merged(stored, f"model.depths.{depth}.lora.{linear}", dtype)
+        factor = self._blueprint.pool(pool)[part].factors.get(linear)
+        if kind == "weight" and (linear in spec.ranks or factor is not None):
+            lora = f"model.depths.{depth}.lora.{linear}" if linear in spec.ranks else None
+            return self._merged(stored, factor, lora, dtype)
         is_vector = len(self._shapes[canonical]) == 1
         own = is_vector and spec.vectors == "own"
         return self._reader.read(f"model.depths.{depth}.vectors.{pool}.{local}" if own else stored, dtype)
 
-    def _merged(self, stored: str, lora: str, dtype: torch.dtype) -> Tensor:
-        wide = torch.promote_types(self._reader.read(stored).dtype, torch.float32)
-        a, b = (self._reader.read(f"{lora}.{name}", wide) for name in "ab")
-        return torch.addmm(self._reader.read(stored, wide), b, a).to(dtype)
+    def _merged(self, stored: str, factor: int | None, lora: str | None, dtype: torch.dtype) -> Tensor:
+        """W, or B A of its factors, plus B A of the LoRA."""
+        wide = torch.promote_types(dtype, torch.float32)
+        found: Tensor | None = None
+        if factor is None:
+            wide = torch.promote_types(self._reader.read(stored).dtype, torch.float32)
+            found = self._reader.read(stored, wide)
+        elif factor > 0:
+            prefix = stored.removesuffix(".weight")
+            a, b = (self._reader.read(f"{prefix}.{name}.weight", wide) for name in "ab")
+            found = b @ a
+        if lora is not None:
+            a, b = (self._reader.read(f"{lora}.{name}", wide) for name in "ab")
+            found = b @ a if found is None else torch.addmm(found, b, a)
+        assert found is not None
+        return found.to(dtype)
 
     def _neutral(self, canonical: str, dtype: torch.dtype) -> Tensor:
         """A tensor of a part that adds nothing: zeros, and norms that only normalise."""

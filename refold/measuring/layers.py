@@ -16,12 +16,15 @@ from refold.measuring.source_model import SourceModel
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.model import Contexts, RefoldModel
 from refold.nn.mixers.attention import Attention
+from refold.nn.norms import StackNorm
 from refold.nn.rotary import Rotary
+from refold.scoring.head import Head
 
 EMBEDDING = "embed_tokens.weight"
 
 Watch = Callable[[int, str, Tensor], None]
-"""Called with a layer's index, a linear's name (`q_proj`, `down_proj`) and its inputs `[B, T, in]`."""
+"""Called with a layer's index, a linear's name (`q_proj`, `down_proj`) and its inputs `[B, T, in]`, where the layer
+computes; of gradients with those of its outputs `[B, T, out]`."""
 
 
 class AttentionSample(NamedTuple):
@@ -81,6 +84,39 @@ class SourceLayer:
                 hook.remove()
         return torch.cat(parts)
 
+    @torch.enable_grad()
+    def run_back(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        positions: Int[Tensor, "B T"] | None,
+        gradient: Float[Tensor, "B T D"],
+        watch: Watch,
+        watch_gradient: Watch,
+    ) -> Float[Tensor, "B T D"]:
+        """Returns the loss's gradient with respect to the stream before the layer; weights get none.
+
+        Args:
+            hidden_states: The stream before the layer.
+            positions: Within each document; None: every row is one.
+            gradient: With respect to the stream after the layer.
+            watch: Told the inputs of every linear.
+            watch_gradient: Told the gradients with respect to every linear's outputs.
+        """
+        hooks = [*self._watch(watch), *self._watch_gradients(watch_gradient)]
+        found, first = [], 0
+        try:
+            for states, contexts in self._pieces(hidden_states, positions):
+                states = states.detach().requires_grad_()
+                after = self._model.run_depth(0, states, contexts)
+                after.backward(gradient[first : first + len(states)].to(after.device))
+                assert states.grad is not None
+                found.append(states.grad.cpu())
+                first += len(states)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat(found)
+
     @torch.no_grad()
     def attention(self, hidden_states: Float[Tensor, "B T D"], positions: Int[Tensor, "B T"] | None) -> AttentionSample:
         """Returns queries, keys and the softmax of the layer's attention; arguments as for `run`."""
@@ -105,15 +141,24 @@ class SourceLayer:
             places = None if positions is None else positions[rows].to(self._device)
             yield states, self._model.contexts(states, position_ids=places)
 
+    def _linears(self) -> list[tuple[str, nn.Linear]]:
+        parts = (*self._model.mixers, *self._model.mlps)
+        return [(name, each) for part in parts for name, each in part.named_children() if isinstance(each, nn.Linear)]
+
     def _watch(self, watch: Watch) -> list[torch.utils.hooks.RemovableHandle]:
         def tell(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda module, inputs: watch(self.index, name, inputs[0].cpu())
+            return lambda module, inputs: watch(self.index, name, inputs[0])
 
-        parts = (*self._model.mixers, *self._model.mlps)
-        linears = [
-            (name, each) for part in parts for name, each in part.named_children() if isinstance(each, nn.Linear)
-        ]
-        return [linear.register_forward_pre_hook(tell(name)) for name, linear in linears]
+        return [linear.register_forward_pre_hook(tell(name)) for name, linear in self._linears()]
+
+    def _watch_gradients(self, watch: Watch) -> list[torch.utils.hooks.RemovableHandle]:
+        def tell(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                output.register_hook(lambda gradient: watch(self.index, name, gradient))
+
+            return hook
+
+        return [linear.register_forward_hook(tell(name)) for name, linear in self._linears()]
 
 
 class SourceLayers:
@@ -148,7 +193,19 @@ class SourceLayers:
                 part.load_state_dict({name: each.to(self._device) for name, each in read.items()}, assign=True)
         for rotary in model.rotaries:
             cast("Rotary", rotary.to_empty(device=self._device)).reset()
+        model.requires_grad_(False)
         return SourceLayer(model, index, self.arch, self._device, self._rows_at_once)
+
+    def load_ending(self) -> Callable[[Float[Tensor, "*M D"]], Float[Tensor, "*M N"]]:
+        """Loads final norm and head, and returns the function from the last stream to float32 logits."""
+        arch = self.arch
+        norm = StackNorm(arch.norm, arch.hidden_size)
+        read = {name: self._pieces.read(f"norm.{name}", None, torch.float32) for name in norm.state_dict()}
+        norm.load_state_dict(read, assign=True)
+        norm.requires_grad_(False).to(self._device)
+        weight = self._pieces.read(EMBEDDING if arch.tied_head else "lm_head.weight", None, torch.float32)
+        head = Head(weight.to(self._device), softcap=arch.logit_softcap)
+        return lambda states: head.logits(norm(states.to(self._device))).to(states.device)
 
     def walk(
         self, sequences: PackedSequence, num_layers: int | None = None, watch: Watch | None = None

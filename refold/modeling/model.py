@@ -22,6 +22,7 @@ from refold.modeling.documents import document_starts, state_resets
 from refold.modeling.masks import build_masks
 from refold.modeling.outputs import CausalOutput, StackOutput
 from refold.nn.exits import ExitParts, Gate
+from refold.nn.factored import FactoredLinear
 from refold.nn.lora import LoraPair
 from refold.nn.mixers.attention import AttentionView
 from refold.nn.mixers.context import MixerContext
@@ -68,6 +69,8 @@ class RefoldPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, FactoredLinear):
+            module.reset(std)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, LoraPair):
@@ -131,6 +134,9 @@ class RefoldModel(RefoldPreTrainedModel):
         self.mlps = nn.ModuleList(
             Mlp(arch, blueprint.keeps_vectors("mlp", index)) for index in range(len(blueprint.mlps))
         )
+        for pool, parts in (("mixer", self.mixers), ("mlp", self.mlps)):
+            for part, module in zip(blueprint.pool(pool), parts, strict=True):
+                cast("StoredPart", module).factorise(part.factors)
         self.depths = nn.ModuleList(Depth(config, blueprint, index) for index in range(blueprint.num_depths))
         # Outside the depths, because heads are read outside the stack's forward, where sharded depths hold no weights.
         self.exits = nn.ModuleDict(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from refold.blueprint.specs.part import Fill, Shape
 from refold.families.arch import Norm
+from refold.nn.factored import FactoredLinear
 from refold.nn.fills import make_fill
 from refold.nn.lora import Pair, relax
 from refold.nn.norms import StackNorm
@@ -72,6 +73,11 @@ class StoredPart(nn.Module):
             own = {name.rsplit(".", 1)[1]: name for name in fills if name.startswith(f"{owner}.")}
             shapes = {kind: vectors[name] for kind, name in own.items()}
             self.add_module(owner, Vectors(shapes, {kind: fills[name] for kind, name in own.items()}))
+
+    def factorise(self, ranks: Mapping[str, int]) -> None:
+        """Keeps some linears as two factors of a rank each; with rank 0 only what depths add to it is computed."""
+        for name, rank in ranks.items():
+            self.add_module(name, FactoredLinear(self.get_submodule(name), rank))  # pyright: ignore[reportArgumentType]
 
     def vector(self, name: str, vectors: OwnVectors) -> Tensor:
         """Returns one of the part's vectors, the depth's own where it has some."""

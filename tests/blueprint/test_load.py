@@ -69,7 +69,13 @@ def test_defaults_are_the_recommended_pairs(fold, relax, weights, inits):
 MISTAKES = [
     ({"fold": {"loop": 2}}, r"fold\.loop: unknown key; did you mean 'loops'\?"),
     ({"folds": {"loops": 2}}, r"recipe: .*folds: unknown key; did you mean 'fold'\?"),
-    ({"serving": []}, r"serving: unknown key; must be one of description, drop, exits, fold, heal"),
+    (
+        {"serving": []},
+        r"serving: unknown key; must be one of calibration, description, drop, exits, factor, fold, heal",
+    ),
+        {"serving": []},
+        r"serving: unknown key; must be one of calibration, description, drop, exits, factor, fold, heal",
+    ),
     ({"fold": {}}, r"fold\.loops: required \(not there\)"),
     ({"fold": 3}, r"fold: must be a mapping \(got 3\)"),
     ({"fold": {"loops": 0}}, r"fold\.loops: must be at least 1 \(got 0\)"),

@@ -115,7 +115,7 @@ def test_the_export_loads_without_refold_and_gives_the_native_logits(case: str, 
     assert _error(stock_logits[case], _native_logits(folded(case))) < 2e-5
 
 
-def _without_lora(self: merging.DepthWeights, stored: str, lora: str, dtype: torch.dtype) -> torch.Tensor:
+def _without_lora(self: merging.DepthWeights, stored: str, factor: int | None, lora: str, dtype: torch.dtype):
     for name in "ab":
         self._reader.read(f"{lora}.{name}")
     return self._reader.read(stored, dtype)

@@ -52,3 +52,9 @@ def depth_linears(blueprint: Blueprint, depth: Depth) -> dict[str, tuple[int, in
     if depth.mlp is not None:
         found |= MLP.linears(blueprint.arch, {})
     return found
+
+
+def depth_factors(blueprint: Blueprint, depth: Depth) -> dict[str, int]:
+    """Rank of each linear a depth runs that is stored as two factors."""
+    mixer = {} if depth.mixer is None else blueprint.mixers[depth.mixer].factors
+    return {**mixer, **({} if depth.mlp is None else blueprint.mlps[depth.mlp].factors)}

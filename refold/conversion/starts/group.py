@@ -3,9 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from refold.measuring.curves import GroupWeightings
+from refold.measuring.svd import SvdMode
+from refold.measuring.weighting import Weighting
 from refold.nn.lora import Pair
 
 
@@ -29,12 +33,52 @@ class LinearGroup:
     Attributes:
         sources: float32 weights of the part's source layers.
         members: By depth.
+        weightings: How errors are weighed; None: every entry alike.
+        stored_rank: Rank the stored weight is kept at, as two factors; 0: nothing is stored; None: the whole matrix.
         seed: For random starts; differs between groups.
     """
 
     sources: tuple[Float[Tensor, "out in"], ...]
     members: Mapping[int, Member]
+    weightings: GroupWeightings | None = None
+    stored_rank: int | None = None
     seed: int = 0
+
+    def weighting(self, depth: int) -> Weighting:
+        """Returns how an error at one depth is weighed."""
+        return Weighting() if self.weightings is None else self.weightings.of(depth)
+
+    def mean(self, weights: Mapping[int, Tensor]) -> Float[Tensor, "out in"]:
+        """Returns the one weight that is nearest to those of all depths."""
+        if self.weightings is not None:
+            return self.weightings.mean(weights)
+        total = torch.zeros_like(next(iter(weights.values())))
+        for weight in weights.values():
+            total += weight / len(weights)
+        return total
+
+    def store(self, weight: Float[Tensor, "out in"], svd: SvdMode) -> "Stored":
+        """Returns what is stored of a weight all depths share: itself, or the nearest of the stored rank."""
+        if self.stored_rank is None:
+            return Stored(weight)
+        if self.stored_rank == 0:
+            return Stored(torch.zeros_like(weight), factors=())
+        weighting = Weighting() if self.weightings is None else self.weightings.of_all()
+        found = weighting.truncate(weight, self.stored_rank, svd, self.seed)
+        return Stored(found.matrix(), found.factors())
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is stored of a linear.
+
+    Attributes:
+        weight: What it computes, float32.
+        factors: A and B where it is kept as two; empty where nothing is stored; None: the whole matrix.
+    """
+
+    weight: Float[Tensor, "out in"]
+    factors: Pair | tuple[()] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,11 +86,11 @@ class Fitted:
     """What a start gives.
 
     Attributes:
-        stored: float32 weight of the stored linear.
+        stored: What is stored.
         pairs: LoRA pair by depth, for members with a rank.
         kept: By depth, the share of the residual's energy (source weight minus stored weight) that the pair holds.
     """
 
-    stored: Float[Tensor, "out in"]
+    stored: Stored
     pairs: Mapping[int, Pair] = field(default_factory=dict)
     kept: Mapping[int, float] = field(default_factory=dict)

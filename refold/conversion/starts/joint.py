@@ -1,62 +1,80 @@
-"""Stored weight and pairs fitted together: minimise sum_b ||W_b - W' - L_b||^2 over W' and L_b of rank r_b.
+"""Stored weight and pairs fitted together: minimise sum_b |W_b - W' - L_b|_b^2 over W' and L_b of rank r_b.
 
 The paper's start spends both pairs of a two-loop fold on one subspace: its residuals are D/2 and -D/2 for
 D = W_1 - W_2. Here the pairs share the singular directions of D, so that together they correct D to rank r_1 + r_2.
+
+Errors may be weighed: |E|_b^2 = |T E S_b|^2 with S_b S_b^T = C_b, the second moment of what the linear sees at depth b,
+and T common to all. For given pairs the best W' is the mean of W_b - L_b weighted by the C_b. Put in, two members leave
+|T (D - L_1 + L_2) Q|^2 with Q Q^T = (C_1^-1 + C_2^-1)^-1, which a truncated SVD solves: weighted or not, two loops have
+a closed form.
 """
 
-import torch
+from collections.abc import Mapping
 
-from refold.conversion.starts.group import Fitted, LinearGroup, Member
+import torch
+from torch import Tensor
+
+from refold.conversion.starts.group import Fitted, LinearGroup, Member, Stored
 from refold.conversion.starts.zero import mean_weight, zero_pair
-from refold.measuring.svd import SvdMode, Truncated, truncated_svd
+from refold.measuring.svd import SvdMode, Truncated
+from refold.measuring.weighting import Weighting
 
 ROUNDS = 6
 """Alternating rounds for three and more members; further ones change the loss by less than a percent."""
 
 
 def fit_joint(group: LinearGroup, svd: SvdMode) -> Fitted:
-    """Closed form for two members, alternating minimisation for more; without pairs the mean."""
+    """Closed form for two members and a whole stored weight, alternating minimisation otherwise; without pairs the
+    mean."""
     members = dict(group.members)
     relaxed = [depth for depth, member in members.items() if member.rank]
     if not relaxed:
-        return Fitted(mean_weight(group.sources))
-    if len(members) == 2:
-        corrections = _share_difference(members, svd, group.seed)
+        mean = mean_weight(group.sources)
+        if group.weightings is not None and len(group.sources) == len(members):
+            mean = group.mean({depth: member.weight for depth, member in members.items()})
+        return Fitted(group.store(mean, svd))
+    if len(members) == 2 and group.stored_rank is None:
+        corrections = _share_difference(group, members, svd)
+        stored = Stored(group.mean(_corrected(members, corrections)))
     else:
-        corrections = _alternate(members, svd, group.seed)
-    mean = torch.zeros_like(next(iter(members.values())).weight)
-    for depth, member in members.items():
-        found = corrections.get(depth)
-        mean += (member.weight if found is None else member.weight - found.matrix()) / len(members)
+        stored, corrections = _alternate(group, members, svd)
     pairs, kept = {}, {}
     for depth in relaxed:
         found = corrections.get(depth)
         if found is None:
-            pairs[depth], kept[depth] = zero_pair(mean, members[depth].rank, group.seed + depth), 1.0
+            pairs[depth], kept[depth] = zero_pair(stored.weight, members[depth].rank, group.seed + depth), 1.0
             continue
         pairs[depth] = found.factors()
-        residual = members[depth].weight - mean
-        lost = torch.linalg.vector_norm(residual - found.matrix(), dtype=torch.float64).square()
-        whole = torch.linalg.vector_norm(residual, dtype=torch.float64).square()
-        kept[depth] = float(1 - lost / whole) if whole > 0 else 1.0
-    return Fitted(mean, pairs, kept)
+        residual, weighting = members[depth].weight - stored.weight, group.weighting(depth)
+        whole = weighting.energy(residual)
+        kept[depth] = max(0.0, 1 - weighting.energy(residual - found.matrix()) / whole) if whole > 0 else 1.0
+    return Fitted(stored, pairs, kept)
 
 
-def _share_difference(members: dict[int, Member], svd: SvdMode, seed: int) -> dict[int, Truncated]:
+def _corrected(members: Mapping[int, Member], corrections: Mapping[int, Truncated]) -> dict[int, Tensor]:
+    """W_b - L_b by depth."""
+    return {
+        depth: member.weight if depth not in corrections else member.weight - corrections[depth].matrix()
+        for depth, member in members.items()
+    }
+
+
+def _share_difference(group: LinearGroup, members: dict[int, Member], svd: SvdMode) -> dict[int, Truncated]:
     """Deals the singular directions of D = W_1 - W_2 to the two pairs in turn, largest first."""
     (first, one), (second, other) = members.items()
     difference = one.weight - other.weight
     if not bool(torch.any(difference)):
         return {}
     most = min(one.rank + other.rank, min(difference.shape))
-    found = truncated_svd(difference, most, svd, seed)
+    weighting = Weighting() if group.weightings is None else group.weightings.of_difference(difference)
+    found = weighting.truncate(difference, most, svd, group.seed)
     turns: dict[int, list[int]] = {first: [], second: []}
     for direction in range(most):
         free = [depth for depth in (first, second) if len(turns[depth]) < members[depth].rank]
         turns[min(free, key=lambda depth: len(turns[depth]))].append(direction)
     dealt = {depth: found.take(torch.tensor(taken, dtype=torch.long)) for depth, taken in turns.items()}
     dealt[second] = Truncated(-dealt[second].u, dealt[second].s, dealt[second].v, found.energy)
-    return {depth: _fill(part, members[depth].rank, seed) for depth, part in dealt.items() if members[depth].rank}
+    return {depth: _fill(part, members[depth].rank, group.seed) for depth, part in dealt.items() if members[depth].rank}
 
 
 def _fill(found: Truncated, rank: int, seed: int) -> Truncated:
@@ -70,16 +88,18 @@ def _fill(found: Truncated, rank: int, seed: int) -> Truncated:
     return Truncated(u, torch.cat((found.s, found.s.new_zeros(missing))), v, found.energy)
 
 
-def _alternate(members: dict[int, Member], svd: SvdMode, seed: int) -> dict[int, Truncated]:
-    """W' = mean(W_b - L_b), then L_b = SVD_r(W_b - W'), in turn."""
+def _alternate(group: LinearGroup, members: dict[int, Member], svd: SvdMode) -> tuple[Stored, dict[int, Truncated]]:
+    """W' from the mean of W_b - L_b, then L_b from W_b - W', in turn; with nothing stored once is enough."""
     corrections: dict[int, Truncated] = {}
-    for _ in range(ROUNDS):
-        mean = torch.zeros_like(next(iter(members.values())).weight)
+    weightings = {depth: group.weighting(depth) for depth in members}
+    stored = group.store(group.mean(_corrected(members, corrections)), svd)
+    for turn in range(1 if group.stored_rank == 0 else ROUNDS):
+        if turn:
+            stored = group.store(group.mean(_corrected(members, corrections)), svd)
         for depth, member in members.items():
-            found = corrections.get(depth)
-            mean += (member.weight if found is None else member.weight - found.matrix()) / len(members)
-        for depth, member in members.items():
-            residual = member.weight - mean
+            residual = member.weight - stored.weight
             if member.rank and bool(torch.any(residual)):
-                corrections[depth] = truncated_svd(residual, member.rank, svd, seed)
-    return corrections
+                corrections[depth] = weightings[depth].truncate(residual, member.rank, svd, group.seed)
+    if group.stored_rank is None:
+        stored = Stored(group.mean(_corrected(members, corrections)))
+    return stored, corrections

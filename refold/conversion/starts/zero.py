@@ -22,10 +22,10 @@ def zero_pair(stored: Tensor, rank: int, seed: int) -> Pair:
 
 
 def fit_zero(group: LinearGroup, svd: SvdMode) -> Fitted:
-    """Stored weight: the sources' mean. Pairs add nothing."""
-    stored = mean_weight(group.sources)
+    """Stored weight: the sources' mean, or what is nearest to it of the stored rank. Pairs add nothing."""
+    stored = group.store(mean_weight(group.sources), svd)
     pairs = {
-        depth: zero_pair(stored, member.rank, group.seed + depth)
+        depth: zero_pair(stored.weight, member.rank, group.seed + depth)
         for depth, member in group.members.items()
         if member.rank
     }

@@ -28,9 +28,10 @@ def corrections(found: Fitted) -> dict[int, Tensor]:
 
 def loss(given: list[Tensor], found: Fitted) -> float:
     added = corrections(found)
-    zero = torch.zeros_like(found.stored)
+    stored = found.stored.weight
+    zero = torch.zeros_like(stored)
     return sum(
-        float((weight - found.stored - added.get(at, zero)).double().square().sum()) for at, weight in enumerate(given)
+        float((weight - stored - added.get(at, zero)).double().square().sum()) for at, weight in enumerate(given)
     )
 
 
@@ -45,7 +46,7 @@ def test_svd_is_the_best_correction_of_each_residual(count, mode):
     given = weights(count)
     found = fit_svd(group(given, *[3] * count), mode)
     mean = sum(given[1:], given[0]) / count
-    assert torch.allclose(found.stored, mean, atol=1e-6)
+    assert torch.allclose(found.stored.weight, mean, atol=1e-6)
     for depth, correction in corrections(found).items():
         residual = given[depth] - mean
         assert torch.allclose(correction, best(residual, 3), atol=1e-4)
@@ -69,7 +70,7 @@ def test_two_loops_with_different_ranks_share_one_decomposition():
 def test_svd_corrects_a_stored_weight_that_is_one_of_its_layers():
     given = weights(2)
     found = fit_svd(group(given, 4, 4, sources=given[:1]), "exact")
-    assert torch.equal(found.stored, given[0])
+    assert torch.equal(found.stored.weight, given[0])
     assert torch.allclose(corrections(found)[1], best(given[1] - given[0], 4), atol=1e-4)
     a, b = found.pairs[0]
     assert a.std() > 0.1
@@ -81,7 +82,7 @@ def test_svd_corrects_a_stored_weight_that_is_one_of_its_layers():
 def test_a_residual_of_zero_gets_a_trainable_pair_that_adds_nothing(start):
     same = weights(1) * 2
     found = STARTS[start](group(same, 3, 3), "auto")
-    assert torch.allclose(found.stored, same[0], atol=1e-6)
+    assert torch.allclose(found.stored.weight, same[0], atol=1e-6)
     for a, b in found.pairs.values():
         assert a.std() > 0.1
         assert not b.any()
@@ -93,7 +94,7 @@ def test_the_zero_start_adds_nothing():
     found = STARTS["zero"](group(given, 2, 0, 4), "auto")
     assert found.pairs.keys() == {0, 2}
     assert not any(b.any() for _, b in found.pairs.values())
-    assert torch.allclose(found.stored, sum(given[1:], given[0]) / 3, atol=1e-6)
+    assert torch.allclose(found.stored.weight, sum(given[1:], given[0]) / 3, atol=1e-6)
 
 
 def test_joint_at_a_rank_is_the_papers_start_at_twice_that_rank():
@@ -101,7 +102,7 @@ def test_joint_at_a_rank_is_the_papers_start_at_twice_that_rank():
     joint, paper = fit_joint(group(given, 3, 3), "exact"), fit_svd(group(given, 6, 6), "exact")
     assert loss(given, joint) == pytest.approx(loss(given, paper), rel=1e-4)
     assert loss(given, joint) < 0.8 * loss(given, fit_svd(group(given, 3, 3), "exact"))
-    error = [given[at] - joint.stored - joint_part for at, joint_part in corrections(joint).items()]
+    error = [given[at] - joint.stored.weight - joint_part for at, joint_part in corrections(joint).items()]
     # What is left of both is D without its six leading directions, halved between them.
     difference = given[0] - given[1]
     left = (difference - best(difference, 6)) / 2
@@ -142,7 +143,7 @@ def test_joint_says_what_each_pair_holds_of_its_residual():
     given = weights(3)
     found = fit_joint(group(given, 3, 0, 3), "exact")
     for depth, correction in corrections(found).items():
-        residual = given[depth] - found.stored
+        residual = given[depth] - found.stored.weight
         lost = (residual - correction).square().sum() / residual.square().sum()
         assert found.kept[depth] == pytest.approx(float(1 - lost), abs=1e-4)
 
@@ -150,7 +151,7 @@ def test_joint_says_what_each_pair_holds_of_its_residual():
 def test_joint_without_pairs_stores_the_mean():
     given = weights(2)
     found = fit_joint(group(given, 0, 0), "auto")
-    assert torch.allclose(found.stored, (given[0] + given[1]) / 2)
+    assert torch.allclose(found.stored.weight, (given[0] + given[1]) / 2)
     assert not found.pairs
 
 
@@ -158,6 +159,6 @@ def test_joint_without_pairs_stores_the_mean():
 def test_the_same_group_gives_the_same_bits(start):
     given = weights(3)
     one, other = (STARTS[start](group(given, 3, 3, 3), "auto") for _ in range(2))
-    assert torch.equal(one.stored, other.stored)
+    assert torch.equal(one.stored.weight, other.stored.weight)
     for depth in one.pairs:
         assert all(torch.equal(mine, its) for mine, its in zip(one.pairs[depth], other.pairs[depth], strict=True))

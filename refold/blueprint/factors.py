@@ -1,0 +1,82 @@
+"""Which stored linears are kept as two factors, and at which rank, where a budget is split evenly."""
+
+from collections.abc import Iterator, Mapping
+
+from refold.blueprint.allocation import with_ranks
+from refold.blueprint.recipe import Factor
+from refold.blueprint.schema import POOLS, Blueprint, Pool
+from refold.blueprint.specs.registry import MLP, depth_linears, find_mixer
+from refold.errors import RecipeError
+
+Stored = tuple[Pool, int, str, tuple[int, int]]
+"""Pool, part, linear and its `(out, in)`."""
+
+
+def stored_linears(blueprint: Blueprint) -> Iterator[Stored]:
+    """Yields every stored linear once, as it is before any is factorised."""
+    for pool in POOLS:
+        for index in range(len(blueprint.pool(pool))):
+            for name, shape in _linears(blueprint, pool, index).items():
+                yield pool, index, name, shape
+
+
+def stored_shape(blueprint: Blueprint, pool: Pool, part: int, linear: str) -> tuple[int, int]:
+    """Returns `(out, in)` of a stored linear."""
+    return _linears(blueprint, pool, part)[linear]
+
+
+def _linears(blueprint: Blueprint, pool: Pool, part: int) -> Mapping[str, tuple[int, int]]:
+    if pool == "mlp":
+        return MLP.linears(blueprint.arch, {})
+    mixer = blueprint.mixers[part]
+    return find_mixer(mixer.type).linears(blueprint.arch, mixer.options)
+
+
+def lora_parameters(blueprint: Blueprint) -> int:
+    """Parameters of all LoRAs."""
+    return sum(
+        rank * sum(depth_linears(blueprint, depth)[name])
+        for depth in blueprint.depths
+        for name, rank in depth.ranks.items()
+    )
+
+
+def linear_budget(source: Blueprint, share: float) -> int:
+    """Returns how many parameters linears with their LoRAs may have: a share of the source's linear weights."""
+    return int(share * sum(rows * columns for *_, (rows, columns) in stored_linears(source)))
+
+
+def factorise_evenly(blueprint: Blueprint, source: Blueprint, factor: Factor) -> tuple[Blueprint, str]:
+    """Gives every stored linear the same share of its parameters as two factors.
+
+    Args:
+        blueprint: The stack with its LoRAs, whose parameters the budget has to hold as well.
+        source: The source as a blueprint.
+        factor: The recipe's `factor`.
+
+    Returns:
+        The blueprint, and a line on the share.
+
+    Raises:
+        RecipeError: The LoRAs leave nothing, or less than rank 1.
+    """
+    stored = list(stored_linears(blueprint))
+    room = linear_budget(source, factor.parameters) - lora_parameters(blueprint)
+    whole = sum(rows * columns for *_, (rows, columns) in stored)
+    share = room / whole
+    if share >= 1:
+        return blueprint, f"factor.parameters: {factor.parameters:g} holds every stored linear whole"
+    ranks = {
+        (pool, part, name): int(share * rows * columns / (rows + columns))
+        for pool, part, name, (rows, columns) in stored
+    }
+    if min(ranks.values()) < 1:
+        raise RecipeError(
+            f"factor.parameters: a share that leaves every stored linear a rank of 1 is required (got "
+            f"{factor.parameters:g}, LoRAs included); raise it, or lower relax.rank"
+        )
+    factors: dict[tuple[Pool, int], dict[str, int]] = {}
+    for (pool, part, name), rank in ranks.items():
+        factors.setdefault((pool, part), {})[name] = rank
+    note = f"factor.parameters: {factor.parameters:g} keeps {share:.1%} of every stored linear as two factors"
+    return with_ranks(blueprint, {}, factors), note

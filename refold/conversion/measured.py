@@ -1,0 +1,145 @@
+"""What a plan leaves to measurement: moments its fits are weighed by, and ranks that follow from the weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from refold.blueprint.allocation import Choice, allocate, keep_energy
+from refold.blueprint.build import UNMEASURED, identity_blueprint
+from refold.blueprint.factors import linear_budget, lora_parameters, stored_linears
+from refold.blueprint.recipe import RankEnergy, RankShare, Recipe
+from refold.blueprint.schema import Blueprint
+from refold.conversion.plan import Plan, replan
+from refold.data.readers import DataSource
+from refold.errors import RecipeError
+from refold.measuring.calibration import pack_calibration
+from refold.measuring.curves import LinearSources, linear_sources, measure_linears
+from refold.measuring.layers import SourceLayers
+from refold.measuring.moments import MomentStore, measure_moments
+from refold.measuring.pieces import PieceReader
+from refold.measuring.source_model import SourceModel
+from refold.modeling.load import load_tokenizer
+
+Report = Callable[[int], None]
+
+
+def require_calibration(recipe: Recipe, has_text: bool) -> None:
+    """Checks that there is text where errors are weighed by what linears see on some.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    if recipe.needs_text and not has_text:
+        raise RecipeError(
+            f"weight: calibration text is required for `weight: {recipe.weight}` (got none); give --calibration FILE "
+            f"(in Python: calibration=[FILE]), or set relax.weight and factor.weight to none"
+        )
+
+
+def measuring_steps(plan: Plan) -> int:
+    """Returns how many steps of progress measuring takes."""
+    layers = plan.blueprint.arch.num_layers
+    steps = (layers if plan.starts.weight == "activations" else 2 * layers) if plan.recipe.needs_text else 0
+    return steps + (len(list(stored_linears(plan.blueprint))) if plan.recipe.measures_ranks else 0)
+
+
+def measure_plan(
+    plan: Plan,
+    model: SourceModel,
+    pieces: PieceReader,
+    text: DataSource | None,
+    folder: Path,
+    device: str = "cpu",
+    progress: Report = lambda done: None,
+) -> tuple[Plan, MomentStore | None]:
+    """Measures what the plan's recipe leaves to measurement.
+
+    Args:
+        plan: With ranks split evenly where they are to be measured.
+        model: Its source.
+        pieces: Reads the source.
+        text: Calibration text.
+        folder: An existing folder for moments; as large as the squares of all linears' sides together.
+        device: Where layers run and matrices are decomposed.
+        progress: Told how many of `measuring_steps` are done.
+
+    Returns:
+        The plan with its ranks, and the moments, None where errors are not weighed.
+
+    Raises:
+        DataError: The text is too short or cannot be read.
+        RecipeError: The budget holds not even the smallest ranks.
+    """
+    recipe, store, done = plan.recipe, None, 0
+    if recipe.needs_text:
+        assert text is not None
+        store = MomentStore(folder)
+        length = min(recipe.calibration.context, model.arch.max_position_embeddings)
+        packed = pack_calibration(
+            text,
+            load_tokenizer(model.source),
+            sequence_length=length,
+            num_fit=0,
+            num_held_out=max(1, recipe.calibration.tokens // length),
+            seed=recipe.seed,
+        )
+        measure_moments(
+            SourceLayers(model, pieces, device),
+            packed.held_out,
+            store,
+            folder,
+            with_gradients=recipe.weight == "fisher",
+            seed=recipe.seed,
+            progress=progress,
+        )
+        done = model.arch.num_layers * (2 if recipe.weight == "fisher" else 1)
+    if not recipe.measures_ranks:
+        return plan, store
+    groups = measured_groups(plan)
+    with torch.inference_mode():
+        linears = measure_linears(
+            groups,
+            recipe.weight,
+            plan.starts.lora == "joint",
+            pieces,
+            store,
+            device,
+            lambda count: progress(done + count),
+        )
+    return replan(plan, model, _choose(plan, linears), UNMEASURED), store
+
+
+def measured_groups(plan: Plan) -> list[LinearSources]:
+    """Returns the stored linears whose ranks are measured: those that do what they did in the source."""
+    found = [
+        linear_sources(plan.blueprint, plan.starts, pool, part, linear, shape)
+        for pool, part, linear, shape in stored_linears(plan.blueprint)
+    ]
+    return [group for group in found if group is not None and group.is_native]
+
+
+def _choose(plan: Plan, linears: list) -> Blueprint:
+    recipe, blueprint = plan.recipe, plan.blueprint
+    rank = None if recipe.relax is None else recipe.relax.rank
+    if isinstance(rank, RankEnergy):
+        return keep_energy(linears, blueprint, rank.energy)
+    source = identity_blueprint(blueprint.arch)
+    measures_loras = isinstance(rank, RankShare) and rank.split == "measured"
+    measured = {(each.pool, each.part, each.linear) for each in linears}
+    stored = {(pool, part, linear): rows * columns for pool, part, linear, (rows, columns) in stored_linears(blueprint)}
+    others = sum(size for key, size in stored.items() if key not in measured)
+    if recipe.factor is None:
+        assert isinstance(rank, RankShare)
+        assert rank.parameters is not None
+        tied = sum(stored[each.pool, each.part, each.linear] for each in linears)
+        budget = tied + int(rank.parameters * plan.cost.source.non_embedding_parameters)
+    else:
+        budget = linear_budget(source, recipe.factor.parameters) - others
+        budget -= 0 if measures_loras else lora_parameters(blueprint)
+    if budget <= 0:
+        raise RecipeError(
+            f"factor.parameters: a share above what is not factorised is required (got {recipe.factor.parameters:g}, "  # pyright: ignore[reportOptionalMemberAccess]
+            f"{-budget:,} parameters too few); raise it"
+        )
+    return allocate(linears, blueprint, Choice(factors=recipe.factor is not None, loras=measures_loras), budget)

@@ -1,0 +1,43 @@
+"""A stored linear kept as two factors instead of a matrix."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class FactoredLinear(nn.Module):
+    """y = B (A x) + bias, with A `[rank, in]` and B `[out, rank]`; rank 0 stores no factor and gives the bias alone.
+
+    The factors are plain `nn.Linear`s, so that what replaces those by name finds them too.
+
+    Args:
+        linear: The linear whose place it takes; its bias is taken over.
+        rank: Of the factors.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = linear.in_features, linear.out_features, rank
+        self.a = nn.Linear(linear.in_features, rank, bias=False) if rank else None
+        self.b = nn.Linear(rank, linear.out_features, bias=False) if rank else None
+        self.register_parameter("bias", linear.bias)
+        self.reset(0.02)
+
+    @torch.no_grad()
+    def reset(self, std: float) -> None:
+        """Fills the factors so that their product has standard deviation `std`; the bias with zeros."""
+        if self.a is not None and self.b is not None:
+            nn.init.normal_(self.a.weight, std=self.rank**-0.5)
+            nn.init.normal_(self.b.weight, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if self.a is None or self.b is None:
+            y = x.new_zeros(*x.shape[:-1], self.out_features)
+        else:
+            y = self.b(self.a(x))
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, in={self.in_features}, out={self.out_features}"
