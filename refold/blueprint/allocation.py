@@ -152,16 +152,25 @@ def keep_energy(linears: Sequence[MeasuredLinear], blueprint: Blueprint, energy:
 
 
 def with_ranks(
-    blueprint: Blueprint, ranks: Mapping[int, Mapping[str, int]], factors: Mapping[tuple[Pool, int], Mapping[str, int]]
+    blueprint: Blueprint,
+    ranks: Mapping[int, Mapping[str, int]],
+    factors: Mapping[tuple[Pool, int], Mapping[str, int | None]],
 ) -> Blueprint:
-    """Returns the blueprint with LoRA ranks by depth and factor ranks by part in place of its own of the same name."""
+    """Returns the blueprint with other ranks in place of its own of the same name.
+
+    Args:
+        blueprint: The stack.
+        ranks: By depth, of LoRAs; 0: none.
+        factors: By part, of linears kept as factors; None: the whole matrix is kept.
+    """
 
     def depth(index: int, old: Depth) -> Depth:
         merged = {**old.ranks, **ranks.get(index, {})}
         return old.model_copy(update={"ranks": {name: rank for name, rank in merged.items() if rank}})
 
     def part(pool: Pool, index: int, old: Part) -> Part:
-        return old.model_copy(update={"factors": {**old.factors, **factors.get((pool, index), {})}})
+        merged = {**old.factors, **factors.get((pool, index), {})}
+        return old.model_copy(update={"factors": {name: rank for name, rank in merged.items() if rank is not None}})
 
     return Blueprint.model_validate(
         blueprint.model_copy(
@@ -240,10 +249,12 @@ def _ranks(linears: Sequence[MeasuredLinear], taken: Sequence[Taken]) -> dict[in
     return found
 
 
-def _factors(linears: Sequence[MeasuredLinear], taken: Sequence[Taken]) -> dict[tuple[Pool, int], dict[str, int]]:
-    found: dict[tuple[Pool, int], dict[str, int]] = {}
+def _factors(
+    linears: Sequence[MeasuredLinear], taken: Sequence[Taken]
+) -> dict[tuple[Pool, int], dict[str, int | None]]:
+    found: dict[tuple[Pool, int], dict[str, int | None]] = {}
     for linear, (way, ranks) in zip(linears, taken, strict=True):
         own = [rank for piece, rank in zip(way.pieces, ranks, strict=True) if not piece.depths]
-        if own or not way.stores:
-            found.setdefault((linear.pool, linear.part), {})[linear.linear] = own[0] if own else 0
+        whole = None if way.stores else 0
+        found.setdefault((linear.pool, linear.part), {})[linear.linear] = own[0] if own else whole
     return found

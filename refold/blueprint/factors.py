@@ -75,7 +75,7 @@ def factorise_evenly(blueprint: Blueprint, source: Blueprint, factor: Factor) ->
             f"factor.parameters: a share that leaves every stored linear a rank of 1 is required (got "
             f"{factor.parameters:g}, LoRAs included); raise it, or lower relax.rank"
         )
-    factors: dict[tuple[Pool, int], dict[str, int]] = {}
+    factors: dict[tuple[Pool, int], dict[str, int | None]] = {}
     for (pool, part, name), rank in ranks.items():
         factors.setdefault((pool, part), {})[name] = rank
     note = f"factor.parameters: {factor.parameters:g} keeps {share:.1%} of every stored linear as two factors"
