@@ -9,6 +9,7 @@ from refold.blueprint.cost import count_parameters
 from refold.blueprint.drops import dropped_blocks, dropped_parts
 from refold.blueprint.fold import FoldedStack, fold_layers, tied_sources
 from refold.blueprint.ranks import Linears, choose_ranks
+from refold.blueprint.reach import describe_reach
 from refold.blueprint.recipe import Exits, Fold, Recipe
 from refold.blueprint.schema import POOLS, Blueprint, Depth, Exit, MixerPart, MlpPart, Pool
 from refold.blueprint.specs.exits import describe_exits
@@ -103,7 +104,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
     )
     if recipe.exits is not None:
         blueprint = _with_exits(blueprint, recipe.exits, recipe.fold, stack)
-    exit_notes = describe_exits(blueprint)
+    notes = (*stack.notes, *describe_reach(blueprint), *rank_notes, *describe_exits(blueprint))
     relaxed = any(depth.ranks for depth in blueprint.depths)
     starts = Starts(
         weights=recipe.weights,
@@ -112,7 +113,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
         transfers=tuple(mixer.transfers for mixer in stored) if recipe.mixers else (),
         seed=recipe.seed,
     )
-    return Built(blueprint, starts, (*stack.notes, *rank_notes, *exit_notes, *advise(recipe, relaxed)))
+    return Built(blueprint, starts, (*notes, *advise(recipe, relaxed)))
 
 
 def _require_sensible_starts(recipe: Recipe) -> None:

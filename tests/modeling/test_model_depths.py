@@ -11,6 +11,19 @@ from refold.modeling.configuration import RefoldConfig
 from refold.modeling.model import RefoldForCausalLM
 
 TOLERANCE = 2e-5
+FULL_RANK = (
+    "llama-mha-bias",
+    "mistral-window",
+    "gpt_neox",
+    "gpt_neox-sequential",
+    "qwen2-window",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "phi3-window",
+)
 FULL = {"rank": "full", "vectors": "own"}
 LOOPED = {"fold": {"loops": 2}, "relax": {"rank": 4}, "exits": {"at": "loops"}}
 STACKS = {
@@ -30,7 +43,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("init", ["svd", "joint"])
-@pytest.mark.parametrize("variant", ["llama-mha-bias", "mistral-window", "gpt_neox", "gpt_neox-sequential"])
+@pytest.mark.parametrize("variant", FULL_RANK)
 @pytest.mark.parametrize("loops", [2, 4])
 @torch.no_grad()
 def test_full_rank_with_own_vectors_is_the_source(load, load_source, tokens, variant, init, loops):
@@ -78,7 +91,7 @@ def test_a_zero_start_begins_as_the_strict_model(load, tokens):
 
 
 @pytest.mark.parametrize("stack", STACKS)
-@pytest.mark.parametrize("variant", ["llama", "mistral-window"])
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "gemma2", "gemma3_text"])
 @torch.no_grad()
 def test_prefill_and_decoding_give_the_full_forward(load, tokens, stack, variant):
     model = load(variant, STACKS[stack])
