@@ -15,7 +15,7 @@ from refold.blueprint.schema import POOLS, Blueprint, Depth, Exit, MixerPart, Ml
 from refold.blueprint.specs.exits import describe_exits
 from refold.blueprint.specs.registry import MLP, find_mixer
 from refold.blueprint.starts import Starts
-from refold.blueprint.swaps import ChosenMixer, choose_mixers
+from refold.blueprint.swaps import ChosenMixer, choose_mixers, describe_lost_norms
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
 
@@ -104,7 +104,8 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
     )
     if recipe.exits is not None:
         blueprint = _with_exits(blueprint, recipe.exits, recipe.fold, stack)
-    notes = (*stack.notes, *describe_reach(blueprint), *rank_notes, *describe_exits(blueprint))
+    reach_notes = (*describe_reach(blueprint), *describe_lost_norms(arch, chosen))
+    notes = (*stack.notes, *reach_notes, *rank_notes, *describe_exits(blueprint))
     relaxed = any(depth.ranks for depth in blueprint.depths)
     starts = Starts(
         weights=recipe.weights,
