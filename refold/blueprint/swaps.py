@@ -87,7 +87,7 @@ def _choose(swap: MixerSwap, arch: ArchSpec, depth: int, where: str, is_fresh: b
 
 
 def describe_lost_norms(arch: ArchSpec, chosen: Sequence[ChosenMixer]) -> tuple[str, ...]:
-    """Returns a line for each kind of mixer that takes over queries or keys, but not the norm the source has on them."""
+    """Returns a line for each kind of mixer that takes over queries or keys, but not the source's norm on them."""
     lost: dict[str, str] = {}
     for mixer in chosen:
         spec = MIXERS[mixer.type]

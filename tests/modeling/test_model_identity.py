@@ -68,7 +68,7 @@ def test_logits_are_the_sources(load, load_source, tokens, variant, attn):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_generation_is_the_sources(load, load_source, tokens, variant):
-    arguments = {"inputs": tokens[:1], "max_new_tokens": 64, "do_sample": False}
+    arguments = {"inputs": tokens[:1], "max_new_tokens": 32, "do_sample": False}
     assert torch.equal(load(variant).generate(**arguments), load_source(variant).generate(**arguments))
 
 
@@ -85,6 +85,16 @@ def test_generation_of_a_left_padded_batch_is_the_sources(load, load_source, tok
     assert torch.equal(ours, load_source(variant).generate(padded, **arguments))
     alone = load(variant).generate(padded[1:, 9:], **{**arguments, "attention_mask": None})
     assert torch.equal(ours[1, 9:], alone[0])
+
+
+@torch.no_grad()
+def test_dynamic_ropes_depend_on_the_length_alone(load, load_source, tokens):
+    model, part = load("llama-dynamic"), tokens[:, :20]
+    expected = load_source("llama-dynamic")(part).logits
+    longer = model(tokens).logits
+    assert difference(model(part).logits, expected) < TOLERANCE
+    # Sixteen tokens are what it was made for; four more stretch all frequencies.
+    assert difference(longer[:, :20], expected) > 100 * TOLERANCE
 
 
 def test_sampling_with_a_seed_is_the_sources(load, load_source, tokens):
