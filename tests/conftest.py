@@ -73,6 +73,25 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 16}
+DYNAMIC = {
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 4.0},
+    "max_position_embeddings": 16,
+}
+HALF_SLIDING = {
+    "num_key_value_heads": 2,
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "max_window_layers": 2,
+}
+GEMMA = {"num_key_value_heads": 1, "head_dim": 16}
+GEMMA_WINDOW = {**GEMMA, "sliding_window": 8}
+LOCAL_FIRST = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+GEMMA3_V4 = {
+    "rope_theta": 50.0,
+    "rope_local_base_freq": 5.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 3.0},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {**LLAMA},
     "llama-mha-bias": {"num_key_value_heads": 4, "attention_bias": True, "hidden_act": "gelu_pytorch_tanh"},
@@ -91,6 +110,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "gpt_neox-v4": {"raw": {"rotary_pct": 0.5, "rotary_emb_base": 500}, "hidden_act": "gelu_new"},
     "gpt_neox-tied": {"use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_fast"},
+    "gpt_neox-yarn": {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
+    "llama-yarn": {**LLAMA, "rope_parameters": YARN},
+    "llama-dynamic": {**LLAMA, **DYNAMIC},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen2-window": {**HALF_SLIDING, "tie_word_embeddings": True, "raw": {"rope_theta": 50.0}},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16, "attention_bias": True},
+    "qwen3-window": {**HALF_SLIDING, "head_dim": 8, "rope_parameters": YARN},
+    "gemma": {**GEMMA},
+    "gemma-bias": {"num_key_value_heads": 4, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": False},
+    "gemma2": {
+        **GEMMA_WINDOW,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 9.0,
+        "query_pre_attn_scalar": 3,
+    },
+    "gemma2-v4": {**GEMMA_WINDOW, "attn_logit_softcapping": None, "raw": {"rope_theta": 50.0}, "attention_bias": True},
+    "gemma3_text": {**GEMMA_WINDOW, "query_pre_attn_scalar": 3, "sliding_window_pattern": 3},
+    "gemma3_text-v4": {**GEMMA_WINDOW, "final_logit_softcapping": 9.0, "layer_types": LOCAL_FIRST, "raw": GEMMA3_V4},
+    "olmo2": {},
+    "olmo2-bias": {"num_key_value_heads": 2, "attention_bias": True, "tie_word_embeddings": True},
+    "phi3": {"num_key_value_heads": 2},
+    "phi3-window": {"sliding_window": 8, "raw": {"rope_theta": 50.0, "partial_rotary_factor": 0.5}},
 }
 """Config fields of each kind of source, by a name that begins with its `model_type`; `raw` ones stand in the
 `config.json` as transformers 4 wrote them, instead of `rope_parameters`."""
@@ -215,9 +256,10 @@ def _write_source(folder: Path, model_type: str, dtype: str, fields: dict[str, A
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **fields}))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             noise = 0.3 * torch.randn(weight.shape, generator=generator)
-            weight.copy_(noise + (1.0 if weight.ndim == 1 and name.endswith("weight") else 0.0))
+            # Norms vary around what leaves a direction as it is, biases around zero.
+            weight.copy_(noise + (weight if weight.ndim == 1 else 0.0))
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     if raw is not None:

@@ -9,13 +9,14 @@ from refold.blueprint.cost import count_parameters
 from refold.blueprint.drops import dropped_blocks, dropped_parts
 from refold.blueprint.factors import factorise_evenly
 from refold.blueprint.fold import FoldedStack, fold_layers, tied_sources
-from refold.blueprint.ranks import Linears, choose_ranks
-from refold.blueprint.recipe import Exits, Fold, RankEnergy, RankShare, Recipe
+from refold.blueprint.ranks import Linears, choose_ranks, require_sensible_ranks
+from refold.blueprint.reach import describe_reach
+from refold.blueprint.recipe import Exits, Fold, Recipe
 from refold.blueprint.schema import POOLS, Blueprint, Depth, Exit, MixerPart, MlpPart, Pool
 from refold.blueprint.specs.exits import describe_exits
 from refold.blueprint.specs.registry import MLP, find_mixer
 from refold.blueprint.starts import Starts
-from refold.blueprint.swaps import ChosenMixer, choose_mixers
+from refold.blueprint.swaps import ChosenMixer, choose_mixers, describe_lost_norms
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
 
@@ -80,7 +81,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
     """
     recipe = recipe.resolved()
     _require_sensible_starts(recipe)
-    _require_sensible_ranks(recipe)
+    require_sensible_ranks(recipe)
     identity = identity_blueprint(arch)
     counted = count_parameters(identity)
     layers = _remaining_layers(arch, recipe, counted.layer, counted.final_norm)
@@ -107,7 +108,8 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
     )
     if recipe.exits is not None:
         blueprint = _with_exits(blueprint, recipe.exits, recipe.fold, stack)
-    exit_notes = describe_exits(blueprint)
+    reach_notes = (*describe_reach(blueprint), *describe_lost_norms(arch, chosen))
+    notes = (*stack.notes, *reach_notes, *rank_notes, *describe_exits(blueprint))
     relaxed = any(depth.ranks for depth in blueprint.depths)
     factor_notes: tuple[str, ...] = ()
     if recipe.factor is not None:
@@ -123,34 +125,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
         transfers=tuple(mixer.transfers for mixer in stored) if recipe.mixers else (),
         seed=recipe.seed,
     )
-    return Built(blueprint, starts, (*stack.notes, *rank_notes, *factor_notes, *exit_notes, *advise(recipe, relaxed)))
-
-
-def _require_sensible_ranks(recipe: Recipe) -> None:
-    relax, factor = recipe.relax, recipe.factor
-    weights = {each.weight for each in (factor, relax) if each is not None and each.weight is not None}
-    if len(weights) > 1:
-        raise RecipeError(
-            f"factor.weight: must be relax.weight (got {' and '.join(sorted(weights))}); leave one of them out"
-        )
-    rank = None if relax is None else relax.rank
-    if isinstance(rank, RankEnergy) and factor is not None:
-        raise RecipeError("relax.rank.energy: cannot stand beside factor, whose budget holds LoRAs too; split measured")
-    if relax is None or not isinstance(rank, RankShare):
-        return
-    shares = factor is not None and factor.split == "measured" and rank.split == "measured"
-    if rank.parameters is None and not shares:
-        raise RecipeError(
-            "relax.rank.parameters: a share is required (left out); name one, or split both relax.rank and factor as "
-            "measured"
-        )
-    if rank.parameters is not None and factor is not None and rank.split == "measured":
-        raise RecipeError(
-            f"relax.rank.parameters: must be left out beside factor (got {rank.parameters:g}), whose budget holds "
-            f"LoRAs too; and factor.split must be measured"
-        )
-    if shares and relax.init == "zero":
-        raise RecipeError("relax.init: joint or svd is required where relax.rank is measured beside factor (got zero)")
+    return Built(blueprint, starts, (*notes, *factor_notes, *advise(recipe, relaxed)))
 
 
 def _require_sensible_starts(recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from refold.blueprint.recipe import LoraRelax, RankEnergy, RankShare
+from refold.blueprint.recipe import LoraRelax, RankEnergy, RankShare, Recipe
 from refold.blueprint.schema import Pool
 from refold.errors import RecipeError
 from refold.suggest import did_you_mean
@@ -10,6 +10,38 @@ from refold.suggest import did_you_mean
 Linears = Mapping[str, tuple[int, int]]
 """Linear name to `(out, in)`."""
 GROUPS = ("mixer", "mlp", "all")
+
+
+def require_sensible_ranks(recipe: Recipe) -> None:
+    """Checks that `relax.rank` and `factor` go together.
+
+    Raises:
+        RecipeError: They do not.
+    """
+    relax, factor = recipe.relax, recipe.factor
+    weights = {each.weight for each in (factor, relax) if each is not None and each.weight is not None}
+    if len(weights) > 1:
+        raise RecipeError(
+            f"factor.weight: must be relax.weight (got {' and '.join(sorted(weights))}); leave one of them out"
+        )
+    rank = None if relax is None else relax.rank
+    if isinstance(rank, RankEnergy) and factor is not None:
+        raise RecipeError("relax.rank.energy: cannot stand beside factor, whose budget holds LoRAs too; split measured")
+    if relax is None or not isinstance(rank, RankShare):
+        return
+    shares = factor is not None and factor.split == "measured" and rank.split == "measured"
+    if rank.parameters is None and not shares:
+        raise RecipeError(
+            "relax.rank.parameters: a share is required (left out); name one, or split both relax.rank and factor as "
+            "measured"
+        )
+    if rank.parameters is not None and factor is not None and rank.split == "measured":
+        raise RecipeError(
+            f"relax.rank.parameters: must be left out beside factor (got {rank.parameters:g}), whose budget holds "
+            f"LoRAs too; and factor.split must be measured"
+        )
+    if shares and relax.init == "zero":
+        raise RecipeError("relax.init: joint or svd is required where relax.rank is measured beside factor (got zero)")
 
 
 def uniform_ranks(rank: int, linears: Linears) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Which mixer each depth runs, from the recipe's `mixers`: every check across recipe and source."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,21 @@ def _choose(swap: MixerSwap, arch: ArchSpec, depth: int, where: str, is_fresh: b
                 f"out to start it fresh: transfer: [{', '.join(fitting)}]"
             )
     return ChosenMixer(swap.type, options, transfers, None, layer.rope if spec.rotary(options) else None)
+
+
+def describe_lost_norms(arch: ArchSpec, chosen: Sequence[ChosenMixer]) -> tuple[str, ...]:
+    """Returns a line for each kind of mixer that takes over queries or keys, but not the source's norm on them."""
+    lost: dict[str, str] = {}
+    for mixer in chosen:
+        spec = MIXERS[mixer.type]
+        carried = spec.carried(arch, mixer.options) if spec.carried is not None else {}
+        taken = [name for name in ("q_proj", "k_proj") if name in (mixer.transfers or ())]
+        if arch.qk_norm != "none" and taken and spec.carried is not None and "q_norm.weight" not in carried:
+            lost[mixer.type] = " and ".join(taken)
+    return tuple(
+        f"mixers: {name} takes over {taken} without the norm the source has on queries and keys: their scale is another"
+        for name, taken in lost.items()
+    )
 
 
 def _fits(name: str, carried: Mapping[str, Any], known: set[str]) -> bool:

@@ -163,6 +163,8 @@ def _specs(plan: Plan, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], t
 
 def _write_config(plan: Plan, source: Source, folder: Path) -> None:
     raw = source.read_config()
+    # A model of several parts may name its tokens in the part for text.
+    raw = {**(raw.get("text_config") or {}), **raw}
     config = RefoldConfig(
         blueprint=plan.blueprint.model_dump(mode="json"),
         architectures=["RefoldForCausalLM"],

@@ -225,12 +225,12 @@ class TextGenerator:
         )
         options: dict[str, Any] = {"generation_config": config}
         if exit_depth is not None:
-            num_depths = self.model.config.num_hidden_layers
             if self.model.config.model_type != MODEL_TYPE:
                 raise RefoldError(
                     f"exit_depth: a folded model is required (got a {self.model.config.model_type} model, which always "
                     f"runs all its layers)"
                 )
+            num_depths = self.model.config.num_hidden_layers
             if not 1 <= exit_depth <= num_depths:
                 raise RefoldError(f"exit_depth: must lie in 1..{num_depths} (got {exit_depth})")
             options["exit_depth"] = exit_depth

@@ -21,6 +21,9 @@ class Norm(Frozen):
     offset: float = 0.0
     """Added to the stored weight before it scales (Gemma stores `weight - 1`)."""
     bias: bool = False
+    float32_scale: bool = False
+    """Of `rms`: whether the weight scales before the result is rounded to the model's dtype (Gemma, OLMo 2), or after
+    (Llama)."""
 
 
 class Rope(Frozen):
@@ -32,9 +35,11 @@ class Rope(Frozen):
     """How many of a head's dimensions are rotated (all of them unless the source rotates partially)."""
     scaling: dict[str, Any] = Field(default_factory=dict)
     """The further numbers of a kind, such as `factor` or `low_freq_factor`."""
+    float32_turn: bool = False
+    """Whether queries and keys are turned in float32 and then rounded (OLMo 2), or in the model's dtype."""
 
     def __hash__(self) -> int:
-        return hash((self.kind, self.theta, self.rotary_dim, repr(sorted(self.scaling.items()))))
+        return hash((self.kind, self.theta, self.rotary_dim, repr(sorted(self.scaling.items())), self.float32_turn))
 
 
 class Layer(Frozen):
@@ -66,8 +71,11 @@ class ArchSpec(Frozen):
     gated_mlp: bool = True
     residual: Literal["sequential", "parallel"] = "sequential"
     """`parallel`: mixer and MLP both read the depth's input (GPT-NeoX); `sequential`: the MLP reads after the mixer."""
+    input_norms: bool = True
+    """Whether mixer and MLP norm what they read (all but OLMo 2)."""
     output_norms: bool = False
-    """Sandwich norms: a second norm on the output of mixer and MLP, before the residual sum (Gemma 2)."""
+    """Whether the outputs of mixer and MLP are normed before the residual sum: with input norms Gemma 2's sandwich,
+    without them OLMo 2."""
     qk_norm: Literal["none", "head", "full"] = "none"
     """Norm of queries and keys: over each head (Qwen3) or over all heads at once (OLMo 2)."""
     qkv_bias: bool = False

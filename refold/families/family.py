@@ -43,5 +43,8 @@ class Family:
     """ArchSpec to the fields of a transformers 5 `config.json`: the inverse of `read_config`."""
     rules: tuple[TensorRule, ...]
     """All tensors the family can have; those an ArchSpec has no use for (biases, an untied head) need not be there."""
+    spellings: tuple[tuple[TensorRule, ...], ...] = ()
+    """The same rules with other names, where checkpoints of more than one layout are about. `rules` has the names that
+    transformers' modules have."""
     ignored: Mapping[str, str] = field(default_factory=dict)
     """Glob patterns of source tensors that are left out, each with the reason."""

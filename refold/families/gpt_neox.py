@@ -13,6 +13,7 @@ from refold.families.reading import (
     read_or,
     read_rope,
     require,
+    rotary_share,
     same_layers,
     write_decoder,
     write_rope,
@@ -47,7 +48,7 @@ def write_config(arch: ArchSpec) -> dict[str, Any]:
     layer = only_layer(arch.layers, "gpt_neox")
     assert layer.rope is not None
     # NeoX rotates a quarter of a head unless told otherwise, so the share is always written.
-    rope = {**write_rope(layer.rope, arch.head_dim), "partial_rotary_factor": layer.rope.rotary_dim / arch.head_dim}
+    rope = {**write_rope(layer.rope, arch.head_dim), "partial_rotary_factor": rotary_share(layer.rope, arch.head_dim)}
     return {
         **write_decoder(arch, is_grouped=False),
         "layer_norm_eps": arch.norm.eps,

@@ -59,12 +59,18 @@ ATTENTION_LINEARS = {name: name for name in ("q_proj", "k_proj", "v_proj", "o_pr
 MLP_LINEARS = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
 LAYER = "model.layers.{layer}"
 
-RULES = (
+OUTSIDE = (
     TensorRule("model.embed_tokens.weight", ("embed_tokens.weight",)),
     TensorRule("model.norm.weight", ("norm.weight",)),
     TensorRule("lm_head.weight", ("lm_head.weight",)),
+)
+INPUT_NORMS = (
     TensorRule(f"{LAYER}.input_layernorm.weight", ("mixer.input_norm.weight",)),
     TensorRule(f"{LAYER}.post_attention_layernorm.weight", ("mlp.input_norm.weight",)),
+)
+RULES = (
+    *OUTSIDE,
+    *INPUT_NORMS,
     *linear_rules(LAYER, "self_attn", "mixer", ATTENTION_LINEARS),
     *linear_rules(LAYER, "mlp", "mlp", MLP_LINEARS),
 )

@@ -1,18 +1,25 @@
 """Fields of a raw `config.json`, read as transformers 4 and 5 write them, and written as 5 does."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from refold.errors import SourceError
 from refold.families.arch import ArchSpec, Layer, Rope
 from refold.suggest import must_be_one_of
 
-# The numbers each kind needs; what else a config carries beside them has no effect.
+# The numbers each kind needs; of what else a config carries beside them only ROPE_OPTIONS have an effect.
 ROPE_KINDS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+ROPE_OPTIONS = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+}
+LAYER_TYPES = ("full_attention", "sliding_attention")
 DEFAULT_THETA = 10000.0
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2", "quick_gelu")
 
@@ -97,7 +104,7 @@ def read_decoder(
     }
 
 
-def write_decoder(arch: ArchSpec, *, is_grouped: bool = True) -> dict[str, Any]:
+def write_decoder(arch: ArchSpec, *, is_grouped: bool = True, activation_key: str = "hidden_act") -> dict[str, Any]:
     """The inverse of `read_decoder`, and the fields that need no defaults of a family."""
     grouped = {"num_key_value_heads": arch.num_key_value_heads, "head_dim": arch.head_dim}
     return {
@@ -110,7 +117,7 @@ def write_decoder(arch: ArchSpec, *, is_grouped: bool = True) -> dict[str, Any]:
         "max_position_embeddings": arch.max_position_embeddings,
         "tie_word_embeddings": arch.tied_head,
         "initializer_range": arch.initializer_range,
-        "hidden_act": arch.activation,
+        activation_key: arch.activation,
     }
 
 
@@ -120,16 +127,20 @@ def read_rope(
     max_position_embeddings: int,
     theta_key: str = "rope_theta",
     partial: float | None = None,
+    default_theta: float = DEFAULT_THETA,
+    kinds: Sequence[str] = tuple(ROPE_KINDS),
 ) -> Rope:
     """Reads one rope description from `rope_parameters` (v5) or from `rope_theta` and `rope_scaling` (v4).
 
     Args:
         config: Raw `config.json`.
         head_dim: Size of a head.
-        max_position_embeddings: Stands for the original one where `llama3` names none.
+        max_position_embeddings: Stands for the original one where `llama3` or `yarn` name none.
         theta_key: Name of the base in v4 configs.
         partial: Share of a head that is rotated where the config names none; None: this family rotates whole heads,
             whatever the config says, as transformers does.
+        default_theta: The base where the config names none.
+        kinds: Those the family has.
 
     Raises:
         SourceError: A kind that refold does not run, or one of its numbers is missing.
@@ -137,11 +148,11 @@ def read_rope(
     # In this order, as transformers reads them where both are there.
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    if kind not in ROPE_KINDS:
-        raise SourceError(f"config.json: rope kind {must_be_one_of(kind, ROPE_KINDS)}")
+    if kind not in kinds:
+        raise SourceError(f"config.json: rope kind {must_be_one_of(kind, kinds)}")
     theta = given.pop("rope_theta", None)
     theta = config.get(theta_key) if theta is None else theta
-    if kind == "llama3" and given.get("original_max_position_embeddings") is None:
+    if kind in ("llama3", "yarn") and given.get("original_max_position_embeddings") is None:
         given["original_max_position_embeddings"] = max_position_embeddings
     missing = [name for name in ROPE_KINDS[kind] if given.get(name) is None]
     if missing:
@@ -149,9 +160,10 @@ def read_rope(
     share = 1.0 if partial is None else read_or(given, "partial_rotary_factor", partial)
     return Rope(
         kind=kind,
-        theta=float(DEFAULT_THETA if theta is None else theta),
+        theta=float(default_theta if theta is None else theta),
         rotary_dim=int(head_dim * share),
-        scaling={name: given[name] for name in ROPE_KINDS[kind]},
+        scaling={name: given[name] for name in ROPE_KINDS[kind]}
+        | {name: given[name] for name in ROPE_OPTIONS.get(kind, ()) if given.get(name) is not None},
     )
 
 
@@ -159,8 +171,60 @@ def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
     """The inverse of `read_rope`: transformers 5 `rope_parameters`."""
     parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta, **rope.scaling}
     if rope.rotary_dim != head_dim:
-        parameters["partial_rotary_factor"] = rope.rotary_dim / head_dim
+        parameters["partial_rotary_factor"] = rotary_share(rope, head_dim)
     return parameters
+
+
+def rotary_share(rope: Rope, head_dim: int) -> float:
+    """The share of a head that is rotated, such that its product with `head_dim`, cut to a whole number, is exact."""
+    share = rope.rotary_dim / head_dim
+    return share if int(head_dim * share) == rope.rotary_dim else math.nextafter(share, 1.0)
+
+
+def read_windows(
+    config: Mapping[str, Any], window: int | None, is_sliding: Callable[[int], bool]
+) -> tuple[int | None, ...]:
+    """Returns the window of each layer, of a family whose layers differ in it.
+
+    Args:
+        config: Raw `config.json`; its `layer_types` decide where they are there.
+        window: That of sliding layers.
+        is_sliding: Whether a layer slides where the config has no `layer_types`.
+
+    Raises:
+        SourceError: `layer_types` has another length, a kind refold does not run, or sliding layers without a window.
+    """
+    num_layers = require(config, "num_hidden_layers")
+    kinds = config.get("layer_types")
+    if kinds is None:
+        kinds = [LAYER_TYPES[is_sliding(layer)] for layer in range(num_layers)]
+    if len(kinds) != num_layers:
+        raise SourceError(f"config.json: layer_types: one of each layer is required (got {len(kinds)} of {num_layers})")
+    for kind in kinds:
+        if kind not in LAYER_TYPES:
+            raise SourceError(f"config.json: layer_types: {must_be_one_of(kind, LAYER_TYPES)}")
+    if window is None and "sliding_attention" in kinds:
+        raise SourceError("config.json: `sliding_window` is required by the sliding_attention layers (got None)")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def write_windows(layers: tuple[Layer, ...], family: str) -> dict[str, Any]:
+    """The inverse of `read_windows`; raises where more than one window occurs."""
+    windows = sorted({layer.window for layer in layers if layer.window is not None})
+    if len(windows) > 1:
+        raise SourceError(f"{family}: at most one size of window is required to be written as {family} (got {windows})")
+    return {
+        "sliding_window": windows[0] if windows else None,
+        "layer_types": [LAYER_TYPES[layer.window is not None] for layer in layers],
+    }
+
+
+def only_rope(layers: tuple[Layer, ...], family: str) -> Rope:
+    """The one rope of an architecture whose layers may differ in windows alone; raises where ropes differ."""
+    rope, *others = {layer.rope for layer in layers}
+    if others or rope is None:
+        raise SourceError(f"{family}: all layers must have one rope to be written as {family}")
+    return rope
 
 
 def same_layers(num_layers: int, window: int | None, rope: Rope | None) -> tuple[Layer, ...]:

@@ -6,12 +6,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from refold.errors import SourceError
-from refold.families import gpt_neox, llama, mistral
+from refold.families import gemma, gemma2, gemma3, gemma3_text, gpt_neox, llama, mistral, olmo2, phi3, qwen2, qwen3
 from refold.families.arch import ArchSpec
 from refold.families.family import Family
 from refold.suggest import must_be_one_of
 
-FAMILIES: Mapping[str, Family] = {family.FAMILY.model_type: family.FAMILY for family in (llama, mistral, gpt_neox)}
+_MODULES = (llama, mistral, gpt_neox, qwen2, qwen3, gemma, gemma2, gemma3_text, gemma3, olmo2, phi3)
+FAMILIES: Mapping[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
 
 def find_family(model_type: str | None) -> Family:

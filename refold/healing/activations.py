@@ -103,38 +103,43 @@ def require_eager(model: PreTrainedModel) -> None:
 def stack_layers(model: PreTrainedModel) -> list[nn.Module]:
     """Returns the modules that are a model's layers, top to bottom; of a folded model its depths."""
     stack: Any = model.base_model
-    layers = stack.depths if isinstance(model, RefoldForCausalLM) else getattr(stack, "layers", None)
-    if layers is None or len(layers) != model.config.num_hidden_layers:
+    # Where a model has more parts than the one for text, that is its decoder.
+    layers = stack.depths if isinstance(model, RefoldForCausalLM) else getattr(stack.get_decoder(), "layers", None)
+    if layers is None or len(layers) != _num_layers(model):
         raise HealError(f"objective: layers that can be observed are required ({type(model).__name__} has other ones)")
     return list(layers)
+
+
+def _num_layers(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().num_hidden_layers
 
 
 def mixing_layers(model: PreTrainedModel) -> list[int]:
     """Returns the layers that have a mixer, in the order they run."""
     if isinstance(model, RefoldForCausalLM):
         return [index for index, depth in enumerate(folded_depths(model)) if depth.spec.mixer is not None]
-    return list(range(model.config.num_hidden_layers))
+    return list(range(_num_layers(model)))
 
 
 def attention_layers(model: PreTrainedModel) -> list[int]:
     """Returns the layers whose mixer is softmax attention, in the order they run."""
     if isinstance(model, RefoldForCausalLM):
         return [index for index, depth in enumerate(folded_depths(model)) if isinstance(depth.view, AttentionView)]
-    return list(range(model.config.num_hidden_layers))
+    return list(range(_num_layers(model)))
 
 
 def source_layers(model: PreTrainedModel) -> list[int]:
     """Returns, for each layer of a model, the source layer it stands for; of a source each stands for itself."""
     if isinstance(model, RefoldForCausalLM):
         return [depth.spec.source for depth in folded_depths(model)]
-    return list(range(model.config.num_hidden_layers))
+    return list(range(_num_layers(model)))
 
 
 def num_source_layers(model: PreTrainedModel) -> int:
     """Returns how many layers the source has that a model's layers stand for."""
     if isinstance(model, RefoldForCausalLM):
         return model.config.read_blueprint().arch.num_layers
-    return model.config.num_hidden_layers
+    return _num_layers(model)
 
 
 def folded_depths(model: RefoldForCausalLM) -> list[Depth]:
@@ -153,7 +158,7 @@ def mixer_modules(model: PreTrainedModel) -> list[nn.Module]:
     path = norm or names["mixer.o_proj.weight"].removesuffix(".weight")
     path = path.rpartition(".")[0]
     modules = dict(model.named_modules())
-    return [modules[path.format(layer=layer)] for layer in range(model.config.num_hidden_layers)]
+    return [modules[path.format(layer=layer)] for layer in range(_num_layers(model))]
 
 
 def _watch_streams(layers: list[nn.Module], kept: list[Tensor]) -> Iterator[Any]:

@@ -140,11 +140,21 @@ def read_source_model(source: str | Path | Source) -> SourceModel:
         )
     arch, family = read_arch(config), find_family(config.get("model_type"))
     headers = located.headers(config_only=True)
+    family = family if headers is None else _as_spelled(family, headers)
     expected = source_tensors(arch, family)
     if headers is not None and arch.tied_head:
         expected = _with_stored_embedding(expected, family, headers)
     dtype = _config_dtype(config) if headers is None else _stored_dtype(located.where, headers, expected)
     return SourceModel(located, arch, family, dtype, headers, expected)
+
+
+def _as_spelled(family: Family, headers: CheckpointHeaders) -> Family:
+    """The family with those of its rules whose names the checkpoint has."""
+    for rules in family.spellings:
+        spelled = replace(family, rules=rules)
+        if any(locate_piece(spelled, piece).name in headers.tensors for piece in (EMBEDDING, HEAD)):
+            return spelled
+    return family
 
 
 def _with_stored_embedding(

@@ -16,7 +16,7 @@ class Mlp(StoredPart):
     def __init__(self, arch: ArchSpec, stores_vectors: bool):
         super().__init__(spec.linears(arch, {}), spec.vectors(arch, {}), arch.norm, stores_vectors)
         self.activation = ACT2FN[arch.activation]
-        self.gated, self.normalises_output = arch.gated_mlp, arch.output_norms
+        self.gated = arch.gated_mlp
 
     def forward(self, hidden_states: Float[Tensor, "B T D"], lora: Lora, vectors: OwnVectors) -> Float[Tensor, "B T D"]:
         """Returns what the MLP adds to the residual stream."""
@@ -27,7 +27,7 @@ class Mlp(StoredPart):
         up = self.project("up_proj", x, lora, vectors)
         inner = self.activation(self.project("gate_proj", x, lora, vectors)) * up if self.gated else self.activation(up)
         y = self.project("down_proj", inner, lora, vectors)
-        return self.normalise("output_norm", y, vectors) if self.normalises_output else y
+        return self.normalise("output_norm", y, vectors)
 
     def compile_regions(self) -> None:
         self.transform = torch.compile(self.transform)

@@ -11,10 +11,11 @@ class StackNorm(nn.Module):
     """A norm over the last dimension.
 
     `rms`: x / sqrt(mean(x^2) + eps) * (offset + weight) (arXiv 1910.07467); `layer`: LayerNorm (arXiv 1607.06450). The
-    statistics are taken in float32 and the result is rounded where transformers rounds it, so that bfloat16 agrees too.
+    statistics are taken in float32 and the result is rounded where transformers rounds it (`float32_scale`), so that
+    bfloat16 agrees too.
 
     Args:
-        spec: Kind, epsilon, offset and whether there is a bias.
+        spec: Kind, epsilon, offset, rounding and whether there is a bias.
         size: Length of the last dimension.
         stored: Whether weight and bias live here; otherwise each call brings them.
     """
@@ -25,6 +26,7 @@ class StackNorm(nn.Module):
     def __init__(self, spec: Norm, size: int, stored: bool = True):
         super().__init__()
         self.kind, self.eps, self.offset, self.size = spec.kind, spec.eps, spec.offset, size
+        self.float32_scale = spec.float32_scale
         self.register_parameter("weight", nn.Parameter(torch.full((size,), 1.0 - spec.offset)) if stored else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(size)) if stored and spec.bias else None)
 
@@ -42,9 +44,9 @@ class StackNorm(nn.Module):
             return nn.functional.layer_norm(x, (self.size,), weight, bias, self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        if self.offset:
+        if self.float32_scale:
             return (wide * (self.offset + weight.float())).to(x.dtype)
-        return weight * wide.to(x.dtype)
+        return (weight + self.offset if self.offset else weight) * wide.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.size}, eps={self.eps}"

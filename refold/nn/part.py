@@ -16,6 +16,8 @@ Lora = Mapping[str, Pair]
 """Linear name to the pair that relaxes it at the calling depth."""
 OwnVectors = Mapping[str, Tensor] | None
 """Vector name to tensor where the calling depth keeps its own norms and biases; None: the part's."""
+OUTER_NORMS = ("input_norm", "output_norm")
+"""Norms around a part, which an architecture may lack."""
 
 
 class Vectors(nn.Module):
@@ -61,6 +63,7 @@ class StoredPart(nn.Module):
     ):
         super().__init__()
         fills = fills or {}
+        self._lacking = frozenset(name for name in OUTER_NORMS if f"{name}.weight" not in vectors)
         for name, (rows, columns) in linears.items():
             self.add_module(name, nn.Linear(columns, rows, bias=stores_vectors and f"{name}.bias" in vectors))
         for name, shape in vectors.items():
@@ -86,7 +89,12 @@ class StoredPart(nn.Module):
     def normalise(
         self, name: str, x: Float[Tensor, "*batch size"], vectors: OwnVectors
     ) -> Float[Tensor, "*batch size"]:
-        """Runs one of the part's norms, with the depth's own weights where it has some."""
+        """Runs one of the part's norms, with the depth's own weights where it has some.
+
+        Of the norms around a part, one that the architecture lacks gives `x` back.
+        """
+        if name in self._lacking:
+            return x
         norm = getattr(self, name)
         if vectors is None:
             return norm(x)

@@ -13,10 +13,12 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def inverse_frequencies(rope: Rope, max_positions: int) -> tuple[Float[Tensor, " half"], float]:
-    """Returns the inverse frequencies of a rope kind, and the factor its cosines and sines are scaled by."""
-    if rope.kind == "default":
-        exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float) / rope.rotary_dim
-        return 1.0 / rope.theta**exponents, 1.0
+    """Returns the inverse frequencies of a rope kind, and the factor its cosines and sines are scaled by.
+
+    Of `dynamic` those of texts up to `max_positions`.
+    """
+    if rope.kind in ("default", "dynamic"):
+        return 1.0 / rope.theta ** _exponents(rope), 1.0
     parameters = {"rope_type": rope.kind, "rope_theta": rope.theta, **rope.scaling}
     config = PreTrainedConfig()
     # transformers' formulas for the other kinds read these names off a config.
@@ -28,6 +30,21 @@ def inverse_frequencies(rope: Rope, max_positions: int) -> tuple[Float[Tensor, "
     with torch.device("cpu"):
         frequencies, factor = ROPE_INIT_FUNCTIONS[rope.kind](config, torch.device("cpu"))
     return frequencies, factor
+
+
+def stretched_frequencies(rope: Rope, max_positions: int, length: Int[Tensor, ""]) -> Float[Tensor, " half"]:
+    """Returns the inverse frequencies of kind `dynamic` for a text of `length` tokens.
+
+    Past L = `max_positions` the base grows with it: theta (factor length / L - (factor - 1))^(d / (d - 2)), with d the
+    rotated dimensions. The result depends on the length alone, not, as in transformers, on longer texts seen before.
+    """
+    factor, size = rope.scaling["factor"], rope.rotary_dim
+    grown = factor * length.clamp(min=max_positions) / max_positions - (factor - 1)
+    return 1.0 / (rope.theta * grown ** (size / (size - 2))) ** _exponents(rope).to(length.device)
+
+
+def _exponents(rope: Rope) -> Float[Tensor, " half"]:
+    return torch.arange(0, rope.rotary_dim, 2, dtype=torch.float) / rope.rotary_dim
 
 
 class Rotary(nn.Module):
@@ -49,9 +66,13 @@ class Rotary(nn.Module):
 
     @torch.no_grad()
     def forward(self, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Rotation:
-        """Returns cosines and sines in `dtype`; angles are computed in float32."""
-        angles = (positions[..., None].float() * self.inv_freq.float()).unsqueeze(2)
+        """Returns cosines and sines in `dtype`, in float32 for `float32_turn`; angles are computed in float32."""
+        frequencies = self.inv_freq.float()
+        if self.rope.kind == "dynamic":
+            frequencies = stretched_frequencies(self.rope, self.max_positions, positions.max() + 1)
+        angles = (positions[..., None].float() * frequencies).unsqueeze(2)
         cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
+        dtype = torch.float32 if self.rope.float32_turn else dtype
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
@@ -60,6 +81,7 @@ def rotate(x: Float[Tensor, "B T H K"], rotation: Rotation) -> Float[Tensor, "B 
     cos, sin = rotation
     size = cos.shape[-1]
     if size == x.shape[-1]:
-        return x * cos + x.roll(size // 2, dims=-1) * sin
+        return (x * cos + x.roll(size // 2, dims=-1) * sin).to(x.dtype)
     turned = x[..., :size]
-    return torch.cat((turned * cos + turned.roll(size // 2, dims=-1) * sin, x[..., size:]), dim=-1)
+    turned = (turned * cos + turned.roll(size // 2, dims=-1) * sin).to(x.dtype)
+    return torch.cat((turned, x[..., size:]), dim=-1)

@@ -76,7 +76,7 @@ def test_windows_bound_cache_and_flops(make_arch):
     assert counted.flops(100) - counted.flops_per_token == 100 * 128 + 8 * 384
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt_neox", "qwen3", "gemma2", "olmo2", "phi3"])
 def test_a_source_weighs_what_its_tensors_do(make_arch, model_type):
     from refold.blueprint.source_tensors import source_tensors
     from refold.families.registry import find_family

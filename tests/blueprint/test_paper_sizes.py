@@ -5,7 +5,7 @@ import pytest
 from refold.blueprint.build import build_blueprint, identity_blueprint
 from refold.blueprint.cost import cost
 from refold.blueprint.load import load_recipe
-from refold.families.arch import ArchSpec, Layer, Norm, Rope
+from refold.families.arch import ArchSpec
 from refold.families.registry import read_arch
 
 TINYLLAMA = read_arch(
@@ -29,21 +29,22 @@ PYTHIA = read_arch(
         "num_attention_heads": 8,
     }
 )
-GEMMA = ArchSpec(
-    family="gemma",
-    vocab_size=256000,
-    hidden_size=2048,
-    intermediate_size=16384,
-    num_attention_heads=8,
-    num_key_value_heads=1,
-    head_dim=256,
-    max_position_embeddings=8192,
-    layers=(Layer(rope=Rope(rotary_dim=256)),) * 18,
-    norm=Norm(offset=1.0),
-    activation="gelu_pytorch_tanh",
-    attention_scale=256**-0.5,
-    embedding_scale=2048**0.5,
-    tied_head=True,
+# As google/gemma-2b has it, `gelu` and all.
+GEMMA = read_arch(
+    {
+        "model_type": "gemma",
+        "vocab_size": 256000,
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 8192,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+    }
 )
 RANKS = (64, 128, 256, 512)
 

@@ -14,12 +14,21 @@ from refold.families.registry import FAMILIES, find_family
         ("mistral", {}),
         ("gpt_neox", {}),
         ("gpt_neox", {"attention_bias": False, "use_parallel_residual": False}),
+        ("qwen2", {}),
+        ("qwen3", {"attention_bias": True}),
+        ("gemma", {"attention_bias": True}),
+        ("gemma2", {}),
+        ("gemma3_text", {"tie_word_embeddings": False}),
+        ("olmo2", {"attention_bias": True}),
+        ("phi3", {"head_dim": 16}),
     ],
 )
 def test_names_and_shapes_are_those_transformers_saves(make_arch, tmp_path, model_type, config):
     arch = make_arch(2, model_type, **config)
     written = find_family(model_type).write_config(arch)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **written)).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, pad_token_id=0, **written)).save_pretrained(
+        tmp_path
+    )
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     assert {name: each.shape for name, each in source_tensors(arch, find_family(model_type)).items()} == theirs

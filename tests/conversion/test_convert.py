@@ -165,7 +165,7 @@ DAMAGE: list[tuple[Callable[[Path], object], type[RefoldError], str]] = [
     (lambda folder: _drop(folder, "model.norm.weight"), SourceError, r"1 required tensor missing: model\.norm\.weight"),
     (_add, SourceError, r"1 source tensor without a place: model\.extra; add them to `ignore_tensors`"),
     (_pickle, SourceError, r"pytorch_model\.bin"),
-    (_retype, SourceError, r"model_type: must be one of llama, mistral, gpt_neox \(got 'lama'\)"),
+    (_retype, SourceError, r"model_type: must be one of llama, .*, phi3 \(got 'lama'\)"),
     (_config_only, SourceError, r"safetensors weights are required"),
 ]
 

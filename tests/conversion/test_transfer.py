@@ -11,6 +11,8 @@ from torch import Tensor
 
 from refold.conversion.convert import convert
 from refold.conversion.plan import Plan
+from refold.conversion.plan import plan as make_plan
+from refold.errors import RecipeError
 from refold.modeling.load import load_model
 
 Converted = tuple[Plan, dict[str, Tensor], dict[str, Tensor]]
@@ -108,7 +110,7 @@ def test_mean_and_loras_are_taken_of_what_was_repeated(transfer):
 def test_a_window_over_the_whole_context_is_the_source(make_source, tmp_path):
     swap = {"type": "linear_attention", "window": 64}
     tokens = torch.randint(2, 95, (2, 20), generator=torch.Generator().manual_seed(3))
-    for variant in ("llama-mha-bias", "mistral-head-dim", "gpt_neox"):
+    for variant in ("llama-mha-bias", "mistral-head-dim", "gpt_neox", "qwen3", "olmo2"):
         source = make_source(variant, **({"sliding_window": None} if "mistral" in variant else {}))
         out = tmp_path / variant
         convert(source, out, {"mixers": [swap]}, allow_larger=True)
@@ -118,6 +120,40 @@ def test_a_window_over_the_whole_context_is_the_source(make_source, tmp_path):
         convert(source, narrow, {"mixers": [{**swap, "window": 3}]}, allow_larger=True)
         away = load_model(narrow, device="cpu")(tokens).logits
         assert far(away, expected) > 2e-3
+
+
+@pytest.mark.parametrize("variant", ["qwen3", "gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("swap", [{"type": "retention", "transfer": "all"}, {"type": "linear_attention"}], ids=str)
+def test_norms_and_scale_of_every_family_go_with_the_mixer(make_source, tmp_path, variant, swap):
+    source = make_source(variant)
+    folded = {"fold": {"loops": 2}, "relax": {"rank": "full", "init": "svd", "vectors": "own"}}
+    loaded = []
+    for name, recipe in (("plain", {}), ("folded", folded)):
+        made = convert(source, tmp_path / name, {"mixers": [swap], **recipe}, allow_larger=True)
+        loaded.append(load_model(tmp_path / name, device="cpu"))
+    tokens = torch.randint(2, 95, (2, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        plain, same = (model(tokens).logits for model in loaded)
+        # What is taken over is the source's own at each depth; what is new is drawn by each part's name.
+        if swap["type"] == "linear_attention":
+            assert far(same, plain) < 1e-4
+        cached = loaded[1](tokens[:, :9], use_cache=True)
+        rest = loaded[1](tokens[:, 9:], past_key_values=cached.past_key_values).logits
+    assert far(rest, same[:, 9:]) < 2e-5
+    given, found = load_file(source / "model.safetensors"), load_file(tmp_path / "plain" / "model.safetensors")
+    if variant != "qwen3":
+        assert torch.equal(given[layer("post_attention_layernorm", 2)], found["model.mixers.2.output_norm.weight"])
+    assert ("model.mixers.2.input_norm.weight" in found) == (variant != "olmo2")
+    loses = swap["type"] == "retention" and variant != "gemma2"
+    note = "mixers: retention takes over q_proj and k_proj without the norm the source has on queries and keys"
+    assert any(each.startswith(note) for each in made.notes) == loses
+    dropped = said(made, "model.layers.*.self_attn.q_norm.weight")
+    assert dropped == ([("dropped", "not carried over to retention")] if loses else [])
+
+
+def test_a_window_beside_features_is_refused_where_the_source_caps_its_scores(make_source):
+    with pytest.raises(RecipeError, match=r"mixers\[0\].window: must be 0 where the source caps its scores \(got 4\)"):
+        make_plan(make_source("gemma2"), {"mixers": [{"type": "linear_attention", "window": 4}]})
 
 
 def test_kept_depths_keep_the_source(transfer):

@@ -43,6 +43,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "neox-tied": ("gpt_neox-tied", {"fold": {**FOLD, "prelude": 2}, "drop": {"mlp": {"layers": [0]}}}),
     "exits": ("llama", {"fold": FOLD, "exits": {"at": [1], "norm": "own", "head_rank": 2, "gate": True}}),
     "neox-no-attention": ("gpt_neox", {"drop": {"attention": {"layers": [2]}}}),
+    "yarn": ("gpt_neox-yarn", {"fold": FOLD}),
+    "dynamic": ("llama-dynamic", {"fold": FOLD}),
+    "qwen2": ("qwen2-window", {"fold": FOLD, "relax": LORA}),
+    "qwen3": ("qwen3", {"fold": FOLD, "relax": {**LORA, "vectors": "own"}}),
+    "gemma": ("gemma", {"fold": FOLD, "relax": LORA}),
+    "gemma-untied": ("gemma-bias", {"drop": {"mlp": {"count": 1}}}),
+    "gemma2": ("gemma2", {"fold": FOLD, "relax": {**LORA, "vectors": "own"}}),
+    "gemma2-no-attention-first": ("gemma2-v4", {"drop": {"attention": {"layers": [0]}, "block": {"layers": [1]}}}),
+    "gemma3": ("gemma3_text-v4", {"fold": FOLD, "relax": {**LORA, "vectors": "own"}}),
+    "gemma3-only-local": ("gemma3_text", {"drop": {"block": {"layers": [2]}}}),
+    "olmo2": ("olmo2-bias", {"fold": FOLD, "relax": LORA}),
+    "olmo2-no-mlp": ("olmo2", {"drop": {"mlp": {"layers": [3]}}}),
+    "phi3": ("phi3", {"fold": FOLD, "relax": {**LORA, "vectors": "own"}}),
+    "phi3-window": ("phi3-window", {"drop": {"attention": {"layers": [0]}}}),
 }
 LOAD_WITHOUT_REFOLD = """
 import sys

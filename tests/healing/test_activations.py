@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+)
 
 from refold.conversion.convert import convert
 from refold.errors import HealError
@@ -33,7 +39,7 @@ def fold(make_source: Callable[..., Path], tmp_path: Path) -> Callable[..., Path
     return make
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "gemma2", "gemma3_text", "olmo2", "phi3"])
 @torch.no_grad()
 def test_a_source_gives_what_transformers_returns(make_source, variant):
     model = load(make_source(variant))
@@ -137,3 +143,27 @@ def test_layers_that_are_elsewhere_are_refused(make_source):
     model.config.num_hidden_layers = 5
     with pytest.raises(HealError, match=r"layers that can be observed are required \(LlamaForCausalLM has other ones"):
         observe(model, TOKENS, POSITIONS, frozenset[Want]({"streams"}))
+
+
+@torch.no_grad()
+def test_a_teacher_with_vision_shows_its_text_part():
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "head_dim": 8,
+        "vocab_size": 96,
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = Gemma3TextConfig(**sizes)
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    alone = Gemma3ForCausalLM(text).eval()
+    alone.model.load_state_dict(whole.model.language_model.state_dict())
+    found, expected = (observe(model, TOKENS, POSITIONS, frozenset({"streams", "mixers"})) for model in (whole, alone))
+    assert len(found.streams) == 4
+    for ours, theirs in zip(found.streams, expected.streams, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert found.mixers.keys() == expected.mixers.keys() == {0, 1, 2}
+    for layer, ours in found.mixers.items():
+        torch.testing.assert_close(ours, expected.mixers[layer])

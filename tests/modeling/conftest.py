@@ -28,9 +28,11 @@ def fold(make_source: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def load(fold: Callable[..., Path]) -> Callable[..., Any]:
-    """Loads the fold of a tiny source; `attn` names the attention back-end."""
+    """Loads the fold of a tiny source; `attn` names the attention back-end, None: the one transformers takes."""
 
-    def make(variant: str = "llama", recipe: Mapping[str, Any] | None = None, attn: str = "sdpa", **fields: Any) -> Any:
+    def make(
+        variant: str = "llama", recipe: Mapping[str, Any] | None = None, attn: str | None = None, **fields: Any
+    ) -> Any:
         return load_model(fold(variant, recipe, **fields), device="cpu", attn_implementation=attn)
 
     return make
@@ -40,7 +42,7 @@ def load(fold: Callable[..., Path]) -> Callable[..., Any]:
 def load_source(make_source: Callable[..., Path]) -> Callable[..., PreTrainedModel]:
     """Loads a tiny source with transformers alone."""
 
-    def make(variant: str = "llama", attn: str = "sdpa", dtype: str = "auto", **fields: Any) -> PreTrainedModel:
+    def make(variant: str = "llama", attn: str | None = None, dtype: str = "auto", **fields: Any) -> PreTrainedModel:
         folder = make_source(variant, **fields)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attn).eval()
 

@@ -11,6 +11,19 @@ from refold.modeling.configuration import RefoldConfig
 from refold.modeling.model import RefoldForCausalLM
 
 TOLERANCE = 2e-5
+FULL_RANK = (
+    "llama-mha-bias",
+    "mistral-window",
+    "gpt_neox",
+    "gpt_neox-sequential",
+    "qwen2-window",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "phi3-window",
+)
 FULL = {"rank": "full", "vectors": "own"}
 LOOPED = {"fold": {"loops": 2}, "relax": {"rank": 4}, "exits": {"at": "loops"}}
 STACKS = {
@@ -30,8 +43,9 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("init", ["svd", "joint"])
-@pytest.mark.parametrize("variant", ["llama-mha-bias", "mistral-window", "gpt_neox", "gpt_neox-sequential"])
-@pytest.mark.parametrize("loops", [2, 4])
+@pytest.mark.parametrize(
+    ("variant", "loops"), [*((variant, 2) for variant in FULL_RANK), *((variant, 4) for variant in FULL_RANK[:4])]
+)
 @torch.no_grad()
 def test_full_rank_with_own_vectors_is_the_source(load, load_source, tokens, variant, init, loops):
     model = load(variant, {"fold": {"loops": loops}, "relax": {**FULL, "init": init}})
@@ -78,7 +92,7 @@ def test_a_zero_start_begins_as_the_strict_model(load, tokens):
 
 
 @pytest.mark.parametrize("stack", STACKS)
-@pytest.mark.parametrize("variant", ["llama", "mistral-window"])
+@pytest.mark.parametrize("variant", ["llama", "mistral-window", "gemma2"])
 @torch.no_grad()
 def test_prefill_and_decoding_give_the_full_forward(load, tokens, stack, variant):
     model = load(variant, STACKS[stack])
@@ -90,9 +104,19 @@ def test_prefill_and_decoding_give_the_full_forward(load, tokens, stack, variant
         assert difference(torch.cat(given, dim=1), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("stack", ["first attention dropped", "all attention dropped", "relaxed"])
-def test_every_stack_generates(load, tokens, stack):
-    model = load("llama", STACKS[stack])
+@pytest.mark.parametrize(
+    ("variant", "stack"),
+    [
+        ("llama", "first attention dropped"),
+        ("llama", "all attention dropped"),
+        ("llama", "relaxed"),
+        # Beyond their windows, where local and global depths share weights.
+        ("gemma2", "relaxed"),
+        ("gemma3_text", "strict"),
+    ],
+)
+def test_every_stack_generates(load, tokens, variant, stack):
+    model = load(variant, STACKS[stack])
     arguments = {"max_new_tokens": 6, "do_sample": False}
     greedy = model.generate(tokens, **arguments)
     with torch.no_grad():

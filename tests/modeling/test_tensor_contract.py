@@ -26,6 +26,9 @@ KINDS = (
     {"model_type": "mistral", "num_key_value_heads": 1, "tie_word_embeddings": True, "sliding_window": 3},
     {"model_type": "gpt_neox", "attention_bias": False},
     {"model_type": "gpt_neox"},
+    {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8},
+    {"model_type": "gemma2", "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 3},
+    {"model_type": "olmo2"},
 )
 
 ranks = st.one_of(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from refold.blueprint.numbers import Count
-from refold.blueprint.specs.part import Carried, Shape, norm_vectors
+from refold.blueprint.specs.part import Carried, Shape, outer_norms
 from refold.blueprint.specs.swap import MixerSwap
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
@@ -107,14 +107,6 @@ def head_vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]
     shapes = head_linears(arch, options)
     biased = (("q_proj", "k_proj", "v_proj") if arch.qkv_bias else ()) + (("o_proj",) if arch.o_bias else ())
     return outer_norms(arch) | {f"{name}.bias": (shapes[name][0],) for name in biased}
-
-
-def outer_norms(arch: ArchSpec) -> dict[str, Shape]:
-    """The norm before a mixer and, in sandwich stacks, the one after it."""
-    found = norm_vectors("input_norm", arch.norm, arch.hidden_size)
-    if arch.output_norms:
-        found |= norm_vectors("output_norm", arch.norm, arch.hidden_size)
-    return found
 
 
 def carried_norms(arch: ArchSpec) -> dict[str, Carried]:

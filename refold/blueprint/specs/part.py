@@ -99,6 +99,15 @@ class PartSpec:
     """Whether it keeps a state of constant size instead of keys and values."""
 
 
+def outer_norms(arch: ArchSpec) -> dict[str, Shape]:
+    """The norms around a mixer or an MLP: before it, after it, or both."""
+    found: dict[str, Shape] = {}
+    for name, is_there in (("input_norm", arch.input_norms), ("output_norm", arch.output_norms)):
+        if is_there:
+            found |= norm_vectors(name, arch.norm, arch.hidden_size)
+    return found
+
+
 def norm_vectors(name: str, norm: Norm, size: int) -> dict[str, Shape]:
     """The vectors of one norm over `size` numbers."""
     return {f"{name}.weight": (size,), **({f"{name}.bias": (size,)} if norm.bias else {})}

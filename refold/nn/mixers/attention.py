@@ -108,7 +108,7 @@ class Attention(Mixer):
 
     def __init__(self, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool):
         super().__init__(spec.linears(arch, options), spec.vectors(arch, options), arch.norm, stores_vectors)
-        self.head_dim, self.qk_norm, self.normalises_output = arch.head_dim, arch.qk_norm, arch.output_norms
+        self.head_dim, self.qk_norm = arch.head_dim, arch.qk_norm
         self.num_matrix_heads = arch.num_attention_heads
 
     def forward(
@@ -156,8 +156,7 @@ class Attention(Mixer):
 
     def write(self, heads: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:
         """Output projection and, where there is one, output norm."""
-        y = self.project("o_proj", heads, lora, vectors)
-        return self.normalise("output_norm", y, vectors) if self.normalises_output else y
+        return self.normalise("output_norm", self.project("o_proj", heads, lora, vectors), vectors)
 
     def compile_regions(self) -> None:
         self.read = torch.compile(self.read)

@@ -45,12 +45,12 @@ class RecurrentMixer(Mixer):
         shapes = spec.vectors(arch, options)
         super().__init__(spec.linears(arch, options), shapes, arch.norm, stores_vectors, spec.fills(arch, options))
         self.has_conv_bias, self.has_scale = "conv.bias" in shapes, "heads.scale" in shapes
-        self.options, self.eps, self.normalises_output = options, arch.norm.eps, arch.output_norms
+        self.options, self.eps = options, arch.norm.eps
 
     def write(self, mixed: Float[Tensor, "B T V"], lora: Lora, vectors: OwnVectors) -> Float[Tensor, "B T D"]:
         """Output projection and, where there is one, output norm."""
         y = self.project("o_proj", mixed, lora, vectors)
-        return self.normalise("output_norm", y, vectors) if self.normalises_output else y
+        return self.normalise("output_norm", y, vectors)
 
     def convolve(
         self, x: Float[Tensor, "B T C"], context: MixerContext, memory: Memory, vectors: OwnVectors

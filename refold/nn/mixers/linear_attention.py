@@ -39,7 +39,7 @@ class LinearAttention(Attention):
         linears, vectors = spec.SPEC.linears(arch, options), spec.vectors(arch, options)
         # Attention's own spec has fewer vectors than this one.
         Mixer.__init__(self, linears, vectors, arch.norm, stores_vectors, spec.fills(arch, options))
-        self.head_dim, self.qk_norm, self.normalises_output = arch.head_dim, arch.qk_norm, arch.output_norms
+        self.head_dim, self.qk_norm = arch.head_dim, arch.qk_norm
         self.num_matrix_heads = arch.num_attention_heads
         self.groups = arch.num_attention_heads // arch.num_key_value_heads
         self.feature_map, self.window, self.normalise_weights = (
