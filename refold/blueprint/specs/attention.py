@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from refold.blueprint.numbers import Count
-from refold.blueprint.specs.part import PartSpec, Shape, norm_vectors
+from refold.blueprint.specs.part import PartSpec, Shape, outer_norms
 from refold.blueprint.specs.swap import MixerSwap, Transfer
 from refold.families.arch import ArchSpec
 
@@ -30,19 +30,19 @@ def linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[int, 
     }
 
 
+def biases(arch: ArchSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Shape]:
+    """The biases that the source's attention has, on projections of any shapes."""
+    biased = (("q_proj", "k_proj", "v_proj") if arch.qkv_bias else ()) + (("o_proj",) if arch.o_bias else ())
+    return {f"{name}.bias": (shapes[name][0],) for name in biased}
+
+
 def vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
     shapes = linears(arch, options)
-    biased = (("q_proj", "k_proj", "v_proj") if arch.qkv_bias else ()) + (("o_proj",) if arch.o_bias else ())
-    found = {
-        **norm_vectors("input_norm", arch.norm, arch.hidden_size),
-        **{f"{name}.bias": (shapes[name][0],) for name in biased},
-    }
+    found = outer_norms(arch) | biases(arch, shapes)
     if arch.qk_norm != "none":
         whole = arch.qk_norm == "full"
         found["q_norm.weight"] = (shapes["q_proj"][0] if whole else arch.head_dim,)
         found["k_norm.weight"] = (shapes["k_proj"][0] if whole else arch.head_dim,)
-    if arch.output_norms:
-        found |= norm_vectors("output_norm", arch.norm, arch.hidden_size)
     return found
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from refold.blueprint.numbers import Count
-from refold.blueprint.specs.heads import carried_norms, carry_output, outer_norms
-from refold.blueprint.specs.part import Carried, Fill, PartSpec, Shape
+from refold.blueprint.specs.heads import carried_norms, carry_output
+from refold.blueprint.specs.part import Carried, Fill, PartSpec, Shape, outer_norms
 from refold.blueprint.specs.swap import MixerSwap
 from refold.families.arch import ArchSpec
 

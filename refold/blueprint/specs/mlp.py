@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from refold.blueprint.specs.part import PartSpec, Shape, norm_vectors
+from refold.blueprint.specs.part import PartSpec, Shape, outer_norms
 from refold.families.arch import ArchSpec
 
 
@@ -18,11 +18,9 @@ def linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[int, 
 
 def vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
     shapes = linears(arch, options)
-    found = norm_vectors("input_norm", arch.norm, arch.hidden_size)
+    found = outer_norms(arch)
     if arch.mlp_bias:
         found |= {f"{name}.bias": (shape[0],) for name, shape in shapes.items()}
-    if arch.output_norms:
-        found |= norm_vectors("output_norm", arch.norm, arch.hidden_size)
     return found
 
 
