@@ -18,6 +18,14 @@ class Attention(MixerSwap):
     window: Count | None = None
     """So many latest tokens, itself included, are attended to; left out: what the source looks at."""
 
+    def options(self) -> dict[str, Any]:
+        """Returns none: a window is the depth's, so that depths with different ones can share a part."""
+        return {}
+
+    def looks_back(self, source_window: int | None) -> int | None:
+        """Returns its window, or the source's."""
+        return self.window or source_window
+
 
 def linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     queries = arch.num_attention_heads * arch.head_dim

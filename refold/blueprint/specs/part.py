@@ -97,6 +97,9 @@ class PartSpec:
     the recipe's key, for messages. Raises RecipeError where source and options do not go together."""
     is_recurrent: bool = False
     """Whether it keeps a state of constant size instead of keys and values."""
+    approximates_softmax: bool = False
+    """Whether it stands for its source's softmax attention by feature maps, its only vectors that attention does not
+    have. Its options say in `fit` what they are fitted to."""
 
 
 def norm_vectors(name: str, norm: Norm, size: int) -> dict[str, Shape]:
