@@ -11,6 +11,9 @@ from refold.blueprint.starts import Starts
 from refold.errors import RecipeError
 from refold.families.arch import Frozen
 
+LEARNED = ("q_map.weight", "k_map.weight")
+"""The vectors of a mixer that a fit changes."""
+
 
 class Approximation(Frozen):
     """How far a depth's attention weights are off its source layer's, right after conversion.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from refold.blueprint.tensors import target_tensors
-from refold.conversion.approximation import Approximation, StoredMap, stored_maps
+from refold.conversion.approximation import LEARNED, Approximation, StoredMap, stored_maps
 from refold.conversion.calibration import (
     AttentionSample,
     CalibrationText,
@@ -16,7 +16,7 @@ from refold.conversion.calibration import (
     draw_streams,
     pack_calibration,
 )
-from refold.conversion.fitting import LEARNED, FitSettings, MapFit, Vectors
+from refold.conversion.fitting import FitSettings, MapFit, Vectors
 from refold.conversion.fresh import fill_of, fresh_tensor, tensor_seed
 from refold.conversion.pieces import PieceReader
 from refold.conversion.plan import Plan
