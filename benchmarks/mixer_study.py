@@ -65,9 +65,12 @@ def _ways() -> dict[str, Way]:
         "gated deltanet, attention at xatl's depths": swap("gated_deltanet", **{"except": "xatl"}),
     }
     found: dict[str, Way] = {}
+    gated = ("retention", "gated deltanet")
     for name, recipe in mixers.items():
-        found[name] = Way(recipe)
+        found[name] = Way(recipe, tables=("mixers", "gate") if name in gated else ("mixers",))
         found[f"{name}, from scratch"] = Way(recipe, fresh=True)
+    for name in gated:
+        found[f"{name}, no gate"] = Way(swap(name.replace(" ", "_"), gate="none"), tables=("gate",))
     # What is carried over, how it is trained: on retention, as in the paper.
     for name, transfer in (("o_proj and mlp (XATL)", XATL), ("mlp only", ["mlp"]), ("neither", NONE)):
         found[f"retention, {name}"] = Way(swap("retention", transfer), tables=("components",))
@@ -93,7 +96,7 @@ def arguments() -> argparse.Namespace:
         rates=[1e-3, 3e-3, 9e-3],
         batch_tokens=4096,
     )
-    parser.add_argument("--only", nargs="*", help="arms whose names hold one of these")
+    parser.add_argument("--only", nargs="*", help="arms whose names hold one of these; =NAME is the arm of that name")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so many minutes")
     return parser.parse_args()
 
@@ -158,7 +161,7 @@ def main() -> None:
     source = measure(Path(given.source), given.work / "source.json", given).bits_per_byte
     started, results = time.perf_counter(), {}
     for name, way in WAYS.items():
-        if given.only and not any(part in name for part in given.only):
+        if given.only and not any(part == f"={name}" or part in name for part in given.only):
             continue
         if time.perf_counter() - started > 60 * given.minutes:
             print(f"{name}: not begun, {given.minutes:g} minutes are over", flush=True)
@@ -198,7 +201,12 @@ def render(source: float, results: dict[str, Any], model: SourceModel, given: ar
             f"| {row['learning_rate']:g}, {scratch['learning_rate']:g} "
             f"| {row['weight_bytes'] / reference.weight_bytes:.2f}x | {row['memory_8k'] / memory:.2f}x |"
         )
-    for table, title in (("components", "What is carried over"), ("training", "How it is trained")):
+    titles = {
+        "components": "What is carried over",
+        "training": "How it is trained",
+        "gate": "With a gate, which is nearly closed at first, and without",
+    }
+    for table, title in titles.items():
         chosen = {name: row for name, row in results.items() if table in row["tables"]}
         if chosen:
             lines += ["", f"## {title}", "", "| model | unhealed | healed | learning rate |", "|---|---|---|---|"]
