@@ -89,12 +89,12 @@ def main() -> int:
     settings = FitSettings()
     page.section(
         "Distance by layer",
-        f"Total variation distance, 1/2 sum |p - q|, between the attention weights of `{Path(given.source).name}` and the "
-        f"map's, mean over heads and {settings.held_out_sequences * settings.sequence_length:,} held-out tokens: 0 is "
-        "the source's softmax, 1 has nothing in common with it. Fitted on "
+        f"Total variation distance, 1/2 sum |p - q|, between the attention weights of `{Path(given.source).name}` and "
+        f"the map's, mean over heads and {settings.held_out_sequences * settings.sequence_length:,} held-out tokens: 0 "
+        "is the source's softmax, 1 has nothing in common with it. Fitted on "
         f"{settings.fit_sequences * settings.sequence_length:,} tokens of text in {given.steps} steps; heads of "
-        f"{model.arch.head_dim}. Where nothing is fitted, held-out tokens are drawn from all of the text, else from its "
-        "last part.\n\n"
+        f"{model.arch.head_dim}. Where nothing is fitted, held-out tokens are drawn from all of the text, else from "
+        "its last part.\n\n"
         + table(
             ["map, features", *(f"layer {index}" for index in range(model.arch.num_layers))],
             [[f"{name}, {rank}, {how}", *(f"{x:.3f}" for x in row)] for (name, rank, how), row in rows.items()],
