@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -129,7 +130,7 @@ def machine() -> dict[str, str]:
 def command_lines() -> list[str]:
     """The end of a page: where it was made, and by what."""
     told = machine()
-    command = " ".join(argument if "/" not in argument else Path(argument).name for argument in sys.argv[1:])
+    command = shlex.join(argument if "/" not in argument else Path(argument).name for argument in sys.argv[1:])
     return [
         f"Machine: {told['machine']}; Python {told['python']}; commit {told['commit']}. Command:",
         "",
