@@ -13,24 +13,28 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from arms import Arm, Chosen, arm_folder, command_lines, machine, make_parser, measure
+
 from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.load import load_recipe
-from refold.blueprint.numbers import read_amount
+from refold.blueprint.tensors import target_tensors
 from refold.conversion.convert import carry_out
 from refold.conversion.plan import Plan, plan_model
+<<<<<<< HEAD
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.result import Evaluation, read_evaluation
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
 from refold.measuring.source_model import read_source_model
+=======
+from refold.conversion.source_model import read_source_model
+from refold.evaluation.result import Evaluation
+>>>>>>> mends
 from refold.studies.baselines import pruned_recipe
 
 FOLD: dict[str, Any] = {"fold": {"loops": 2}}
@@ -55,22 +59,18 @@ def main() -> None:
     plans[PRUNED] = plan_model(model, pruned_recipe(plans["relaxed, joint start, own norms, ends untied"]))
     results: dict[str, Any] = {}
     for name, plan in plans.items():
-        arm = given.work / name.replace(",", "").replace("'", "").replace(" ", "-")
-        converted = arm / "converted"
+        folder = arm_folder(given.work, name)
+        converted = folder / "converted"
         if not converted.exists():
             carry_out(plan, model.source, converted)
-        unhealed = measure(converted, arm / "unhealed.json", given)
-        sweep = {rate: train(converted, arm, rate, given.seeds[0], given.sweep_tokens, given) for rate in given.rates}
-        best = min(sweep, key=lambda rate: sweep[rate].bits_per_byte)
-        runs = {seed: train(converted, arm, best, seed, given.tokens, given) for seed in given.seeds}
-        results[name] = summarise(plan, unhealed, sweep, best, runs)
+        unhealed = measure(converted, folder / "unhealed.json", given)
+        results[name] = summarise(plan, unhealed, Arm(converted, folder, partial(stages, given), given).choose())
         print(json.dumps({name: results[name]}), flush=True)
     if given.trained_source:
-        arm = given.work / "source"
-        runs = {seed: train(Path(given.source), arm, given.rates[0], seed, given.tokens, given) for seed in given.seeds}
+        source, rate = Arm(Path(given.source), given.work / "source", partial(stages, given), given), given.rates[0]
         results["the source, trained on the same tokens"] = {
-            "healed": {seed: difference(found) for seed, found in runs.items()},
-            "learning_rate": given.rates[0],
+            "healed": {seed: difference(source.train(rate, seed, given.tokens).found) for seed in given.seeds},
+            "learning_rate": rate,
         }
     page = {"results": results, "facts": facts(given)}
     (given.work / "results.json").write_text(json.dumps(page, indent=1) + "\n")
@@ -79,47 +79,23 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True)
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--held-out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/healing"))
-    parser.add_argument("--tokens", type=read_amount, default=2_000_000)
-    parser.add_argument("--sweep-tokens", type=read_amount, default=200_000)
-    parser.add_argument("--eval-tokens", type=read_amount, default=60_000)
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--batch-tokens", type=read_amount, default=8192)
+    parser = make_parser(
+        __doc__,
+        work=Path("runs/healing"),
+        tokens=2_000_000,
+        sweep_tokens=200_000,
+        eval_tokens=60_000,
+        rates=[5e-4, 1e-3, 2e-3],
+        batch_tokens=8192,
+    )
     parser.add_argument("--trained-source", action="store_true", help="also train the source on the same tokens")
-    parser.add_argument("--write", type=Path, help="page to write")
     return parser.parse_args()
 
 
-def measure(model: Path, path: Path, given: argparse.Namespace) -> Evaluation:
-    """Evaluates against the source, once."""
-    if not path.exists():
-        evaluate(
-            model, given.held_out, against=given.source, context=given.context, max_tokens=given.eval_tokens
-        ).write(path)
-    return read_evaluation(path)
-
-
-def train(start: Path, arm: Path, rate: float, seed: int, tokens: int, given: argparse.Namespace) -> Evaluation:
-    """Heals and evaluates one run, once."""
-    name = f"lr{rate:g}-seed{seed}-{tokens}"
-    stage = HealStage(
-        tokens=tokens, learning_rate=rate, batch_tokens=given.batch_tokens, context=given.context, seed=seed
+def stages(given: argparse.Namespace, rate: float, seed: int, tokens: int) -> tuple[HealStage]:
+    return (
+        HealStage(tokens=tokens, learning_rate=rate, batch_tokens=given.batch_tokens, context=given.context, seed=seed),
     )
-    path = arm / f"{name}.json"
-    if not path.exists():
-        started = time.perf_counter()
-        if not (arm / name).exists():
-            heal(start, arm / name, given.train, stage, options=HealOptions(quiet=True))
-        found = measure(arm / name, path, given)
-        took = time.perf_counter() - started
-        print(f"{arm.name} {name}: {difference(found):+.4f} bits per byte, {took:.0f} s", flush=True)
-    return measure(arm / name, path, given)
 
 
 def difference(found: Evaluation) -> float:
@@ -127,43 +103,35 @@ def difference(found: Evaluation) -> float:
     return found.against.difference
 
 
-def summarise(
-    plan: Plan, unhealed: Evaluation, sweep: dict[float, Evaluation], best: float, runs: dict[int, Evaluation]
-) -> dict[str, Any]:
+def summarise(plan: Plan, unhealed: Evaluation, chosen: Chosen) -> dict[str, Any]:
     source, target = plan.cost.source, plan.cost.target
-    assert unhealed.against is not None
-    errors = [found.against.difference_error for found in runs.values() if found.against is not None]
+    against = {seed: run.found.against for seed, run in chosen.runs.items() if run.found.against is not None}
     return {
         "stored": target.non_embedding_parameters / source.non_embedding_parameters,
         "lora": sum(plan_lora(plan)) / source.non_embedding_parameters,
         "compute": target.flops(256) / source.flops(256),
         "cache": target.cache_bytes(256) / source.cache_bytes(256),
         "unhealed": difference(unhealed),
-        "sweep": {rate: difference(found) for rate, found in sweep.items()},
-        "learning_rate": best,
-        "healed": {seed: difference(found) for seed, found in runs.items()},
-        "error": max((error or 0.0) for error in errors),
-        "agreement": {seed: found.against.agreement for seed, found in runs.items() if found.against is not None},
+        "sweep": {rate: difference(found) for rate, found in chosen.sweep.items()},
+        "learning_rate": chosen.rate,
+        "healed": {seed: difference(run.found) for seed, run in chosen.runs.items()},
+        "error": max(each.difference_error or 0.0 for each in against.values()),
+        "agreement": {seed: each.agreement for seed, each in against.items()},
     }
 
 
 def plan_lora(plan: Plan) -> list[int]:
     """Numbers in each LoRA tensor."""
-    from refold.blueprint.tensors import target_tensors
-
     return [each.num_elements for each in target_tensors(plan.blueprint) if each.role in ("lora_a", "lora_b")]
 
 
 def facts(given: argparse.Namespace) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "source": Path(given.source).name,
         "tokens": given.tokens,
         "sweep_tokens": given.sweep_tokens,
         "seeds": given.seeds,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "commit": commit.stdout.strip(),
-        "python": sys.version.split()[0],
+        **machine(),
     }
 
 
@@ -200,17 +168,13 @@ def render(results: dict[str, Any], given: argparse.Namespace) -> str:
             tried = ", ".join(f"{float(rate):g}: {value:+.4f}" for rate, value in row["sweep"].items())
             lines.append(f"- {name}: {tried}")
     error = max(row.get("error", 0.0) for row in results.values())
-    command = " ".join(argument if "/" not in argument else Path(argument).name for argument in sys.argv[1:])
     lines += [
         "",
         f"The paired standard error of each difference is at most {error:.4f} ({given.eval_tokens:,} held-out tokens, "
         f"windows of {given.context}, stride {given.context // 2}). Objective: 0.5 cross-entropy + 0.5 KL to the "
         f"source; {given.batch_tokens:,} tokens a step, context {given.context}.",
         "",
-        f"Machine: {told['machine']}; Python {told['python']}; commit {told['commit']}. Command:",
-        "",
-        f"    python benchmarks/healing.py {command}",
-        "",
+        *command_lines(),
     ]
     return "\n".join(lines)
 

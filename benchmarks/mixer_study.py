@@ -12,26 +12,29 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
-import platform
-import shutil
 import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from arms import Arm, arm_folder, command_lines, make_parser, measure
+
 from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.load import load_recipe
-from refold.blueprint.numbers import read_amount
 from refold.conversion.convert import carry_out
 from refold.conversion.plan import Plan, plan_model
+<<<<<<< HEAD
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.result import Evaluation, read_evaluation
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
 from refold.measuring.source_model import SourceModel, read_source_model
+=======
+from refold.conversion.source_model import SourceModel, read_source_model
+>>>>>>> mends
 from refold.studies.baselines import scratch_recipe
 
 ALL, XATL, NONE = "all", ["o_proj", "mlp"], []
@@ -43,7 +46,7 @@ def swap(mixer: str, transfer: Any = ALL, **options: Any) -> Recipe:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Way:
     """One way to a model.
 
     Attributes:
@@ -58,7 +61,7 @@ class Arm:
     tables: tuple[str, ...] = field(default=("mixers",))
 
 
-def _arms() -> dict[str, Arm]:
+def _ways() -> dict[str, Way]:
     mixers = {
         "retention": swap("retention"),
         "mamba2": swap("mamba2"),
@@ -69,83 +72,54 @@ def _arms() -> dict[str, Arm]:
         "striped mamba": swap("mamba", ["mlp"]),
         "gated deltanet, attention at xatl's depths": swap("gated_deltanet", **{"except": "xatl"}),
     }
-    found: dict[str, Arm] = {}
+    found: dict[str, Way] = {}
+    gated = ("retention", "gated deltanet")
     for name, recipe in mixers.items():
-        found[name] = Arm(recipe)
-        found[f"{name}, from scratch"] = Arm(recipe, fresh=True)
+        found[name] = Way(recipe, tables=("mixers", "gate") if name in gated else ("mixers",))
+        found[f"{name}, from scratch"] = Way(recipe, fresh=True)
+    for name in gated:
+        found[f"{name}, no gate"] = Way(swap(name.replace(" ", "_"), gate="none"), tables=("gate",))
     # What is carried over, how it is trained: on retention, as in the paper.
     for name, transfer in (("o_proj and mlp (XATL)", XATL), ("mlp only", ["mlp"]), ("neither", NONE)):
-        found[f"retention, {name}"] = Arm(swap("retention", transfer), tables=("components",))
-    found["retention, o_proj and mlp, frozen then thawed"] = Arm(swap("retention", XATL), "xatl", tables=("training",))
-    found["retention, all, frozen then thawed"] = Arm(swap("retention"), "xatl", tables=("training",))
-    found["retention, all, aligned first"] = Arm(swap("retention"), "align-then-distil", tables=("training",))
-    found["retention, all, distilled"] = Arm(swap("retention"), "distil", tables=("training",))
-    found["gated deltanet, aligned first"] = Arm(swap("gated_deltanet"), "align-then-distil", tables=("training",))
-    found["gated deltanet, distilled"] = Arm(swap("gated_deltanet"), "distil", tables=("training",))
+        found[f"retention, {name}"] = Way(swap("retention", transfer), tables=("components",))
+    found["retention, o_proj and mlp, frozen then thawed"] = Way(swap("retention", XATL), "xatl", tables=("training",))
+    found["retention, all, frozen then thawed"] = Way(swap("retention"), "xatl", tables=("training",))
+    found["retention, all, aligned first"] = Way(swap("retention"), "align-then-distil", tables=("training",))
+    found["retention, all, distilled"] = Way(swap("retention"), "distil", tables=("training",))
+    found["gated deltanet, aligned first"] = Way(swap("gated_deltanet"), "align-then-distil", tables=("training",))
+    found["gated deltanet, distilled"] = Way(swap("gated_deltanet"), "distil", tables=("training",))
     return found
 
 
-ARMS = _arms()
+WAYS = _ways()
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True)
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--held-out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/mixers"))
-    parser.add_argument("--tokens", type=read_amount, default=500_000)
-    parser.add_argument("--sweep-tokens", type=read_amount, default=100_000)
-    parser.add_argument("--eval-tokens", type=read_amount, default=50_000)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 9e-3])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--batch-tokens", type=read_amount, default=4096)
-    parser.add_argument("--only", nargs="*", help="arms whose names hold one of these")
+    parser = make_parser(
+        __doc__,
+        work=Path("runs/mixers"),
+        tokens=500_000,
+        sweep_tokens=100_000,
+        eval_tokens=50_000,
+        rates=[1e-3, 3e-3, 9e-3],
+        batch_tokens=4096,
+    )
+    parser.add_argument("--only", nargs="*", help="arms whose names hold one of these; =NAME is the arm of that name")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so many minutes")
-    parser.add_argument("--write", type=Path, help="page to write")
     return parser.parse_args()
 
 
-def stages(arm: Arm, rate: float, seed: int, tokens: int, given: argparse.Namespace) -> tuple[HealStage, ...]:
-    """The arm's training at one learning rate; protocols keep the proportions of their stages' rates."""
-    if arm.protocol in ("next_token", "distil"):
-        found = (HealStage.model_validate({"objective": arm.protocol, "tokens": tokens}),)
+def stages(way: Way, given: argparse.Namespace, rate: float, seed: int, tokens: int) -> Sequence[HealStage]:
+    """The way's training at one learning rate; protocols keep the proportions of their stages' rates."""
+    if way.protocol in ("next_token", "distil"):
+        found = (HealStage.model_validate({"objective": way.protocol, "tokens": tokens}),)
     else:
-        found = load_recipe({"heal": {"protocol": arm.protocol, "tokens": tokens}}).heal
+        found = load_recipe({"heal": {"protocol": way.protocol, "tokens": tokens}}).heal
     middle = HealStage.model_fields["learning_rate"].default
     changes = {"batch_tokens": given.batch_tokens, "context": given.context, "seed": seed}
     return tuple(
         stage.model_copy(update={**changes, "learning_rate": rate * stage.learning_rate / middle}) for stage in found
     )
-
-
-def measure(model: Path, path: Path, given: argparse.Namespace) -> Evaluation:
-    if not path.exists():
-        options = {"context": given.context, "max_tokens": given.eval_tokens}
-        evaluate(model, given.held_out, against=given.source, **options).write(path)
-    return read_evaluation(path)
-
-
-def train(
-    start: Path, folder: Path, arm: Arm, rate: float, seed: int, tokens: int, given: argparse.Namespace
-) -> tuple[float, list[tuple[int, float]]]:
-    """Trains and evaluates one run, once; returns bits per byte, and after which tokens it had which."""
-    name = f"lr{rate:g}-seed{seed}-{tokens}"
-    result, curve = folder / f"{name}.json", folder / f"{name}.curve.json"
-    if not curve.exists():
-        started, out = time.perf_counter(), folder / name
-        if not out.exists():
-            watched = given.held_out if tokens == given.tokens else None
-            options = HealOptions(quiet=True)
-            heal(start, out, given.train, stages(arm, rate, seed, tokens, given), held_out=watched, options=options)
-        found = measure(out, result, given)
-        steps = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-        points = [(step["tokens"], step["held_out"]) for step in steps if step.get("held_out") is not None]
-        curve.write_text(json.dumps(points) + "\n")
-        shutil.rmtree(out)
-        print(f"{folder.name} {name}: {found.bits_per_byte:.4f}, {time.perf_counter() - started:.0f} s", flush=True)
-    return read_evaluation(result).bits_per_byte, json.loads(curve.read_text())
 
 
 def tokens_to_reach(goal: float, curve: list[tuple[int, float]]) -> float | None:
@@ -161,28 +135,24 @@ def tokens_to_reach(goal: float, curve: list[tuple[int, float]]) -> float | None
     return None
 
 
-def run_arm(name: str, arm: Arm, model: SourceModel, given: argparse.Namespace) -> dict[str, Any]:
-    folder = given.work / name.replace(",", "").replace("'", "").replace(" ", "-")
-    recipe = load_recipe(arm.recipe)
+def run_arm(name: str, way: Way, model: SourceModel, given: argparse.Namespace) -> dict[str, Any]:
+    folder = arm_folder(given.work, name)
+    recipe = load_recipe(way.recipe)
     plan = plan_model(model, recipe, allow_larger=True)
-    if arm.fresh:
+    if way.fresh:
         plan = plan_model(model, scratch_recipe(plan), allow_larger=True)
     start = folder / "converted"
     if not start.exists():
         carry_out(plan, model.source, start)
     unhealed = measure(start, folder / "unhealed.json", given).bits_per_byte
-    sweep = {
-        rate: train(start, folder, arm, rate, given.seeds[0], given.sweep_tokens, given)[0] for rate in given.rates
-    }
-    best = min(sweep, key=lambda rate: sweep[rate])
-    runs = {seed: train(start, folder, arm, best, seed, given.tokens, given) for seed in given.seeds}
+    chosen = Arm(start, folder, partial(stages, way, given), given, is_followed=True).choose()
     return {
-        "tables": arm.tables,
+        "tables": way.tables,
         "unhealed": unhealed,
-        "sweep": sweep,
-        "learning_rate": best,
-        "healed": {seed: value for seed, (value, _) in runs.items()},
-        "curves": {seed: curve for seed, (_, curve) in runs.items()},
+        "sweep": {rate: found.bits_per_byte for rate, found in chosen.sweep.items()},
+        "learning_rate": chosen.rate,
+        "healed": {seed: run.found.bits_per_byte for seed, run in chosen.runs.items()},
+        "curves": {seed: run.curve for seed, run in chosen.runs.items()},
         **costs(plan),
     }
 
@@ -198,13 +168,13 @@ def main() -> None:
     model = read_source_model(given.source)
     source = measure(Path(given.source), given.work / "source.json", given).bits_per_byte
     started, results = time.perf_counter(), {}
-    for name, arm in ARMS.items():
-        if given.only and not any(part in name for part in given.only):
+    for name, way in WAYS.items():
+        if given.only and not any(part == f"={name}" or part in name for part in given.only):
             continue
         if time.perf_counter() - started > 60 * given.minutes:
             print(f"{name}: not begun, {given.minutes:g} minutes are over", flush=True)
             continue
-        results[name] = run_arm(name, arm, model, given)
+        results[name] = run_arm(name, way, model, given)
     facts = {"source": source, "results": results}
     (given.work / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
     if given.write is not None:
@@ -239,7 +209,12 @@ def render(source: float, results: dict[str, Any], model: SourceModel, given: ar
             f"| {row['learning_rate']:g}, {scratch['learning_rate']:g} "
             f"| {row['weight_bytes'] / reference.weight_bytes:.2f}x | {row['memory_8k'] / memory:.2f}x |"
         )
-    for table, title in (("components", "What is carried over"), ("training", "How it is trained")):
+    titles = {
+        "components": "What is carried over",
+        "training": "How it is trained",
+        "gate": "With a gate, which is nearly closed at first, and without",
+    }
+    for table, title in titles.items():
         chosen = {name: row for name, row in results.items() if table in row["tables"]}
         if chosen:
             lines += ["", f"## {title}", "", "| model | unhealed | healed | learning rate |", "|---|---|---|---|"]
@@ -247,8 +222,6 @@ def render(source: float, results: dict[str, Any], model: SourceModel, given: ar
                 f"| {name} | {row['unhealed']:.3f} | {_each(row)} | {row['learning_rate']:g} |"
                 for name, row in chosen.items()
             ]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    command = " ".join(argument if "/" not in argument else Path(argument).name for argument in sys.argv[1:])
     lines += [
         "",
         "## How",
@@ -258,11 +231,7 @@ def render(source: float, results: dict[str, Any], model: SourceModel, given: ar
         f"proportions of their rates. Next-token prediction unless said otherwise, {given.batch_tokens:,} tokens a "
         f"step, context {given.context}, {given.eval_tokens:,} held-out tokens.",
         "",
-        f"Machine: {os.cpu_count()} cores, {platform.machine()}; Python {platform.python_version()}; commit "
-        f"{commit.stdout.strip() or 'unknown'}. Command:",
-        "",
-        f"    python benchmarks/mixer_study.py {command}",
-        "",
+        *command_lines(),
     ]
     return "\n".join(lines)
 

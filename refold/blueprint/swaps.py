@@ -68,12 +68,11 @@ def choose_mixers(recipe: Recipe, arch: ArchSpec) -> tuple[ChosenMixer, ...]:
 
 def _choose(swap: MixerSwap, arch: ArchSpec, depth: int, where: str, is_fresh: bool) -> ChosenMixer:
     layer, spec = arch.layers[depth], MIXERS[swap.type]
-    if not spec.is_recurrent:
-        window = getattr(swap, "window", None) or layer.window
-        return ChosenMixer(swap.type, {}, None, window, layer.rope)
     options = spec.resolve(arch, swap.options(), where)
+    window, rope = swap.looks_back(layer.window), layer.rope if spec.rotary(options) else None
+    if spec.carried is None:
+        return ChosenMixer(swap.type, options, None, window, rope)
     transfers = swap.transfers()
-    assert spec.carried is not None
     carried = spec.carried(arch, options)
     known = {each.group for each in carried.values()}
     for each in carried.values():
@@ -83,7 +82,7 @@ def _choose(swap: MixerSwap, arch: ArchSpec, depth: int, where: str, is_fresh: b
                 f"{where}.transfer: {each.group} cannot be carried over to {swap.type} ({each.misfit}); leave it "
                 f"out to start it fresh: transfer: [{', '.join(fitting)}]"
             )
-    return ChosenMixer(swap.type, options, transfers, None, layer.rope if spec.rotary(options) else None)
+    return ChosenMixer(swap.type, options, transfers, window, rope)
 
 
 def describe_lost_norms(arch: ArchSpec, chosen: Sequence[ChosenMixer]) -> tuple[str, ...]:

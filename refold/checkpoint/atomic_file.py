@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes text, stored as UTF-8, as `write_file` does."""
+    write_file(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file so that a kill or power cut at any moment leaves the old one or the new one, never a part.
 
     Args:
         path: the file. Missing parents are made.
-        text: all of it, stored as UTF-8.
+        write: writes all of it to the path it is given, which is then flushed and renamed.
 
     Raises:
         FolderError: the file cannot be written; the old one stands.
@@ -31,10 +37,8 @@ def write_text(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with unfinished.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            write(unfinished)
+            flush(unfinished)
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -46,7 +50,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Says whether a file is what `write_text` had begun when its process was killed."""
+    """Says whether a file is what `write_file` had begun when its process was killed."""
     return _UNFINISHED.fullmatch(path.name) is not None
 
 

@@ -11,7 +11,8 @@ from refold.blueprint.starts import Starts
 from refold.errors import RecipeError
 from refold.families.arch import Frozen
 
-MIXER = "linear_attention"
+LEARNED = ("q_map.weight", "k_map.weight")
+"""The vectors of a mixer that a fit changes."""
 
 
 class Approximation(Frozen):
@@ -65,7 +66,9 @@ def stored_maps(blueprint: Blueprint, starts: Starts) -> tuple[StoredMap, ...]:
     """
     users: dict[str, list[int]] = {}
     for index, depth in enumerate(blueprint.depths):
-        if depth.mixer is None or blueprint.mixers[depth.mixer].type != MIXER or starts.weights == "fresh":
+        if depth.mixer is None or starts.weights == "fresh":
+            continue
+        if not find_mixer(blueprint.mixers[depth.mixer].type).approximates_softmax:
             continue
         if not _takes_over(blueprint, starts, depth.mixer):
             fit = blueprint.mixers[depth.mixer].options["fit"]
@@ -102,9 +105,9 @@ def _takes_over(blueprint: Blueprint, starts: Starts, part: int) -> bool:
 
 
 def _describe(blueprint: Blueprint, prefix: str, depths: tuple[int, ...]) -> StoredMap:
-    part = blueprint.depths[depths[0]].mixer
-    assert part is not None
-    options = blueprint.mixers[part].options
+    index = blueprint.depths[depths[0]].mixer
+    assert index is not None
+    part = blueprint.mixers[index]
     layers = tuple(dict.fromkeys(blueprint.depths[depth].source for depth in depths))
-    names = tuple(find_mixer(MIXER).fills(blueprint.arch, options))
-    return StoredMap(prefix, options, depths, layers, names)
+    names = tuple(find_mixer(part.type).fills(blueprint.arch, part.options))
+    return StoredMap(prefix, part.options, depths, layers, names)

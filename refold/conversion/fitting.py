@@ -8,11 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+<<<<<<< HEAD
+=======
+from refold.conversion.approximation import LEARNED
+from refold.conversion.calibration import AttentionSample
+>>>>>>> mends
 from refold.families.arch import ArchSpec
 from refold.measuring.layers import AttentionSample
 from refold.nn.mixers.linear_attention import LinearAttention
 
-LEARNED = ("q_map.weight", "k_map.weight")
 SMALLEST_WEIGHT = 1e-6
 """Added to an approximated weight before its logarithm is taken: maps with a relu can give none at all."""
 

@@ -10,6 +10,7 @@ from refold.blueprint.source_tensors import SourceTensor, locate_piece
 from refold.blueprint.specs.registry import find_mixer
 from refold.blueprint.starts import Starts
 from refold.blueprint.tensors import TargetTensor, target_tensors
+from refold.conversion.approximation import LEARNED
 from refold.families.arch import Frozen
 from refold.families.family import Family
 
@@ -121,6 +122,8 @@ def _why_fresh(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> st
     mixer = blueprint.mixers[part]
     spec = find_mixer(mixer.type)
     carried = (spec.carried(blueprint.arch, mixer.options) if spec.carried else {}).get(tensor.local)
+    if spec.approximates_softmax and tensor.local in LEARNED and mixer.options["fit"] != "none":
+        return f"fitted to the source's attention ({mixer.options['fit']})"
     if carried is None:
         return f"new in {mixer.type}"
     return f"not named in transfer{f', and does not fit: {carried.misfit}' if carried.misfit else ''}"

@@ -1,7 +1,6 @@
 """A prompt that was read once: what every layer remembers of it, to be continued often and kept in a file."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from refold.checkpoint.atomic_file import flush
+from refold.checkpoint.atomic_file import write_file
 from refold.checkpoint.headers import parse_header, read_header_bytes
 from refold.engine.fingerprint import fingerprint
 from refold.engine.kept_layers import KeptLayers, join, kept_names, take
-from refold.errors import FolderError, RefoldError, SourceError
+from refold.errors import RefoldError, SourceError
 from refold.version import __version__
 
 STATE_FORMAT = 1
@@ -71,25 +70,7 @@ class PromptState:
             "dtype": self.dtype,
             "tokens_seen": self.kept.tokens_seen,
         }
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                # The library writes for the owner alone; others may read as much as of any new file.
-                unfinished.touch()
-                mode = unfinished.stat().st_mode
-                save_file(tensors, unfinished, {_KEY: json.dumps(said)})
-                unfinished.chmod(mode)
-                flush(unfinished)
-                os.replace(unfinished, path)
-            finally:
-                unfinished.unlink(missing_ok=True)
-            flush(path.parent)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise FolderError(
-                f"{path}: a writable place is required ({reason}); choose another, or make room there"
-            ) from error
+        write_file(path, lambda unfinished: _write(unfinished, tensors, said))
 
     def require_model(self, model: PreTrainedModel, where: str = "state") -> None:
         """Checks that a model is the one that read the prompt.
@@ -216,6 +197,17 @@ def require_free(path: str | Path, overwrite: bool = False) -> Path:
                 f"{path}: a state file is required to be overwritten (got another file); choose another name"
             ) from None
     return path
+
+
+def _write(path: Path, tensors: dict[str, Tensor], said: dict[str, Any]) -> None:
+    # The library writes for the owner alone; others may read as much as of any new file.
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, {_KEY: json.dumps(said)})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    path.chmod(mode)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], set[str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from refold.blueprint.schema import Blueprint, Depth
 from refold.blueprint.source_tensors import SourceTensor, source_tensors
+from refold.blueprint.specs.registry import find_mixer
 from refold.blueprint.tensors import target_tensors
 from refold.checkpoint.card import STOCK_USAGE
 from refold.checkpoint.locate import CONFIG_NAME
@@ -75,7 +76,7 @@ def dense_arch(blueprint: Blueprint) -> ArchSpec:
     foreign = {
         index: blueprint.mixers[depth.mixer].type
         for index, depth in enumerate(blueprint.depths)
-        if depth.mixer is not None and blueprint.mixers[depth.mixer].type != "attention"
+        if depth.mixer is not None and find_mixer(blueprint.mixers[depth.mixer].type).is_recurrent
     }
     family = blueprint.arch.family
     if foreign:

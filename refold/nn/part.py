@@ -65,7 +65,13 @@ class StoredPart(nn.Module):
         fills = fills or {}
         self._lacking = frozenset(name for name in OUTER_NORMS if f"{name}.weight" not in vectors)
         for name, (rows, columns) in linears.items():
-            self.add_module(name, nn.Linear(columns, rows, bias=stores_vectors and f"{name}.bias" in vectors))
+            bias = f"{name}.bias"
+            linear = nn.Linear(columns, rows, bias=stores_vectors and bias in vectors)
+            if linear.bias is not None and bias in fills:
+                linear.bias.data.copy_(make_fill(fills[bias], vectors[bias]))
+                # Else transformers sets the biases of all linears of a new model to zero.
+                linear.bias._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+            self.add_module(name, linear)
         for name, shape in vectors.items():
             owner, kind = name.rsplit(".", 1)
             if owner.endswith("_norm") and kind == "weight":

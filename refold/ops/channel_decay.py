@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from refold.ops.chunking import Segment, compute_dtype, look, put_chunks, segments, suffix_sums, to_chunks
-from refold.ops.documents import number_documents
+from refold.ops.chunking import Segment, compute_dtype, look, suffix_sums, to_chunks
+from refold.ops.documents import within_documents
+from refold.ops.recurrence import InChunks, Inputs, loop, run_in_chunks, start_state
 
 
 def step(
@@ -58,15 +59,11 @@ def naive(
     resets: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
     """Takes in token by token; arguments and returns as of `chunked`. The oracle of tests."""
-    if state is None:
-        state = v.new_zeros(v.shape[0], *k.shape[2:], v.shape[3], dtype=compute_dtype(v))
-    outs = []
-    for t in range(v.shape[1]):
-        if resets is not None:
-            state = state.masked_fill(resets[:, t, None, None, None], 0.0)
-        out, state = step(q[:, t], k[:, t], v[:, t], log_decay[:, t], state)
-        outs.append(out)
-    return torch.stack(outs, dim=1), state
+
+    def take(t: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        return step(q[:, t], k[:, t], v[:, t], log_decay[:, t], state)
+
+    return loop(take, start_state(state, k, v), v.shape[1], resets)
 
 
 def chunked(
@@ -96,13 +93,7 @@ def chunked(
         The outputs in v's dtype, and the state after the last token in float32 (float64).
     """
     assert chunk_size.bit_count() == 1, f"chunk_size: a power of two is required (got {chunk_size})"
-    dtype = compute_dtype(v)
-    if state is None:
-        state = v.new_zeros(v.shape[0], *k.shape[2:], v.shape[3], dtype=dtype)
-    numbers = None if resets is None else number_documents(resets, resets.shape[0], resets.shape[1], resets.device)
-    return _ChannelDecay.apply(  # pyright: ignore[reportReturnType]
-        q, k, v, log_decay, state.to(dtype), numbers, chunk_size
-    )
+    return run_in_chunks(_RECURRENCE, (q, k, v, log_decay), start_state(state, k, v), resets, chunk_size)
 
 
 def matrix(
@@ -124,11 +115,7 @@ def matrix(
     """
     tokens = q.shape[1]
     mixing: Tensor = _Scores.apply(*(_padded(x.transpose(1, 2).to(compute_dtype(q)), -2) for x in (q, k, log_decay)))  # pyright: ignore[reportAssignmentType]
-    mixing = mixing[..., :tokens, :tokens]
-    if resets is not None:
-        numbers = number_documents(resets, len(resets), tokens, resets.device)
-        mixing = mixing.masked_fill((numbers[:, :, None] != numbers[:, None, :])[:, None], 0.0)
-    return mixing
+    return within_documents(mixing[..., :tokens, :tokens], resets)
 
 
 def _padded(x: Tensor, *dims: int) -> Tensor:
@@ -263,8 +250,9 @@ class _Chunks(NamedTuple):
         return states
 
 
-def _read(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, numbers: Tensor | None, segment: Segment) -> _Chunks:
-    queries, keys, values, decays = (_padded(to_chunks(x, segment, compute_dtype(v)), -2) for x in (q, k, v, log_decay))
+def _read(inputs: Inputs, numbers: Tensor | None, segment: Segment) -> _Chunks:
+    dtype = compute_dtype(inputs[2])
+    queries, keys, values, decays = (_padded(to_chunks(x, segment, dtype), -2) for x in inputs)
     halves, into, onto = _spread(decays)
     across, seen = into[..., -1, :, None], None
     if numbers is not None:
@@ -276,45 +264,9 @@ def _read(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, numbers: Tensor | 
     return _Chunks(queries, keys, values, halves, into, onto, across, seen)
 
 
-class _ChannelDecay(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        state: Tensor,
-        numbers: Tensor | None,
-        chunk_size: int,
-    ) -> tuple[Tensor, Tensor]:
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        carried, starts = state, []
-        with torch.autocast(v.device.type, enabled=False):
-            for segment in segments(v, chunk_size):
-                starts.append(carried)
-                chunks = _read(q, k, v, log_decay, numbers, segment)
-                states = chunks.states(carried)
-                carried = states[-1].clone()
-                found = (chunks.mix() @ chunks.v).add_((chunks.q * chunks.into) @ states[:-1])
-                put_chunks(out, segment, found[..., : segment.chunk, :])
-        ctx.save_for_backward(q, k, v, log_decay, numbers, *starts)
-        ctx.chunk_size = chunk_size
-        return out, carried
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, numbers, *starts = ctx.saved_tensors
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, log_decay)]
-        with torch.autocast(v.device.type, enabled=False):
-            for segment in reversed(list(segments(v, ctx.chunk_size))):
-                chunks = _read(q, k, v, log_decay, numbers, segment)
-                d_found = _padded(to_chunks(d_out, segment, chunks.v.dtype), -2)
-                *parts, d_state = _differentiate(chunks, starts.pop(), d_found, d_state)
-                for grad, part in zip(grads, parts, strict=True):
-                    put_chunks(grad, segment, part[..., : segment.chunk, :])
-        return *grads, d_state, None, None
+def _run(chunks: _Chunks, start: Float[Tensor, "B H K V"]) -> tuple[Tensor, Tensor]:
+    states = chunks.states(start)
+    return (chunks.mix() @ chunks.v).add_((chunks.q * chunks.into) @ states[:-1]), states[-1].clone()
 
 
 def _differentiate(
@@ -322,9 +274,10 @@ def _differentiate(
     start: Float[Tensor, "B H K V"],
     d_found: Float[Tensor, "N B H C V"],
     d_leaving: Float[Tensor, "B H K V"],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wanted: tuple[bool, ...],
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Gradients of one segment: of q, k, v, the log decays, and the state at its start."""
-    q, k, v = chunks.q, chunks.k, chunks.v
+    q, k, v, d_found = chunks.q, chunks.k, chunks.v, _padded(d_found, -2)
     states = chunks.states(start)[:-1]
     found = (q * chunks.into).mT @ d_found
     d_states = found.new_empty(len(found) + 1, *start.shape)
@@ -343,4 +296,7 @@ def _differentiate(
     d_sums = (q * d_q).addcmul_(k, d_k, value=-1)
     d_sums[..., -1, :] += (k * d_k_carried).sum(-2) + (states * d_written).sum(-1) * chunks.across[..., 0]
     own = d_scores.diagonal(dim1=-2, dim2=-1)[..., None]
-    return d_q.addcmul_(own, k), d_k.addcmul_(own, q), d_v, suffix_sums(d_sums, -2), d_states[0]
+    return (d_q.addcmul_(own, k), d_k.addcmul_(own, q), d_v, suffix_sums(d_sums, -2)), d_states[0]
+
+
+_RECURRENCE = InChunks(_read, _run, _differentiate)

@@ -44,8 +44,8 @@ def to_chunks(x: Float[Tensor, "B T H *X"], segment: Segment, dtype: torch.dtype
 
 
 def put_chunks(x: Float[Tensor, "B T H *X"], segment: Segment, chunks: Float[Tensor, "N B H C *X"]) -> None:
-    """Writes what `to_chunks` would have read."""
-    _chunked_view(x, segment).copy_(chunks)
+    """Writes what `to_chunks` would have read; tokens of padding are left out."""
+    _chunked_view(x, segment).copy_(chunks[:, :, :, : segment.chunk])
 
 
 def _chunked_view(x: Float[Tensor, "B T H *X"], segment: Segment) -> Float[Tensor, "N B H C *X"]:

@@ -6,24 +6,22 @@ DeltaNet is arXiv 2406.06484 (equation 4; chunks in sections 3.2 and 3.3), the g
 our exp(g) is its alpha). Their states are the transpose of ours.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from refold.ops.chunking import (
     Segment,
     compute_dtype,
     look,
     pairwise_decay,
-    put_chunks,
-    segments,
     suffix_sums,
     to_chunks,
 )
-from refold.ops.documents import number_documents
+from refold.ops.documents import within_documents
+from refold.ops.recurrence import InChunks, Inputs, loop, run_in_chunks, start_state
 
 
 def step(
@@ -71,16 +69,12 @@ def naive(
     resets: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
     """Takes in token by token; arguments and returns as of `chunked`. The oracle of tests."""
-    if state is None:
-        state = _zero_state(k, v)
-    outs = []
-    for t in range(v.shape[1]):
-        if resets is not None:
-            state = state.masked_fill(resets[:, t, None, None, None], 0.0)
+
+    def take(t: int, state: Tensor) -> tuple[Tensor, Tensor]:
         decay = None if log_decay is None else log_decay[:, t]
-        out, state = step(q[:, t], k[:, t], v[:, t], beta[:, t], decay, state)
-        outs.append(out)
-    return torch.stack(outs, dim=1), state
+        return step(q[:, t], k[:, t], v[:, t], beta[:, t], decay, state)
+
+    return loop(take, start_state(state, k, v), v.shape[1], resets)
 
 
 def chunked(
@@ -114,10 +108,9 @@ def chunked(
     Returns:
         The outputs in v's dtype, and the state after the last token in float32 (float64).
     """
-    start = _zero_state(k, v) if state is None else state.to(compute_dtype(v))
+    start = start_state(state, k, v)
     decays = start.new_zeros(1, 1, 1).expand(beta.shape) if log_decay is None else log_decay
-    numbers = None if resets is None else number_documents(resets, q.shape[0], q.shape[1], q.device)
-    return _DeltaRule.apply(q, k, v, beta, decays, start, numbers, chunk_size)  # pyright: ignore[reportReturnType]
+    return run_in_chunks(_RECURRENCE, (q, k, v, beta, decays), start, resets, chunk_size)
 
 
 def matrix(
@@ -144,19 +137,12 @@ def matrix(
         queries, keys = (x.to(dtype).transpose(1, 2) for x in (q, k))
         strengths = beta.to(dtype).transpose(1, 2)
         decays = torch.zeros_like(strengths) if log_decay is None else log_decay.to(dtype).transpose(1, 2)
-        pairs = pairwise_decay(decays)
-        if resets is not None:
-            numbers = number_documents(resets, q.shape[0], q.shape[1], q.device)
-            pairs = pairs.masked_fill((numbers[:, :, None] != numbers[:, None, :])[:, None], 0.0)
+        pairs = within_documents(pairwise_decay(decays), resets)
         system = (keys @ keys.mT * pairs * strengths[..., None]).tril(-1)
         taken = torch.linalg.solve_triangular(
             system, queries @ keys.mT * pairs, upper=False, left=False, unitriangular=True
         )
         return taken * strengths[..., None, :]
-
-
-def _zero_state(k: Tensor, v: Tensor) -> Tensor:
-    return v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=compute_dtype(v))
 
 
 class _Chunks(NamedTuple):
@@ -182,62 +168,15 @@ class _Written(NamedTuple):
     u: Float[Tensor, "N X C V"]
 
 
-class _DeltaRule(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        log_decay: Tensor,
-        state: Tensor,
-        numbers: Tensor | None,
-        chunk_size: int,
-    ) -> tuple[Tensor, Tensor]:
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        carried, starts = state.flatten(0, 1), []
-        with torch.autocast(v.device.type, enabled=False):
-            for segment in segments(v, chunk_size):
-                starts.append(carried)
-                chunks = _read(q, k, v, beta, log_decay, numbers, segment)
-                written, carried = _write(chunks, carried)
-                found = (chunks.q @ written.states).mul_(chunks.into)
-                found += (chunks.q @ chunks.k.mT).mul_(chunks.pairs) @ written.u
-                put_chunks(out, segment, found.unflatten(1, state.shape[:2]))
-        ctx.save_for_backward(q, k, v, beta, log_decay, numbers, *starts)
-        ctx.chunk_size = chunk_size
-        return out, carried.unflatten(0, state.shape[:2])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, beta, log_decay, numbers, *starts = ctx.saved_tensors
-        inputs = (q, k, v, beta, log_decay)
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
-        heads = d_state.shape[:2]
-        d_carried = d_state.flatten(0, 1)
-        with torch.autocast(d_out.device.type, enabled=False):
-            for segment in reversed(list(segments(d_out, ctx.chunk_size))):
-                chunks = _read(q, k, v, beta, log_decay, numbers, segment)
-                d_found = to_chunks(d_out, segment, chunks.v.dtype).flatten(1, 2)
-                *parts, d_carried = _differentiate(chunks, starts.pop(), d_found, d_carried)
-                for grad, part in zip(grads, parts, strict=True):
-                    put_chunks(grad, segment, part.unflatten(1, heads))
-        return *grads, d_carried.unflatten(0, heads), None, None
-
-
-def _read(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, numbers: Tensor | None, segment: Segment
-) -> _Chunks:
-    dtype = compute_dtype(v)
-    decays = to_chunks(log_decay, segment, dtype)
+def _read(inputs: Inputs, numbers: Tensor | None, segment: Segment) -> _Chunks:
+    dtype = compute_dtype(inputs[2])
+    *of_tokens, decays = (to_chunks(x, segment, dtype) for x in inputs)
     sums = decays.cumsum(-1)
     factors = (pairwise_decay(decays), sums.exp(), (sums[..., -1:] - sums).exp_(), sums[..., -1].exp())
     if numbers is not None:
         factors = (factor * seen for factor, seen in zip(factors, look(numbers, segment), strict=True))
     pairs, into, onto, across = (factor.flatten(1, 2) for factor in factors)
-    queries, keys, values, strengths = (to_chunks(x, segment, dtype).flatten(1, 2) for x in (q, k, v, beta))
+    queries, keys, values, strengths = (x.flatten(1, 2) for x in of_tokens)
     return _Chunks(
         queries,
         keys,
@@ -270,10 +209,23 @@ def _write(chunks: _Chunks, start: Float[Tensor, "X K V"]) -> tuple[_Written, Fl
     return _Written(likeness, system, readers, states, u), start
 
 
+def _run(chunks: _Chunks, start: Float[Tensor, "B H K V"]) -> tuple[Tensor, Tensor]:
+    written, leaving = _write(chunks, start.flatten(0, 1))
+    found = (chunks.q @ written.states).mul_(chunks.into)
+    found += (chunks.q @ chunks.k.mT).mul_(chunks.pairs) @ written.u
+    return found.unflatten(1, start.shape[:2]), leaving.unflatten(0, start.shape[:2])
+
+
 def _differentiate(
-    chunks: _Chunks, start: Tensor, d_found: Float[Tensor, "N X C V"], d_leaving: Float[Tensor, "X K V"]
-) -> tuple[Tensor, ...]:
+    chunks: _Chunks,
+    start: Float[Tensor, "B H K V"],
+    d_found: Float[Tensor, "N B H C V"],
+    d_leaving: Float[Tensor, "B H K V"],
+    wanted: tuple[bool, ...],
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Gradients of one segment: of q, k, v, beta, the log decays, and of the state at its start."""
+    heads = start.shape[:2]
+    start, d_found, d_leaving = start.flatten(0, 1), d_found.flatten(1, 2), d_leaving.flatten(0, 1)
     q, k, v, beta, pairs, into, onto, across = chunks
     (likeness, system, readers, states, u), _ = _write(chunks, start)
 
@@ -312,4 +264,8 @@ def _differentiate(
     kept = (k * d_k_written).sum(-1)
     d_sums = d_pairs.sum(-1) - d_pairs.sum(-2) + (q * d_q_carried).sum(-1) - (held * beta).squeeze(-1) - kept
     d_sums[..., -1] += kept.sum(-1) + (states * d_written).sum(dim=(2, 3)) * across[..., 0, 0]
-    return d_q, d_k, d_known * beta, d_beta.squeeze(-1), suffix_sums(d_sums, -1), d_leaving
+    grads = (d_q, d_k, d_known * beta, d_beta.squeeze(-1), suffix_sums(d_sums, -1))
+    return tuple(grad.unflatten(1, heads) for grad in grads), d_leaving.unflatten(0, heads)
+
+
+_RECURRENCE = InChunks(_read, _run, _differentiate)

@@ -1,7 +1,7 @@
 """Documents packed in a row, as recurrences see them: states are emptied where one begins."""
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -19,3 +19,11 @@ def number_documents(
     if resets is None:
         return torch.zeros(batch, tokens, dtype=torch.long, device=device)
     return resets.long().cumsum(dim=1)
+
+
+def within_documents(mixing: Float[Tensor, "B H T T"], resets: Bool[Tensor, "B T"] | None) -> Float[Tensor, "B H T T"]:
+    """Returns what tokens take from tokens, with 0 between documents."""
+    if resets is None:
+        return mixing
+    numbers = number_documents(resets, resets.shape[0], resets.shape[1], resets.device)
+    return mixing.masked_fill((numbers[:, :, None] != numbers[:, None, :])[:, None], 0.0)

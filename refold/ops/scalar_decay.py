@@ -7,12 +7,11 @@ arXiv 2307.08621 (equation 5; exp(g) is its gamma), linear attention arXiv 2006.
 normaliser). Queries and keys may have fewer heads than values (G groups, Mamba-2): head h reads group h // (H // G).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from refold.ops.chunking import (
@@ -22,12 +21,11 @@ from refold.ops.chunking import (
     later_left_out,
     look,
     pairwise_decay,
-    put_chunks,
-    segments,
     suffix_sums,
     to_chunks,
 )
-from refold.ops.documents import number_documents
+from refold.ops.documents import within_documents
+from refold.ops.recurrence import InChunks, Inputs, loop, run_in_chunks, start_state
 
 
 def step(
@@ -70,16 +68,12 @@ def naive(
     resets: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
     """Takes in token by token; arguments and returns as of `chunked`. The oracle of tests."""
-    if state is None:
-        state = v.new_zeros(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=compute_dtype(v))
-    outs = []
-    for t in range(v.shape[1]):
-        if resets is not None:
-            state = state.masked_fill(resets[:, t, None, None, None], 0.0)
+
+    def take(t: int, state: Tensor) -> tuple[Tensor, Tensor]:
         decay = log_decay[:, t] if log_decay is not None and log_decay.dim() == 3 else log_decay
-        out, state = step(q[:, t], k[:, t], v[:, t], decay, state)
-        outs.append(out)
-    return torch.stack(outs, dim=1), state
+        return step(q[:, t], k[:, t], v[:, t], decay, state)
+
+    return loop(take, start_state(state, k, v), v.shape[1], resets)
 
 
 def chunked(
@@ -108,12 +102,9 @@ def chunked(
     Returns:
         The outputs in v's dtype, and the state after the last token in float32 (float64).
     """
-    dtype = compute_dtype(v)
-    if state is None:
-        state = v.new_zeros(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=dtype)
-    decays = v.new_zeros(1, dtype=dtype) if log_decay is None else log_decay
-    numbers = None if resets is None else number_documents(resets, resets.shape[0], resets.shape[1], resets.device)
-    return _ScalarDecay.apply(q, k, v, decays, state.to(dtype), numbers, chunk_size)  # pyright: ignore[reportReturnType]
+    start = start_state(state, k, v)
+    decays = start.new_zeros(1) if log_decay is None else log_decay
+    return run_in_chunks(_RECURRENCE, (q, k, v, decays), start, resets, chunk_size)
 
 
 def matrix(
@@ -134,7 +125,7 @@ def matrix(
         Row t: what token t takes from each token. float32 (float64).
     """
     dtype = compute_dtype(q)
-    tokens, groups = q.shape[1:3]
+    groups = q.shape[2]
     with torch.autocast(q.device.type, enabled=False):
         scores = q.to(dtype).transpose(1, 2) @ k.to(dtype).permute(0, 2, 3, 1)
         if log_decay is None:
@@ -144,10 +135,7 @@ def matrix(
             # Differences of sums over all tokens need more digits than the sums.
             weights = later_left_out(per_token.transpose(1, 2).double().cumsum(-1)).to(dtype).exp()
             mixing = (scores[:, :, None] * weights.unflatten(1, (groups, -1))).flatten(1, 2)
-        if resets is not None:
-            numbers = number_documents(resets, len(resets), tokens, resets.device)
-            mixing = mixing.masked_fill((numbers[:, :, None] != numbers[:, None, :])[:, None], 0.0)
-    return mixing
+        return within_documents(mixing, resets)
 
 
 class _Chunks(NamedTuple):
@@ -175,59 +163,8 @@ class _Chunks(NamedTuple):
         return states
 
 
-class _ScalarDecay(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        state: Tensor,
-        numbers: Tensor | None,
-        chunk_size: int,
-    ) -> tuple[Tensor, Tensor]:
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        carried, starts = _to_groups(state, q.shape[2]), []
-        with torch.autocast(v.device.type, enabled=False):
-            for segment in segments(v, chunk_size):
-                starts.append(carried)
-                chunks = _read(q, k, v, log_decay, numbers, segment)
-                states = chunks.states(carried)
-                carried = states[-1].clone()
-                found = _mix(chunks) @ chunks.v
-                found.addcmul_(chunks.into[..., None], _rows(chunks.q @ states[:-1].flatten(-2), chunks.v))
-                put_chunks(out, segment, found.flatten(2, 3))
-        ctx.save_for_backward(q, k, v, log_decay, numbers, *starts)
-        ctx.chunk_size = chunk_size
-        return out, _from_groups(carried)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, numbers, *starts = ctx.saved_tensors
-        with_decay = ctx.needs_input_grad[3]
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
-        d_decay = torch.zeros(log_decay.shape, dtype=log_decay.dtype, device=v.device)
-        d_carried = _to_groups(d_state, q.shape[2])
-        with torch.autocast(v.device.type, enabled=False):
-            for segment in reversed(list(segments(v, ctx.chunk_size))):
-                chunks = _read(q, k, v, log_decay, numbers, segment)
-                d_found = to_chunks(d_out, segment, chunks.v.dtype).unflatten(2, chunks.v.shape[2:4])
-                *parts, d_sums, d_carried = _differentiate(chunks, starts.pop(), d_found, d_carried, with_decay)
-                for grad, part in zip(grads, parts, strict=True):
-                    put_chunks(grad, segment, part)
-                if d_sums is None:
-                    continue
-                d_decays = suffix_sums(d_sums, -1).flatten(2, 3)
-                if log_decay.dim() == 3:
-                    put_chunks(d_decay, segment, d_decays)
-                else:
-                    d_decay += d_decays.sum(dim=(0, 1, 3))
-        return *grads, d_decay if with_decay else None, _from_groups(d_carried), None, None
-
-
-def _read(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, numbers: Tensor | None, segment: Segment) -> _Chunks:
+def _read(inputs: Inputs, numbers: Tensor | None, segment: Segment) -> _Chunks:
+    q, k, v, log_decay = inputs
     dtype, groups = compute_dtype(v), q.shape[2]
     if log_decay.dim() == 3:
         decays = to_chunks(log_decay, segment, dtype).unflatten(2, (groups, -1))
@@ -253,14 +190,23 @@ def _mix(chunks: _Chunks) -> Float[Tensor, "N B G R C C"]:
     return scores.mul_(chunks.pairs) if chunks.v.shape[3] == 1 else scores * chunks.pairs
 
 
+def _run(chunks: _Chunks, start: Float[Tensor, "B H K V"]) -> tuple[Tensor, Tensor]:
+    states = chunks.states(_to_groups(start, chunks.q.shape[2]))
+    found = _mix(chunks) @ chunks.v
+    found.addcmul_(chunks.into[..., None], _rows(chunks.q @ states[:-1].flatten(-2), chunks.v))
+    return found.flatten(2, 3), _from_groups(states[-1].clone())
+
+
 def _differentiate(
     chunks: _Chunks,
-    start: Float[Tensor, "B G K R V"],
-    d_found: Float[Tensor, "N B G R C V"],
-    d_leaving: Float[Tensor, "B G K R V"],
-    with_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of one segment: of q, k, v, of the decays' sums within each chunk, and of the state at its start."""
+    start: Float[Tensor, "B H K V"],
+    d_found: Float[Tensor, "N B H C V"],
+    d_leaving: Float[Tensor, "B H K V"],
+    wanted: tuple[bool, ...],
+) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """Gradients of one segment: of q, k, v and the log decays, and of the state at its start."""
+    start, d_leaving = (_to_groups(state, chunks.q.shape[2]) for state in (start, d_leaving))
+    d_found, with_decay = d_found.unflatten(2, chunks.v.shape[2:4]), wanted[3]
     states = chunks.states(start)[:-1]
     into_state = _columns(d_found * chunks.into[..., None])
     found = (chunks.q.mT @ into_state).unflatten(-1, states.shape[-2:])
@@ -282,7 +228,7 @@ def _differentiate(
     d_v_carried = _rows(chunks.k @ d_written.flatten(-2), chunks.v) * chunks.onto[..., None]
     d_v = (mix.mT @ d_found).add_(d_v_carried)
     if d_pairs is None:
-        return d_q, d_k, d_v.flatten(2, 3), None, d_states[0]
+        return (d_q, d_k, d_v.flatten(2, 3), None), _from_groups(d_states[0])
 
     d_sums = d_pairs.sum(-1) - d_pairs.sum(-2)
     if d_sums.shape[3] == 1:
@@ -293,7 +239,8 @@ def _differentiate(
     kept = (chunks.v * d_v_carried).sum(-1)
     d_sums -= kept
     d_sums[..., -1] += kept.sum(-1) + ((states * d_written).sum(dim=(3, 5), keepdim=True) * chunks.across)[..., 0, :, 0]
-    return d_q, d_k, d_v.flatten(2, 3), d_sums, d_states[0]
+    d_decay = suffix_sums(d_sums, -1).flatten(2, 3)
+    return (d_q, d_k, d_v.flatten(2, 3), d_decay), _from_groups(d_states[0])
 
 
 def _columns(x: Float[Tensor, "N B G R C V"]) -> Float[Tensor, "N B G C RV"]:
@@ -312,3 +259,6 @@ def _to_groups(state: Float[Tensor, "B H K V"], groups: int) -> Float[Tensor, "B
 
 def _from_groups(state: Float[Tensor, "B G K R V"]) -> Float[Tensor, "B H K V"]:
     return state.transpose(2, 3).flatten(1, 2)
+
+
+_RECURRENCE = InChunks(_read, _run, _differentiate)

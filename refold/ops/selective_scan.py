@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from refold.ops.chunking import compute_dtype
+from refold.ops.recurrence import loop
 
 
 def step(
@@ -59,13 +60,11 @@ def naive(
     """Takes in token by token; arguments and returns as of `chunked`. The oracle of tests."""
     if state is None:
         state = x.new_zeros(x.shape[0], *a.shape, dtype=compute_dtype(x))
-    outs = []
-    for t in range(x.shape[1]):
-        if resets is not None:
-            state = state.masked_fill(resets[:, t, None, None], 0.0)
-        out, state = step(x[:, t], dt[:, t], a, b[:, t], c[:, t], state)
-        outs.append(out)
-    return torch.stack(outs, dim=1), state
+
+    def take(t: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        return step(x[:, t], dt[:, t], a, b[:, t], c[:, t], state)
+
+    return loop(take, state, x.shape[1], resets)
 
 
 def chunked(

@@ -66,6 +66,18 @@ def test_xatl_starts_queries_keys_and_values_fresh(transfer):
     assert not torch.equal(given[layer("self_attn.q_proj", 0)], found["model.mixers.0.q_proj.weight"])
 
 
+@pytest.mark.parametrize("fit", ["none", "data_free", "calibration"])
+def test_feature_maps_are_said_to_be_new_or_fitted(make_source, fit):
+    swap = {"type": "linear_attention", "feature_map": "t2r", "window": 4, "fit": fit}
+    made = make_plan(make_source(), {"mixers": [swap]}, allow_larger=True)
+    reason = "new in linear_attention" if fit == "none" else f"fitted to the source's attention ({fit})"
+    for name in ("q_map.weight", "k_map.weight"):
+        assert said(made, f"model.mixers.*.{name}") == [("fresh", reason)]
+    assert said(made, "model.mixers.*.blend.share") == [("fresh", "new in linear_attention")]
+    scratch = make_plan(make_source(), {"mixers": [swap], "weights": "fresh"}, allow_larger=True)
+    assert said(scratch, "model.mixers.*.q_map.weight") == [("fresh", "weights: fresh")]
+
+
 def test_each_choice_takes_over_less(transfer):
     plan, _, _ = transfer({"type": "retention", "transfer": []})
     assert said(plan, "model.mixers.*.o_proj.weight") == [("fresh", "not named in transfer")]

@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache
 
 from refold.blueprint.cost import cost
 from refold.blueprint.specs.registry import MIXERS
 from refold.errors import RefoldError
+from refold.modeling.configuration import RefoldConfig
 from refold.modeling.load import load_model
+from refold.modeling.model import RefoldForCausalLM
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "retention": {"type": "retention", "transfer": "all"},
@@ -48,6 +51,24 @@ def test_every_mixer_with_a_state_is_tried():
     assert {options["type"] for options in OPTIONS.values()} == {
         name for name, spec in MIXERS.items() if spec.is_recurrent
     }
+
+
+@pytest.mark.parametrize("sections", [{}, FOLDED], ids=["stored", "own"])
+@pytest.mark.parametrize(("name", "vector"), [("mamba", "dt_proj.bias"), ("mamba2", "decay.dt_bias")])
+def test_step_sizes_of_a_model_made_from_a_config_are_drawn_between_their_bounds(fold, name, vector, sections):
+    folder = fold("llama", recipe(name, **sections))
+    made = RefoldForCausalLM(RefoldConfig.from_pretrained(folder))
+    found = [weight.detach() for key, weight in made.named_parameters() if key.endswith(vector)]
+    assert len(found) == 4
+    for weight in found:
+        steps = torch.nn.functional.softplus(weight)
+        assert float(steps.min()) > 0.0009
+        assert float(steps.max()) < 0.11
+        assert len(steps.unique()) > 1
+    # Loading fills nothing anew.
+    loaded = load_model(folder).state_dict()
+    written = load_file(folder / "model.safetensors")
+    assert all(torch.equal(loaded[key], weight) for key, weight in written.items() if key.endswith(vector))
 
 
 @pytest.fixture

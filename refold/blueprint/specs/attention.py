@@ -18,6 +18,14 @@ class Attention(MixerSwap):
     window: Count | None = None
     """So many latest tokens, itself included, are attended to; left out: what the source looks at."""
 
+    def options(self) -> dict[str, Any]:
+        """Returns none: a window is the depth's, so that depths with different ones can share a part."""
+        return {}
+
+    def looks_back(self, source_window: int | None) -> int | None:
+        """Returns its window, or the source's."""
+        return self.window or source_window
+
 
 def linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     queries = arch.num_attention_heads * arch.head_dim
@@ -30,10 +38,20 @@ def linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[int, 
     }
 
 
+def biases(arch: ArchSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Shape]:
+    """The biases that the source's attention has, on projections of any shapes."""
+    biased = (("q_proj", "k_proj", "v_proj") if arch.qkv_bias else ()) + (("o_proj",) if arch.o_bias else ())
+    return {f"{name}.bias": (shapes[name][0],) for name in biased}
+
+
 def vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
     shapes = linears(arch, options)
+<<<<<<< HEAD
     biased = (("q_proj", "k_proj", "v_proj") if arch.qkv_bias else ()) + (("o_proj",) if arch.o_bias else ())
     found = outer_norms(arch) | {f"{name}.bias": (shapes[name][0],) for name in biased}
+=======
+    found = outer_norms(arch) | biases(arch, shapes)
+>>>>>>> mends
     if arch.qk_norm != "none":
         whole = arch.qk_norm == "full"
         found["q_norm.weight"] = (shapes["q_proj"][0] if whole else arch.head_dim,)

@@ -4,8 +4,16 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from refold.blueprint.numbers import LayerIndex
-from refold.blueprint.specs.heads import HeadedSwap, Heads, carried_heads, head_linears, head_vectors, resolve_heads
-from refold.blueprint.specs.part import Fill, PartSpec, Shape
+from refold.blueprint.specs.heads import (
+    HeadedSwap,
+    Heads,
+    carried_heads,
+    head_fills,
+    head_linears,
+    head_vectors,
+    resolve_heads,
+)
+from refold.blueprint.specs.part import PartSpec, Shape
 from refold.families.arch import ArchSpec
 
 
@@ -49,16 +57,6 @@ def vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
     return found
 
 
-def fills(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Fill]:
-    made = {
-        "decay.a_log": Fill("log_uniform", 1.0, 16.0),
-        "decay.dt_bias": Fill("softplus_inverse", 0.001, 0.1),
-        "conv.weight": Fill("last_tap"),
-        "heads.scale": Fill("constant", 1.0),
-    }
-    return {name: fill for name, fill in made.items() if name in vectors(arch, options)}
-
-
 def recurrence_flops(arch: ArchSpec, options: Mapping[str, Any]) -> int:
     heads = Heads.of(options)
     # To fade, to read under the key, to write and to read under the query; and the convolution.
@@ -73,7 +71,7 @@ SPEC = PartSpec(
     flops_per_token=recurrence_flops,
     state_elements=lambda arch, options: Heads.of(options).state_size,
     kept_elements=lambda arch, options: max(options["conv"] - 1, 0) * Heads.of(options).read_width,
-    fills=fills,
+    fills=lambda arch, options: head_fills(vectors(arch, options)),
     carried=carried_heads,
     rotary=lambda options: bool(options["rotary"]),
     resolve=resolve_heads,

@@ -6,8 +6,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from refold.blueprint.numbers import Count, Real
-from refold.blueprint.specs.heads import HeadedSwap, Heads, carried_heads, head_linears, head_vectors, resolve_heads
-from refold.blueprint.specs.part import Fill, PartSpec, Shape
+from refold.blueprint.specs.heads import (
+    HeadedSwap,
+    Heads,
+    carried_heads,
+    head_fills,
+    head_linears,
+    head_vectors,
+    resolve_heads,
+)
+from refold.blueprint.specs.part import PartSpec, Shape
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
 
@@ -65,10 +73,6 @@ def vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
     return found
 
 
-def fills(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Fill]:
-    return {"heads.scale": Fill("constant", 1.0)} if options["norm"] == "head" else {}
-
-
 SPEC = PartSpec(
     name="gla",
     url="https://arxiv.org/abs/2312.06635",
@@ -76,7 +80,7 @@ SPEC = PartSpec(
     vectors=vectors,
     flops_per_token=lambda arch, options: 5 * Heads.of(options).state_size,
     state_elements=lambda arch, options: Heads.of(options).state_size,
-    fills=fills,
+    fills=lambda arch, options: head_fills(vectors(arch, options)),
     carried=carried_heads,
     rotary=lambda options: bool(options["rotary"]),
     resolve=resolve,

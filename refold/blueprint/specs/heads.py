@@ -5,10 +5,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from refold.blueprint.numbers import Count
+<<<<<<< HEAD
 from refold.blueprint.specs.part import Carried, Shape, outer_norms
+=======
+from refold.blueprint.specs import attention
+from refold.blueprint.specs.part import Carried, Fill, Shape, outer_norms
+>>>>>>> mends
 from refold.blueprint.specs.swap import MixerSwap
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
+
+FILLS: Mapping[str, Fill] = {
+    "decay.a_log": Fill("log_uniform", 1.0, 16.0),
+    "decay.dt_bias": Fill("softplus_inverse", 0.001, 0.1),
+    "skip.d": Fill("constant", 1.0),
+    "conv.weight": Fill("last_tap"),
+    "conv.bias": Fill("constant", 0.0),
+    "heads.scale": Fill("constant", 1.0),
+}
+"""What vectors start from that attention does not have."""
 
 
 class HeadedSwap(MixerSwap):
@@ -104,11 +119,17 @@ def head_linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[
 
 def head_vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
     """Norms around the mixer, and the biases that the source's attention has."""
-    shapes = head_linears(arch, options)
-    biased = (("q_proj", "k_proj", "v_proj") if arch.qkv_bias else ()) + (("o_proj",) if arch.o_bias else ())
-    return outer_norms(arch) | {f"{name}.bias": (shapes[name][0],) for name in biased}
+    return outer_norms(arch) | attention.biases(arch, head_linears(arch, options))
 
 
+<<<<<<< HEAD
+=======
+def head_fills(vectors: Mapping[str, Shape]) -> dict[str, Fill]:
+    """The fresh values of those of a mixer's vectors that attention does not have."""
+    return {name: fill for name, fill in FILLS.items() if name in vectors}
+
+
+>>>>>>> mends
 def carried_norms(arch: ArchSpec) -> dict[str, Carried]:
     """The norms around a mixer, which every mixer takes over."""
     return {name: Carried(f"mixer.{name}") for name in outer_norms(arch)}

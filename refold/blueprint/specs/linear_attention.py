@@ -139,4 +139,5 @@ SPEC = PartSpec(
     carried=carried,
     resolve=resolve,
     is_recurrent=True,
+    approximates_softmax=True,
 )

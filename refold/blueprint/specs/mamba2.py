@@ -4,8 +4,16 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from refold.blueprint.numbers import LayerIndex
-from refold.blueprint.specs.heads import HeadedSwap, Heads, carried_heads, head_linears, head_vectors, resolve_heads
-from refold.blueprint.specs.part import Fill, PartSpec, Shape
+from refold.blueprint.specs.heads import (
+    HeadedSwap,
+    Heads,
+    carried_heads,
+    head_fills,
+    head_linears,
+    head_vectors,
+    resolve_heads,
+)
+from refold.blueprint.specs.part import PartSpec, Shape
 from refold.families.arch import ArchSpec
 
 
@@ -45,18 +53,6 @@ def vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
     return found
 
 
-def fills(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Fill]:
-    made = {
-        "decay.a_log": Fill("log_uniform", 1.0, 16.0),
-        "decay.dt_bias": Fill("softplus_inverse", 0.001, 0.1),
-        "skip.d": Fill("constant", 1.0),
-        "conv.weight": Fill("last_tap"),
-        "conv.bias": Fill("constant", 0.0),
-        "heads.scale": Fill("constant", 1.0),
-    }
-    return {name: fill for name, fill in made.items() if name in vectors(arch, options)}
-
-
 def recurrence_flops(arch: ArchSpec, options: Mapping[str, Any]) -> int:
     heads = Heads.of(options)
     return 5 * heads.state_size + 2 * options["conv"] * heads.read_width
@@ -70,7 +66,7 @@ SPEC = PartSpec(
     flops_per_token=recurrence_flops,
     state_elements=lambda arch, options: Heads.of(options).state_size,
     kept_elements=lambda arch, options: max(options["conv"] - 1, 0) * Heads.of(options).read_width,
-    fills=fills,
+    fills=lambda arch, options: head_fills(vectors(arch, options)),
     carried=carried_heads,
     rotary=lambda options: False,
     resolve=resolve_heads,

@@ -97,6 +97,9 @@ class PartSpec:
     the recipe's key, for messages. Raises RecipeError where source and options do not go together."""
     is_recurrent: bool = False
     """Whether it keeps a state of constant size instead of keys and values."""
+    approximates_softmax: bool = False
+    """Whether it stands for its source's softmax attention by feature maps, its only vectors that attention does not
+    have. Its options say in `fit` what they are fitted to."""
 
 
 def outer_norms(arch: ArchSpec) -> dict[str, Shape]:
@@ -111,3 +114,9 @@ def outer_norms(arch: ArchSpec) -> dict[str, Shape]:
 def norm_vectors(name: str, norm: Norm, size: int) -> dict[str, Shape]:
     """The vectors of one norm over `size` numbers."""
     return {f"{name}.weight": (size,), **({f"{name}.bias": (size,)} if norm.bias else {})}
+
+
+def outer_norms(arch: ArchSpec) -> dict[str, Shape]:
+    """The norm before a mixer and, in sandwich stacks, the one after it."""
+    found = norm_vectors("input_norm", arch.norm, arch.hidden_size)
+    return found | (norm_vectors("output_norm", arch.norm, arch.hidden_size) if arch.output_norms else {})

@@ -6,8 +6,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from refold.blueprint.numbers import Real
-from refold.blueprint.specs.heads import HeadedSwap, Heads, carried_heads, head_linears, head_vectors, resolve_heads
-from refold.blueprint.specs.part import Fill, PartSpec, Shape
+from refold.blueprint.specs.heads import (
+    HeadedSwap,
+    Heads,
+    carried_heads,
+    head_fills,
+    head_linears,
+    head_vectors,
+    resolve_heads,
+)
+from refold.blueprint.specs.part import PartSpec, Shape
 from refold.families.arch import ArchSpec
 
 
@@ -41,10 +49,6 @@ def vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
     return head_vectors(arch, options) | scale
 
 
-def fills(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Fill]:
-    return {"heads.scale": Fill("constant", 1.0)} if options["norm"] == "full" else {}
-
-
 def recurrence_flops(arch: ArchSpec, options: Mapping[str, Any]) -> int:
     # One multiply-add each to fade, to write and to read a number of the state.
     return 5 * Heads.of(options).state_size
@@ -57,7 +61,7 @@ SPEC = PartSpec(
     vectors=vectors,
     flops_per_token=recurrence_flops,
     state_elements=lambda arch, options: Heads.of(options).state_size,
-    fills=fills,
+    fills=lambda arch, options: head_fills(vectors(arch, options)),
     carried=carried_heads,
     rotary=lambda options: bool(options["rotary"]),
     resolve=resolve_heads,

@@ -72,6 +72,10 @@ class MixerSwap(Section):
         """Returns what is the mixer's own: every field but those all entries have."""
         return {name: getattr(self, name) for name in type(self).model_fields if name not in MixerSwap.model_fields}
 
+    def looks_back(self, source_window: int | None) -> int | None:
+        """Returns how many tokens its depths look back to, whatever the source does; None: all, or its state knows."""
+        return None
+
     def transfers(self) -> tuple[str, ...]:
         """Returns what is taken over, by name."""
         return TRANSFERS if isinstance(self.transfer, str) else self.transfer
