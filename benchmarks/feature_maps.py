@@ -22,10 +22,10 @@ from refold.blueprint.load import load_recipe
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.fitting import FitSettings
 from refold.conversion.map_fitter import MapFitter
-from refold.conversion.pieces import PieceReader
 from refold.conversion.plan import plan_model
-from refold.conversion.source_model import SourceModel, read_source_model
 from refold.data.readers import open_data
+from refold.measuring.pieces import PieceReader
+from refold.measuring.source_model import SourceModel, read_source_model
 
 RANDOM, LEARNED = ("favor", "dijiang"), ("t2r", "hedgehog")
 

@@ -25,16 +25,8 @@ from refold.blueprint.load import load_recipe
 from refold.blueprint.tensors import target_tensors
 from refold.conversion.convert import carry_out
 from refold.conversion.plan import Plan, plan_model
-<<<<<<< HEAD
-from refold.evaluation.evaluate import evaluate
-from refold.evaluation.result import Evaluation, read_evaluation
-from refold.healing.heal import heal
-from refold.healing.run import HealOptions
-from refold.measuring.source_model import read_source_model
-=======
-from refold.conversion.source_model import read_source_model
 from refold.evaluation.result import Evaluation
->>>>>>> mends
+from refold.measuring.source_model import read_source_model
 from refold.studies.baselines import pruned_recipe
 
 FOLD: dict[str, Any] = {"fold": {"loops": 2}}

@@ -26,15 +26,7 @@ from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.load import load_recipe
 from refold.conversion.convert import carry_out
 from refold.conversion.plan import Plan, plan_model
-<<<<<<< HEAD
-from refold.evaluation.evaluate import evaluate
-from refold.evaluation.result import Evaluation, read_evaluation
-from refold.healing.heal import heal
-from refold.healing.run import HealOptions
 from refold.measuring.source_model import SourceModel, read_source_model
-=======
-from refold.conversion.source_model import SourceModel, read_source_model
->>>>>>> mends
 from refold.studies.baselines import scratch_recipe
 
 ALL, XATL, NONE = "all", ["o_proj", "mlp"], []

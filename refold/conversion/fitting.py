@@ -8,11 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-<<<<<<< HEAD
-=======
 from refold.conversion.approximation import LEARNED
-from refold.conversion.calibration import AttentionSample
->>>>>>> mends
 from refold.families.arch import ArchSpec
 from refold.measuring.layers import AttentionSample
 from refold.nn.mixers.linear_attention import LinearAttention

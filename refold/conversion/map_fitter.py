@@ -7,21 +7,8 @@ import torch
 from torch import Tensor
 
 from refold.blueprint.tensors import target_tensors
-<<<<<<< HEAD
-from refold.conversion.approximation import Approximation, StoredMap, stored_maps
-from refold.conversion.fitting import LEARNED, FitSettings, MapFit, Vectors
-=======
 from refold.conversion.approximation import LEARNED, Approximation, StoredMap, stored_maps
-from refold.conversion.calibration import (
-    AttentionSample,
-    CalibrationText,
-    SourceLayer,
-    SourceLayers,
-    draw_streams,
-    pack_calibration,
-)
 from refold.conversion.fitting import FitSettings, MapFit, Vectors
->>>>>>> mends
 from refold.conversion.fresh import fill_of, fresh_tensor, tensor_seed
 from refold.conversion.plan import Plan
 from refold.data.packing import PackedSequence

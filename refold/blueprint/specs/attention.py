@@ -46,12 +46,7 @@ def biases(arch: ArchSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[str, S
 
 def vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
     shapes = linears(arch, options)
-<<<<<<< HEAD
-    biased = (("q_proj", "k_proj", "v_proj") if arch.qkv_bias else ()) + (("o_proj",) if arch.o_bias else ())
-    found = outer_norms(arch) | {f"{name}.bias": (shapes[name][0],) for name in biased}
-=======
     found = outer_norms(arch) | biases(arch, shapes)
->>>>>>> mends
     if arch.qk_norm != "none":
         whole = arch.qk_norm == "full"
         found["q_norm.weight"] = (shapes["q_proj"][0] if whole else arch.head_dim,)

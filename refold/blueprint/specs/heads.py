@@ -5,12 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from refold.blueprint.numbers import Count
-<<<<<<< HEAD
-from refold.blueprint.specs.part import Carried, Shape, outer_norms
-=======
 from refold.blueprint.specs import attention
 from refold.blueprint.specs.part import Carried, Fill, Shape, outer_norms
->>>>>>> mends
 from refold.blueprint.specs.swap import MixerSwap
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
@@ -122,14 +118,11 @@ def head_vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]
     return outer_norms(arch) | attention.biases(arch, head_linears(arch, options))
 
 
-<<<<<<< HEAD
-=======
 def head_fills(vectors: Mapping[str, Shape]) -> dict[str, Fill]:
     """The fresh values of those of a mixer's vectors that attention does not have."""
     return {name: fill for name, fill in FILLS.items() if name in vectors}
 
 
->>>>>>> mends
 def carried_norms(arch: ArchSpec) -> dict[str, Carried]:
     """The norms around a mixer, which every mixer takes over."""
     return {name: Carried(f"mixer.{name}") for name in outer_norms(arch)}

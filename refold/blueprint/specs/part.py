@@ -114,9 +114,3 @@ def outer_norms(arch: ArchSpec) -> dict[str, Shape]:
 def norm_vectors(name: str, norm: Norm, size: int) -> dict[str, Shape]:
     """The vectors of one norm over `size` numbers."""
     return {f"{name}.weight": (size,), **({f"{name}.bias": (size,)} if norm.bias else {})}
-
-
-def outer_norms(arch: ArchSpec) -> dict[str, Shape]:
-    """The norm before a mixer and, in sandwich stacks, the one after it."""
-    found = norm_vectors("input_norm", arch.norm, arch.hidden_size)
-    return found | (norm_vectors("output_norm", arch.norm, arch.hidden_size) if arch.output_norms else {})
