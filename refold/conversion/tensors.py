@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from refold.blueprint.origins import Origin, origin
+from refold.blueprint.contents import users_of
+from refold.blueprint.origins import Origin, origin, sources_of
 from refold.blueprint.tensors import TargetTensor, target_tensors
 from refold.conversion.fresh import fill_of, fresh_tensor, tensor_seed
 from refold.conversion.pieces import PieceReader
@@ -65,10 +66,9 @@ class TargetBuilder:
         assert tensor.pool is not None
         assert tensor.part is not None
         linear = tensor.local.removesuffix(".weight")
-        depths = self._plan.blueprint.depths
-        return {
-            depth: depths[depth].ranks.get(linear, 0) for depth in self._plan.blueprint.users(tensor.pool, tensor.part)
-        }
+        blueprint = self._plan.blueprint
+        users = users_of(blueprint, tensor.pool, tensor.part, tensor.local)
+        return {depth: blueprint.depths[depth].ranks.get(linear, 0) for depth in users}
 
     def _fit(self, tensor: TargetTensor, made: Origin) -> Iterator[tuple[str, Tensor]]:
         blueprint, starts = self._plan.blueprint, self._plan.starts
@@ -77,7 +77,7 @@ class TargetBuilder:
         assert starts.lora is not None
         linear = tensor.local.removesuffix(".weight")
         users = self._users(tensor)
-        sources = blueprint.pool(tensor.pool)[tensor.part].sources
+        sources = sources_of(blueprint, tensor.pool, tensor.part, tensor.local)
         wanted = dict.fromkeys((*sources, *(blueprint.depths[depth].source for depth in users)))
         weights = {
             layer: self._pieces.read(made.canonical, layer, torch.float32, made.repeat).to(self._device)

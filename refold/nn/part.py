@@ -1,6 +1,6 @@
 """What all stored parts share: linears found by name, and norms and biases that a depth may bring along."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -72,6 +72,12 @@ class StoredPart(nn.Module):
             own = {name.rsplit(".", 1)[1]: name for name in fills if name.startswith(f"{owner}.")}
             shapes = {kind: vectors[name] for kind, name in own.items()}
             self.add_module(owner, Vectors(shapes, {kind: fills[name] for kind, name in own.items()}))
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Removes linears and norms that none of the depths that run this part uses."""
+        for name in names:
+            if hasattr(self, name):
+                delattr(self, name)
 
     def vector(self, name: str, vectors: OwnVectors) -> Tensor:
         """Returns one of the part's vectors, the depth's own where it has some."""
