@@ -9,7 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from refold.blueprint import heal_stage, recipe
 from refold.blueprint.protocols import built_in_protocols
-from refold.blueprint.specs import objectives, swap
+from refold.blueprint.specs import objectives, share_kv, swap
 from refold.blueprint.specs.tying import TYING_INITS
 
 TARGET = Path(__file__).parent / "recipe-reference.md"
@@ -24,6 +24,9 @@ SECTIONS: tuple[tuple[str, type[recipe.Section]], ...] = (
     ("mixers[] of every type", swap.MixerSwap),
     *((f"mixers[] with type: {mixer}", options) for mixer, options in recipe.MIXER_SECTIONS.items()),
     ("mixers[].depths, mixers[].except at regular distances", swap.Every),
+    ("share_kv by a rule", share_kv.ShareRule),
+    ("share_kv.from at a distance", share_kv.Back),
+    ("share_kv as a list", share_kv.ShareEntry),
     ("exits", recipe.Exits),
     ("ignore_tensors[]", recipe.IgnoredTensor),
     ("heal[]", heal_stage.HealStage),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from refold.blueprint.advice import advise
+from refold.blueprint.contents import idle_names
 from refold.blueprint.cost import count_parameters
 from refold.blueprint.drops import dropped_blocks, dropped_parts
 from refold.blueprint.factors import factorise_evenly
@@ -13,6 +14,7 @@ from refold.blueprint.ranks import Linears, choose_ranks, require_sensible_ranks
 from refold.blueprint.reach import describe_reach
 from refold.blueprint.recipe import Exits, Fold, Recipe
 from refold.blueprint.schema import POOLS, Blueprint, Depth, Exit, MixerPart, MlpPart, Pool
+from refold.blueprint.sharing import Reads, choose_reads, describe_reads
 from refold.blueprint.specs.exits import describe_exits
 from refold.blueprint.specs.registry import MLP, find_mixer
 from refold.blueprint.starts import Starts
@@ -93,7 +95,8 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
         "mlp": _store("mlp", arch, recipe, stack, layers, lambda layer: chosen[layer].has_fresh_mlp),
     }
     stored = [chosen[users[0]] for users in pools["mixer"].users]
-    ranks, rank_notes = _ranks(recipe, arch, pools, chosen, counted.non_embedding)
+    attending = [mixer if pools["mixer"].part_of(layer) is not None else None for layer, mixer in enumerate(chosen)]
+    reads = choose_reads(recipe.share_kv, arch, attending, stack)
     blueprint = Blueprint(
         arch=arch,
         mixers=tuple(
@@ -104,12 +107,15 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
             MlpPart(sources=() if chosen[users[0]].has_fresh_mlp else sources)
             for sources, users in zip(pools["mlp"].sources, pools["mlp"].users, strict=True)
         ),
-        depths=tuple(_depth(recipe, layer, pools, chosen[layer], ranks[layer]) for layer in range(arch.num_layers)),
+        depths=tuple(_depth(recipe, layer, pools, chosen[layer], reads) for layer in range(arch.num_layers)),
     )
+    ranks, rank_notes = _ranks(recipe, blueprint, pools, chosen, counted.non_embedding)
+    blueprint = _with_ranks(blueprint, ranks)
     if recipe.exits is not None:
         blueprint = _with_exits(blueprint, recipe.exits, recipe.fold, stack)
     reach_notes = (*describe_reach(blueprint), *describe_lost_norms(arch, chosen))
-    notes = (*stack.notes, *reach_notes, *rank_notes, *describe_exits(blueprint))
+    read_notes = describe_reads(reads, arch.num_key_value_heads)
+    notes = (*stack.notes, *reach_notes, *read_notes, *rank_notes, *describe_exits(blueprint))
     relaxed = any(depth.ranks for depth in blueprint.depths)
     factor_notes: tuple[str, ...] = ()
     if recipe.factor is not None:
@@ -187,18 +193,22 @@ def _store(
 
 def _ranks(
     recipe: Recipe,
-    arch: ArchSpec,
+    blueprint: Blueprint,
     pools: dict[Pool, _StoredPool],
     chosen: Sequence[ChosenMixer],
     non_embedding: int,
 ) -> tuple[list[dict[str, int]], tuple[str, ...]]:
-    relax = recipe.relax
+    relax, arch = recipe.relax, blueprint.arch
     if relax is None:
         return [{} for _ in chosen], ()
 
     def linears(pool: Pool, layer: int) -> Linears:
         mixer = chosen[layer]
-        return MLP.linears(arch, {}) if pool == "mlp" else find_mixer(mixer.type).linears(arch, mixer.options)
+        if pool == "mlp":
+            return MLP.linears(arch, {})
+        idle = idle_names(blueprint, layer)
+        found = find_mixer(mixer.type).linears(arch, mixer.options)
+        return {name: shape for name, shape in found.items() if name not in idle}
 
     every = range(arch.num_layers)
 
@@ -218,20 +228,23 @@ def _ranks(
     return choose_ranks(relax, tied, known, non_embedding)
 
 
-def _depth(
-    recipe: Recipe, layer: int, pools: dict[Pool, _StoredPool], mixer: ChosenMixer, ranks: dict[str, int]
-) -> Depth:
+def _depth(recipe: Recipe, layer: int, pools: dict[Pool, _StoredPool], mixer: ChosenMixer, reads: Reads) -> Depth:
     tied = any(pools[pool].ties(layer) for pool in POOLS)
     own = tied and recipe.relax is not None and recipe.relax.vectors == "own"
     return Depth(
         source=layer,
         mixer=pools["mixer"].part_of(layer),
         mlp=pools["mlp"].part_of(layer),
-        ranks=ranks,
         vectors="own" if own else "tied",
         window=mixer.window,
         rope=mixer.rope,
+        kv=reads.get(layer, ()),
     )
+
+
+def _with_ranks(blueprint: Blueprint, ranks: Sequence[dict[str, int]]) -> Blueprint:
+    depths = zip(blueprint.depths, ranks, strict=True)
+    return blueprint.model_copy(update={"depths": tuple(d.model_copy(update={"ranks": own}) for d, own in depths)})
 
 
 def _with_exits(blueprint: Blueprint, exits: Exits, fold: Fold | None, stack: FoldedStack) -> Blueprint:

@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from refold.blueprint.schema import Blueprint, Depth
+from refold.blueprint.contents import depth_factors, depth_linears
+from refold.blueprint.schema import Blueprint
 from refold.blueprint.specs.exits import count_exit_parameters, gate_flops, head_flops
 from refold.blueprint.specs.part import CacheCost
-from refold.blueprint.specs.registry import MLP, depth_factors, depth_linears, find_mixer
+from refold.blueprint.specs.registry import MLP, find_mixer
 from refold.blueprint.tensors import target_tensors
 from refold.families.arch import Frozen
 
@@ -141,12 +142,15 @@ def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
     cached: Counter[int | None] = Counter()
     looked_back: Counter[int | None] = Counter()
     state = 0
-    for depth in blueprint.depths:
+    for index, depth in enumerate(blueprint.depths):
         if depth.mixer is None:
             continue
+        made = len(blueprint.made_heads(index))
         options = blueprint.mixers[depth.mixer].options
         spec = find_mixer(blueprint.mixers[depth.mixer].type)
-        cached[depth.window] += dtype_bytes * spec.cache_elements_per_token(arch, options)
+        cached[depth.window] += (
+            dtype_bytes * spec.cache_elements_per_token(arch, options) * made // arch.num_key_value_heads
+        )
         looked_back[depth.window] += spec.flops_per_context_token(arch, options)
         state += STATE_BYTES * spec.state_elements(arch, options) + dtype_bytes * spec.kept_elements(arch, options)
     return Cost(
@@ -155,7 +159,8 @@ def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
         weight_bytes=counted.total * dtype_bytes,
         cache=tuple(CacheCost(size, window) for window, size in _widest_first(cached)),
         state_bytes=state,
-        flops_per_token=_head_flops(blueprint) + sum(_depth_flops(blueprint, depth) for depth in blueprint.depths),
+        flops_per_token=_head_flops(blueprint)
+        + sum(_depth_flops(blueprint, index) for index in range(blueprint.num_depths)),
         flops_per_context_token=looked_back.total(),
         context_flops=tuple(
             ContextFlops(flops=count, max_tokens=window) for window, count in _widest_first(looked_back)
@@ -167,7 +172,7 @@ def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
 def _exit_costs(blueprint: Blueprint) -> Iterator[ExitCost]:
     flops, arch = _head_flops(blueprint), blueprint.arch
     for index, depth in enumerate(blueprint.depths):
-        flops += _depth_flops(blueprint, depth)
+        flops += _depth_flops(blueprint, index)
         if depth.exit is not None:
             flops += gate_flops(arch, depth.exit)
             yield ExitCost(
@@ -181,8 +186,8 @@ def _head_flops(blueprint: Blueprint) -> int:
     return 2 * blueprint.arch.vocab_size * blueprint.arch.hidden_size
 
 
-def _depth_flops(blueprint: Blueprint, depth: Depth) -> int:
-    flops = _linear_flops(blueprint, depth)
+def _depth_flops(blueprint: Blueprint, index: int) -> int:
+    depth, flops = blueprint.depths[index], _linear_flops(blueprint, index)
     if depth.mixer is not None:
         part = blueprint.mixers[depth.mixer]
         flops += find_mixer(part.type).flops_per_token(blueprint.arch, part.options)
@@ -191,13 +196,13 @@ def _depth_flops(blueprint: Blueprint, depth: Depth) -> int:
     return flops
 
 
-def _linear_flops(blueprint: Blueprint, depth: Depth) -> int:
-    linears, factors = depth_linears(blueprint, depth), depth_factors(blueprint, depth)
+def _linear_flops(blueprint: Blueprint, index: int) -> int:
+    linears, factors = depth_linears(blueprint, index), depth_factors(blueprint, index)
     stored = sum(
         rows * columns if factors.get(name) is None else factors[name] * (rows + columns)
         for name, (rows, columns) in linears.items()
     )
-    return 2 * (stored + sum(rank * sum(linears[name]) for name, rank in depth.ranks.items()))
+    return 2 * (stored + sum(rank * sum(linears[name]) for name, rank in blueprint.depths[index].ranks.items()))
 
 
 def _widest_first(amounts: Counter[int | None]) -> list[tuple[int | None, int]]:

@@ -1,11 +1,11 @@
 """Which stored linears are kept as two factors, and at which rank, where a budget is split evenly."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from refold.blueprint.allocation import with_ranks
+from refold.blueprint.contents import depth_linears, part_linears
 from refold.blueprint.recipe import Factor
 from refold.blueprint.schema import POOLS, Blueprint, Pool
-from refold.blueprint.specs.registry import MLP, depth_linears, find_mixer
 from refold.errors import RecipeError
 
 Stored = tuple[Pool, int, str, tuple[int, int]]
@@ -16,27 +16,15 @@ def stored_linears(blueprint: Blueprint) -> Iterator[Stored]:
     """Yields every stored linear once, as it is before any is factorised."""
     for pool in POOLS:
         for index in range(len(blueprint.pool(pool))):
-            for name, shape in _linears(blueprint, pool, index).items():
+            for name, shape in part_linears(blueprint, pool, index).items():
                 yield pool, index, name, shape
-
-
-def stored_shape(blueprint: Blueprint, pool: Pool, part: int, linear: str) -> tuple[int, int]:
-    """Returns `(out, in)` of a stored linear."""
-    return _linears(blueprint, pool, part)[linear]
-
-
-def _linears(blueprint: Blueprint, pool: Pool, part: int) -> Mapping[str, tuple[int, int]]:
-    if pool == "mlp":
-        return MLP.linears(blueprint.arch, {})
-    mixer = blueprint.mixers[part]
-    return find_mixer(mixer.type).linears(blueprint.arch, mixer.options)
 
 
 def lora_parameters(blueprint: Blueprint) -> int:
     """Parameters of all LoRAs."""
     return sum(
-        rank * sum(depth_linears(blueprint, depth)[name])
-        for depth in blueprint.depths
+        rank * sum(depth_linears(blueprint, index)[name])
+        for index, depth in enumerate(blueprint.depths)
         for name, rank in depth.ranks.items()
     )
 

@@ -1,4 +1,4 @@
-"""Numbers as people write them in a recipe: `20M`, `1.5k`, `5e-4`."""
+"""Numbers as people write them in a recipe: `20M`, `1.5k`, `5e-4`; and lists of them."""
 
 import re
 from decimal import Decimal
@@ -27,6 +27,18 @@ def read_amount(value: Any) -> Any:
     if amount != int(amount):
         raise ValueError(f"must be a whole number (got {value!r}, which is {amount})")
     return int(amount)
+
+
+def refuse_repeats(values: tuple) -> tuple:
+    """Lets a list through whose entries differ.
+
+    Raises:
+        ValueError: One stands twice.
+    """
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"each may stand only once (got {value!r} {values.count(value)} times)")
+    return values
 
 
 def _refuse_booleans(value: Any) -> Any:

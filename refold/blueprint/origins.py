@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from refold.blueprint.contents import users_of
 from refold.blueprint.schema import Blueprint, Pool
 from refold.blueprint.specs.part import Carried
 from refold.blueprint.specs.registry import find_mixer
@@ -74,7 +75,7 @@ def origin(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> Origin
     is_factor = tensor.role in ("factor_a", "factor_b")
     local = f"{tensor.linear}.weight" if is_factor else tensor.local
     carried = _carried(blueprint, starts, tensor.pool, part, local)
-    sources = blueprint.pool(tensor.pool)[part].sources
+    sources = sources_of(blueprint, tensor.pool, part, local)
     if carried is None or not sources or starts.weights == "fresh":
         return Origin("fresh", f"{tensor.pool}.{local}")
     canonical, repeat = carried.canonical, carried.repeat
@@ -82,7 +83,7 @@ def origin(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> Origin
         assert tensor.depth is not None
         return Origin("copied", canonical, (blueprint.depths[tensor.depth].source,), repeat)
     if starts.lora == "joint" and (is_factor or tensor.role == "linear") and is_relaxed(blueprint, tensor):
-        return Origin("joint", canonical, tied_layers(blueprint, tensor.pool, tensor.part), repeat)
+        return Origin("joint", canonical, tied_layers(blueprint, tensor.pool, tensor.part, local), repeat)
     if is_factor:
         return Origin("factorised", canonical, sources, repeat)
     return Origin("copied" if len(sources) == 1 else "averaged", canonical, sources, repeat)
@@ -110,9 +111,21 @@ def is_relaxed(blueprint: Blueprint, tensor: TargetTensor) -> bool:
     return any(tensor.linear in blueprint.depths[user].ranks for user in blueprint.users(tensor.pool, tensor.part))
 
 
-def tied_layers(blueprint: Blueprint, pool: Pool, part: int) -> tuple[int, ...]:
-    """Returns the source layers that the depths using a part stand for, top to bottom."""
-    return tuple(blueprint.depths[user].source for user in blueprint.users(pool, part))
+def tied_layers(blueprint: Blueprint, pool: Pool, part: int, local: str) -> tuple[int, ...]:
+    """Returns the source layers that the depths using one tensor of a part stand for, top to bottom."""
+    return tuple(blueprint.depths[user].source for user in users_of(blueprint, pool, part, local))
+
+
+def sources_of(blueprint: Blueprint, pool: Pool, part: int, local: str) -> tuple[int, ...]:
+    """Returns the source layers one tensor of a part starts from.
+
+    They are the part's; of a mean over several only those whose depths use the tensor, if any of them does.
+    """
+    sources = blueprint.pool(pool)[part].sources
+    if len(sources) < 2:
+        return sources
+    used = set(tied_layers(blueprint, pool, part, local))
+    return tuple(layer for layer in sources if layer in used) or sources
 
 
 def _exit_origin(starts: Starts, tensor: TargetTensor) -> Origin:
@@ -127,11 +140,13 @@ def _lora_origin(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> 
     part = part_of(blueprint, tensor)
     carried = _carried(blueprint, starts, tensor.pool, part, f"{tensor.local}.weight")
     depth = blueprint.depths[tensor.depth]
-    sources = blueprint.pool(tensor.pool)[part].sources
+    local = f"{tensor.local}.weight"
+    sources = sources_of(blueprint, tensor.pool, part, local)
     if carried is None or starts.lora == "zero" or starts.weights == "fresh" or not sources:
         return Origin("fresh", f"{tensor.pool}.{tensor.local}.weight")
     if starts.lora == "joint":
-        return Origin("joint", carried.canonical, tied_layers(blueprint, tensor.pool, part), carried.repeat)
+        layers = tied_layers(blueprint, tensor.pool, part, local)
+        return Origin("joint", carried.canonical, layers, carried.repeat)
     if sources == (depth.source,) and tensor.linear not in blueprint.pool(tensor.pool)[part].factors:
         return Origin("fresh", carried.canonical)
     return Origin("factorised", carried.canonical, (depth.source,), carried.repeat)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from refold.blueprint.heal_stage import HealStage
-from refold.blueprint.numbers import Amount, Count, LayerIndex, Real
+from refold.blueprint.numbers import Amount, Count, LayerIndex, Real, refuse_repeats
 from refold.blueprint.protocols import read_heal
 from refold.blueprint.section import Section
 from refold.blueprint.specs.attention import Attention
@@ -17,6 +17,7 @@ from refold.blueprint.specs.mamba import Mamba
 from refold.blueprint.specs.mamba2 import Mamba2
 from refold.blueprint.specs.registry import MIXERS
 from refold.blueprint.specs.retention import Retention
+from refold.blueprint.specs.share_kv import ShareKv
 from refold.blueprint.specs.swap import MixerSwap
 from refold.blueprint.specs.tying import TYING_INITS
 from refold.blueprint.starts import Weight
@@ -30,13 +31,6 @@ def _known_init(name: str) -> str:
             f"{did_you_mean(name, TYING_INITS)}"
         )
     return name
-
-
-def _no_repeats(values: tuple) -> tuple:
-    for value in values:
-        if values.count(value) > 1:
-            raise ValueError(f"each may stand only once (got {value!r} {values.count(value)} times)")
-    return values
 
 
 # Tags between angle brackets name the branch of a union; messages leave them out.
@@ -66,7 +60,7 @@ def _kind_of_mixer(value: Any) -> str:
     return f"<{value.get('type') if isinstance(value, dict) else getattr(value, 'type', 'attention')}>"
 
 
-SourceLayers = Annotated[tuple[LayerIndex, ...], Field(min_length=1), AfterValidator(_no_repeats)]
+SourceLayers = Annotated[tuple[LayerIndex, ...], Field(min_length=1), AfterValidator(refuse_repeats)]
 ListedInit = Annotated[tuple[LayerIndex, ...], Field(min_length=1)]
 FoldInit = Annotated[
     Annotated[str, AfterValidator(_known_init), Tag("<name>")] | Annotated[ListedInit, Tag("<list>")],
@@ -108,7 +102,7 @@ class Fold(Section):
     init: FoldInit | None = None
     """How stored layers start: `stepwise`, `average`, `lower`, `upper`, `random`, or a list with one source layer for
     each stored layer of the block. Left out: `average` where LoRAs start from `svd` or `joint`, else `stepwise`."""
-    tie: Annotated[tuple[Literal["mixer", "mlp"], ...], Field(min_length=1), AfterValidator(_no_repeats)] = (
+    tie: Annotated[tuple[Literal["mixer", "mlp"], ...], Field(min_length=1), AfterValidator(refuse_repeats)] = (
         "mixer",
         "mlp",
     )
@@ -285,6 +279,9 @@ class Recipe(Section):
     """Leaves out layers, token mixers or MLPs."""
     mixers: tuple[AnyMixer, ...] = ()
     """Replaces the attention of some depths by mixers of linear cost."""
+    share_kv: ShareKv | None = None
+    """Depths that read keys and values of an earlier depth instead of making and caching their own: a rule, such as
+    `{from: first_loop}`, or a list, such as `[{depth: 3, from: 1}]`."""
     exits: Exits | None = None
     """Places where the stack may be left early."""
     ignore_tensors: tuple[IgnoredTensor, ...] = ()
@@ -295,7 +292,9 @@ class Recipe(Section):
     @property
     def weight(self) -> Weight:
         """What the errors of fitted linears are weighed by."""
-        given = [each.weight for each in (self.factor, self.relax) if each is not None and each.weight is not None]
+        given: list[Weight] = [
+            each.weight for each in (self.factor, self.relax) if each is not None and each.weight is not None
+        ]
         return given[0] if given else ("activations" if self.factor is not None else "none")
 
     @property

@@ -60,6 +60,20 @@ class Exit(Frozen):
         return ", ".join(name for there, name in parts if there) or "shared"
 
 
+class KvRead(Frozen):
+    """Key-value heads whose keys and values a depth does not make itself."""
+
+    depth: Index
+    """The earlier depth that makes them, from its own stream, with its own weights, norm and rotation."""
+    heads: Annotated[tuple[Index, ...], Field(min_length=1)]
+    """Which heads: of both depths the same."""
+
+    def describe(self, num_heads: int) -> str:
+        """Returns the depth in words, such as `3`, or `3 (heads 0, 1)` where those are not all `num_heads`."""
+        listed = ", ".join(map(str, self.heads))
+        return f"{self.depth}" if len(self.heads) == num_heads else f"{self.depth} (heads {listed})"
+
+
 class Depth(Frozen):
     """One executed layer."""
 
@@ -75,6 +89,8 @@ class Depth(Frozen):
     """Whether norms, q/k norms and biases live in the stored parts, or here."""
     window: Annotated[int, Field(gt=0)] | None = None
     rope: Rope | None = None
+    kv: tuple[KvRead, ...] = ()
+    """Key-value heads read from earlier depths; those that are not named are its own."""
     exit: Exit | None = None
 
 
@@ -101,6 +117,20 @@ class Blueprint(Frozen):
     def keeps_vectors(self, pool: Pool, part: int) -> bool:
         """Says whether a stored part holds its own norms and biases (its users are `tied`), or each user does."""
         return self.depths[self.users(pool, part)[0]].vectors == "tied"
+
+    def made_heads(self, index: int) -> tuple[int, ...]:
+        """Returns the key-value heads a depth makes: those it looks at itself, and those later depths read from it."""
+        depth = self.depths[index]
+        if depth.mixer is None:
+            return ()
+        every = range(self.arch.num_key_value_heads)
+        wanted = set(every) - {head for read in depth.kv for head in read.heads}
+        wanted |= {head for later in self.depths for read in later.kv if read.depth == index for head in read.heads}
+        return tuple(head for head in every if head in wanted)
+
+    def is_read(self, index: int) -> bool:
+        """Says whether a later depth reads keys and values of this one."""
+        return any(read.depth == index for depth in self.depths for read in depth.kv)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Blueprint":
@@ -144,4 +174,23 @@ class Blueprint(Frozen):
                         f"{pool}s[{part}].sources: layer {max(stored.sources)} is out of range "
                         f"({num_layers} source layers: 0..{num_layers - 1})"
                     )
+        for index in range(self.num_depths):
+            self._require_readable(index)
         return self
+
+    def _require_readable(self, index: int) -> None:
+        depth, num_heads = self.depths[index], self.arch.num_key_value_heads
+        for read in depth.kv:
+            where = f"depths[{index}].kv"
+            if read.depth >= index:
+                raise ValueError(f"{where}: an earlier depth is required (got {read.depth})")
+            other = self.depths[read.depth]
+            if depth.mixer is None or other.mixer is None:
+                raise ValueError(f"{where}: a mixer here and at depth {read.depth} is required (one is dropped)")
+            if (depth.window, depth.rope) != (other.window, other.rope):
+                raise ValueError(f"{where}: the window and rotary embedding of depth {read.depth} are required")
+            if max(read.heads) >= num_heads:
+                raise ValueError(f"{where}: head {max(read.heads)} is out of range ({num_heads} key-value heads)")
+        read = [head for each in depth.kv for head in each.heads]
+        if len(set(read)) < len(read):
+            raise ValueError(f"depths[{index}].kv: each head may be read once (got {sorted(read)})")

@@ -1,13 +1,13 @@
 """Every tensor of a folded model, by name: what the cost counts, the converter writes and the model loads."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from refold.blueprint.schema import Blueprint, Pool
+from refold.blueprint.contents import depth_linears, depth_vectors, part_linears, part_vectors
+from refold.blueprint.schema import POOLS, Blueprint, Pool
 from refold.blueprint.specs.exits import exit_tensors
-from refold.blueprint.specs.part import PartSpec, Shape, norm_vectors
-from refold.blueprint.specs.registry import MLP, depth_linears, find_mixer
+from refold.blueprint.specs.part import Shape, norm_vectors
 
 Role = Literal[
     "embedding", "head", "final_norm", "linear", "factor_a", "factor_b", "vector", "lora_a", "lora_b", "exit"
@@ -50,27 +50,6 @@ class TargetTensor:
         return total
 
 
-def _pools(blueprint: Blueprint) -> Iterator[tuple[Pool, int, PartSpec, dict[str, Any], Mapping[str, int]]]:
-    for index, part in enumerate(blueprint.mixers):
-        yield "mixer", index, find_mixer(part.type), part.options, part.factors
-    for index, part in enumerate(blueprint.mlps):
-        yield "mlp", index, MLP, {}, part.factors
-
-
-def _stored_linear(
-    prefix: str, linear: str, shape: tuple[int, int], pool: Pool, part: int, rank: int | None
-) -> Iterator[TargetTensor]:
-    """A matrix, or two factors of a rank, or with rank 0 nothing."""
-    rows, columns = shape
-    if rank is None:
-        local = f"{linear}.weight"
-        yield TargetTensor(f"{prefix}.{local}", shape, "linear", pool, part=part, local=local)
-    elif rank > 0:
-        for name, role, each in (("a", "factor_a", (rank, columns)), ("b", "factor_b", (rows, rank))):
-            local = f"{linear}.{name}.weight"
-            yield TargetTensor(f"{prefix}.{local}", each, role, pool, part=part, local=local)
-
-
 def target_tensors(blueprint: Blueprint) -> Iterator[TargetTensor]:
     """Yields every tensor of the target once, in the order it is stored.
 
@@ -78,13 +57,9 @@ def target_tensors(blueprint: Blueprint) -> Iterator[TargetTensor]:
     """
     arch = blueprint.arch
     yield TargetTensor("model.embed_tokens.weight", (arch.vocab_size, arch.hidden_size), "embedding")
-    for pool, index, spec, options, factors in _pools(blueprint):
-        prefix = f"model.{pool}s.{index}"
-        if blueprint.keeps_vectors(pool, index):
-            for local, shape in spec.vectors(arch, options).items():
-                yield TargetTensor(f"{prefix}.{local}", shape, "vector", pool, part=index, local=local)
-        for linear, shape in spec.linears(arch, options).items():
-            yield from _stored_linear(prefix, linear, shape, pool, index, factors.get(linear))
+    for pool in POOLS:
+        for index in range(len(blueprint.pool(pool))):
+            yield from _part_tensors(blueprint, pool, index)
     for index in range(blueprint.num_depths):
         yield from _depth_tensors(blueprint, index)
     for index, depth in enumerate(blueprint.depths):
@@ -97,25 +72,45 @@ def target_tensors(blueprint: Blueprint) -> Iterator[TargetTensor]:
         yield TargetTensor("lm_head.weight", (arch.vocab_size, arch.hidden_size), "head", local="lm_head.weight")
 
 
+def _part_tensors(blueprint: Blueprint, pool: Pool, index: int) -> Iterator[TargetTensor]:
+    prefix, factors = f"model.{pool}s.{index}", blueprint.pool(pool)[index].factors
+    if blueprint.keeps_vectors(pool, index):
+        for local, shape in part_vectors(blueprint, pool, index).items():
+            yield TargetTensor(f"{prefix}.{local}", shape, "vector", pool, part=index, local=local)
+    for linear, shape in part_linears(blueprint, pool, index).items():
+        yield from _stored_linear(prefix, linear, shape, pool, index, factors.get(linear))
+
+
+def _stored_linear(
+    prefix: str, linear: str, shape: tuple[int, int], pool: Pool, part: int, rank: int | None
+) -> Iterator[TargetTensor]:
+    """A matrix, or two factors of a rank, or with rank 0 nothing."""
+    rows, columns = shape
+    if rank is None:
+        local = f"{linear}.weight"
+        yield TargetTensor(f"{prefix}.{local}", shape, "linear", pool, part=part, local=local)
+    elif rank > 0:
+        factors: tuple[tuple[str, Role, Shape], ...] = (
+            ("a", "factor_a", (rank, columns)),
+            ("b", "factor_b", (rows, rank)),
+        )
+        for name, role, each in factors:
+            local = f"{linear}.{name}.weight"
+            yield TargetTensor(f"{prefix}.{local}", each, role, pool, part=part, local=local)
+
+
 def _depth_tensors(blueprint: Blueprint, index: int) -> Iterator[TargetTensor]:
-    arch, depth = blueprint.arch, blueprint.depths[index]
+    depth = blueprint.depths[index]
     prefix = f"model.depths.{index}"
-    mixer = None if depth.mixer is None else blueprint.mixers[depth.mixer]
-    mixer_spec = None if mixer is None else find_mixer(mixer.type)
     if depth.vectors == "own":
-        if mixer is not None and mixer_spec is not None:
-            for local, shape in mixer_spec.vectors(arch, mixer.options).items():
-                yield TargetTensor(
-                    f"{prefix}.vectors.mixer.{local}", shape, "vector", "mixer", depth=index, local=local
-                )
-        if depth.mlp is not None:
-            for local, shape in MLP.vectors(arch, {}).items():
-                yield TargetTensor(f"{prefix}.vectors.mlp.{local}", shape, "vector", "mlp", depth=index, local=local)
-    mixer_linears = {} if mixer is None or mixer_spec is None else mixer_spec.linears(arch, mixer.options)
-    for linear, (rows, columns) in depth_linears(blueprint, depth).items():
+        for pool in POOLS:
+            for local, shape in depth_vectors(blueprint, index, pool).items():
+                yield TargetTensor(f"{prefix}.vectors.{pool}.{local}", shape, "vector", pool, depth=index, local=local)
+    of_mixer = {} if depth.mixer is None else part_linears(blueprint, "mixer", depth.mixer)
+    for linear, (rows, columns) in depth_linears(blueprint, index).items():
         rank = depth.ranks.get(linear)
         if rank is not None:
-            pool: Literal["mixer", "mlp"] = "mixer" if linear in mixer_linears else "mlp"
+            pool: Pool = "mixer" if linear in of_mixer else "mlp"
             name = f"{prefix}.lora.{linear}"
             yield TargetTensor(f"{name}.a", (rank, columns), "lora_a", pool, depth=index, local=linear)
             yield TargetTensor(f"{name}.b", (rows, rank), "lora_b", pool, depth=index, local=linear)

@@ -1,5 +1,6 @@
 """A folded model's description as tables."""
 
+from refold.blueprint.schema import Depth
 from refold.cli.approximation_table import print_approximation
 from refold.cli.show import format_bytes, format_count, print_table
 from refold.conversion.inspect import Inspection
@@ -20,7 +21,7 @@ def print_inspection(found: Inspection) -> None:
     print_table(("", "source", "folded"), rows, f"{found.path} ({found.blueprint.arch.family}, {found.dtype})")
     print(f"less memory than its source (weights, cache and state): {found.memory.describe()}")
     print()
-    stack = []
+    stack, num_heads = [], found.blueprint.arch.num_key_value_heads
     for index, depth in enumerate(found.blueprint.depths):
         kept = [value for name, value in found.kept_energy.items() if name.startswith(f"depths.{index}.")]
         ranks = sorted(set(depth.ranks.values()))
@@ -33,10 +34,11 @@ def print_inspection(found: Inspection) -> None:
                 "-" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}..{ranks[-1]}",
                 depth.vectors,
                 f"{min(kept):.1%}" if kept else "-",
+                _keys(depth, num_heads),
                 depth.exit.describe() if depth.exit is not None else "-",
             )
         )
-    print_table(("depth", "layer", "mixer", "mlp", "rank", "vectors", "least kept energy", "exit"), stack)
+    print_table(("depth", "layer", "mixer", "mlp", "rank", "vectors", "least kept energy", "keys of", "exit"), stack)
     print_approximation(found.approximation)
     for said in found.notes:
         print(f"- {said}")
@@ -47,6 +49,14 @@ def print_inspection(found: Inspection) -> None:
             for stage in found.stages
         ]
         print_table(("stage", "time", "tokens", "seed", "command"), history)
+
+
+def _keys(depth: Depth, num_heads: int) -> str:
+    """Whose keys and values a depth looks at."""
+    if depth.mixer is None:
+        return "-"
+    read = sum(len(each.heads) for each in depth.kv)
+    return ", ".join([*(("own",) if read < num_heads else ()), *(each.describe(num_heads) for each in depth.kv)])
 
 
 def _part(index: int | None) -> str:

@@ -113,8 +113,8 @@ def measure_plan(
 def measured_groups(plan: Plan) -> list[LinearSources]:
     """Returns the stored linears whose ranks are measured: those that do what they did in the source."""
     found = [
-        linear_sources(plan.blueprint, plan.starts, pool, part, linear, shape)
-        for pool, part, linear, shape in stored_linears(plan.blueprint)
+        linear_sources(plan.blueprint, plan.starts, pool, part, linear)
+        for pool, part, linear, _ in stored_linears(plan.blueprint)
     ]
     return [group for group in found if group is not None and group.is_native]
 

@@ -8,11 +8,12 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from refold.blueprint.build import build_blueprint, identity_blueprint
+from refold.blueprint.contents import depth_linears
 from refold.blueprint.cost import Cost, cost
 from refold.blueprint.load import RecipeLike, built_in_recipes, load_recipe
 from refold.blueprint.recipe import Recipe
-from refold.blueprint.schema import Blueprint, Depth
-from refold.blueprint.specs.registry import depth_linears, find_mixer
+from refold.blueprint.schema import Blueprint
+from refold.blueprint.specs.registry import find_mixer
 from refold.blueprint.starts import Starts
 from refold.checkpoint.locate import Source
 from refold.conversion.approximation import Approximation, stored_maps
@@ -93,7 +94,7 @@ class Plan(Frozen):
     def needs_healing(self) -> bool:
         """Whether the target computes something else than its source."""
         return self.starts.weights == "fresh" or not all(
-            _equals_source(self.blueprint, self.starts, depth) for depth in self.blueprint.depths
+            _equals_source(self.blueprint, self.starts, index) for index in range(self.blueprint.num_depths)
         )
 
 
@@ -236,9 +237,10 @@ def _say_aloud(made: Plan) -> list[str]:
     return said
 
 
-def _equals_source(blueprint: Blueprint, starts: Starts, depth: Depth) -> bool:
+def _equals_source(blueprint: Blueprint, starts: Starts, index: int) -> bool:
     """Whether a depth computes what its source layer does."""
-    if depth.mixer is None or depth.mlp is None:
+    depth = blueprint.depths[index]
+    if depth.mixer is None or depth.mlp is None or depth.kv:
         return False
     mixer = blueprint.mixers[depth.mixer]
     if find_mixer(mixer.type).is_recurrent or depth.window != blueprint.arch.layers[depth.source].window:
@@ -246,5 +248,5 @@ def _equals_source(blueprint: Blueprint, starts: Starts, depth: Depth) -> bool:
     stored = (mixer.sources, blueprint.mlps[depth.mlp].sources)
     if all(sources == (depth.source,) for sources in stored):
         return True
-    full = all(depth.ranks.get(name) == min(shape) for name, shape in depth_linears(blueprint, depth).items())
+    full = all(depth.ranks.get(name) == min(shape) for name, shape in depth_linears(blueprint, index).items())
     return full and depth.vectors == "own" and starts.lora in ("svd", "joint")

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+from refold.blueprint.contents import idle_names
 from refold.blueprint.origins import Origin, carried_tensor, origin, part_of
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.source_tensors import SourceTensor, locate_piece
@@ -137,6 +138,13 @@ def _explain_exit(made: Origin, tensor: TargetTensor) -> tuple[How, str]:
     return "fresh", "zeros: says one half at first" if tensor.local.startswith("gate.") else "weights: fresh"
 
 
+def _only_makes_keys(blueprint: Blueprint, tensor: SourceTensor) -> bool:
+    """Whether a source tensor is only for keys and values, which the depth of its layer reads from another."""
+    names = {piece.partition(".")[2].split(".")[0] for piece in tensor.rule.pieces}
+    depths = [index for index, depth in enumerate(blueprint.depths) if depth.source == tensor.layer]
+    return all(names <= idle_names(blueprint, index) for index in depths)
+
+
 def _why_unused(blueprint: Blueprint, starts: Starts, tensor: SourceTensor) -> str:
     if starts.weights == "fresh":
         return "weights: fresh"
@@ -152,6 +160,8 @@ def _why_unused(blueprint: Blueprint, starts: Starts, tensor: SourceTensor) -> s
         pieces = [piece.removeprefix("mixer.") for piece in tensor.rule.pieces]
         if all(carried_tensor(blueprint, starts, depth.mixer, piece) is None for piece in pieces):
             return f"not carried over to {mixer}"
+    if _only_makes_keys(blueprint, tensor):
+        return "keys and values are read from another depth"
     if pool == "mlp" and any(depth.mlp is not None and not blueprint.mlps[depth.mlp].sources for depth in depths):
         return "not carried over: the MLP starts fresh"
     return "tied: replaced by what its stored layer starts from"

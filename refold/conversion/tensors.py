@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from refold.blueprint.factors import stored_shape
 from refold.blueprint.origins import origin, part_of
 from refold.blueprint.tensors import TargetTensor, target_tensors
 from refold.conversion.fresh import fill_of, fresh_tensor, tensor_seed
@@ -82,8 +81,7 @@ class TargetBuilder:
         blueprint = self._plan.blueprint
         assert tensor.pool is not None
         part = part_of(blueprint, tensor)
-        shape = stored_shape(blueprint, tensor.pool, part, tensor.linear)
-        group = linear_sources(blueprint, self._plan.starts, tensor.pool, part, tensor.linear, shape)
+        group = linear_sources(blueprint, self._plan.starts, tensor.pool, part, tensor.linear)
         if group is None:
             return None
         is_tied = len(group.users) > 1 and self._store is not None and group.is_native

@@ -71,7 +71,8 @@ def dense_arch(blueprint: Blueprint) -> ArchSpec:
     """Returns the architecture of the unrolled stack.
 
     Raises:
-        ExportError: No depth runs anything, or one runs a mixer other than attention.
+        ExportError: No depth runs anything, or one runs another mixer than attention, or reads keys and values from
+            another depth.
     """
     foreign = {
         index: blueprint.mixers[depth.mixer].type
@@ -82,6 +83,12 @@ def dense_arch(blueprint: Blueprint) -> ArchSpec:
     if foreign:
         named = ", ".join(f"depth {index}: {name}" for index, name in foreign.items())
         raise ExportError(f"export: attention at every depth is required by {family} (got {named}); keep the folder")
+    reader = next((index for index, depth in enumerate(blueprint.depths) if depth.kv), None)
+    if reader is not None:
+        raise ExportError(
+            f"export: keys and values of its own at every depth are required by {family} (depth {reader} reads those "
+            f"of depth {blueprint.depths[reader].kv[0].depth}); keep the folder"
+        )
     depths = [blueprint.depths[index] for index in kept_depths(blueprint)]
     if not depths:
         raise ExportError(f"export: a depth with a mixer or an MLP is required by {family} (all are dropped)")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from refold.blueprint.contents import users_of
 from refold.blueprint.heal_stage import GROUPS, HealStage
 from refold.blueprint.origins import origin
 from refold.blueprint.schema import Blueprint
@@ -117,7 +118,7 @@ _RULES: Mapping[str, Any] = {
 def _is_shared(blueprint: Blueprint, tensor: TargetTensor) -> bool:
     if tensor.pool is None or tensor.part is None:
         return False
-    return len(blueprint.users(tensor.pool, tensor.part)) > 1
+    return len(users_of(blueprint, tensor.pool, tensor.part, tensor.local)) > 1
 
 
 def _of_source(student: nn.Module) -> dict[str, frozenset[str]]:

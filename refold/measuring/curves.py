@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from refold.blueprint.allocation import Curve, MeasuredLinear, SharedCurve
-from refold.blueprint.origins import carried_tensor
+from refold.blueprint.contents import part_linears, users_of
+from refold.blueprint.origins import carried_tensor, sources_of
 from refold.blueprint.schema import Blueprint, Pool
 from refold.blueprint.specs.part import Carried
 from refold.blueprint.starts import Starts, Weight
@@ -40,18 +41,17 @@ class LinearSources:
     is_native: bool
 
 
-def linear_sources(
-    blueprint: Blueprint, starts: Starts, pool: Pool, part: int, linear: str, shape: tuple[int, int]
-) -> LinearSources | None:
+def linear_sources(blueprint: Blueprint, starts: Starts, pool: Pool, part: int, linear: str) -> LinearSources | None:
     """Says what a stored linear is fitted to; None where it starts fresh."""
-    stored = blueprint.pool(pool)[part]
     local = f"{linear}.weight"
     carried = carried_tensor(blueprint, starts, part, local) if pool == "mixer" else Carried(f"{pool}.{local}")
-    if carried is None or not stored.sources or starts.weights == "fresh":
+    sources = sources_of(blueprint, pool, part, local)
+    if carried is None or not sources or starts.weights == "fresh":
         return None
-    users = {depth: blueprint.depths[depth].source for depth in blueprint.users(pool, part)}
+    users = {depth: blueprint.depths[depth].source for depth in users_of(blueprint, pool, part, local)}
+    shape = part_linears(blueprint, pool, part)[linear]
     is_native = pool == "mlp" or blueprint.mixers[part].type == "attention"
-    return LinearSources(pool, part, linear, shape, carried, stored.sources, users, is_native)
+    return LinearSources(pool, part, linear, shape, carried, sources, users, is_native)
 
 
 class GroupWeightings:

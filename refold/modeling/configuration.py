@@ -87,11 +87,15 @@ def layer_types(blueprint: Blueprint) -> list[str]:
     """transformers' name for what each depth caches.
 
     `moe` is its only accepted name for a layer that caches nothing, which is what a depth without a mixer is. A cache
-    must hold one other layer at least, so a stack without any mixer has empty ones. Recurrent layers do not count
-    tokens, so where all are recurrent the first has a window of one token beside its state, which does.
+    must hold one other layer at least, so a stack without any mixer has empty ones. A depth that makes no keys and
+    values of its own caches nothing either. Recurrent layers do not count tokens, so where all are recurrent the first
+    has a window of one token beside its state, which does.
     """
     nothing = "full_attention" if all(depth.mixer is None for depth in blueprint.depths) else "moe"
-    types = [nothing if depth.mixer is None else _layer_type(blueprint, depth) for depth in blueprint.depths]
+    types = [
+        _layer_type(blueprint, depth) if blueprint.made_heads(index) else nothing
+        for index, depth in enumerate(blueprint.depths)
+    ]
     if RECURRENT in types and not {"full_attention", "sliding_attention"} & set(types):
         types[types.index(RECURRENT)] = COUNTING
     return types

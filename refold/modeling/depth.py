@@ -7,16 +7,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from refold.blueprint.contents import depth_linears, depth_vectors
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.specs.part import Fill, Shape
-from refold.blueprint.specs.registry import MLP, depth_linears, find_mixer
+from refold.blueprint.specs.registry import find_mixer
 from refold.families.arch import Norm
 from refold.modeling.configuration import RefoldConfig
 from refold.nn.fills import make_fill
 from refold.nn.lora import LoraPair
 from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.key_values import Exchange, KeyHeads, KeyValue
 from refold.nn.mixers.registry import MIXERS
 from refold.nn.part import Lora, OwnVectors, StoredPart
+
+Lent = dict[int, KeyValue]
+"""Depth to the keys and values it left in this pass for later depths to read."""
 
 
 class OwnedVectors(nn.Module):
@@ -59,21 +64,21 @@ class Depth(GradientCheckpointingLayer):
         self.lora = nn.ModuleDict(
             {
                 name: LoraPair(spec.ranks[name], columns, rows)
-                for name, (rows, columns) in depth_linears(blueprint, spec).items()
+                for name, (rows, columns) in depth_linears(blueprint, index).items()
                 if name in spec.ranks
             }
         )
         self.view: nn.Module | None = None
+        self.heads = KeyHeads(blueprint, index) if spec.kv or blueprint.is_read(index) else None
         owned: dict[str, nn.Module] = {}
         if spec.mixer is not None:
             part = blueprint.mixers[spec.mixer]
             self.view = MIXERS[part.type].view(config, arch, index, spec.window)
             if spec.vectors == "own":
-                mixer = find_mixer(part.type)
-                fills = mixer.fills(arch, part.options)
-                owned["mixer"] = OwnedVectors(mixer.vectors(arch, part.options), fills, arch.norm)
+                fills = find_mixer(part.type).fills(arch, part.options)
+                owned["mixer"] = OwnedVectors(depth_vectors(blueprint, index, "mixer"), fills, arch.norm)
         if spec.mlp is not None and spec.vectors == "own":
-            owned["mlp"] = OwnedVectors(MLP.vectors(arch, {}), {}, arch.norm)
+            owned["mlp"] = OwnedVectors(depth_vectors(blueprint, index, "mlp"), {}, arch.norm)
         self.vectors = nn.ModuleDict(owned)
 
     def adapters(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -84,28 +89,66 @@ class Depth(GradientCheckpointingLayer):
         """The vectors this depth keeps for its `mixer` or `mlp`, or None where the part holds them."""
         return cast("OwnedVectors", self.vectors[pool]).tensors() if pool in self.vectors else None
 
+    def run(self, hidden_states: Float[Tensor, "B T D"], lent: Lent, **arguments: Any) -> Float[Tensor, "B T D"]:
+        """Runs the depth in a pass over several.
+
+        Args:
+            hidden_states: The stream before it.
+            lent: Keys and values that earlier depths left; what later ones read of this depth is added.
+            **arguments: As for `forward`.
+        """
+        if self.heads is None:
+            return self(hidden_states, **arguments)
+        found = self(hidden_states, *(states for source in self.heads.sources for states in lent[source]), **arguments)
+        if not self.heads.is_read:
+            return found
+        hidden_states, key, value = found
+        lent[self.index] = key, value
+        return hidden_states
+
     def forward(
         self,
         hidden_states: Float[Tensor, "B T D"],
-        *,
+        *read: Tensor,
         mixer: StoredPart | None,
         mlp: StoredPart | None,
         context: MixerContext | None,
         past_key_values: Any = None,
         residual: bool = True,
-    ) -> Float[Tensor, "B T D"]:
+    ) -> Float[Tensor, "B T D"] | tuple[Tensor, Tensor, Tensor]:
         """Runs mixer and MLP, either of which may be absent, and adds what they give to the residual stream.
 
-        Without `residual` it returns what the mixer gives, alone.
+        Keys and values come as arguments and go as results, so that gradients find their way through checkpoints.
+
+        Args:
+            hidden_states: The stream before it.
+            *read: Keys and values of its sources in turn, each `[B, heads, S, K]`.
+            mixer: The stored part it runs.
+            mlp: The stored part it runs.
+            context: What the mixer needs besides.
+            past_key_values: Cache indexed by depth, or None.
+            residual: False: return what the mixer gives, alone.
+
+        Returns:
+            The stream after it; and, where later depths read them, its keys and values.
         """
         lora: Lora = self.adapters()
         update = None
         if mixer is not None:
             assert context is not None
             context.past_key_values = past_key_values
+            pairs = tuple(zip(read[::2], read[1::2], strict=True))
+            context.exchange = None if self.heads is None else Exchange(self.heads, pairs)
             update = mixer(hidden_states, self.view, context, lora, self.own_vectors("mixer"))
-            if not residual:
-                return update
+        stream = self._add(hidden_states, update, mlp, lora) if residual or update is None else update
+        if self.heads is None or not self.heads.is_read:
+            return stream
+        assert context is not None
+        assert context.exchange is not None
+        assert context.exchange.made is not None
+        return (stream, *context.exchange.made)
+
+    def _add(self, hidden_states: Tensor, update: Tensor | None, mlp: StoredPart | None, lora: Lora) -> Tensor:
         if self.parallel and update is not None and mlp is not None:
             # Updates first, as transformers adds them: in half precision the order shows.
             return mlp(hidden_states, lora, self.own_vectors("mlp")) + update + hidden_states

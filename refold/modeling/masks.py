@@ -64,6 +64,22 @@ def build_masks(
     return masks
 
 
+def padding_mask(attention_mask: Any) -> Tensor | None:
+    """Returns the `[B, tokens]` mask of what a user or `generate` gave.
+
+    Raises:
+        RefoldError: A ready mask of another form, which recurrent mixers cannot follow.
+    """
+    if isinstance(attention_mask, Mapping):
+        attention_mask = attention_mask.get("linear_attention")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise RefoldError(
+            f"attention_mask: [batch, tokens] is required where mixers keep a state (got {attention_mask.ndim} "
+            f"dimensions); mark documents by position_ids"
+        )
+    return attention_mask
+
+
 def _refuse_leaking_backend(config: RefoldConfig, hidden_states: Tensor, past_key_values: Cache | None) -> None:
     """Flash attention reads packed documents off the position ids, which it does for one uncached row only."""
     uses_flash = "flash" in (config._attn_implementation or "")

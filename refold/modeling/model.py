@@ -1,6 +1,5 @@
 """The model of any blueprint: stored parts once, depths that run them."""
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -12,14 +11,15 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from refold.blueprint.contents import unused_names
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.schema import Depth as DepthSpec
 from refold.blueprint.specs.registry import find_mixer
 from refold.errors import FolderError, RefoldError
 from refold.modeling.configuration import COUNTING, RECURRENT, RefoldConfig
-from refold.modeling.depth import Depth, OwnedVectors
+from refold.modeling.depth import Depth, Lent, OwnedVectors
 from refold.modeling.documents import document_starts, state_resets
-from refold.modeling.masks import build_masks
+from refold.modeling.masks import build_masks, padding_mask
 from refold.modeling.outputs import CausalOutput, StackOutput
 from refold.nn.exits import ExitParts, Gate
 from refold.nn.factored import FactoredLinear
@@ -131,12 +131,13 @@ class RefoldModel(RefoldPreTrainedModel):
             MIXERS[part.type].create(arch, part.options, blueprint.keeps_vectors("mixer", index))
             for index, part in enumerate(blueprint.mixers)
         )
+        for index, mixer in enumerate(self.mixers):
+            cast("StoredPart", mixer).leave_out(unused_names(blueprint, "mixer", index))
         self.mlps = nn.ModuleList(
             Mlp(arch, blueprint.keeps_vectors("mlp", index)) for index in range(len(blueprint.mlps))
         )
-        for pool, parts in (("mixer", self.mixers), ("mlp", self.mlps)):
-            for part, module in zip(blueprint.pool(pool), parts, strict=True):
-                cast("StoredPart", module).factorise(part.factors)
+        for part, module in zip((*blueprint.mixers, *blueprint.mlps), (*self.mixers, *self.mlps), strict=True):
+            cast("StoredPart", module).factorise(part.factors)
         self.depths = nn.ModuleList(Depth(config, blueprint, index) for index in range(blueprint.num_depths))
         # Outside the depths, because heads are read outside the stack's forward, where sharded depths hold no weights.
         self.exits = nn.ModuleDict(
@@ -209,14 +210,16 @@ class RefoldModel(RefoldPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         contexts = self.contexts(hidden_states, attention_mask, position_ids, past_key_values, kwargs)
+        lent: Lent = {}
         exits: list[tuple[Tensor, Tensor | None]] = []
         # Plain tuples: indexing a ModuleList costs several microseconds, a percent of a small model's decoding step.
         mixers, mlps = (cast("tuple[StoredPart, ...]", tuple(pool)) for pool in (self.mixers, self.mlps))
         depths = cast("tuple[Depth, ...]", tuple(self.depths))
         for index, depth in enumerate(depths[:num_depths]):
             spec = depth.spec
-            hidden_states = depth(
+            hidden_states = depth.run(
                 hidden_states,
+                lent,
                 mixer=None if spec.mixer is None else mixers[spec.mixer],
                 mlp=None if spec.mlp is None else mlps[spec.mlp],
                 context=contexts.get((spec.window, self._rope_of.get(index))),
@@ -261,7 +264,12 @@ class RefoldModel(RefoldPreTrainedModel):
         return min(exit_depth, available)
 
     def run_depth(
-        self, index: int, hidden_states: Float[Tensor, "B T D"], contexts: Contexts, mixer_only: bool = False
+        self,
+        index: int,
+        hidden_states: Float[Tensor, "B T D"],
+        contexts: Contexts,
+        mixer_only: bool = False,
+        lent: Lent | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Runs one depth by itself, without a cache.
 
@@ -270,11 +278,13 @@ class RefoldModel(RefoldPreTrainedModel):
             hidden_states: The stream before it.
             contexts: From `contexts`.
             mixer_only: Return what its mixer adds to the stream instead of the stream after the depth.
+            lent: Keys and values that depths left which were run before and it may read; its own are added.
         """
         depth = cast("Depth", self.depths[index])
         spec = depth.spec
-        return depth(
+        return depth.run(
             hidden_states,
+            {} if lent is None else lent,
             mixer=None if spec.mixer is None else self.mixers[spec.mixer],
             mlp=None if spec.mlp is None or mixer_only else self.mlps[spec.mlp],
             context=contexts.get((spec.window, self._rope_of.get(index))),
@@ -310,7 +320,7 @@ class RefoldModel(RefoldPreTrainedModel):
             position_ids = (torch.arange(tokens, device=hidden_states.device) + past_length).unsqueeze(0)
         resets = None
         if self._is_recurrent:
-            resets = state_resets(starts, _padding_mask(attention_mask), past_length, tokens)
+            resets = state_resets(starts, padding_mask(attention_mask), past_length, tokens)
             if not self._windows:
                 count_tokens(past_key_values, self._first_counting, hidden_states)
         masks = build_masks(
@@ -328,22 +338,6 @@ class RefoldModel(RefoldPreTrainedModel):
 
 def _is_recurrent(blueprint: Blueprint, depth: DepthSpec) -> bool:
     return depth.mixer is not None and find_mixer(blueprint.mixers[depth.mixer].type).is_recurrent
-
-
-def _padding_mask(attention_mask: Any) -> Tensor | None:
-    """The `[B, tokens]` mask of what a user or `generate` gave.
-
-    Raises:
-        RefoldError: A ready mask of another form, which recurrent mixers cannot follow.
-    """
-    if isinstance(attention_mask, Mapping):
-        attention_mask = attention_mask.get("linear_attention")
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise RefoldError(
-            f"attention_mask: [batch, tokens] is required where mixers keep a state (got {attention_mask.ndim} "
-            f"dimensions); mark documents by position_ids"
-        )
-    return attention_mask
 
 
 class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):

@@ -15,6 +15,8 @@ class FactoredLinear(nn.Module):
         rank: Of the factors.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, linear: nn.Linear, rank: int):
         super().__init__()
         self.in_features, self.out_features, self.rank = linear.in_features, linear.out_features, rank

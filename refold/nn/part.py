@@ -1,6 +1,6 @@
 """What all stored parts share: linears found by name, and norms and biases that a depth may bring along."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -87,6 +87,12 @@ class StoredPart(nn.Module):
         """Keeps some linears as two factors of a rank each; with rank 0 only what depths add to it is computed."""
         for name, rank in ranks.items():
             self.add_module(name, FactoredLinear(self.get_submodule(name), rank))  # pyright: ignore[reportArgumentType]
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Removes linears and norms that none of the depths that run this part uses."""
+        for name in names:
+            if hasattr(self, name):
+                delattr(self, name)
 
     def vector(self, name: str, vectors: OwnVectors) -> Tensor:
         """Returns one of the part's vectors, the depth's own where it has some."""

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refold.blueprint.build import build_blueprint, identity_blueprint
+from refold.blueprint.contents import depth_linears
 from refold.blueprint.cost import cost
 from refold.blueprint.load import built_in_recipes, load_recipe
 from refold.blueprint.schema import Blueprint
-from refold.blueprint.specs.registry import depth_linears
 from refold.errors import RecipeError
 
 
@@ -334,6 +334,9 @@ RECIPES = st.fixed_dictionaries(
         "relax": st.fixed_dictionaries({"rank": RANKS}, optional={"vectors": st.sampled_from(["tied", "own"])}),
         "drop": st.dictionaries(st.sampled_from(["block", "attention", "mlp"]), DROPS),
         "exits": st.sampled_from([{"at": [0, 2]}, {"at": "loops"}]),
+        "share_kv": st.sampled_from(
+            [{"from": "first_loop"}, {"from": "pairs", "heads": [0]}, {"from": {"back": 2}}, [{"depth": 4, "from": 1}]]
+        ),
     },
 ).map(lambda sections: {key: each for key, each in sections.items() if key != "relax" or "fold" in sections})
 
@@ -352,8 +355,8 @@ def test_any_legal_recipe_builds_a_sound_blueprint_or_is_refused_as_a_recipe(mak
     source, target = cost(identity_blueprint(arch), 2), cost(blueprint, 2)
     # Two adapters of rank r on [out, in] hold at most r (out + in) numbers each, r capped at the smaller side.
     lora = sum(
-        rank * sum(depth_linears(blueprint, depth)[name])
-        for depth in blueprint.depths
+        rank * sum(depth_linears(blueprint, index)[name])
+        for index, depth in enumerate(blueprint.depths)
         for name, rank in depth.ranks.items()
     )
     assert target.parameters - lora <= source.parameters

@@ -94,3 +94,15 @@ def test_vectors_of_mixers_neither_decay_nor_are_orthogonalised(swapped):
     for name in ("0.decay.a_log", "0.conv.weight", "1.conv.weight", "1.decay.dt_bias"):
         assert id(model.get_parameter(f"model.mixers.{name}")) not in decayed | muon, name
     assert id(model.get_parameter("model.mixers.0.select_proj.weight")) in decayed & muon
+
+
+def test_a_model_with_shared_keys_heals(healing, swapped, weights):
+    folder = swapped({"fold": {"loops": 2}, "share_kv": {"from": "first_loop"}})
+    healing(model=folder, stages=[healing.stage(tokens=24 * 64, learning_rate=3e-3)])
+    assert healing.records[-1].loss < healing.records[0].loss
+    start, after = weights(folder), weights(healing.destination)
+    assert not [name for name in start if torch.equal(start[name], after[name])]
+    shared = WeightGroups(load_model(folder, device="cpu"), folder).find("shared", "train")
+    # Only depths of the first loop make keys and values.
+    assert "model.mixers.0.q_proj.weight" in shared
+    assert "model.mixers.0.k_proj.weight" not in shared

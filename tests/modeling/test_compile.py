@@ -75,6 +75,13 @@ def test_the_whole_model_compiles_into_one_graph():
     assert graphs('{"fold": {"loops": 10}, "relax": {"rank": 2}}', "eager", "whole") == 1
 
 
+def test_depths_that_read_keys_share_the_code_of_their_part():
+    share = '{"fold": {"loops": 10}, "share_kv": {"from": "first_loop"}}'
+    # Of two mixers before the cache with keys, without, and after it, and of two MLPs; each for three lengths.
+    assert graphs(share, "eager", "parts") <= 3 * 4 * 2
+    assert graphs(share, "eager", "whole") == 1
+
+
 @pytest.mark.long
 def test_compiled_code_computes_the_same():
     assert graphs('{"fold": {"loops": 10}, "relax": {"rank": 2}}', "inductor", "parts") > 0

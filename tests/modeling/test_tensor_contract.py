@@ -64,8 +64,23 @@ swaps = st.fixed_dictionaries(
         "transfer": st.sampled_from([[], ["o_proj", "mlp"]]),
     },
 ).filter(lambda swap: not (swap["type"] == "mamba" and "o_proj" in swap.get("transfer", ["o_proj"])))
+shares = st.sampled_from(
+    [
+        {"from": "first_loop"},
+        {"from": "pairs"},
+        {"from": {"back": 2}, "heads": [0]},
+        [{"depth": 4, "from": 1}, {"depth": 5, "from": 4}],
+    ]
+)
 recipes = st.fixed_dictionaries(
-    {}, optional={"fold": folds, "relax": relaxes, "drop": drops, "mixers": st.lists(swaps, min_size=1, max_size=1)}
+    {},
+    optional={
+        "fold": folds,
+        "relax": relaxes,
+        "drop": drops,
+        "mixers": st.lists(swaps, min_size=1, max_size=1),
+        "share_kv": shares,
+    },
 )
 
 

@@ -70,4 +70,5 @@ SPEC = PartSpec(
     vectors=vectors,
     flops_per_context_token=score_flops,
     cache_elements_per_token=cached_numbers,
+    key_value_names=frozenset({"k_proj", "v_proj", "k_norm"}),
 )

@@ -95,6 +95,8 @@ class PartSpec:
     resolve: Callable[[ArchSpec, Mapping[str, Any], str], dict[str, Any]] = lambda arch, options, where: dict(options)
     """From a recipe's options to those of a blueprint, with what depends on the source filled in; the last argument is
     the recipe's key, for messages. Raises RecipeError where source and options do not go together."""
+    key_value_names: frozenset[str] = frozenset()
+    """Linears and norms that only make keys and values, which depths may read from one another; empty: it has none."""
     is_recurrent: bool = False
     """Whether it keeps a state of constant size instead of keys and values."""
     approximates_softmax: bool = False

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from refold.blueprint.schema import Blueprint, Depth
 from refold.blueprint.specs import (
     attention,
     gated_deltanet,
@@ -41,20 +40,3 @@ def find_mixer(name: str) -> PartSpec:
     if name not in MIXERS:
         raise RecipeError(f"mixers: type: {must_be_one_of(name, MIXERS)}")
     return MIXERS[name]
-
-
-def depth_linears(blueprint: Blueprint, depth: Depth) -> dict[str, tuple[int, int]]:
-    """Every linear a depth runs: name to `(out, in)`. Names of mixer and MLP linears never meet."""
-    found: dict[str, tuple[int, int]] = {}
-    if depth.mixer is not None:
-        part = blueprint.mixers[depth.mixer]
-        found |= find_mixer(part.type).linears(blueprint.arch, part.options)
-    if depth.mlp is not None:
-        found |= MLP.linears(blueprint.arch, {})
-    return found
-
-
-def depth_factors(blueprint: Blueprint, depth: Depth) -> dict[str, int]:
-    """Rank of each linear a depth runs that is stored as two factors."""
-    mixer = {} if depth.mixer is None else blueprint.mixers[depth.mixer].factors
-    return {**mixer, **({} if depth.mlp is None else blueprint.mlps[depth.mlp].factors)}

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 
-from refold.blueprint.numbers import Count, LayerIndex
+from refold.blueprint.numbers import Count, LayerIndex, refuse_repeats
 from refold.blueprint.section import Section
 
 TRANSFERS = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp")
@@ -32,14 +32,7 @@ def _kind_of_transfer(value: Any) -> str:
     return "<list>" if isinstance(value, (list, tuple)) else "<name>"
 
 
-def _no_repeats(values: tuple) -> tuple:
-    for value in values:
-        if values.count(value) > 1:
-            raise ValueError(f"each may stand only once (got {value!r} {values.count(value)} times)")
-    return values
-
-
-Listed = Annotated[tuple[LayerIndex, ...], AfterValidator(_no_repeats), Tag("<list>")]
+Listed = Annotated[tuple[LayerIndex, ...], AfterValidator(refuse_repeats), Tag("<list>")]
 Depths = Annotated[
     Annotated[Literal["all", "xatl"], Tag("<name>")] | Listed | Annotated[Every, Tag("<every>")],
     Discriminator(_kind_of_depths),
@@ -47,7 +40,9 @@ Depths = Annotated[
 Transfer = Annotated[
     Annotated[Literal["all"], Tag("<name>")]
     | Annotated[
-        tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "mlp"], ...], AfterValidator(_no_repeats), Tag("<list>")
+        tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "mlp"], ...],
+        AfterValidator(refuse_repeats),
+        Tag("<list>"),
     ],
     Discriminator(_kind_of_transfer),
 ]

@@ -37,6 +37,12 @@ class AttentionMatrices(Alignment[specs.AttentionMatrices]):
         heads = _num_heads(teacher)
         sources = source_layers(student)
         for depth in self.depths(student):
+            reads = folded_depths(student)[depth].spec.kv
+            if reads:
+                raise HealError(
+                    f"objective {self.name}: depths with keys and values of their own are required (depth {depth} "
+                    f"reads those of depth {reads[0].depth}); align mixer_outputs instead"
+                )
             mixer = _mixer(student, depth)
             if mixer.num_matrix_heads is None:
                 raise HealError(

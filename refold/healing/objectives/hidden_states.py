@@ -11,6 +11,7 @@ from refold.errors import HealError
 from refold.healing.activations import Want, folded_depths, source_layers
 from refold.healing.objectives.alignment import Alignment, distance, teacher_layer_of, teacher_of
 from refold.healing.objectives.objective import Step
+from refold.modeling.depth import Lent
 from refold.modeling.model import RefoldForCausalLM
 
 
@@ -60,9 +61,10 @@ class HiddenStates(Alignment[specs.HiddenStates]):
             ours = [step.student.streams[depth + 1] for depth in depths]
         else:
             contexts = student.model.contexts(streams[0].to(student.dtype), position_ids=step.position_ids)
+            lent: Lent = {}
             ours = [
                 # In the student's dtype: a teacher may be stored in another.
-                student.model.run_depth(depth, streams[begin].to(student.dtype), contexts)
+                student.model.run_depth(depth, streams[begin].to(student.dtype), contexts, lent=lent)
                 for depth, begin in zip(depths, begins, strict=True)
             ]
         sums = [

@@ -7,6 +7,7 @@ from refold.blueprint.specs import objectives as specs
 from refold.healing.activations import Want
 from refold.healing.objectives.alignment import Alignment, distance, teacher_layer_of, teacher_of
 from refold.healing.objectives.objective import Step
+from refold.modeling.depth import Lent
 from refold.modeling.model import RefoldForCausalLM
 
 
@@ -36,8 +37,10 @@ class MixerOutputs(Alignment[specs.MixerOutputs]):
             # In the student's dtype: a teacher may be stored in another.
             streams = {depth: teacher.streams[layer_of[depth]].to(student.dtype) for depth in depths}
             contexts = student.model.contexts(streams[depths[0]], position_ids=step.position_ids)
+            lent: Lent = {}
             ours = {
-                depth: student.model.run_depth(depth, streams[depth], contexts, mixer_only=True) for depth in depths
+                depth: student.model.run_depth(depth, streams[depth], contexts, mixer_only=True, lent=lent)
+                for depth in depths
             }
         sums = [distance(ours[depth], teacher.mixers[layer_of[depth]], index, self.options.loss) for depth in depths]
         return sum(sums[1:], sums[0])

@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from refold.blueprint.specs import attention as spec
 from refold.families.arch import ArchSpec
 from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.key_values import KeyValue
 from refold.nn.mixers.mixer import Mixer
 from refold.nn.part import Lora, OwnVectors
 from refold.nn.rotary import Rotation, rotate
@@ -65,16 +66,22 @@ class AttentionView(nn.Module):
         self.softcap = arch.attention_softcap
         self.is_causal = True
 
+    def remember(
+        self, key: Float[Tensor, "B G T K"], value: Float[Tensor, "B G T K"], context: MixerContext
+    ) -> KeyValue:
+        """Appends keys and values to the cache at this depth and returns all that are there."""
+        if context.past_key_values is None:
+            return key, value
+        return context.past_key_values.update(key, value, self.layer_idx)
+
     def forward(
         self,
         query: Float[Tensor, "B H T K"],
-        key: Float[Tensor, "B G T K"],
-        value: Float[Tensor, "B G T K"],
+        key: Float[Tensor, "B G S K"],
+        value: Float[Tensor, "B G S K"],
         context: MixerContext,
     ) -> tuple[Float[Tensor, "B T H K"], Tensor | None]:
-        """Appends keys and values to the cache at this depth and attends to all of it."""
-        if context.past_key_values is not None:
-            key, value = context.past_key_values.update(key, value, self.layer_idx)
+        """Attends to keys and values, those of earlier calls included."""
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         capped = {} if self.softcap is None else {"softcap": self.softcap}
         windowed = {} if self.sliding_window is None else {"sliding_window": self.sliding_window}
@@ -119,8 +126,20 @@ class Attention(Mixer):
         lora: Lora,
         vectors: OwnVectors,
     ) -> Float[Tensor, "B T D"]:
-        query, key, value = self.read(hidden_states, context.rotation, lora, vectors)
-        heads, _ = view(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), context)
+        assert isinstance(view, AttentionView)
+        exchange, made = context.exchange, None
+        if exchange is not None and not exchange.heads.made:
+            query = self.read_query(hidden_states, context.rotation, lora, vectors)
+        else:
+            query, key, value = self.read(hidden_states, context.rotation, lora, vectors)
+            if exchange is not None and not exchange.heads.makes_all:
+                key, value = (states[:, :, list(exchange.heads.made)] for states in (key, value))
+            made = view.remember(key.transpose(1, 2), value.transpose(1, 2), context)
+        if exchange is not None:
+            exchange.made = made
+            made = exchange.heads.look_at(made, exchange.read)
+        assert made is not None
+        heads, _ = view(query.transpose(1, 2), *made, context)
         return self.write(heads.flatten(-2), lora, vectors)
 
     def matrix(
@@ -154,12 +173,25 @@ class Attention(Mixer):
             query, key = rotate(query, rotation), rotate(key, rotation)
         return query, key, value
 
+    def read_query(
+        self, hidden_states: Tensor, rotation: Rotation | None, lora: Lora, vectors: OwnVectors
+    ) -> Float[Tensor, "B T H K"]:
+        """Queries alone, normed and rotated, at a depth that makes no keys and values."""
+        query = self.project("q_proj", self.normalise("input_norm", hidden_states, vectors), lora, vectors)
+        if self.qk_norm == "full":
+            query = self.normalise("q_norm", query, vectors)
+        query = query.unflatten(-1, (-1, self.head_dim))
+        if self.qk_norm == "head":
+            query = self.normalise("q_norm", query, vectors)
+        return query if rotation is None else rotate(query, rotation)
+
     def write(self, heads: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:
         """Output projection and, where there is one, output norm."""
         return self.normalise("output_norm", self.project("o_proj", heads, lora, vectors), vectors)
 
     def compile_regions(self) -> None:
         self.read = torch.compile(self.read)
+        self.read_query = torch.compile(self.read_query)
         self.write = torch.compile(self.write)
 
 

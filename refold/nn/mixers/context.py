@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from refold.nn.mixers.key_values import Exchange
 from refold.nn.rotary import Rotation
 
 
@@ -22,6 +23,7 @@ class MixerContext:
             there; None: nowhere in this call.
         past_key_values: Cache indexed by depth, or None.
         extra: Further arguments for the attention back-end.
+        exchange: Keys and values of earlier depths, and a place for the depth's own; None: all are its own.
     """
 
     rotation: Rotation | None
@@ -30,3 +32,4 @@ class MixerContext:
     resets: Tensor | None
     past_key_values: Cache | None
     extra: dict[str, Any] = field(default_factory=dict)
+    exchange: Exchange | None = None

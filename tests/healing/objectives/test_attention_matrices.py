@@ -133,3 +133,8 @@ def test_a_teacher_without_attention_there_is_refused(fold):
     teacher = fold(recipe={"drop": {"attention": {"layers": [1]}}}, attn_implementation="eager")
     with pytest.raises(HealError, match=r"what stands for source layers 1 is required"):
         objective().check(fold(recipe=STRICT), teacher)
+
+
+def test_a_depth_that_reads_another_ones_keys_is_refused(fold, load_source):
+    with pytest.raises(HealError, match=r"values of their own are required \(depth 1 reads those of depth 0\)"):
+        objective().check(fold("llama", {"share_kv": {"from": "pairs"}}), load_source("llama"))

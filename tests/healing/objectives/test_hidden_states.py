@@ -159,3 +159,10 @@ def test_depths_that_repeat_a_layer_are_refused(fold, load_source):
         HealError, match=r"later and later source layers.*\(depth 2 stands for layer 1, depth 1 for 1\)"
     ):
         objective().check(student, load_source())
+
+
+def test_depths_that_read_keys_are_run_one_by_one_too(fold, load_source, documents, run_objective):
+    teacher, shared = load_source("llama"), fold("llama", {"share_kv": {"from": "pairs"}})
+    run_objective(objective(), shared, teacher, documents).total.backward()
+    assert all(weight.grad is not None for part in shared.model.mixers for weight in part.parameters())
+    shared.zero_grad()

@@ -240,3 +240,21 @@ def test_a_teacher_without_the_layers_is_refused(fold, recipe):
 def test_a_student_without_mixers_is_refused(fold, load_source):
     with pytest.raises(HealError, match=r"objective mixer_outputs: a depth that can be compared is required"):
         objective().check(fold(recipe={"drop": {"attention": {"count": 4}}}), load_source())
+
+
+def test_depths_read_keys_made_of_the_teachers_stream(fold, load_source, documents, run_objective):
+    teacher, shared, plain = load_source("llama"), fold("llama", {"share_kv": {"from": "pairs"}}), fold("llama")
+    made = {}
+
+    def hand_over(view, arguments):
+        query, key, value, context = arguments
+        made[view.layer_idx] = key, value
+        return query, *made[view.layer_idx // 2 * 2], context
+
+    assert run_objective(objective(), plain, teacher, documents).total < 1e-9
+    hooks = [depth.view.register_forward_pre_hook(hand_over) for depth in plain.model.depths]
+    reference = run_objective(objective(), plain, teacher, documents).total
+    for hook in hooks:
+        hook.remove()
+    assert reference > 0.01
+    torch.testing.assert_close(run_objective(objective(), shared, teacher, documents).total, reference)

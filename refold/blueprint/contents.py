@@ -1,0 +1,95 @@
+"""What stored parts and depths consist of: the linears and vectors of their specs that are used."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from refold.blueprint.schema import Blueprint, Pool
+from refold.blueprint.specs.part import PartSpec, Shape
+from refold.blueprint.specs.registry import MLP, find_mixer
+
+Linears = dict[str, tuple[int, int]]
+"""Linear name to `(out, in)`."""
+
+
+def part_linears(blueprint: Blueprint, pool: Pool, part: int) -> Linears:
+    """Returns the linears a stored part holds, without those that none of its depths runs."""
+    spec, options = _spec(blueprint, pool, part)
+    unused = unused_names(blueprint, pool, part)
+    return {name: shape for name, shape in spec.linears(blueprint.arch, options).items() if name not in unused}
+
+
+def part_vectors(blueprint: Blueprint, pool: Pool, part: int) -> dict[str, Shape]:
+    """Returns the norms and biases of a stored part, wherever they are kept, without those that no depth uses."""
+    spec, options = _spec(blueprint, pool, part)
+    return _without(spec.vectors(blueprint.arch, options), unused_names(blueprint, pool, part))
+
+
+def depth_linears(blueprint: Blueprint, index: int) -> Linears:
+    """Returns every linear a depth runs. Names of mixer and MLP linears never meet."""
+    depth = blueprint.depths[index]
+    found: Linears = {}
+    if depth.mixer is not None:
+        spec, options = _spec(blueprint, "mixer", depth.mixer)
+        idle = idle_names(blueprint, index)
+        found |= {name: shape for name, shape in spec.linears(blueprint.arch, options).items() if name not in idle}
+    if depth.mlp is not None:
+        found |= MLP.linears(blueprint.arch, {})
+    return found
+
+
+def depth_factors(blueprint: Blueprint, index: int) -> dict[str, int]:
+    """Returns the rank of each linear a depth runs that is stored as two factors."""
+    depth = blueprint.depths[index]
+    mixer = {} if depth.mixer is None else blueprint.mixers[depth.mixer].factors
+    return {**mixer, **({} if depth.mlp is None else blueprint.mlps[depth.mlp].factors)}
+
+
+def depth_vectors(blueprint: Blueprint, index: int, pool: Pool) -> dict[str, Shape]:
+    """Returns the norms and biases a depth uses of its mixer, or of its MLP."""
+    depth = blueprint.depths[index]
+    part = getattr(depth, pool)
+    if part is None:
+        return {}
+    spec, options = _spec(blueprint, pool, part)
+    return _without(spec.vectors(blueprint.arch, options), idle_names(blueprint, index) if pool == "mixer" else ())
+
+
+def unused_names(blueprint: Blueprint, pool: Pool, part: int) -> frozenset[str]:
+    """Returns the linears and norms of a stored part that none of its depths runs, so that they are not stored."""
+    if pool == "mlp":
+        return frozenset()
+    idle = [idle_names(blueprint, user) for user in blueprint.users("mixer", part)]
+    return frozenset.intersection(*idle)
+
+
+def users_of(blueprint: Blueprint, pool: Pool, part: int, name: str) -> tuple[int, ...]:
+    """Returns the depths that use one linear, norm or bias of a stored part, top to bottom.
+
+    Args:
+        blueprint: The stack.
+        pool: Of the part.
+        part: Its index.
+        name: As in the part, such as `k_proj.weight`.
+    """
+    owner = name.split(".", 1)[0]
+    users = blueprint.users(pool, part)
+    return users if pool == "mlp" else tuple(user for user in users if owner not in idle_names(blueprint, user))
+
+
+def _spec(blueprint: Blueprint, pool: Pool, part: int) -> tuple[PartSpec, Mapping[str, Any]]:
+    if pool == "mlp":
+        return MLP, {}
+    mixer = blueprint.mixers[part]
+    return find_mixer(mixer.type), mixer.options
+
+
+def idle_names(blueprint: Blueprint, index: int) -> frozenset[str]:
+    """Returns the linears and norms of its mixer that a depth does not run, because it makes no keys and values."""
+    mixer = blueprint.depths[index].mixer
+    if mixer is None or blueprint.made_heads(index):
+        return frozenset()
+    return _spec(blueprint, "mixer", mixer)[0].key_value_names
+
+
+def _without(vectors: Mapping[str, Shape], owners: frozenset[str] | tuple[()]) -> dict[str, Shape]:
+    return {name: shape for name, shape in vectors.items() if name.split(".", 1)[0] not in owners}

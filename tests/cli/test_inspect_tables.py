@@ -1,0 +1,13 @@
+"""What `refold inspect` prints of a stack."""
+
+from refold.cli.inspect_tables import print_inspection
+from refold.conversion.convert import convert
+from refold.conversion.inspect import inspect
+
+
+def test_the_stack_says_whose_keys_each_depth_looks_at(make_source, tmp_path, capsys):
+    share = [{"depth": 2, "from": 0}, {"depth": 3, "from": 1, "heads": [0]}]
+    convert(make_source(), tmp_path / "out", {"share_kv": share, "drop": {"mlp": {"layers": [0]}}})
+    print_inspection(inspect(tmp_path / "out"))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:1] in "0123" and line]
+    assert [" ".join(row[7:-1]) for row in rows] == ["own", "own", "0", "own, 1 (heads 0)"]
