@@ -9,6 +9,7 @@ from refold.blueprint.contents import idle_names
 from refold.blueprint.cost import count_parameters
 from refold.blueprint.drops import dropped_blocks, dropped_parts
 from refold.blueprint.fold import FoldedStack, fold_layers, tied_sources
+from refold.blueprint.prefixes import describe_prefixes, with_prefixes
 from refold.blueprint.ranks import Linears, choose_ranks
 from refold.blueprint.recipe import Exits, Fold, Recipe
 from refold.blueprint.schema import POOLS, Blueprint, Depth, Exit, MixerPart, MlpPart, Pool
@@ -105,27 +106,28 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
         depths=tuple(_depth(recipe, layer, pools, chosen[layer], reads) for layer in range(arch.num_layers)),
     )
     ranks, rank_notes = _ranks(recipe, blueprint, pools, chosen, counted.non_embedding)
-    blueprint = _with_ranks(blueprint, ranks)
+    blueprint = with_prefixes(_with_ranks(blueprint, ranks), recipe.relax)
     if recipe.exits is not None:
         blueprint = _with_exits(blueprint, recipe.exits, recipe.fold, stack)
     exit_notes = describe_exits(blueprint)
-    relaxed = any(depth.ranks for depth in blueprint.depths)
+    relaxed, lora = any(depth.ranks for depth in blueprint.depths), recipe.lora
     starts = Starts(
         weights=recipe.weights,
-        lora=recipe.relax.init if relaxed and recipe.relax else None,
-        svd=recipe.relax.svd if recipe.relax else "auto",
+        lora=lora.init if relaxed and lora else None,
+        svd=lora.svd if lora else "auto",
         transfers=tuple(mixer.transfers for mixer in stored) if recipe.mixers else (),
         seed=recipe.seed,
     )
     read_notes = describe_reads(reads, arch.num_key_value_heads)
-    notes = (*stack.notes, *read_notes, *rank_notes, *exit_notes, *advise(recipe, relaxed))
+    relax_notes = (*rank_notes, *describe_prefixes(blueprint))
+    notes = (*stack.notes, *read_notes, *relax_notes, *exit_notes, *advise(recipe, relaxed))
     return Built(blueprint, starts, notes)
 
 
 def _require_sensible_starts(recipe: Recipe) -> None:
-    if recipe.relax is None or recipe.relax.init in (None, "zero"):
+    if recipe.lora is None or recipe.lora.init in (None, "zero"):
         return
-    init = recipe.relax.init
+    init = recipe.lora.init
     if recipe.weights == "fresh":
         raise RecipeError(f"relax.init: must be zero where weights are fresh (got {init}); leave relax.init out")
     if recipe.fold is None:
@@ -186,7 +188,7 @@ def _ranks(
     chosen: Sequence[ChosenMixer],
     non_embedding: int,
 ) -> tuple[list[dict[str, int]], tuple[str, ...]]:
-    relax, arch = recipe.relax, blueprint.arch
+    relax, arch = recipe.lora, blueprint.arch
     if relax is None:
         return [{} for _ in chosen], ()
 
