@@ -16,7 +16,8 @@ TARGET = Path(__file__).parent / "recipe-reference.md"
 SECTIONS: tuple[tuple[str, type[recipe.Section]], ...] = (
     ("the recipe", recipe.Recipe),
     ("fold", recipe.Fold),
-    ("relax", recipe.LoraRelax),
+    ("relax with type: lora (left out: this)", recipe.LoraRelax),
+    ("relax with type: prefix", recipe.PrefixRelax),
     ("relax.rank as a budget", recipe.RankShare),
     ("drop", recipe.Drop),
     ("drop.block", recipe.BlockDrop),

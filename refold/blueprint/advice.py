@@ -14,7 +14,7 @@ def advise(recipe: Recipe, relaxed: bool) -> tuple[str, ...]:
         recipe: The recipe, with its defaults resolved.
         relaxed: Whether any LoRA is there.
     """
-    fold, relax = recipe.fold, recipe.relax
+    fold, relax = recipe.fold, recipe.lora
     if fold is None or fold.loops == 1 or recipe.weights == "fresh":
         return ()
     init = fold.init if isinstance(fold.init, str) else ""

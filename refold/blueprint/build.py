@@ -10,6 +10,7 @@ from refold.blueprint.cost import count_parameters
 from refold.blueprint.drops import dropped_blocks, dropped_parts
 from refold.blueprint.factors import factorise_evenly
 from refold.blueprint.fold import FoldedStack, fold_layers, tied_sources
+from refold.blueprint.prefixes import describe_prefixes, with_prefixes
 from refold.blueprint.ranks import Linears, choose_ranks, require_sensible_ranks
 from refold.blueprint.reach import describe_reach
 from refold.blueprint.recipe import Exits, Fold, Recipe
@@ -110,34 +111,39 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
         depths=tuple(_depth(recipe, layer, pools, chosen[layer], reads) for layer in range(arch.num_layers)),
     )
     ranks, rank_notes = _ranks(recipe, blueprint, pools, chosen, counted.non_embedding)
-    blueprint = _with_ranks(blueprint, ranks)
+    blueprint = with_prefixes(_with_ranks(blueprint, ranks), recipe.relax)
     if recipe.exits is not None:
         blueprint = _with_exits(blueprint, recipe.exits, recipe.fold, stack)
-    reach_notes = (*describe_reach(blueprint), *describe_lost_norms(arch, chosen))
-    read_notes = describe_reads(reads, arch.num_key_value_heads)
-    notes = (*stack.notes, *reach_notes, *read_notes, *rank_notes, *describe_exits(blueprint))
-    relaxed = any(depth.ranks for depth in blueprint.depths)
-    factor_notes: tuple[str, ...] = ()
+    relaxed, lora = any(depth.ranks for depth in blueprint.depths), recipe.lora
+    notes = (
+        *stack.notes,
+        *describe_reach(blueprint),
+        *describe_lost_norms(arch, chosen),
+        *describe_reads(reads, arch.num_key_value_heads),
+        *rank_notes,
+        *describe_prefixes(blueprint),
+        *describe_exits(blueprint),
+    )
     if recipe.factor is not None:
         blueprint, note = factorise_evenly(blueprint, identity, recipe.factor)
-        factor_notes = (note,)
-    if recipe.measures_ranks:
-        factor_notes = (UNMEASURED,)
+        notes = (*notes, UNMEASURED if recipe.measures_ranks else note)
+    elif recipe.measures_ranks:
+        notes = (*notes, UNMEASURED)
     starts = Starts(
         weights=recipe.weights,
-        lora=recipe.relax.init if relaxed and recipe.relax else None,
-        svd=recipe.relax.svd if recipe.relax else "auto",
+        lora=lora.init if relaxed and lora else None,
+        svd=lora.svd if lora else "auto",
         weight=recipe.weight if recipe.weights == "source" else "none",
         transfers=tuple(mixer.transfers for mixer in stored) if recipe.mixers else (),
         seed=recipe.seed,
     )
-    return Built(blueprint, starts, (*notes, *factor_notes, *advise(recipe, relaxed)))
+    return Built(blueprint, starts, (*notes, *advise(recipe, relaxed)))
 
 
 def _require_sensible_starts(recipe: Recipe) -> None:
-    if recipe.relax is None or recipe.relax.init in (None, "zero"):
+    if recipe.lora is None or recipe.lora.init in (None, "zero"):
         return
-    init = recipe.relax.init
+    init = recipe.lora.init
     if recipe.weights == "fresh":
         raise RecipeError(f"relax.init: must be zero where weights are fresh (got {init}); leave relax.init out")
     if recipe.fold is None:
@@ -198,7 +204,7 @@ def _ranks(
     chosen: Sequence[ChosenMixer],
     non_embedding: int,
 ) -> tuple[list[dict[str, int]], tuple[str, ...]]:
-    relax, arch = recipe.relax, blueprint.arch
+    relax, arch = recipe.lora, blueprint.arch
     if relax is None:
         return [{} for _ in chosen], ()
 

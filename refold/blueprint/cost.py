@@ -45,10 +45,12 @@ class Cost(Frozen):
     cache: tuple[CacheCost, ...]
     """For one sequence; one entry for each window, widest first."""
     state_bytes: int
-    """Recurrent state of one sequence, with the last inputs of convolutions and windows."""
+    """Recurrent state of one sequence, with the last inputs of convolutions and windows; and the keys and values of
+    prefixes, which all sequences of a cache share."""
     flops_per_token: int
     """One token through every depth and the head: all linears with their LoRAs. Not counted: embedding look-up, norms,
-    activations, rotary embedding, biases, and exits, which a token that runs every depth does not use."""
+    activations, rotary embedding, biases, keys and values of prefixes, which are made once, and exits, which a token
+    that runs every depth does not use."""
     flops_per_context_token: int
     """One token, for each token it looks back to while all windows still reach it."""
     context_flops: tuple[ContextFlops, ...]
@@ -153,6 +155,7 @@ def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
         )
         looked_back[depth.window] += spec.flops_per_context_token(arch, options)
         state += STATE_BYTES * spec.state_elements(arch, options) + dtype_bytes * spec.kept_elements(arch, options)
+        state += dtype_bytes * depth.prefix * spec.cache_elements_per_token(arch, options)
     return Cost(
         parameters=counted.total,
         non_embedding_parameters=counted.non_embedding,
@@ -190,7 +193,9 @@ def _depth_flops(blueprint: Blueprint, index: int) -> int:
     depth, flops = blueprint.depths[index], _linear_flops(blueprint, index)
     if depth.mixer is not None:
         part = blueprint.mixers[depth.mixer]
-        flops += find_mixer(part.type).flops_per_token(blueprint.arch, part.options)
+        spec = find_mixer(part.type)
+        flops += spec.flops_per_token(blueprint.arch, part.options)
+        flops += depth.prefix * spec.flops_per_context_token(blueprint.arch, part.options)
     if depth.mlp is not None:
         flops += MLP.flops_per_token(blueprint.arch, {})
     return flops

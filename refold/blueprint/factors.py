@@ -54,7 +54,7 @@ def factorise_evenly(blueprint: Blueprint, source: Blueprint, factor: Factor) ->
     share = room / whole
     if share >= 1:
         return blueprint, f"factor.parameters: {factor.parameters:g} holds every stored linear whole"
-    ranks = {
+    ranks: dict[tuple[Pool, int, str], int] = {
         (pool, part, name): int(share * rows * columns / (rows + columns))
         for pool, part, name, (rows, columns) in stored
     }

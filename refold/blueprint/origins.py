@@ -66,6 +66,8 @@ def origin(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> Origin
     """
     if tensor.role == "exit":
         return _exit_origin(starts, tensor)
+    if tensor.role == "prefix":
+        return Origin("fresh", tensor.local)
     if tensor.pool is None:
         canonical = tensor.name.removeprefix("model.")
         return Origin("fresh" if starts.weights == "fresh" else "copied", canonical)

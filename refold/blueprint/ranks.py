@@ -18,7 +18,7 @@ def require_sensible_ranks(recipe: Recipe) -> None:
     Raises:
         RecipeError: They do not.
     """
-    relax, factor = recipe.relax, recipe.factor
+    relax, factor = recipe.lora, recipe.factor
     weights = {each.weight for each in (factor, relax) if each is not None and each.weight is not None}
     if len(weights) > 1:
         raise RecipeError(

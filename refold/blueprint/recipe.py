@@ -60,6 +60,17 @@ def _kind_of_mixer(value: Any) -> str:
     return f"<{value.get('type') if isinstance(value, dict) else getattr(value, 'type', 'attention')}>"
 
 
+def _known_relax(value: Any) -> Any:
+    if isinstance(value, dict) and value.get("type", "lora") not in RELAXATIONS:
+        raise ValueError(f"type: {must_be_one_of(value['type'], RELAXATIONS)}")
+    return value
+
+
+def _kind_of_relax(value: Any) -> str:
+    return f"<{value.get('type', 'lora') if isinstance(value, dict) else getattr(value, 'type', 'lora')}>"
+
+
+RELAXATIONS = ("lora", "prefix")
 SourceLayers = Annotated[tuple[LayerIndex, ...], Field(min_length=1), AfterValidator(refuse_repeats)]
 ListedInit = Annotated[tuple[LayerIndex, ...], Field(min_length=1)]
 FoldInit = Annotated[
@@ -189,8 +200,24 @@ class Calibration(Section):
     """Tokens of each sequence; at most the source's context."""
 
 
-# A tagged union on `type` as soon as there is a second way to relax.
-Relax = LoraRelax
+class PrefixRelax(Section):
+    """Relaxes tied attention by vectors for each depth, of which its own projections make keys and values that every
+    token attends to (RRT, arXiv 2410.20672, appendix H)."""
+
+    type: Literal["prefix"] = "prefix"
+    length: Count
+    """How many vectors of the hidden size each depth has."""
+    at: Literal["tied", "all"] = "tied"
+    """Which depths: those whose attention is tied, or all with attention."""
+    vectors: Literal["tied", "own"] = "tied"
+    """As for `lora`."""
+
+
+Relax = Annotated[
+    Annotated[LoraRelax, Tag("<lora>")] | Annotated[PrefixRelax, Tag("<prefix>")],
+    Discriminator(_kind_of_relax),
+    BeforeValidator(_known_relax),
+]
 
 
 class PartDrop(Section):
@@ -290,17 +317,22 @@ class Recipe(Section):
     """Training stages after conversion, in order; or a protocol, such as `{protocol: distil, tokens: 20M}`."""
 
     @property
+    def lora(self) -> LoraRelax | None:
+        """How LoRAs relax tied linears; None where none do."""
+        return self.relax if isinstance(self.relax, LoraRelax) else None
+
+    @property
     def weight(self) -> Weight:
         """What the errors of fitted linears are weighed by."""
         given: list[Weight] = [
-            each.weight for each in (self.factor, self.relax) if each is not None and each.weight is not None
+            each.weight for each in (self.factor, self.lora) if each is not None and each.weight is not None
         ]
         return given[0] if given else ("activations" if self.factor is not None else "none")
 
     @property
     def measures_ranks(self) -> bool:
         """Whether ranks follow from the source's weights, and not from the recipe alone."""
-        rank = None if self.relax is None else self.relax.rank
+        rank = None if self.lora is None else self.lora.rank
         chosen = isinstance(rank, RankEnergy) or (isinstance(rank, RankShare) and rank.split == "measured")
         return self.weights == "source" and (chosen or (self.factor is not None and self.factor.split == "measured"))
 
@@ -311,7 +343,7 @@ class Recipe(Section):
 
     def resolved(self) -> "Recipe":
         """Returns the recipe with the defaults filled in that depend on other fields: `fold.init` and `relax.init`."""
-        fold, relax = self.fold, self.relax
+        fold, relax = self.fold, self.lora
         if relax is not None and relax.init is None:
             fresh = self.weights == "fresh" or (fold is not None and fold.init in ("stepwise", "random"))
             fresh = fresh or relax.rank == 0
@@ -319,4 +351,4 @@ class Recipe(Section):
         if fold is not None and fold.init is None:
             averaged = relax is not None and relax.init != "zero"
             fold = fold.model_copy(update={"init": "average" if averaged else "stepwise"})
-        return self.model_copy(update={"fold": fold, "relax": relax})
+        return self.model_copy(update={"fold": fold, "relax": relax or self.relax})

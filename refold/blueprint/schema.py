@@ -87,6 +87,8 @@ class Depth(Frozen):
     """LoRA rank for each linear that is relaxed here."""
     vectors: Literal["tied", "own"] = "tied"
     """Whether norms, q/k norms and biases live in the stored parts, or here."""
+    prefix: Index = 0
+    """How many vectors of its own every token attends to besides tokens; 0: none."""
     window: Annotated[int, Field(gt=0)] | None = None
     rope: Rope | None = None
     kv: tuple[KvRead, ...] = ()
@@ -180,6 +182,8 @@ class Blueprint(Frozen):
 
     def _require_readable(self, index: int) -> None:
         depth, num_heads = self.depths[index], self.arch.num_key_value_heads
+        if depth.prefix and not self.made_heads(index):
+            raise ValueError(f"depths[{index}].prefix: a mixer that makes keys and values is required (it makes none)")
         for read in depth.kv:
             where = f"depths[{index}].kv"
             if read.depth >= index:

@@ -10,8 +10,20 @@ from refold.blueprint.specs.exits import exit_tensors
 from refold.blueprint.specs.part import Shape, norm_vectors
 
 Role = Literal[
-    "embedding", "head", "final_norm", "linear", "factor_a", "factor_b", "vector", "lora_a", "lora_b", "exit"
+    "embedding",
+    "head",
+    "final_norm",
+    "linear",
+    "factor_a",
+    "factor_b",
+    "vector",
+    "lora_a",
+    "lora_b",
+    "prefix",
+    "exit",
 ]
+ADAPTER_ROLES = frozenset[Role]({"lora_a", "lora_b", "prefix"})
+"""What relaxes a tied part at one depth."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,9 @@ def _depth_tensors(blueprint: Blueprint, index: int) -> Iterator[TargetTensor]:
         for pool in POOLS:
             for local, shape in depth_vectors(blueprint, index, pool).items():
                 yield TargetTensor(f"{prefix}.vectors.{pool}.{local}", shape, "vector", pool, depth=index, local=local)
+    if depth.prefix:
+        shape = (depth.prefix, blueprint.arch.hidden_size)
+        yield TargetTensor(f"{prefix}.prefix", shape, "prefix", "mixer", depth=index, local="prefix")
     of_mixer = {} if depth.mixer is None else part_linears(blueprint, "mixer", depth.mixer)
     for linear, (rows, columns) in depth_linears(blueprint, index).items():
         rank = depth.ranks.get(linear)

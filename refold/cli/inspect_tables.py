@@ -24,14 +24,13 @@ def print_inspection(found: Inspection) -> None:
     stack, num_heads = [], found.blueprint.arch.num_key_value_heads
     for index, depth in enumerate(found.blueprint.depths):
         kept = [value for name, value in found.kept_energy.items() if name.startswith(f"depths.{index}.")]
-        ranks = sorted(set(depth.ranks.values()))
         stack.append(
             (
                 str(index),
                 str(depth.source),
                 _part(depth.mixer),
                 _part(depth.mlp),
-                "-" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}..{ranks[-1]}",
+                _relaxed(depth),
                 depth.vectors,
                 f"{min(kept):.1%}" if kept else "-",
                 _keys(depth, num_heads),
@@ -49,6 +48,14 @@ def print_inspection(found: Inspection) -> None:
             for stage in found.stages
         ]
         print_table(("stage", "time", "tokens", "seed", "command"), history)
+
+
+def _relaxed(depth: Depth) -> str:
+    """Ranks of its LoRAs, or the length of its prefix."""
+    ranks = sorted(set(depth.ranks.values()))
+    if not ranks:
+        return f"prefix {depth.prefix}" if depth.prefix else "-"
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}..{ranks[-1]}"
 
 
 def _keys(depth: Depth, num_heads: int) -> str:

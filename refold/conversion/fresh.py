@@ -30,7 +30,9 @@ def fill_of(blueprint: Blueprint, tensor: TargetTensor) -> Fill | None:
 
 
 def fresh_tensor(tensor: TargetTensor, arch: ArchSpec, seed: int, fill: Fill | None = None) -> Tensor:
-    """Returns float32 start values: normal weights, unit norms, zero biases and gates; Gaussian A and zero B of LoRAs.
+    """Returns float32 start values.
+
+    Normal weights and prefixes, unit norms, zero biases and gates; Gaussian A and zero B of LoRAs.
 
     Args:
         tensor: What is to be filled.

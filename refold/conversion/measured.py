@@ -121,7 +121,7 @@ def measured_groups(plan: Plan) -> list[LinearSources]:
 
 def _choose(plan: Plan, linears: list) -> Blueprint:
     recipe, blueprint = plan.recipe, plan.blueprint
-    rank = None if recipe.relax is None else recipe.relax.rank
+    rank = None if recipe.lora is None else recipe.lora.rank
     if isinstance(rank, RankEnergy):
         return keep_energy(linears, blueprint, rank.energy)
     source = identity_blueprint(blueprint.arch)

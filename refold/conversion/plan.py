@@ -240,7 +240,7 @@ def _say_aloud(made: Plan) -> list[str]:
 def _equals_source(blueprint: Blueprint, starts: Starts, index: int) -> bool:
     """Whether a depth computes what its source layer does."""
     depth = blueprint.depths[index]
-    if depth.mixer is None or depth.mlp is None or depth.kv:
+    if depth.mixer is None or depth.mlp is None or depth.kv or depth.prefix:
         return False
     mixer = blueprint.mixers[depth.mixer]
     if find_mixer(mixer.type).is_recurrent or depth.window != blueprint.arch.layers[depth.source].window:

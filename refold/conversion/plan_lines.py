@@ -95,6 +95,8 @@ def _explain(
         if tensor.role in ("lora_a", "lora_b"):
             zero = starts.lora == "zero" or starts.weights == "fresh"
             return "fresh", "Gaussian A, zero B" + ("" if zero else ": nothing to correct")
+        if tensor.role == "prefix":
+            return "fresh", "Gaussian: no start is without effect"
         return "fresh", _why_fresh(blueprint, starts, tensor)
     weighed = "" if starts.weight == "none" else f", weighed by {starts.weight}"
     if made.how == "factorised":

@@ -72,7 +72,7 @@ def dense_arch(blueprint: Blueprint) -> ArchSpec:
 
     Raises:
         ExportError: No depth runs anything, or one runs another mixer than attention, or reads keys and values from
-            another depth.
+            another depth, or has a prefix.
     """
     foreign = {
         index: blueprint.mixers[depth.mixer].type
@@ -88,6 +88,11 @@ def dense_arch(blueprint: Blueprint) -> ArchSpec:
         raise ExportError(
             f"export: keys and values of its own at every depth are required by {family} (depth {reader} reads those "
             f"of depth {blueprint.depths[reader].kv[0].depth}); keep the folder"
+        )
+    relaxed = next((index for index, depth in enumerate(blueprint.depths) if depth.prefix), None)
+    if relaxed is not None:
+        raise ExportError(
+            f"export: attention to tokens alone is required by {family} (depth {relaxed} has a prefix); keep the folder"
         )
     depths = [blueprint.depths[index] for index in kept_depths(blueprint)]
     if not depths:

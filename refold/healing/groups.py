@@ -13,7 +13,7 @@ from refold.blueprint.heal_stage import GROUPS, HealStage
 from refold.blueprint.origins import origin
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.starts import Starts
-from refold.blueprint.tensors import TargetTensor, target_tensors
+from refold.blueprint.tensors import ADAPTER_ROLES, TargetTensor, target_tensors
 from refold.checkpoint.locate import PLAN_NAME
 from refold.errors import HealError
 from refold.modeling.model import RefoldForCausalLM
@@ -105,7 +105,7 @@ def _of_blueprint(blueprint: Blueprint, starts: Starts | None) -> dict[str, froz
 
 
 _RULES: Mapping[str, Any] = {
-    "adapters": lambda tensor: tensor.role in ("lora_a", "lora_b"),
+    "adapters": lambda tensor: tensor.role in ADAPTER_ROLES,
     "mixers": lambda tensor: tensor.pool == "mixer",
     "mlps": lambda tensor: tensor.pool == "mlp",
     "vectors": lambda tensor: tensor.role in ("vector", "final_norm"),

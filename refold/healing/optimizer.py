@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from refold.blueprint.heal_stage import HealStage
 from refold.healing.groups import Trainable
-from refold.modeling.depth import OwnedVectors
+from refold.modeling.depth import Depth, OwnedVectors
 from refold.nn.part import Vectors
 
 BETAS = (0.9, 0.95)
@@ -43,6 +43,8 @@ def make_optimizers(model: PreTrainedModel, stage: HealStage, trainable: Trainab
         if isinstance(module, (Vectors, OwnedVectors))
         for parameter in module.parameters()
     }
+    # Nor is a prefix a matrix: its rows are like those of an embedding.
+    vectors |= {id(depth.prefix) for depth in model.modules() if isinstance(depth, Depth)}
     grouped: dict[tuple[bool, bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name in trainable.trained:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -68,6 +69,7 @@ class Depth(GradientCheckpointingLayer):
                 if name in spec.ranks
             }
         )
+        self.prefix = nn.Parameter(torch.empty(spec.prefix, arch.hidden_size)) if spec.prefix else None
         self.view: nn.Module | None = None
         self.heads = KeyHeads(blueprint, index) if spec.kv or blueprint.is_read(index) else None
         owned: dict[str, nn.Module] = {}
@@ -138,6 +140,7 @@ class Depth(GradientCheckpointingLayer):
             assert context is not None
             context.past_key_values = past_key_values
             pairs = tuple(zip(read[::2], read[1::2], strict=True))
+            context.prefix = self.prefix
             context.exchange = None if self.heads is None else Exchange(self.heads, pairs)
             update = mixer(hidden_states, self.view, context, lora, self.own_vectors("mixer"))
         stream = self._add(hidden_states, update, mlp, lora) if residual or update is None else update

@@ -61,7 +61,7 @@ def scratch_recipe(plan: Plan) -> Recipe:
     recipe = plan.recipe
     # Left out, so that planning takes what suits fresh weights: no LoRA can start from an SVD of them.
     fold = recipe.fold and recipe.fold.model_copy(update={"init": None})
-    relax = recipe.relax and recipe.relax.model_copy(update={"init": None})
+    relax = recipe.lora.model_copy(update={"init": None}) if recipe.lora else recipe.relax
     return recipe.model_copy(update={"weights": "fresh", "fold": fold, "relax": relax})
 
 

@@ -331,7 +331,8 @@ RECIPES = st.fixed_dictionaries(
     optional={
         "weights": st.sampled_from(["source", "fresh"]),
         "fold": FOLDS,
-        "relax": st.fixed_dictionaries({"rank": RANKS}, optional={"vectors": st.sampled_from(["tied", "own"])}),
+        "relax": st.fixed_dictionaries({"rank": RANKS}, optional={"vectors": st.sampled_from(["tied", "own"])})
+        | st.just({"type": "prefix", "length": 3}),
         "drop": st.dictionaries(st.sampled_from(["block", "attention", "mlp"]), DROPS),
         "exits": st.sampled_from([{"at": [0, 2]}, {"at": "loops"}]),
         "share_kv": st.sampled_from(
@@ -359,7 +360,8 @@ def test_any_legal_recipe_builds_a_sound_blueprint_or_is_refused_as_a_recipe(mak
         for index, depth in enumerate(blueprint.depths)
         for name, rank in depth.ranks.items()
     )
-    assert target.parameters - lora <= source.parameters
+    prefixes = sum(depth.prefix for depth in blueprint.depths) * arch.hidden_size
+    assert target.parameters - lora - prefixes <= source.parameters
     assert (built.starts.lora is None) == (lora == 0)
     assert target.cache_bytes(64) <= source.cache_bytes(64)
     for pool in ("mixer", "mlp"):

@@ -30,6 +30,7 @@ MODELS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "folded": ("llama", {"fold": {"loops": 2}, "relax": {"type": "lora", "rank": 5}}),
     "folded with a window": ("mistral-window", {"fold": {"loops": 2}}),
     "dropped first": ("llama", {"drop": {"attention": {"layers": [0]}}}),
+    "prefixes": ("mistral-window", {"fold": {"loops": 2}, "relax": {"type": "prefix", "length": 3}}),
     "keys of the first loop": ("llama", {"fold": {"loops": 2}, "share_kv": {"from": "first_loop"}}),
     "some heads' keys": ("mistral-window", {"share_kv": {"from": {"back": 1}, "heads": [0]}}),
     "retention": ("llama", {"mixers": [RETENTION]}),

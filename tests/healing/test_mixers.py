@@ -13,6 +13,7 @@ from refold.blueprint.load import load_recipe
 from refold.conversion.convert import convert
 from refold.healing.groups import Trainable, WeightGroups
 from refold.healing.optimizer import make_optimizers
+from refold.modeling.adapters import load_adapters
 from refold.modeling.load import load_model
 
 SMALL = {"context": 16, "batch_tokens": 64, "micro_batch": 4}
@@ -106,3 +107,19 @@ def test_a_model_with_shared_keys_heals(healing, swapped, weights):
     # Only depths of the first loop make keys and values.
     assert "model.mixers.0.q_proj.weight" in shared
     assert "model.mixers.0.k_proj.weight" not in shared
+
+
+def test_prefixes_heal_alone_and_do_not_decay(healing, swapped, weights):
+    folder = swapped({"fold": {"loops": 2}, "relax": {"type": "prefix", "length": 4}})
+    stage = healing.stage(tokens=24 * 64, learning_rate=3e-2, train=["adapters"], optimizer="muon", weight_decay=0.1)
+    healing(model=folder, stages=[stage])
+    assert healing.records[-1].loss < healing.records[0].loss
+    start, after = weights(folder), weights(healing.destination)
+    moved = {name for name in start if not torch.equal(start[name], after[name])}
+    assert moved == {f"model.depths.{depth}.prefix" for depth in range(4)}
+    model = load_model(folder, dtype="float32", device="cpu")
+    (optimizer,) = make_optimizers(model, stage, Trainable(stage, WeightGroups(model, folder)))
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
+    assert load_adapters(model, healing.destination) == 4
+    assert torch.equal(model.get_parameter("model.depths.2.prefix"), after["model.depths.2.prefix"].float())

@@ -82,6 +82,10 @@ def test_depths_that_read_keys_share_the_code_of_their_part():
     assert graphs(share, "eager", "whole") == 1
 
 
+def test_a_model_with_prefixes_compiles_into_one_graph():
+    assert graphs('{"fold": {"loops": 10}, "relax": {"type": "prefix", "length": 3}}', "eager", "whole") == 1
+
+
 @pytest.mark.long
 def test_compiled_code_computes_the_same():
     assert graphs('{"fold": {"loops": 10}, "relax": {"rank": 2}}', "inductor", "parts") > 0

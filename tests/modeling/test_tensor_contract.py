@@ -45,10 +45,14 @@ folds = st.fixed_dictionaries(
         "uneven": st.sampled_from(["drop", "prelude"]),
     },
 )
-relaxes = st.fixed_dictionaries(
+loras = st.fixed_dictionaries(
     {"rank": ranks},
     optional={"init": st.sampled_from(["svd", "zero", "joint"]), "vectors": st.sampled_from(["own", "tied"])},
 )
+prefixes = st.fixed_dictionaries(
+    {"type": st.just("prefix"), "length": st.integers(1, 5)}, optional={"at": st.sampled_from(["all", "tied"])}
+)
+relaxes = loras | prefixes
 drops = st.fixed_dictionaries(
     {},
     optional={

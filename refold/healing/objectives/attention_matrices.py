@@ -43,6 +43,11 @@ class AttentionMatrices(Alignment[specs.AttentionMatrices]):
                     f"objective {self.name}: depths with keys and values of their own are required (depth {depth} "
                     f"reads those of depth {reads[0].depth}); align mixer_outputs instead"
                 )
+            if folded_depths(student)[depth].spec.prefix:
+                raise HealError(
+                    f"objective {self.name}: depths that attend to tokens alone are required (depth {depth} has a "
+                    f"prefix); align mixer_outputs instead"
+                )
             mixer = _mixer(student, depth)
             if mixer.num_matrix_heads is None:
                 raise HealError(

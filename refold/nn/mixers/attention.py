@@ -13,6 +13,7 @@ from refold.families.arch import ArchSpec
 from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.key_values import KeyValue
 from refold.nn.mixers.mixer import Mixer
+from refold.nn.mixers.prefix import once, put_before
 from refold.nn.part import Lora, OwnVectors
 from refold.nn.rotary import Rotation, rotate
 
@@ -80,23 +81,19 @@ class AttentionView(nn.Module):
         key: Float[Tensor, "B G S K"],
         value: Float[Tensor, "B G S K"],
         context: MixerContext,
+        prefix: KeyValue | None = None,
     ) -> tuple[Float[Tensor, "B T H K"], Tensor | None]:
-        """Attends to keys and values, those of earlier calls included."""
+        """Attends to keys and values, those of earlier calls included, and to a prefix `[1, G, P, K]`."""
+        mask, num_tokens = context.attention_mask, key.shape[2]
+        if prefix is not None:
+            key, value, mask = put_before(prefix, query, key, value, mask, self.sliding_window)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         capped = {} if self.softcap is None else {"softcap": self.softcap}
         windowed = {} if self.sliding_window is None else {"sliding_window": self.sliding_window}
-        return attend(
-            self,
-            query,
-            key,
-            value,
-            context.attention_mask,
-            dropout=0.0,
-            scaling=self.scaling,
-            **capped,
-            **windowed,
-            **context.extra,
+        heads, weights = attend(
+            self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **capped, **windowed, **context.extra
         )
+        return heads, weights if weights is None or prefix is None else weights[..., -num_tokens:]
 
     def extra_repr(self) -> str:
         return f"layer_idx={self.layer_idx}, window={self.sliding_window}"
@@ -139,7 +136,10 @@ class Attention(Mixer):
             exchange.made = made
             made = exchange.heads.look_at(made, exchange.read)
         assert made is not None
-        heads, _ = view(query.transpose(1, 2), *made, context)
+        prefix = None
+        if context.prefix is not None:
+            prefix = once(context, view.layer_idx, lambda given: self.read_prefix(given, lora, vectors))
+        heads, _ = view(query.transpose(1, 2), *made, context, prefix)
         return self.write(heads.flatten(-2), lora, vectors)
 
     def matrix(
@@ -163,27 +163,37 @@ class Attention(Mixer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `[B, T, H, K]`, normed and rotated."""
         x = self.normalise("input_norm", hidden_states, vectors)
-        query, key, value = (self.project(name, x, lora, vectors) for name in ("q_proj", "k_proj", "v_proj"))
-        if self.qk_norm == "full":
-            query, key = self.normalise("q_norm", query, vectors), self.normalise("k_norm", key, vectors)
-        query, key, value = (states.unflatten(-1, (-1, self.head_dim)) for states in (query, key, value))
-        if self.qk_norm == "head":
-            query, key = self.normalise("q_norm", query, vectors), self.normalise("k_norm", key, vectors)
-        if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        return query, key, value
+        query = self._project("q", x, rotation, lora, vectors)
+        return query, *self._key_value(x, rotation, lora, vectors)
 
     def read_query(
         self, hidden_states: Tensor, rotation: Rotation | None, lora: Lora, vectors: OwnVectors
     ) -> Float[Tensor, "B T H K"]:
         """Queries alone, normed and rotated, at a depth that makes no keys and values."""
-        query = self.project("q_proj", self.normalise("input_norm", hidden_states, vectors), lora, vectors)
+        return self._project("q", self.normalise("input_norm", hidden_states, vectors), rotation, lora, vectors)
+
+    def read_prefix(self, prefix: Float[Tensor, "P D"], lora: Lora, vectors: OwnVectors) -> KeyValue:
+        """Keys and values `[1, G, P, K]` of a prefix, which stands where norms would put hidden states; not rotated."""
+        key, value = self._key_value(prefix.unsqueeze(0), None, lora, vectors)
+        return key.transpose(1, 2), value.transpose(1, 2)
+
+    def _key_value(
+        self, x: Tensor, rotation: Rotation | None, lora: Lora, vectors: OwnVectors
+    ) -> tuple[Float[Tensor, "B T G K"], Float[Tensor, "B T G K"]]:
+        value = self.project("v_proj", x, lora, vectors).unflatten(-1, (-1, self.head_dim))
+        return self._project("k", x, rotation, lora, vectors), value
+
+    def _project(
+        self, name: str, x: Tensor, rotation: Rotation | None, lora: Lora, vectors: OwnVectors
+    ) -> Float[Tensor, "B T H K"]:
+        """Queries (`q`) or keys (`k`): projected, normed and rotated."""
+        states = self.project(f"{name}_proj", x, lora, vectors)
         if self.qk_norm == "full":
-            query = self.normalise("q_norm", query, vectors)
-        query = query.unflatten(-1, (-1, self.head_dim))
+            states = self.normalise(f"{name}_norm", states, vectors)
+        states = states.unflatten(-1, (-1, self.head_dim))
         if self.qk_norm == "head":
-            query = self.normalise("q_norm", query, vectors)
-        return query if rotation is None else rotate(query, rotation)
+            states = self.normalise(f"{name}_norm", states, vectors)
+        return states if rotation is None else rotate(states, rotation)
 
     def write(self, heads: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:
         """Output projection and, where there is one, output norm."""

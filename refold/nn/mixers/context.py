@@ -24,6 +24,7 @@ class MixerContext:
         past_key_values: Cache indexed by depth, or None.
         extra: Further arguments for the attention back-end.
         exchange: Keys and values of earlier depths, and a place for the depth's own; None: all are its own.
+        prefix: `[P, D]`, what every token of the depth attends to besides tokens; None: nothing.
     """
 
     rotation: Rotation | None
@@ -33,3 +34,4 @@ class MixerContext:
     past_key_values: Cache | None
     extra: dict[str, Any] = field(default_factory=dict)
     exchange: Exchange | None = None
+    prefix: Tensor | None = None

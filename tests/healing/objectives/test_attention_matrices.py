@@ -138,3 +138,9 @@ def test_a_teacher_without_attention_there_is_refused(fold):
 def test_a_depth_that_reads_another_ones_keys_is_refused(fold, load_source):
     with pytest.raises(HealError, match=r"values of their own are required \(depth 1 reads those of depth 0\)"):
         objective().check(fold("llama", {"share_kv": {"from": "pairs"}}), load_source("llama"))
+
+
+def test_a_depth_with_a_prefix_is_refused(fold, load_source):
+    recipe = {"fold": {"loops": 2}, "relax": {"type": "prefix", "length": 2}}
+    with pytest.raises(HealError, match=r"attend to tokens alone are required \(depth 0 has a prefix\)"):
+        objective().check(fold("llama", recipe), load_source("llama"))

@@ -1,0 +1,109 @@
+"""What all models of a blueprint share: loading, initial weights, what transformers may do with them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from refold.errors import FolderError
+from refold.modeling.configuration import COUNTING, RECURRENT, RefoldConfig
+from refold.modeling.depth import Depth, OwnedVectors
+from refold.nn.exits import Gate
+from refold.nn.factored import FactoredLinear
+from refold.nn.lora import LoraPair
+from refold.nn.mixers.attention import AttentionView
+from refold.nn.mixers.registry import MIXERS
+from refold.nn.norms import StackNorm
+from refold.nn.part import StoredPart, Vectors
+from refold.nn.rotary import Rotary
+
+
+class RefoldPreTrainedModel(PreTrainedModel):
+    """What the stack and the language model share: loading, initial weights, what transformers may do with them."""
+
+    config: RefoldConfig
+    config_class = RefoldConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Depth", "Mlp", *(mixer.__name__ for mixer in MIXERS.values())]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": Depth, "attentions": AttentionView}  # noqa: RUF012
+
+    @property
+    def _supports_sdpa(self) -> bool:
+        # scaled_dot_product_attention has no soft-cap, so a soft-capped model falls to eager by itself.
+        return self.config.read_blueprint().arch.attention_softcap is None
+
+    @property
+    def _supports_flash_attn(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # Masks of this back-end and the next cannot be widened by a prefix.
+        return not any(depth.prefix for depth in self.config.read_blueprint().depths)
+
+    @property
+    def _supports_flex_attn(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._supports_flash_attn
+
+    @property
+    def _is_stateful(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # A state cannot be taken back, so drafted tokens cannot be refused.
+        return bool({RECURRENT, COUNTING} & set(self.config.layer_types or ()))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, FactoredLinear):
+            module.reset(std)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, LoraPair):
+            nn.init.normal_(module.a, std=module.a.shape[1] ** -0.5)
+            nn.init.zeros_(module.b)
+        elif isinstance(module, Vectors):
+            module.reset()
+        elif isinstance(module, Gate):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, StackNorm) and module.weight is not None:
+            nn.init.constant_(module.weight, 1.0 - module.offset)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, (OwnedVectors, Rotary)):
+            module.reset()
+        elif isinstance(module, Depth) and module.prefix is not None:
+            nn.init.normal_(module.prefix, std=std)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads as transformers does, but raises where tensors are missing, unknown or of another shape.
+
+        Raises:
+            FolderError: The weights are not exactly those of the blueprint.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            names = sorted(str(name) for name in info[problem])
+            if names:
+                shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+                raise FolderError(
+                    f"{pretrained_model_name_or_path}: weights must be those of its blueprint "
+                    f"({len(names)} {problem.replace('_', ' ')}: {shown}); convert the source again"
+                )
+        return (model, info) if wants_info else model
+
+    def compile_parts(self) -> None:
+        """Compiles each stored part once; all depths that run it share the compiled code.
+
+        Adapters are arguments, so depths of equal ranks share a graph. The cache and the attention back-end stay eager.
+        """
+        for module in self.modules():
+            if isinstance(module, StoredPart):
+                module.compile_regions()
