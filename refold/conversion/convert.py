@@ -92,8 +92,11 @@ def carry_out(
     command: str = "",
     progress: Progress | None = None,
     calibration: DataSource | None = None,
+    moments: Path | None = None,
 ) -> Plan:
     """Carries a plan out on the source it was made for; arguments as for `convert`.
+
+    With `moments`, a folder that `keep_moments` filled, errors are weighed by those instead of by the text.
 
     Raises:
         SourceError: The source is not the one the plan was made for, or has no weights.
@@ -102,7 +105,7 @@ def carry_out(
     """
     maps = stored_maps(plan.blueprint, plan.starts)
     require_text(maps, calibration is not None)
-    require_calibration(plan.recipe, calibration is not None)
+    require_calibration(plan.recipe, calibration is not None or moments is not None)
     if source.headers(config_only=True) is None:
         raise SourceError(f"{source.where}: safetensors weights are required (only config.json is there)")
     fingerprint = source.fingerprint()
@@ -122,7 +125,7 @@ def carry_out(
         scratch.mkdir()
         num_steps = measuring + len(specs)
         plan, store = measure_plan(
-            plan, model, pieces, calibration, scratch, device, lambda done: report(done, num_steps)
+            plan, model, pieces, calibration, scratch, device, lambda done: report(done, num_steps), moments
         )
         specs = _specs(plan, dtype)
         fitter = MapFitter(plan, model, pieces, device)

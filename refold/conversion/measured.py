@@ -8,17 +8,19 @@ import torch
 from refold.blueprint.allocation import Choice, allocate, keep_energy
 from refold.blueprint.build import UNMEASURED, identity_blueprint
 from refold.blueprint.factors import linear_budget, lora_parameters, stored_linears
+from refold.blueprint.load import RecipeLike, load_recipe
 from refold.blueprint.recipe import RankEnergy, RankShare, Recipe
 from refold.blueprint.schema import Blueprint
+from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.plan import Plan, replan
 from refold.data.readers import DataSource
-from refold.errors import RecipeError
+from refold.errors import FolderError, RecipeError
 from refold.measuring.calibration import pack_calibration
 from refold.measuring.curves import LinearSources, linear_sources, measure_linears
 from refold.measuring.layers import SourceLayers
 from refold.measuring.moments import MomentStore, measure_moments
 from refold.measuring.pieces import PieceReader
-from refold.measuring.source_model import SourceModel
+from refold.measuring.source_model import SourceModel, read_source_model
 from refold.modeling.load import load_tokenizer
 
 Report = Callable[[int], None]
@@ -52,6 +54,7 @@ def measure_plan(
     folder: Path,
     device: str = "cpu",
     progress: Report = lambda done: None,
+    moments: Path | None = None,
 ) -> tuple[Plan, MomentStore | None]:
     """Measures what the plan's recipe leaves to measurement.
 
@@ -63,6 +66,7 @@ def measure_plan(
         folder: An existing folder for moments; as large as the squares of all linears' sides together.
         device: Where layers run and matrices are decomposed.
         progress: Told how many of `measuring_steps` are done.
+        moments: A folder `keep_moments` filled, instead of the text.
 
     Returns:
         The plan with its ranks, and the moments, None where errors are not weighed.
@@ -70,29 +74,17 @@ def measure_plan(
     Raises:
         DataError: The text is too short or cannot be read.
         RecipeError: The budget holds not even the smallest ranks.
+        SourceError: The moments are another source's.
     """
     recipe, store, done = plan.recipe, None, 0
-    if recipe.needs_text:
+    if recipe.needs_text and moments is not None:
+        store = MomentStore(moments)
+        store.check(model.source.fingerprint(), with_gradients=recipe.weight == "fisher")
+    elif recipe.needs_text:
         assert text is not None
         store = MomentStore(folder)
-        length = min(recipe.calibration.context, model.arch.max_position_embeddings)
-        packed = pack_calibration(
-            text,
-            load_tokenizer(model.source),
-            sequence_length=length,
-            num_fit=0,
-            num_held_out=max(1, recipe.calibration.tokens // length),
-            seed=recipe.seed,
-        )
-        measure_moments(
-            SourceLayers(model, pieces, device),
-            packed.held_out,
-            store,
-            folder,
-            with_gradients=recipe.weight == "fisher",
-            seed=recipe.seed,
-            progress=progress,
-        )
+        _measure_moments(model, pieces, text, store, folder, recipe, device, progress)
+    if recipe.needs_text:
         done = model.arch.num_layers * (2 if recipe.weight == "fisher" else 1)
     if not recipe.measures_ranks:
         return plan, store
@@ -108,6 +100,62 @@ def measure_plan(
             lambda count: progress(done + count),
         )
     return replan(plan, model, _choose(plan, linears), UNMEASURED), store
+
+
+def keep_moments(source: str | Path, recipe: RecipeLike, text: DataSource, folder: Path, device: str = "cpu") -> None:
+    """Measures the moments a recipe needs into a new folder, for several conversions to use.
+
+    Args:
+        source: Folder or hub id.
+        recipe: Says in `weight` and `calibration` what is measured, on how much text.
+        text: Calibration text.
+        folder: A folder that is not there yet.
+        device: Where layers run.
+
+    Raises:
+        FolderError: The folder is there.
+        RecipeError, SourceError, DataError: As `convert`.
+    """
+    loaded = load_recipe(recipe).resolved()
+    model = read_source_model(source)
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise FolderError(f"{folder}: a new folder for moments is required (it is there); choose another") from None
+    with CheckpointReader(model.source.fetch()) as reader:
+        pieces, store = PieceReader(model, reader), MomentStore(folder)
+        _measure_moments(model, pieces, text, store, folder, loaded, device, lambda done: None)
+    store.sign(model.source.fingerprint(), loaded.calibration.tokens, text.name)
+
+
+def _measure_moments(
+    model: SourceModel,
+    pieces: PieceReader,
+    text: DataSource,
+    store: MomentStore,
+    scratch: Path,
+    recipe: Recipe,
+    device: str,
+    progress: Report,
+) -> None:
+    length = min(recipe.calibration.context, model.arch.max_position_embeddings)
+    packed = pack_calibration(
+        text,
+        load_tokenizer(model.source),
+        sequence_length=length,
+        num_fit=0,
+        num_held_out=max(1, recipe.calibration.tokens // length),
+        seed=recipe.seed,
+    )
+    measure_moments(
+        SourceLayers(model, pieces, device),
+        packed.held_out,
+        store,
+        scratch,
+        with_gradients=recipe.weight == "fisher",
+        seed=recipe.seed,
+        progress=progress,
+    )
 
 
 def measured_groups(plan: Plan) -> list[LinearSources]:

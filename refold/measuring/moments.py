@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,10 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from refold.checkpoint.atomic_file import write_json
 from refold.data.packing import PackedSequence
+from refold.errors import SourceError
 from refold.measuring.layers import SourceLayers
 from refold.measuring.weighting import Moments
 
+SIGNATURE_NAME = "moments.json"
 SAMPLES_AT_ONCE = 512
 """Tokens whose logits are in memory at a time."""
 
@@ -54,6 +58,35 @@ class MomentStore:
                 file.get_tensor(f"inputs.{shared[linear]}"),
                 file.get_tensor(f"outputs.{linear}") if has_outputs else None,
             )
+
+    def sign(self, source: dict[str, Any], tokens: int, text: str) -> None:
+        """Says whose moments these are, so that they can be used again; written last.
+
+        Args:
+            source: The source's fingerprint.
+            tokens: How many were read.
+            text: What was read.
+        """
+        write_json(self._folder / SIGNATURE_NAME, {"source": source, "tokens": tokens, "text": text})
+
+    def check(self, source: dict[str, Any], with_gradients: bool) -> None:
+        """Checks that these are the whole moments of a source.
+
+        Raises:
+            SourceError: They are not, or are not there.
+        """
+        try:
+            signed = json.loads((self._folder / SIGNATURE_NAME).read_text(encoding="utf-8"))
+            with safe_open(self._path(0), framework="pt") as file:
+                has_gradients = any(name.startswith("outputs.") for name in file.keys())  # noqa: SIM118
+        except (OSError, ValueError) as error:
+            raise SourceError(
+                f"{self._folder}: a folder of moments is required ({str(error)[:80]}); measure them again"
+            ) from None
+        if signed["source"] != source:
+            raise SourceError(f"{self._folder}: moments of this source are required (they are another's); measure them")
+        if with_gradients and not has_gradients:
+            raise SourceError(f"{self._folder}: moments of gradients are required for `weight: fisher` (none there)")
 
     def _path(self, layer: int) -> Path:
         return self._folder / f"layer-{layer:04d}.safetensors"
