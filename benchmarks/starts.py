@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 from page import Page, table
 
 from refold.blueprint.build import identity_blueprint
-from refold.blueprint.factors import lora_parameters, stored_linears
+from refold.blueprint.factors import stored_share
 from refold.blueprint.load import load_recipe
 from refold.blueprint.numbers import read_amount
-from refold.blueprint.schema import Blueprint
 from refold.conversion.convert import carry_out
 from refold.conversion.measured import keep_moments
 from refold.conversion.plan import plan_model
@@ -114,16 +113,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def stored_share(blueprint: Blueprint) -> float:
-    """Share of the source's linear weights that a target stores, LoRAs included."""
-    source = sum(rows * columns for *_, (rows, columns) in stored_linears(identity_blueprint(blueprint.arch)))
-    stored = lora_parameters(blueprint)
-    for pool, part, linear, (rows, columns) in stored_linears(blueprint):
-        rank = blueprint.pool(pool)[part].factors.get(linear)
-        stored += rows * columns if rank is None else rank * (rows + columns)
-    return stored / source
-
-
 def moments(given: argparse.Namespace, text: Path, tokens: int) -> Path:
     folder = given.work / f"moments-{text.stem}-{tokens}"
     if not (folder / "moments.json").exists():
@@ -157,7 +146,7 @@ def run_one(
         shutil.rmtree(out)
         cost = made.cost
         row = {
-            "share": stored_share(made.blueprint),
+            "share": stored_share(made.blueprint, identity_blueprint(made.blueprint.arch)),
             "nats": math.log(found.perplexity),
             "bits_per_byte": found.against.difference if found.against else None,
             "agreement": found.against.agreement if found.against else None,

@@ -29,6 +29,16 @@ def lora_parameters(blueprint: Blueprint) -> int:
     )
 
 
+def stored_share(blueprint: Blueprint, source: Blueprint) -> float:
+    """Returns the share of the source's linear weights that a target stores, LoRAs included."""
+    whole = sum(rows * columns for *_, (rows, columns) in stored_linears(source))
+    stored = lora_parameters(blueprint)
+    for pool, part, linear, (rows, columns) in stored_linears(blueprint):
+        rank = blueprint.pool(pool)[part].factors.get(linear)
+        stored += rows * columns if rank is None else rank * (rows + columns)
+    return stored / whole
+
+
 def linear_budget(source: Blueprint, share: float) -> int:
     """Returns how many parameters linears with their LoRAs may have: a share of the source's linear weights."""
     return int(share * sum(rows * columns for *_, (rows, columns) in stored_linears(source)))

@@ -40,7 +40,7 @@ def require_sensible_ranks(recipe: Recipe) -> None:
             f"relax.rank.parameters: must be left out beside factor (got {rank.parameters:g}), whose budget holds "
             f"LoRAs too; and factor.split must be measured"
         )
-    if shares and relax.init == "zero":
+    if shares and relax.init == "zero" and recipe.weights == "source":
         raise RecipeError("relax.init: joint or svd is required where relax.rank is measured beside factor (got zero)")
 
 

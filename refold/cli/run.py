@@ -23,7 +23,7 @@ def command(
     ] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(help="pruned, trained-source, scratch or none; repeatable. Each costs as much again."),
+        typer.Option(help="pruned, lowrank, trained-source, scratch or none; repeatable. Each costs as much again."),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate, over the recipe's.")] = None,
     eval_tokens: Annotated[str, typer.Option(help="Held-out tokens to read.")] = "200k",

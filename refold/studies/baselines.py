@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refold.blueprint.build import identity_blueprint
+from refold.blueprint.factors import stored_share
 from refold.blueprint.heal_stage import HealStage
-from refold.blueprint.recipe import BlockDrop, Drop, Recipe
+from refold.blueprint.recipe import BlockDrop, Drop, Factor, Recipe
 from refold.checkpoint.locate import Source
 from refold.conversion.plan import Plan, plan_model
 from refold.errors import RecipeError
@@ -56,6 +58,13 @@ def pruned_recipe(plan: Plan) -> Recipe:
     return Recipe(drop=Drop(block=BlockDrop(parameters=budget)))
 
 
+def lowrank_recipe(plan: Plan) -> Recipe:
+    """Every linear as two factors of lower rank, as many parameters as the linears of a plan's target (SVD-LLM,
+    arXiv 2403.07378)."""
+    share = stored_share(plan.blueprint, identity_blueprint(plan.blueprint.arch))
+    return Recipe(factor=Factor(parameters=share), calibration=plan.recipe.calibration)
+
+
 def scratch_recipe(plan: Plan) -> Recipe:
     """The architecture of a plan's target with fresh weights."""
     recipe = plan.recipe
@@ -97,6 +106,14 @@ def _start_pruned(job: BaselineJob) -> Path:
     return job.convert(plan_model(job.model, pruned_recipe(job.plan)))
 
 
+def _start_lowrank(job: BaselineJob) -> Path:
+    recipe = lowrank_recipe(job.plan)
+    assert recipe.factor is not None
+    if recipe.factor.parameters >= 1:
+        raise RecipeError("baseline lowrank: fewer linear weights than the source's are required; take scratch")
+    return job.convert(plan_model(job.model, recipe))
+
+
 def _start_source(job: BaselineJob) -> str | Path:
     return job.source.where
 
@@ -108,6 +125,7 @@ def _start_scratch(job: BaselineJob) -> Path:
 
 BASELINES = {
     "pruned": Baseline("pruned to the same size", _start_pruned, needs_healing=False),
+    "lowrank": Baseline("low rank at the same size", _start_lowrank, needs_healing=False),
     "trained-source": Baseline("source trained alike", _start_source, needs_healing=True),
     "scratch": Baseline("the same from scratch", _start_scratch, needs_healing=True),
 }

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 
+from refold.blueprint.build import identity_blueprint
+from refold.blueprint.factors import stored_share
 from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.load import load_recipe
 from refold.blueprint.recipe import Recipe
-from refold.checkpoint.locate import locate
+from refold.checkpoint.locate import PLAN_NAME, locate
 from refold.checkpoint.provenance import read as read_provenance
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import carry_out
-from refold.conversion.plan import plan_model
+from refold.conversion.plan import plan_model, read_plan
 from refold.data.readers import from_documents
 from refold.errors import RecipeError
 from refold.measuring.source_model import read_source_model
@@ -42,13 +44,13 @@ def test_baselines_are_named() -> None:
     assert read_baselines(None) is None
     assert read_baselines(["none"]) == ()
     assert read_baselines(["scratch", "trained-source", "pruned"]) == ("pruned", "trained-source", "scratch")
-    with pytest.raises(RecipeError, match=r"must be one of pruned, trained-source, scratch, none .got 'best'."):
+    with pytest.raises(RecipeError, match=r"one of pruned, lowrank, trained-source, scratch, none .got 'best'."):
         read_baselines(["best"])
 
 
 def test_settings_take_no_unknown_baseline() -> None:
     with pytest.raises(
-        RecipeError, match=r"one of pruned, trained-source, scratch .got 'prune'.; did you mean 'pruned'"
+        RecipeError, match=r"one of pruned, lowrank, trained-source, scratch .got 'prune'.; did you mean 'pruned'"
     ):
         RunSettings(baselines=("prune",))
 
@@ -118,3 +120,15 @@ def test_the_rival_of_a_target_as_large_as_its_source_is_the_same_from_scratch(m
     smaller = plan_model(model, load_recipe({"fold": {"loops": 2}}))
     larger = plan_model(model, load_recipe({"mixers": [{"type": "retention"}]}), allow_larger=True)
     assert (default_baselines(smaller), default_baselines(larger)) == (("pruned",), ("scratch",))
+
+
+def test_low_rank_is_as_large_in_its_linears_and_weighed_by_the_training_text(tmp_path: Path) -> None:
+    recipe = {"fold": {"loops": 2}, "calibration": {"tokens": 512, "context": 64}}
+    settings = RunSettings(tokens=0, baselines=("lowrank",), eval_tokens=512)
+    found = run(shipped_model(), tmp_path / "run", recipe, from_documents(TEXTS), settings=settings)
+    made = read_plan(tmp_path / "run" / "lowrank" / "converted" / PLAN_NAME)
+    assert made.starts.weight == "activations"
+    source = identity_blueprint(made.blueprint.arch)
+    assert 0.49 < stored_share(made.blueprint, source) <= stored_share(found.plan.blueprint, source) == 0.5
+    assert set(found.baselines) == {"lowrank"}
+    assert "(low rank at the same size: " in found.line
