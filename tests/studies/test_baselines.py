@@ -84,8 +84,14 @@ def test_an_unhealed_run_leaves_out_what_says_nothing_then(tmp_path: Path) -> No
 
     settings = RunSettings(tokens=0, baselines=tuple(BASELINES), eval_tokens=400, device="cpu")
     data, held_out = from_documents(TEXTS), from_documents(TEXTS[:40])
-    found = run(shipped_model(), tmp_path / "run", "recursive", data, held_out=held_out, settings=settings)
-    assert set(found.baselines) == {"pruned"}
+    recipe = {"fold": {"loops": 2}, "calibration": {"tokens": 512, "context": 64}}
+    found = run(shipped_model(), tmp_path / "run", recipe, data, held_out=held_out, settings=settings)
+    assert set(found.baselines) == {"pruned", "lowrank"}
+    lowrank = read_plan(tmp_path / "run" / "lowrank" / "converted" / PLAN_NAME)
+    assert lowrank.starts.weight == "activations"
+    source = identity_blueprint(lowrank.blueprint.arch)
+    assert 0.49 < stored_share(lowrank.blueprint, source) <= stored_share(found.plan.blueprint, source) == 0.5
+    assert "low rank at the same size: " in found.line
 
 
 def test_a_run_heals_and_reports_scratch_alike(tmp_path: Path) -> None:
@@ -120,15 +126,3 @@ def test_the_rival_of_a_target_as_large_as_its_source_is_the_same_from_scratch(m
     smaller = plan_model(model, load_recipe({"fold": {"loops": 2}}))
     larger = plan_model(model, load_recipe({"mixers": [{"type": "retention"}]}), allow_larger=True)
     assert (default_baselines(smaller), default_baselines(larger)) == (("pruned",), ("scratch",))
-
-
-def test_low_rank_is_as_large_in_its_linears_and_weighed_by_the_training_text(tmp_path: Path) -> None:
-    recipe = {"fold": {"loops": 2}, "calibration": {"tokens": 512, "context": 64}}
-    settings = RunSettings(tokens=0, baselines=("lowrank",), eval_tokens=512)
-    found = run(shipped_model(), tmp_path / "run", recipe, from_documents(TEXTS), settings=settings)
-    made = read_plan(tmp_path / "run" / "lowrank" / "converted" / PLAN_NAME)
-    assert made.starts.weight == "activations"
-    source = identity_blueprint(made.blueprint.arch)
-    assert 0.49 < stored_share(made.blueprint, source) <= stored_share(found.plan.blueprint, source) == 0.5
-    assert set(found.baselines) == {"lowrank"}
-    assert "(low rank at the same size: " in found.line
