@@ -32,7 +32,7 @@ from refold.conversion.plan import plan_model
 from refold.data.readers import open_data
 from refold.errors import RecipeError
 from refold.evaluation.evaluate import evaluate
-from refold.evaluation.result import read_evaluation
+from refold.evaluation.result import Evaluation, read_evaluation
 from refold.measuring.source_model import SourceModel, read_source_model
 
 SHARES = (0.67, 0.6, 0.5, 0.75, 0.45)
@@ -142,14 +142,13 @@ def run_one(
         except RecipeError as error:
             print(f"{name} at {share:g}: {error}", flush=True)
             return None
-        found = evaluate(out, given.held_out, against=given.source, context=given.context, max_tokens=given.eval_tokens)
+        found = evaluate(out, given.held_out, context=given.context, max_tokens=given.eval_tokens)
         shutil.rmtree(out)
         cost = made.cost
         row = {
             "share": stored_share(made.blueprint, identity_blueprint(made.blueprint.arch)),
             "nats": math.log(found.perplexity),
-            "bits_per_byte": found.against.difference if found.against else None,
-            "agreement": found.against.agreement if found.against else None,
+            "bits_per_byte": found.bits_per_byte,
             "flops": cost.target.flops_per_token / cost.source.flops_per_token,
         }
         path.write_text(json.dumps(row) + "\n")
@@ -165,7 +164,7 @@ def main() -> int:
     reference = given.work / "source.json"
     if not reference.exists():
         evaluate(given.source, given.held_out, context=given.context, max_tokens=given.eval_tokens).write(reference)
-    source = math.log(read_evaluation(reference).perplexity)
+    source = read_evaluation(reference)
     started, rows = time.perf_counter(), {}
     folder = moments(given, given.train, given.tokens)
     for share in given.shares:
@@ -187,8 +186,9 @@ def main() -> int:
     return page.finish(given.write)
 
 
-def render(page: Page, source: float, rows: dict, other: dict, given: argparse.Namespace) -> None:
+def render(page: Page, reference: Evaluation, rows: dict, other: dict, given: argparse.Namespace) -> None:
     """Writes the sections and targets of the page."""
+    source = math.log(reference.perplexity)
     shares = sorted({share for _, share in rows})
 
     def cell(name: str, share: float) -> str:
@@ -211,13 +211,12 @@ def render(page: Page, source: float, rows: dict, other: dict, given: argparse.N
     page.section(
         "The same arms at one size",
         table(
-            ["start", "stored", "bits per byte over the source", "same likeliest token", "FLOPs"],
+            ["start", "stored", "bits per byte over the source", "FLOPs"],
             [
                 [
                     name,
                     f"{row['share']:.1%}",
-                    f"+{row['bits_per_byte']:.4f}",
-                    f"{row['agreement']:.1%}",
+                    f"+{row['bits_per_byte'] - reference.bits_per_byte:.4f}",
                     f"{row['flops']:.2f}x",
                 ]
                 for (name, share), row in rows.items()

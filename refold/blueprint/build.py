@@ -8,7 +8,7 @@ from refold.blueprint.advice import advise
 from refold.blueprint.contents import idle_names
 from refold.blueprint.cost import count_parameters
 from refold.blueprint.drops import dropped_blocks, dropped_parts
-from refold.blueprint.factors import factorise_evenly
+from refold.blueprint.factors import factorise_evenly, linear_budget
 from refold.blueprint.fold import FoldedStack, fold_layers, tied_sources
 from refold.blueprint.prefixes import describe_prefixes, with_prefixes
 from refold.blueprint.ranks import Linears, choose_ranks, require_sensible_ranks
@@ -23,7 +23,8 @@ from refold.blueprint.swaps import ChosenMixer, choose_mixers, describe_lost_nor
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
 
-UNMEASURED = "ranks are measured when converting: until then they are split evenly here, or the largest they can be"
+UNMEASURED = "ranks are measured when converting: until then"
+"""How the note begins that holds until then."""
 
 
 class Built(NamedTuple):
@@ -126,9 +127,11 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
     )
     if recipe.factor is not None:
         blueprint, note = factorise_evenly(blueprint, identity, recipe.factor)
-        notes = (*notes, UNMEASURED if recipe.measures_ranks else note)
+        budget = linear_budget(identity, recipe.factor.parameters)
+        measured = f"{UNMEASURED} even ones stand here; linears and LoRAs will take {budget:,} parameters"
+        notes = (*notes, measured if recipe.measures_ranks else note)
     elif recipe.measures_ranks:
-        notes = (*notes, UNMEASURED)
+        notes = (*notes, f"{UNMEASURED} even ones stand here, or for an energy the largest there can be")
     starts = Starts(
         weights=recipe.weights,
         lora=lora.init if relaxed and lora else None,

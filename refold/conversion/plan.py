@@ -152,10 +152,10 @@ def replan(plan: Plan, model: SourceModel, blueprint: Blueprint, outdated: str) 
         plan: The plan.
         model: Its source.
         blueprint: What it is to make.
-        outdated: The note that no longer holds.
+        outdated: How notes begin that no longer hold.
     """
     made = _assemble(model, plan.recipe, blueprint, plan.starts, (), allow_larger=True)
-    kept = tuple(note for note in plan.notes if note != outdated and note not in made.notes)
+    kept = tuple(note for note in plan.notes if not note.startswith(outdated) and note not in made.notes)
     return made.model_copy(update={"notes": (*kept, *made.notes)})
 
 
