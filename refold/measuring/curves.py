@@ -66,21 +66,24 @@ class GroupWeightings:
 
     def __init__(self, weight: Weight, group: LinearSources, store: MomentStore | None, device: str = "cpu"):
         inputs: dict[int, Tensor | None] = dict.fromkeys(group.users.values())
-        outputs: list[Tensor] = []
+        outputs: dict[int, Tensor] = {}
         if weight != "none" and group.is_native:
             assert store is not None
             for layer in inputs:
                 moments = store.read(layer, group.linear)
                 inputs[layer] = ridged(moments.inputs.to(device), INPUT_RIDGE)
                 if moments.outputs is not None:
-                    outputs.append(moments.outputs.to(device))
-        # One for all members: the stored weight is shared, and the outputs' directions have to be too.
-        self.outputs = ridged(torch.stack(outputs).mean(dim=0), OUTPUT_RIDGE) if outputs else None
+                    outputs[layer] = moments.outputs.to(device)
+        # What all members share is weighed by one mean of their gradients: only then there is a closed form.
+        self.outputs = ridged(torch.stack(list(outputs.values())).mean(dim=0), OUTPUT_RIDGE) if outputs else None
         self.inputs = {depth: inputs[layer] for depth, layer in group.users.items()}
+        self._own_outputs = {
+            depth: ridged(outputs[layer], OUTPUT_RIDGE) for depth, layer in group.users.items() if layer in outputs
+        }
 
     def of(self, depth: int) -> Weighting:
         """Returns how an error at one depth is weighed."""
-        return Weighting(self.inputs[depth], self.outputs)
+        return Weighting(self.inputs[depth], self._own_outputs.get(depth))
 
     def of_all(self) -> Weighting:
         """Returns how an error that all depths share is weighed, summed over them."""
