@@ -67,7 +67,7 @@ def test_flags_are_these() -> None:
         (["plan", "SOURCE", "--set", "fold.lops=2"], "did you mean 'loops'"),
         (["plan", "SOURCE", "-r", "recursive", "--set", "fold.init=[0,99,1,2,3,4]"], "out of range"),
         (["convert", "SOURCE", "EXISTING"], "never overwritten"),
-        (["convert", "SOURCE", "OUT", "--calibration", "LATIN"], "calibration: a recipe whose feature maps"),
+        (["convert", "SOURCE", "OUT", "--calibration", "LATIN"], "calibration: a recipe that has a use for text"),
         (["inspect", "SOURCE"], "a folded model is required"),
         (["evaluate", "SOURCE", "--data", "/nowhere"], "required"),
         (["evaluate", "SOURCE", "--data", "LATIN"], "UTF-8"),

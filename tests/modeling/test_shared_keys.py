@@ -51,13 +51,13 @@ def hand_over(plain: Any, shared: Any) -> Callable[[], None]:
     made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def replace(view: AttentionView, arguments: tuple) -> tuple:
-        query, key, value, context = arguments
+        query, key, value, *rest = arguments
         made[view.layer_idx] = key, value
         key, value = key.clone(), value.clone()
         for read in depths[view.layer_idx].kv:
             for head in read.heads:
                 key[:, head], value[:, head] = (states[:, head] for states in made[read.depth])
-        return query, key, value, context
+        return query, key, value, *rest
 
     views = [module for module in plain.modules() if isinstance(module, AttentionView)]
     hooks = [view.register_forward_pre_hook(replace) for view in views]

@@ -247,7 +247,7 @@ def test_depths_read_keys_made_of_the_teachers_stream(fold, load_source, documen
     made = {}
 
     def hand_over(view, arguments):
-        query, key, value, context = arguments
+        query, key, value, *rest = arguments
         made[view.layer_idx] = key, value
         return query, *made[view.layer_idx // 2 * 2], context
 
