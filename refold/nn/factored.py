@@ -23,14 +23,18 @@ class FactoredLinear(nn.Module):
         self.a = nn.Linear(linear.in_features, rank, bias=False) if rank else None
         self.b = nn.Linear(rank, linear.out_features, bias=False) if rank else None
         self.register_parameter("bias", linear.bias)
-        self.reset(0.02)
+        self._fill(0.02)
+
+    @torch.no_grad()
+    def _fill(self, std: float) -> None:
+        if self.a is not None and self.b is not None:
+            nn.init.normal_(self.a.weight, std=self.rank**-0.5)
+            nn.init.normal_(self.b.weight, std=std)
 
     @torch.no_grad()
     def reset(self, std: float) -> None:
         """Fills the factors so that their product has standard deviation `std`; the bias with zeros."""
-        if self.a is not None and self.b is not None:
-            nn.init.normal_(self.a.weight, std=self.rank**-0.5)
-            nn.init.normal_(self.b.weight, std=std)
+        self._fill(std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
