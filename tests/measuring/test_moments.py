@@ -38,9 +38,7 @@ def measure(folder: Path, scratch: Path, with_gradients: bool) -> tuple[SourceMo
     store = MomentStore(scratch)
     with CheckpointReader(folder) as reader:
         layers = SourceLayers(model, PieceReader(model, reader), rows_at_once=2)
-        measure_moments(
-            layers, sequences(model.arch.vocab_size), store, scratch, with_gradients=with_gradients, seed=3
-        )
+        measure_moments(layers, sequences(model.arch.vocab_size), store, scratch, with_gradients=with_gradients, seed=3)
     return model, store
 
 
