@@ -133,6 +133,11 @@ def test_energy_is_measured_against_the_weight_that_is_stored(source, tmp_path, 
         assert any("q_proj" not in depth.ranks for depth in made.blueprint.depths)
 
 
+def test_a_factored_model_needs_healing(source):
+    assert plan(source, {"factor": {"parameters": 0.5}}).needs_healing
+    assert not plan(source, {"factor": {"parameters": 1.5}}, allow_larger=True).needs_healing
+
+
 def test_a_share_for_loras_is_spent_where_it_saves_most(source, tmp_path):
     share = 0.1
     recipe = {"fold": FOLD, "relax": {"rank": {"parameters": share, "split": "measured"}}}
