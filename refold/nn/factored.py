@@ -1,6 +1,5 @@
 """A stored linear kept as two factors instead of a matrix."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
