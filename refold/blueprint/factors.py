@@ -1,6 +1,6 @@
 """Which stored linears are kept as two factors, and at which rank, where a budget is split evenly."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from refold.blueprint.allocation import with_ranks
 from refold.blueprint.contents import depth_linears, part_linears
@@ -20,12 +20,13 @@ def stored_linears(blueprint: Blueprint) -> Iterator[Stored]:
                 yield pool, index, name, shape
 
 
-def lora_parameters(blueprint: Blueprint) -> int:
-    """Parameters of all LoRAs."""
+def lora_parameters(blueprint: Blueprint, skipped: Collection[tuple[Pool, int, str]] = ()) -> int:
+    """Parameters of all LoRAs, without those of some stored linears (pool, part, name)."""
     return sum(
         rank * sum(depth_linears(blueprint, index)[name])
         for index, depth in enumerate(blueprint.depths)
         for name, rank in depth.ranks.items()
+        if ("mixer", depth.mixer, name) not in skipped and ("mlp", depth.mlp, name) not in skipped
     )
 
 
@@ -61,7 +62,7 @@ def factorise_evenly(blueprint: Blueprint, source: Blueprint, factor: Factor) ->
     stored = list(stored_linears(blueprint))
     room = linear_budget(source, factor.parameters) - lora_parameters(blueprint)
     whole = sum(rows * columns for *_, (rows, columns) in stored)
-    share = room / whole
+    share = room / max(whole, 1)
     if share >= 1:
         return blueprint, f"factor.parameters: {factor.parameters:g} holds every stored linear whole"
     ranks: dict[tuple[Pool, int, str], int] = {

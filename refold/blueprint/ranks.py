@@ -25,6 +25,17 @@ def require_sensible_ranks(recipe: Recipe) -> None:
             f"factor.weight: must be relax.weight (got {' and '.join(sorted(weights))}); leave one of them out"
         )
     rank = None if relax is None else relax.rank
+    measured = isinstance(rank, RankEnergy) or (isinstance(rank, RankShare) and rank.split == "measured")
+    if measured and relax is not None and relax.at == "all":
+        raise RecipeError(
+            "relax.at: tied is required where relax.rank is measured by what tying lost (got all); leave it out, or "
+            "name ranks"
+        )
+    has_share = isinstance(rank, RankShare) and rank.parameters is not None
+    if measured and recipe.weights == "fresh" and not has_share:
+        raise RecipeError(
+            "relax.rank: a number or a share of parameters is required where weights are fresh (nothing is measured)"
+        )
     if isinstance(rank, RankEnergy) and factor is not None:
         raise RecipeError("relax.rank.energy: cannot stand beside factor, whose budget holds LoRAs too; split measured")
     if relax is None or not isinstance(rank, RankShare):

@@ -10,7 +10,7 @@ from refold.blueprint.build import UNMEASURED, identity_blueprint
 from refold.blueprint.factors import linear_budget, lora_parameters, stored_linears
 from refold.blueprint.load import RecipeLike, load_recipe
 from refold.blueprint.recipe import RankEnergy, RankShare, Recipe
-from refold.blueprint.schema import Blueprint
+from refold.blueprint.schema import Blueprint, Pool
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.plan import Plan, replan
 from refold.data.readers import DataSource
@@ -175,19 +175,28 @@ def _choose(plan: Plan, linears: list) -> Blueprint:
     source = identity_blueprint(blueprint.arch)
     measures_loras = isinstance(rank, RankShare) and rank.split == "measured"
     measured = {(each.pool, each.part, each.linear) for each in linears}
-    stored = {(pool, part, linear): rows * columns for pool, part, linear, (rows, columns) in stored_linears(blueprint)}
-    others = sum(size for key, size in stored.items() if key not in measured)
+    # What is not measured keeps the ranks it has.
+    paid = lora_parameters(blueprint, skipped=measured if measures_loras else ())
     if recipe.factor is None:
         assert isinstance(rank, RankShare)
         assert rank.parameters is not None
-        tied = sum(stored[each.pool, each.part, each.linear] for each in linears)
-        budget = tied + int(rank.parameters * plan.cost.source.non_embedding_parameters)
+        budget = int(rank.parameters * plan.cost.source.non_embedding_parameters) - paid
+        budget += sum(each.whole for each in linears)
     else:
-        budget = linear_budget(source, recipe.factor.parameters) - others
-        budget -= 0 if measures_loras else lora_parameters(blueprint)
+        paid += sum(
+            _stored_parameters(blueprint, pool, part, linear, shape)
+            for pool, part, linear, shape in stored_linears(blueprint)
+            if (pool, part, linear) not in measured
+        )
+        budget = linear_budget(source, recipe.factor.parameters) - paid
     if budget <= 0:
         raise RecipeError(
             f"factor.parameters: a share above what is not factorised is required (got {recipe.factor.parameters:g}, "  # pyright: ignore[reportOptionalMemberAccess]
             f"{-budget:,} parameters too few); raise it"
         )
     return allocate(linears, blueprint, Choice(factors=recipe.factor is not None, loras=measures_loras), budget)
+
+
+def _stored_parameters(blueprint: Blueprint, pool: Pool, part: int, linear: str, shape: tuple[int, int]) -> int:
+    rank = blueprint.pool(pool)[part].factors.get(linear)
+    return shape[0] * shape[1] if rank is None else rank * sum(shape)

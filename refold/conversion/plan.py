@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from refold.blueprint.build import build_blueprint, identity_blueprint
-from refold.blueprint.contents import depth_linears
+from refold.blueprint.contents import depth_factors, depth_linears
 from refold.blueprint.cost import Cost, cost
 from refold.blueprint.load import RecipeLike, built_in_recipes, load_recipe
 from refold.blueprint.recipe import Recipe
@@ -246,7 +246,7 @@ def _equals_source(blueprint: Blueprint, starts: Starts, index: int) -> bool:
     if find_mixer(mixer.type).is_recurrent or depth.window != blueprint.arch.layers[depth.source].window:
         return False
     stored = (mixer.sources, blueprint.mlps[depth.mlp].sources)
-    if all(sources == (depth.source,) for sources in stored):
+    if not depth_factors(blueprint, index) and all(sources == (depth.source,) for sources in stored):
         return True
     full = all(depth.ranks.get(name) == min(shape) for name, shape in depth_linears(blueprint, index).items())
     return full and depth.vectors == "own" and starts.lora in ("svd", "joint")

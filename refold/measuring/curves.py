@@ -139,7 +139,7 @@ def _measure(
     group: LinearSources, weight: Weight, is_joint: bool, pieces: PieceReader, store: MomentStore | None, device: str
 ) -> MeasuredLinear:
     weighting = GroupWeightings(weight, group, store, device)
-    layers = dict.fromkeys(group.users.values())
+    layers = dict.fromkeys((*group.sources, *group.users.values()))
     read = {
         layer: pieces.read(group.carried.canonical, layer, torch.float32, group.carried.repeat).to(device)
         for layer in layers
@@ -149,7 +149,9 @@ def _measure(
     unit = 1.0
     if weight != "fisher" or weighting.outputs is None:
         unit = sum(each[depth].energy(matrix) for depth, matrix in weights.items()) or 1.0
-    mean = weighting.mean(weights)
+    # As in the fits: the best for all where it is made from all, else what its sources say.
+    is_shared = len(group.sources) == len(weights)
+    mean = weighting.mean(weights) if is_shared else torch.stack([read[layer] for layer in group.sources]).mean(dim=0)
     tying = sum(each[depth].energy(matrix - mean) for depth, matrix in weights.items())
     stored = _curve(weighting.of_all().spectrum(mean), unit, tying)
     together: tuple[SharedCurve, ...] = ()

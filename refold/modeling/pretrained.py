@@ -58,8 +58,8 @@ class RefoldPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, FactoredLinear):
-            module.reset(std)
+        elif isinstance(module, FactoredLinear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, LoraPair):

@@ -1,6 +1,5 @@
 """A stored linear kept as two factors instead of a matrix."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -23,16 +22,11 @@ class FactoredLinear(nn.Module):
         self.a = nn.Linear(linear.in_features, rank, bias=False) if rank else None
         self.b = nn.Linear(rank, linear.out_features, bias=False) if rank else None
         self.register_parameter("bias", linear.bias)
-        self.reset(0.02)
-
-    @torch.no_grad()
-    def reset(self, std: float) -> None:
-        """Fills the factors so that their product has standard deviation `std`; the bias with zeros."""
-        if self.a is not None and self.b is not None:
-            nn.init.normal_(self.a.weight, std=self.rank**-0.5)
-            nn.init.normal_(self.b.weight, std=std)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        if self.a is not None:
+            # With B like any matrix, the product of the two varies as one does. transformers fills a bare `nn.Linear`
+            # like any other, and asks no module without parameters of its own; so it is told that A is filled.
+            nn.init.normal_(self.a.weight, std=rank**-0.5)
+            self.a.weight._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.a is None or self.b is None:

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from refold.blueprint.build import build_blueprint, identity_blueprint
 from refold.blueprint.contents import depth_linears
 from refold.blueprint.cost import cost
+from refold.blueprint.factors import linear_budget, stored_linears
 from refold.blueprint.load import built_in_recipes, load_recipe
-from refold.blueprint.schema import Blueprint
+from refold.blueprint.schema import POOLS, Blueprint
 from refold.errors import RecipeError
 
 
@@ -318,7 +319,9 @@ FOLDS = st.fixed_dictionaries(
 RANKS = st.one_of(
     st.integers(0, 40),
     st.just("full"),
-    st.fixed_dictionaries({"parameters": st.floats(0.02, 1.0)}),
+    st.fixed_dictionaries({"parameters": st.floats(0.02, 1.0)}, optional={"split": st.just("measured")}),
+    st.just({"split": "measured"}),
+    st.fixed_dictionaries({"energy": st.floats(0.1, 1.0)}),
     st.dictionaries(st.sampled_from(["q_proj", "down_proj", "mixer", "mlp", "all"]), st.integers(0, 40), min_size=1),
 )
 DROPS = st.one_of(
@@ -332,9 +335,12 @@ RECIPES = st.fixed_dictionaries(
         "weights": st.sampled_from(["source", "fresh"]),
         "fold": FOLDS,
         "relax": st.fixed_dictionaries({"rank": RANKS}, optional={"vectors": st.sampled_from(["tied", "own"])})
-        | st.just({"type": "prefix", "length": 3}),
+        | st.fixed_dictionaries({"type": st.just("prefix"), "length": st.integers(1, 3)}),
         "drop": st.dictionaries(st.sampled_from(["block", "attention", "mlp"]), DROPS),
         "exits": st.sampled_from([{"at": [0, 2]}, {"at": "loops"}]),
+        "factor": st.fixed_dictionaries(
+            {"parameters": st.floats(0.01, 1.5)}, optional={"split": st.sampled_from(["even", "measured"])}
+        ),
         "share_kv": st.sampled_from(
             [{"from": "first_loop"}, {"from": "pairs", "heads": [0]}, {"from": {"back": 2}}, [{"depth": 4, "from": 1}]]
         ),
@@ -363,7 +369,23 @@ def test_any_legal_recipe_builds_a_sound_blueprint_or_is_refused_as_a_recipe(mak
     prefixes = sum(depth.prefix for depth in blueprint.depths) * arch.hidden_size
     assert target.parameters - lora - prefixes <= source.parameters
     assert (built.starts.lora is None) == (lora == 0)
-    assert target.cache_bytes(64) <= source.cache_bytes(64)
+    # The keys and values of prefixes are kept beside those of tokens: two matrices for each key-value head.
+    prefixed = sum(depth.prefix for depth in blueprint.depths) * 2 * 2 * arch.num_key_value_heads * arch.head_dim
+    assert target.cache_bytes(64) <= source.cache_bytes(64) + prefixed
+    shapes = {(pool, part, name): shape for pool, part, name, shape in stored_linears(blueprint)}
+    factors = {
+        (pool, part, name): rank
+        for pool in POOLS
+        for part, stored in enumerate(blueprint.pool(pool))
+        for name, rank in stored.factors.items()
+    }
+    # Factors are smaller than the matrices whose places they take.
+    assert all(0 < rank * sum(shapes[key]) < shapes[key][0] * shapes[key][1] for key, rank in factors.items())
+    if factors:
+        held = lora + sum(
+            factors[key] * sum(shape) if key in factors else shape[0] * shape[1] for key, shape in shapes.items()
+        )
+        assert held <= linear_budget(identity_blueprint(arch), sections["factor"]["parameters"])
     for pool in ("mixer", "mlp"):
         # Stored in the order in which they first run.
         used = [part for part in (getattr(depth, pool) for depth in blueprint.depths) if part is not None]

@@ -21,6 +21,7 @@ from refold.modeling.load import load_model
 
 FOLD = {"loops": 2}
 LORA = {"type": "lora", "rank": 5}
+FACTOR = {"parameters": 0.5, "weight": "none"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "identity": ("llama", {}),
     "strict": ("llama-v4", {"fold": FOLD}),
@@ -57,6 +58,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2-no-mlp": ("olmo2", {"drop": {"mlp": {"layers": [3]}}}),
     "phi3": ("phi3", {"fold": FOLD, "relax": {**LORA, "vectors": "own"}}),
     "phi3-window": ("phi3-window", {"drop": {"attention": {"layers": [0]}}}),
+    "factored-biases": ("llama-mha-bias", {"factor": FACTOR}),
+    "factored-fused": ("gpt_neox", {"fold": FOLD, "relax": {**LORA, "vectors": "own"}, "factor": FACTOR}),
+    "factored-tied-or-not": (
+        "llama",
+        {
+            "fold": FOLD,
+            "relax": {"rank": {"split": "measured"}, "init": "joint", "vectors": "own"},
+            "factor": {**FACTOR, "split": "measured"},
+        },
+    ),
 }
 LOAD_WITHOUT_REFOLD = """
 import sys

@@ -1,5 +1,7 @@
 """Starts against the definitions they stand for, by brute force."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,9 +9,10 @@ import torch
 from torch import Tensor
 
 from refold.conversion.starts.group import Fitted, LinearGroup, Member
-from refold.conversion.starts.joint import fit_joint
+from refold.conversion.starts.joint import _alternate, fit_joint
 from refold.conversion.starts.registry import STARTS
 from refold.conversion.starts.svd import fit_svd
+from refold.measuring.curves import GroupWeightings
 
 
 def weights(count: int, rows: int = 14, columns: int = 10) -> list[Tensor]:
@@ -162,3 +165,130 @@ def test_the_same_group_gives_the_same_bits(start):
     assert torch.equal(one.stored.weight, other.stored.weight)
     for depth in one.pairs:
         assert all(torch.equal(mine, its) for mine, its in zip(one.pairs[depth], other.pairs[depth], strict=True))
+
+
+class Metric:
+    """Weightings of a group from given moments, as text would give them."""
+
+    def __new__(cls, inputs: dict[int, Tensor], outputs: Tensor | None) -> GroupWeightings:
+        made = object.__new__(GroupWeightings)
+        made.inputs, made.outputs = dict(inputs), outputs
+        return made
+
+
+def moment(size: int, seed: int) -> Tensor:
+    drawn = torch.randn(3 * size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = (
+        drawn
+        * torch.logspace(0, -1, size, dtype=torch.float64)[
+            torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+        ]
+    )
+    return drawn.T @ drawn / len(drawn) + 1e-3 * torch.eye(size, dtype=torch.float64)
+
+
+def weigh(given: LinearGroup, metric: GroupWeightings | None, stored_rank: int | None = None) -> LinearGroup:
+    return replace(given, weightings=metric, stored_rank=stored_rank)
+
+
+def weighted_loss(given: list[Tensor], stored: Tensor, added: Mapping[int, Tensor], metric: GroupWeightings) -> float:
+    outputs = torch.eye(14, dtype=torch.float64) if metric.outputs is None else metric.outputs
+    total = 0.0
+    for at, weight in enumerate(given):
+        error = (weight - stored - added.get(at, torch.zeros_like(stored))).double()
+        total += float(torch.trace(outputs @ error @ metric.inputs[at] @ error.T))
+    return total
+
+
+METRIC = Metric({0: moment(10, 1), 1: moment(10, 2)}, moment(14, 3))
+INPUTS_ALONE = Metric({0: moment(10, 1), 1: moment(10, 2)}, None)
+
+
+@pytest.mark.parametrize("metric", [METRIC, INPUTS_ALONE], ids=["fisher", "activations"])
+@pytest.mark.parametrize(("first", "second"), [(3, 3), (1, 5), (4, 0), (0, 2)])
+def test_weighted_joint_of_two_is_the_best_there_is(monkeypatch, metric, first, second):
+    given = weights(2)
+    task = weigh(group(given, first, second), metric)
+    found = fit_joint(task, "exact")
+    lost = weighted_loss(given, found.stored.weight, corrections(found), metric)
+    # Half of D's tail where nothing is weighed; here the tail of D in the metric the stored weight leaves.
+    difference = given[0] - given[1]
+    tail = metric.of_difference(difference).spectrum(difference)[first + second :]
+    assert lost == pytest.approx(float(tail.sum()), rel=1e-3)
+    plain = fit_joint(group(given, first, second), "exact")
+    assert lost < 0.95 * weighted_loss(given, plain.stored.weight, corrections(plain), metric)
+    monkeypatch.setattr("refold.conversion.starts.joint.ROUNDS", 30)
+    stored, alternated = _alternate(task, dict(task.members), "exact")
+    parts = {depth: each.matrix() for depth, each in alternated.items()}
+    assert lost <= weighted_loss(given, stored.weight, parts, metric) * (1 + 1e-5)
+    generator = torch.Generator().manual_seed(4)
+    for size in (1e-3, 1e-2, 1e-1):
+        for _ in range(10):
+            moved = found.stored.weight + size * torch.randn(14, 10, generator=generator)
+            assert weighted_loss(given, moved, corrections(found), metric) > lost * (1 - 1e-6)
+            pairs = {
+                depth: (b + size * torch.randn(b.shape, generator=generator))
+                @ (a + size * torch.randn(a.shape, generator=generator))
+                for depth, (a, b) in found.pairs.items()
+            }
+            assert weighted_loss(given, moved, pairs, metric) > lost * (1 - 1e-6)
+            assert weighted_loss(given, found.stored.weight, pairs, metric) > lost * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("start", ["svd", "joint"])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("stored_rank", [None, 0, 4])
+def test_moments_of_one_change_nothing(start, count, stored_rank):
+    given = weights(count)
+    ranks = [3] * count
+    ones = Metric(dict.fromkeys(range(count), torch.eye(10, dtype=torch.float64)), torch.eye(14, dtype=torch.float64))
+    plain = STARTS[start](weigh(group(given, *ranks), None, stored_rank), "exact")
+    found = STARTS[start](weigh(group(given, *ranks), ones, stored_rank), "exact")
+    # Neighbouring singular values of D, dealt to different pairs, mix in rounding.
+    assert torch.allclose(found.stored.weight, plain.stored.weight, atol=3e-5)
+    for depth, added in corrections(plain).items():
+        assert torch.allclose(corrections(found)[depth], added, atol=3e-5)
+        assert found.kept[depth] == pytest.approx(plain.kept[depth], abs=1e-5)
+
+
+def test_moments_of_the_wrong_layers_do_worse():
+    given = weights(2)
+    swapped = Metric({0: METRIC.inputs[1], 1: METRIC.inputs[0]}, METRIC.outputs)
+    for start in ("svd", "joint"):
+        lost = {}
+        for name, metric in (("right", METRIC), ("wrong", swapped)):
+            found = STARTS[start](weigh(group(given, 2, 2), metric), "exact")
+            lost[name] = weighted_loss(given, found.stored.weight, corrections(found), METRIC)
+        assert lost["right"] < 0.97 * lost["wrong"]
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("metric", [None, METRIC], ids=["plain", "fisher"])
+def test_what_is_stored_has_the_rank_asked_for(start, metric):
+    given = weights(2)
+    whole = STARTS[start](weigh(group(given, 3, 2), metric), "exact")
+    assert whole.stored.factors is None
+    nothing = STARTS[start](weigh(group(given, 3, 2), metric, 0), "exact")
+    assert nothing.stored.factors == ()
+    assert not nothing.stored.weight.any()
+    some = STARTS[start](weigh(group(given, 3, 2), metric, 4), "exact")
+    a, b = some.stored.factors
+    assert (a.shape, b.shape) == ((4, 10), (14, 4))
+    assert torch.allclose(b @ a, some.stored.weight, atol=1e-5)
+    if start == "zero":
+        return
+    # With nothing stored, each pair is its weight's own truncation.
+    for depth, added in corrections(nothing).items():
+        alone = weigh(group(given, 3, 2), metric).weighting(depth).truncate(given[depth], (3, 2)[depth], "exact", 0)
+        assert torch.allclose(added, alone.matrix(), atol=1e-4)
+    metric = metric or Metric(dict.fromkeys((0, 1), torch.eye(10, dtype=torch.float64)), None)
+    losses = [weighted_loss(given, each.stored.weight, corrections(each), metric) for each in (whole, some, nothing)]
+    assert losses[0] < losses[1] < losses[2]
+
+
+@pytest.mark.parametrize("start", ["svd", "joint"])
+def test_a_factored_weight_of_one_layer_is_its_truncation(start):
+    given = weights(1)
+    metric = Metric({0: METRIC.inputs[0]}, METRIC.outputs)
+    found = STARTS[start](weigh(group(given, 0), metric, 4), "exact")
+    assert torch.allclose(found.stored.weight, metric.of(0).truncate(given[0], 4, "exact", 0).matrix(), atol=1e-4)

@@ -1,0 +1,174 @@
+"""Linears kept as two factors: what recipes may ask, what blueprints hold, what is counted."""
+
+import pytest
+
+from refold.blueprint.build import UNMEASURED, build_blueprint, identity_blueprint
+from refold.blueprint.cost import cost, count_parameters
+from refold.blueprint.factors import linear_budget, lora_parameters, stored_linears
+from refold.blueprint.load import load_recipe
+from refold.blueprint.tensors import target_tensors
+from refold.errors import RecipeError
+
+FOLD = {"loops": 2}
+MEASURED = {"parameters": 0.5, "split": "measured"}
+REFUSED = [
+    (
+        {"factor": {"parameters": 0.001}},
+        r"factor\.parameters: a share that leaves every stored linear a rank of 1 .*0\.001",
+    ),
+    (
+        {"factor": {"parameters": 0.1}, "fold": FOLD, "relax": {"rank": 32}},
+        r"factor\.parameters: .* \(got 0\.1, LoRAs included\); raise it, or lower relax\.rank",
+    ),
+    (
+        {"factor": {"parameters": 0.5, "weight": "none"}, "fold": FOLD, "relax": {"rank": 2, "weight": "fisher"}},
+        r"factor\.weight: must be relax\.weight \(got fisher and none\); leave one of them out",
+    ),
+    (
+        {"factor": MEASURED, "fold": FOLD, "relax": {"rank": {"energy": 0.5}}},
+        r"relax\.rank\.energy: cannot stand beside factor",
+    ),
+    (
+        {"fold": FOLD, "relax": {"rank": {"split": "measured"}}},
+        r"relax\.rank\.parameters: a share is required \(left out\)",
+    ),
+    (
+        {"factor": {"parameters": 0.5}, "fold": FOLD, "relax": {"rank": {"split": "measured"}}},
+        r"relax\.rank\.parameters: a share is required .* split both relax\.rank and factor as measured",
+    ),
+    (
+        {"factor": MEASURED, "fold": FOLD, "relax": {"rank": {"parameters": 0.1, "split": "measured"}}},
+        r"relax\.rank\.parameters: must be left out beside factor \(got 0\.1\)",
+    ),
+    (
+        {"factor": MEASURED, "fold": FOLD, "relax": {"rank": {"split": "measured"}, "init": "zero"}},
+        r"relax\.init: joint or svd is required .* \(got zero\)",
+    ),
+    (
+        {"fold": FOLD, "relax": {"rank": {"energy": 0.5}, "at": "all"}},
+        r"relax\.at: tied is required where relax\.rank is measured .* \(got all\)",
+    ),
+    (
+        {"weights": "fresh", "fold": FOLD, "relax": {"rank": {"energy": 0.5}}},
+        r"relax\.rank: a number or a share of parameters is required where weights are fresh",
+    ),
+    ({"factor": {"parameters": 0}}, r"factor\.parameters: must be above 0"),
+    ({"factor": {"parameters": 0.5, "weight": "fischer"}}, r"factor\.weight: .*did you mean 'fisher'"),
+    ({"factor": {"parameters": 0.5, "split": "measure"}}, r"factor\.split: .*did you mean 'measured'"),
+    ({"fold": FOLD, "relax": {"rank": {"energy": 1.5}}}, r"relax\.rank\.energy: must be at most 1"),
+    ({"fold": FOLD, "relax": {"rank": {"energi": 0.5}}}, r"relax\.rank\.energi"),
+    ({"calibration": {"token": 5}}, r"calibration\.token: .*did you mean 'tokens'"),
+    ({"calibration": {"context": 0}}, r"calibration\.context: "),
+]
+
+
+@pytest.mark.parametrize(("sections", "message"), REFUSED, ids=lambda each: str(each)[:80])
+def test_what_does_not_go_together_is_refused(make_arch, sections, message):
+    with pytest.raises(RecipeError, match=message):
+        build_blueprint(make_arch(6), load_recipe(sections))
+
+
+@pytest.mark.parametrize(
+    ("sections", "weight", "needs_text", "measures"),
+    [
+        ({}, "none", False, False),
+        ({"factor": {"parameters": 0.5}}, "activations", True, False),
+        ({"factor": {"parameters": 0.5, "weight": "none"}}, "none", False, False),
+        ({"factor": MEASURED, "weights": "fresh"}, "activations", False, False),
+        ({"factor": {**MEASURED, "weight": "none"}}, "none", False, True),
+        ({"factor": MEASURED, "fold": FOLD, "relax": {"rank": 2, "weight": "fisher"}}, "fisher", True, True),
+        ({"fold": FOLD, "relax": {"rank": 2}}, "none", False, False),
+        ({"fold": FOLD, "relax": {"rank": {"energy": 0.5}, "weight": "activations"}}, "activations", True, True),
+        ({"fold": FOLD, "relax": {"rank": {"parameters": 0.1, "split": "measured"}}}, "none", False, True),
+    ],
+)
+def test_a_recipe_says_whether_it_needs_text_and_measures(sections, weight, needs_text, measures):
+    recipe = load_recipe(sections)
+    assert (recipe.weight, recipe.needs_text, recipe.measures_ranks) == (weight, needs_text, measures)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.67])
+def test_an_even_split_gives_every_linear_its_share(make_arch, share):
+    arch = make_arch(4)
+    built = build_blueprint(arch, load_recipe({"factor": {"parameters": share}}))
+    for pool, part, name, (rows, columns) in stored_linears(built.blueprint):
+        rank = built.blueprint.pool(pool)[part].factors[name]
+        assert rank * (rows + columns) <= share * rows * columns < (rank + 1) * (rows + columns)
+    assert f"keeps {share:.1%} of every stored linear as two factors" in " ".join(built.notes)
+    assert built.starts.weight == "activations"
+
+
+def test_a_share_that_holds_all_factorises_nothing(make_arch):
+    arch = make_arch(4)
+    built = build_blueprint(arch, load_recipe({"fold": FOLD, "factor": {"parameters": 0.5}}))
+    assert not any(part.factors for part in (*built.blueprint.mixers, *built.blueprint.mlps))
+    assert "factor.parameters: 0.5 holds every stored linear whole" in built.notes
+    nothing = {"drop": {"attention": {"share": 1.0}, "mlp": {"share": 1.0}}, "factor": {"parameters": 0.5}}
+    assert not list(stored_linears(build_blueprint(arch, load_recipe(nothing)).blueprint))
+
+
+def test_the_budget_holds_loras_too(make_arch):
+    arch = make_arch(4)
+    built = build_blueprint(arch, load_recipe({"fold": FOLD, "relax": {"rank": 3}, "factor": {"parameters": 0.4}}))
+    blueprint = built.blueprint
+    loras = lora_parameters(blueprint)
+    assert loras == sum(t.num_elements for t in target_tensors(blueprint) if t.role in ("lora_a", "lora_b"))
+    stored = sum(t.num_elements for t in target_tensors(blueprint) if t.role in ("factor_a", "factor_b", "linear"))
+    budget = linear_budget(identity_blueprint(arch), 0.4)
+    # One rank more of everything would not fit.
+    assert budget - sum(sum(shape) for *_, shape in stored_linears(blueprint)) < stored + loras <= budget
+    queries = {("mixer", part, "q_proj") for part in range(2)}
+    assert lora_parameters(blueprint, skipped=queries) == loras - 4 * 3 * 64
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"factor": {"parameters": 0.5}},
+        {"fold": FOLD, "relax": {"rank": 2, "vectors": "own"}, "factor": {"parameters": 0.4}},
+        {"fold": FOLD, "factor": {"parameters": 0.3}, "drop": {"mlp": {"layers": [1]}}},
+        {"factor": {"parameters": 0.5}, "mixers": [{"type": "retention", "depths": [1]}]},
+        {"factor": {"parameters": 0.5}, "share_kv": {"from": "pairs"}},
+    ],
+    ids=str,
+)
+def test_factors_are_counted_in_parameters_and_flops(make_arch, sections):
+    arch = make_arch(4)
+    blueprint = build_blueprint(arch, load_recipe(sections)).blueprint
+    whole = build_blueprint(arch, load_recipe({name: each for name, each in sections.items() if name != "factor"}))
+    assert count_parameters(blueprint).total == sum(tensor.num_elements for tensor in target_tensors(blueprint))
+    saved_parameters = saved_flops = 0
+    for pool, part, name, (rows, columns) in stored_linears(blueprint):
+        saved = rows * columns - blueprint.pool(pool)[part].factors[name] * (rows + columns)
+        idle = {"k_proj", "v_proj"}
+        runs = [
+            user
+            for user in blueprint.users(pool, part)
+            if pool == "mlp" or name not in idle or blueprint.made_heads(user)
+        ]
+        saved_parameters += saved
+        saved_flops += 2 * saved * len(runs)
+    target, before = cost(blueprint, 2), cost(whole.blueprint, 2)
+    assert target.parameters == before.parameters - saved_parameters
+    assert target.flops_per_token == before.flops_per_token - saved_flops
+    assert target.weight_bytes == 2 * target.parameters
+
+
+def test_what_is_measured_later_is_told(make_arch):
+    for sections in (
+        {"factor": MEASURED},
+        {"fold": FOLD, "relax": {"rank": {"energy": 0.5}}},
+        {"factor": MEASURED, "fold": FOLD, "relax": {"rank": {"split": "measured"}, "init": "joint"}},
+    ):
+        assert UNMEASURED in build_blueprint(make_arch(4), load_recipe(sections)).notes
+    assert UNMEASURED not in build_blueprint(make_arch(4), load_recipe({"factor": {"parameters": 0.5}})).notes
+
+
+def test_a_linear_of_rank_0_needs_a_lora_at_every_depth(make_arch):
+    built = build_blueprint(make_arch(4), load_recipe({"fold": FOLD, "relax": {"rank": {"q_proj": 2}}})).blueprint
+    raw = built.model_dump()
+    raw["mixers"][0]["factors"] = {"q_proj": 0}
+    assert type(built).model_validate(raw).mixers[0].factors == {"q_proj": 0}
+    raw["depths"][2]["ranks"] = {}
+    with pytest.raises(ValueError, match=r"mixers\[0\]\.factors\.q_proj: a rank above 0 is required .* \(depths \[2\]"):
+        type(built).model_validate(raw)
