@@ -1,4 +1,4 @@
-"""What a plan leaves to measurement: moments its fits are weighed by, and ranks that follow from the weights."""
+"""What a plan leaves to measurement: what to drop, moments its fits are weighed by, ranks that follow from weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +8,14 @@ import torch
 from refold.blueprint.allocation import Choice, allocate, keep_energy
 from refold.blueprint.build import UNMEASURED, identity_blueprint
 from refold.blueprint.factors import linear_budget, lora_parameters, stored_linears
-from refold.blueprint.recipe import RankEnergy, RankShare, Recipe
+from refold.blueprint.recipe import RankEnergy, RankShare
 from refold.blueprint.schema import Blueprint
-from refold.conversion.plan import Plan, replan
+from refold.conversion.plan import Plan, plan_model, replan
 from refold.data.readers import DataSource
 from refold.errors import RecipeError
 from refold.measuring.calibration import pack_calibration
 from refold.measuring.curves import LinearSources, linear_sources, measure_linears
+from refold.measuring.influence import measure_influence
 from refold.measuring.layers import SourceLayers
 from refold.measuring.moments import MomentStore, measure_moments
 from refold.measuring.pieces import PieceReader
@@ -24,24 +25,42 @@ from refold.modeling.load import load_tokenizer
 Report = Callable[[int], None]
 
 
-def require_calibration(recipe: Recipe, has_text: bool) -> None:
-    """Checks that there is text where errors are weighed by what linears see on some.
+def require_calibration(plan: Plan, has_text: bool) -> None:
+    """Checks that there is text where something is chosen or weighed by what the source does on some.
 
     Raises:
         RecipeError: There is none.
     """
+    recipe = plan.recipe
     if recipe.needs_text and not has_text:
         raise RecipeError(
             f"weight: calibration text is required for `weight: {recipe.weight}` (got none); give --calibration FILE "
             f"(in Python: calibration=[FILE]), or set relax.weight and factor.weight to none"
         )
+    if recipe.needs_influence and plan.influence is None and not has_text:
+        raise RecipeError(
+            "drop: measurements or calibration text are required for `by: similarity` (got neither); give "
+            "--measurements DIR of `refold analyse` or --calibration FILE (in Python: measurements=, calibration=), or "
+            "set by to even"
+        )
 
 
-def measuring_steps(plan: Plan) -> int:
+def reads_text(plan: Plan) -> bool:
+    """Says whether a plan leaves something to measure on calibration text where there is some."""
+    return plan.recipe.needs_text or _measures_influence(plan, has_text=True)
+
+
+def measuring_steps(plan: Plan, has_text: bool) -> int:
     """Returns how many steps of progress measuring takes."""
     layers = plan.blueprint.arch.num_layers
-    steps = (layers if plan.starts.weight == "activations" else 2 * layers) if plan.recipe.needs_text else 0
+    steps = layers if _measures_influence(plan, has_text) else 0
+    if plan.recipe.needs_text:
+        steps += layers if plan.starts.weight == "activations" else 2 * layers
     return steps + (len(list(stored_linears(plan.blueprint))) if plan.recipe.measures_ranks else 0)
+
+
+def _measures_influence(plan: Plan, has_text: bool) -> bool:
+    return has_text and plan.recipe.measures_influence and plan.influence is None
 
 
 def measure_plan(
@@ -56,7 +75,7 @@ def measure_plan(
     """Measures what the plan's recipe leaves to measurement.
 
     Args:
-        plan: With ranks split evenly where they are to be measured.
+        plan: With ranks split evenly, and parts left out evenly, where that is to be measured.
         model: Its source.
         pieces: Reads the source.
         text: Calibration text.
@@ -65,16 +84,16 @@ def measure_plan(
         progress: Told how many of `measuring_steps` are done.
 
     Returns:
-        The plan with its ranks, and the moments, None where errors are not weighed.
+        The plan with what it leaves out and its ranks, and the moments, None where errors are not weighed.
 
     Raises:
         DataError: The text is too short or cannot be read.
         RecipeError: The budget holds not even the smallest ranks.
     """
     recipe, store, done = plan.recipe, None, 0
-    if recipe.needs_text:
+    measures_influence = _measures_influence(plan, text is not None)
+    if recipe.needs_text or measures_influence:
         assert text is not None
-        store = MomentStore(folder)
         length = min(recipe.calibration.context, model.arch.max_position_embeddings)
         packed = pack_calibration(
             text,
@@ -83,17 +102,24 @@ def measure_plan(
             num_fit=0,
             num_held_out=max(1, recipe.calibration.tokens // length),
             seed=recipe.seed,
-        )
-        measure_moments(
-            SourceLayers(model, pieces, device),
-            packed.held_out,
-            store,
-            folder,
-            with_gradients=recipe.weight == "fisher",
-            seed=recipe.seed,
-            progress=progress,
-        )
-        done = model.arch.num_layers * (2 if recipe.weight == "fisher" else 1)
+        ).held_out
+        layers = SourceLayers(model, pieces, device)
+        if measures_influence:
+            influence = measure_influence(layers, packed, progress=progress)
+            plan = plan_model(model, recipe, allow_larger=True, influence=influence)
+            done = model.arch.num_layers
+        if recipe.needs_text:
+            store, before = MomentStore(folder), done
+            measure_moments(
+                layers,
+                packed,
+                store,
+                folder,
+                with_gradients=recipe.weight == "fisher",
+                seed=recipe.seed,
+                progress=lambda count: progress(before + count),
+            )
+            done += model.arch.num_layers * (2 if recipe.weight == "fisher" else 1)
     if not recipe.measures_ranks:
         return plan, store
     groups = measured_groups(plan)
