@@ -10,7 +10,8 @@ import refold
 
 PUBLIC = {
     "analyse", "plan", "convert", "inspect", "heal", "evaluate", "generate", "export", "run",
-    "Recipe", "HealStage", "HealOptions", "RunSettings", "AnalysisSettings", "load_adapters", "load_model", "load_tokenizer", "RefoldError",
+    "Recipe", "HealStage", "HealOptions", "RunSettings", "AnalysisSettings",
+    "load_adapters", "load_model", "load_tokenizer", "RefoldError",
     "__version__",
 }  # fmt: skip
 

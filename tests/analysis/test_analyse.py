@@ -110,7 +110,7 @@ def test_moments_are_stored_when_asked_and_summed_up_always(planted: Path, tmp_p
     found = refold.analyse(planted, tmp_path / "out", TEXT, settings=AnalysisSettings(256, 32, moments=True))
     store = MomentStore(tmp_path / "out" / "moments")
     for layer, linears in enumerate(found.moments):
-        assert set(linears) == {"q_proj", "o_proj", "gate_proj", "down_proj"}
+        assert set(linears) == {"q_proj", "o_proj", "up_proj", "down_proj"}
         for name, summary in linears.items():
             values = torch.linalg.eigvalsh(store.read(layer, name).inputs.double())
             assert summary.trace == pytest.approx(float(values.sum()), rel=1e-5)

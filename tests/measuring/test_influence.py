@@ -1,5 +1,6 @@
 """Influence is what transformers' own streams give, and one layer is in memory at a time."""
 
+import itertools
 import weakref
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_influence_is_that_of_transformers_streams(make_source, open_source, row
         assert found.mlp[layer] == pytest.approx(changed(between, between + seen["mlp"]), abs=1e-5)
     # A control: no two figures are alike, so that none can stand in another's place.
     figures = sorted((*found.block, *found.attention, *found.mlp))
-    assert min(b - a for a, b in zip(figures, figures[1:], strict=False)) > 1e-5
+    assert min(b - a for a, b in itertools.pairwise(figures)) > 1e-5
 
 
 @torch.no_grad()
