@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from refold.blueprint import heal_stage, recipe
+from refold.blueprint import dropping, heal_stage, recipe
 from refold.blueprint.protocols import built_in_protocols
 from refold.blueprint.specs import objectives, share_kv, swap
 from refold.blueprint.specs.tying import TYING_INITS
@@ -19,9 +19,10 @@ SECTIONS: tuple[tuple[str, type[recipe.Section]], ...] = (
     ("relax with type: lora (left out: this)", recipe.LoraRelax),
     ("relax with type: prefix", recipe.PrefixRelax),
     ("relax.rank as a budget", recipe.RankShare),
-    ("drop", recipe.Drop),
-    ("drop.block", recipe.BlockDrop),
-    ("drop.attention, drop.mlp", recipe.PartDrop),
+    ("drop", dropping.Drop),
+    ("drop.block", dropping.BlockDrop),
+    ("drop.attention, drop.mlp", dropping.PartDrop),
+    ("drop.sublayers", dropping.SublayerDrop),
     ("mixers[] of every type", swap.MixerSwap),
     *((f"mixers[] with type: {mixer}", options) for mixer, options in recipe.MIXER_SECTIONS.items()),
     ("mixers[].depths, mixers[].except at regular distances", swap.Every),

@@ -18,6 +18,7 @@ from refold.modeling.registration import register_when_imported
 from refold.version import __version__
 
 _API = {
+    "analyse": "refold.analysis.analyse",
     "plan": "refold.conversion.plan",
     "convert": "refold.conversion.convert",
     "inspect": "refold.conversion.inspect",
@@ -28,6 +29,7 @@ _API = {
     "run": "refold.studies.run",
     "Recipe": "refold.blueprint.recipe",
     "HealStage": "refold.blueprint.heal_stage",
+    "AnalysisSettings": "refold.analysis.analyse",
     "RunSettings": "refold.studies.run",
     "HealOptions": "refold.healing.run",
     "load_adapters": "refold.modeling.adapters",

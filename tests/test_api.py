@@ -9,8 +9,9 @@ import pytest
 import refold
 
 PUBLIC = {
-    "plan", "convert", "inspect", "heal", "evaluate", "generate", "export", "run",
-    "Recipe", "HealStage", "HealOptions", "RunSettings", "load_adapters", "load_model", "load_tokenizer", "RefoldError",
+    "analyse", "plan", "convert", "inspect", "heal", "evaluate", "generate", "export", "run",
+    "Recipe", "HealStage", "HealOptions", "RunSettings", "AnalysisSettings",
+    "load_adapters", "load_model", "load_tokenizer", "RefoldError",
     "__version__",
 }  # fmt: skip
 
@@ -26,9 +27,12 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
 
 
 def test_functions_stay_functions_when_their_packages_are_imported() -> None:
-    for package in ("conversion", "healing", "evaluation", "exporting", "engine", "studies"):
+    for package in ("analysis", "conversion", "healing", "evaluation", "exporting", "engine", "studies"):
         importlib.import_module(f"refold.{package}")
-    assert all(callable(getattr(refold, name)) for name in ("convert", "heal", "evaluate", "export", "generate", "run"))
+    assert all(
+        callable(getattr(refold, name))
+        for name in ("analyse", "convert", "heal", "evaluate", "export", "generate", "run")
+    )
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

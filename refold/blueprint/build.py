@@ -1,15 +1,17 @@
 """From an architecture and a recipe to the blueprint, with every check across the two."""
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from refold.blueprint.advice import advise
-from refold.blueprint.contents import idle_names
-from refold.blueprint.cost import count_parameters
-from refold.blueprint.drops import dropped_blocks, dropped_parts
+from refold.blueprint.contents import idle_names, part_linears, part_vectors
+from refold.blueprint.cost import ParameterCount, count_parameters
+from refold.blueprint.drops import describe_dropped, dropped_blocks, dropped_parts
 from refold.blueprint.factors import factorise_evenly, linear_budget
 from refold.blueprint.fold import FoldedStack, fold_layers, tied_sources
+from refold.blueprint.influence import Influence
 from refold.blueprint.prefixes import describe_prefixes, with_prefixes
 from refold.blueprint.ranks import Linears, choose_ranks, require_sensible_ranks
 from refold.blueprint.reach import describe_reach
@@ -70,7 +72,7 @@ def identity_blueprint(arch: ArchSpec) -> Blueprint:
     )
 
 
-def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
+def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None = None) -> Built:
     """Builds the blueprint a recipe asks for.
 
     Layers are left out first; what remains is divided into prelude, tied block and coda; then attention and MLPs are
@@ -79,6 +81,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
     Args:
         arch: The source.
         recipe: The recipe; defaults that depend on other fields are resolved here.
+        influence: What the source's layers do to the stream; None: not measured.
 
     Raises:
         RecipeError: The recipe does not fit the architecture.
@@ -88,13 +91,17 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
     require_sensible_ranks(recipe)
     identity = identity_blueprint(arch)
     counted = count_parameters(identity)
-    layers = _remaining_layers(arch, recipe, counted.layer, counted.final_norm)
+    blocks = _dropped_blocks(arch, recipe, counted, influence)
+    layers = tuple(layer for layer in range(arch.num_layers) if layer not in blocks)
     stack = fold_layers(recipe.fold, layers) if recipe.fold else FoldedStack((), (), 0)
     layers = tuple(layer for layer in layers if layer not in stack.dropped)
+    sizes: dict[Pool, int] = {pool: _part_parameters(identity, pool) for pool in POOLS}
+    dropped = dropped_parts(recipe.drop, layers, arch.num_layers, sizes, counted.final_norm, influence)
+    using = {pool: tuple(layer for layer in layers if layer not in dropped[pool]) for pool in POOLS}
     chosen = choose_mixers(recipe, arch)
     pools: dict[Pool, _StoredPool] = {
-        "mixer": _store("mixer", arch, recipe, stack, layers, lambda layer: chosen[layer].signature),
-        "mlp": _store("mlp", arch, recipe, stack, layers, lambda layer: chosen[layer].has_fresh_mlp),
+        "mixer": _store("mixer", arch, recipe, stack, using["mixer"], lambda layer: chosen[layer].signature),
+        "mlp": _store("mlp", arch, recipe, stack, using["mlp"], lambda layer: chosen[layer].has_fresh_mlp),
     }
     stored = [chosen[users[0]] for users in pools["mixer"].users]
     attending = [mixer if pools["mixer"].part_of(layer) is not None else None for layer, mixer in enumerate(chosen)]
@@ -117,6 +124,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe) -> Built:
         blueprint = _with_exits(blueprint, recipe.exits, recipe.fold, stack)
     relaxed, lora = any(depth.ranks for depth in blueprint.depths), recipe.lora
     notes = (
+        *(describe_dropped(recipe.drop, influence, blocks, dropped) if recipe.drop else ()),
         *stack.notes,
         *describe_reach(blueprint),
         *describe_lost_norms(arch, chosen),
@@ -160,11 +168,17 @@ def _require_sensible_starts(recipe: Recipe) -> None:
         )
 
 
-def _remaining_layers(arch: ArchSpec, recipe: Recipe, layer: int, final_norm: int) -> tuple[int, ...]:
+def _dropped_blocks(
+    arch: ArchSpec, recipe: Recipe, counted: ParameterCount, influence: Influence | None
+) -> frozenset[int]:
     if recipe.drop is None or recipe.drop.block is None:
-        return tuple(range(arch.num_layers))
-    dropped = dropped_blocks(recipe.drop.block, arch.num_layers, layer, final_norm)
-    return tuple(index for index in range(arch.num_layers) if index not in dropped)
+        return frozenset()
+    return dropped_blocks(recipe.drop.block, arch.num_layers, counted.layer, counted.final_norm, influence)
+
+
+def _part_parameters(identity: Blueprint, pool: Pool) -> int:
+    linears, vectors = part_linears(identity, pool, 0), part_vectors(identity, pool, 0)
+    return sum(math.prod(shape) for shape in (*linears.values(), *vectors.values()))
 
 
 def _store(
@@ -172,14 +186,10 @@ def _store(
     arch: ArchSpec,
     recipe: Recipe,
     stack: FoldedStack,
-    layers: Sequence[int],
+    using: Sequence[int],
     signature: Callable[[int], Hashable],
 ) -> _StoredPool:
-    """Deals the depths of one pool to stored parts; tied layers whose signatures differ get a part for each kind."""
-    key = "attention" if pool == "mixer" else "mlp"
-    drop = getattr(recipe.drop, key) if recipe.drop else None
-    dropped = dropped_parts(drop, layers, f"drop.{key}", arch.num_layers) if drop else frozenset()
-    using = tuple(layer for layer in layers if layer not in dropped)
+    """Deals the layers using a pool to stored parts; tied layers whose signatures differ get a part for each kind."""
     parts: dict[Hashable, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     tied = recipe.fold is not None and pool in recipe.fold.tie
     places = dict(zip(stack.block, stack.stored, strict=True)) if tied else {}

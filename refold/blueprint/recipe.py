@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
+from refold.blueprint.dropping import Drop, SourceLayers
 from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.numbers import Amount, Count, LayerIndex, Real, refuse_repeats
 from refold.blueprint.protocols import read_heal
@@ -71,7 +72,6 @@ def _kind_of_relax(value: Any) -> str:
 
 
 RELAXATIONS = ("lora", "prefix")
-SourceLayers = Annotated[tuple[LayerIndex, ...], Field(min_length=1), AfterValidator(refuse_repeats)]
 ListedInit = Annotated[tuple[LayerIndex, ...], Field(min_length=1)]
 FoldInit = Annotated[
     Annotated[str, AfterValidator(_known_init), Tag("<name>")] | Annotated[ListedInit, Tag("<list>")],
@@ -220,45 +220,6 @@ Relax = Annotated[
 ]
 
 
-class PartDrop(Section):
-    """Which parts are left out: exactly one of the amounts says how many, or which."""
-
-    count: LayerIndex | None = None
-    """How many are left out."""
-    share: Annotated[Real, Field(ge=0, le=1)] | None = None
-    """Share that is left out, rounded to whole layers, half to even."""
-    layers: SourceLayers | None = None
-    """Source layers that lose it."""
-    by: Literal["even"] = "even"
-    """How those to keep are chosen: evenly spaced, first and last included."""
-
-    @model_validator(mode="after")
-    def _one_amount(self) -> "PartDrop":
-        amounts = [name for name in type(self).model_fields if name != "by"]
-        given = [name for name in amounts if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"exactly one of {', '.join(amounts)} is required (got {', '.join(given) or 'none'})")
-        return self
-
-
-class BlockDrop(PartDrop):
-    """Which whole layers are left out."""
-
-    parameters: Amount | None = None
-    """Keep as many whole layers as fit into this number of non-embedding parameters, such as 500M."""
-
-
-class Drop(Section):
-    """What is left out of the stack."""
-
-    block: BlockDrop | None = None
-    """Whole layers, before anything is tied."""
-    attention: PartDrop | None = None
-    """Token mixers, of the depths that remain."""
-    mlp: PartDrop | None = None
-    """MLPs, of the depths that remain."""
-
-
 class Exits(Section):
     """Where the stack may be left early."""
 
@@ -340,6 +301,16 @@ class Recipe(Section):
     def needs_text(self) -> bool:
         """Whether linears are fitted to calibration text."""
         return self.weights == "source" and self.weight != "none"
+
+    @property
+    def measures_influence(self) -> bool:
+        """Whether what is left out follows from measurement, if there is one."""
+        return self.drop is not None and bool(self.drop.by_influence)
+
+    @property
+    def needs_influence(self) -> bool:
+        """Whether what is left out follows from measurement, so that there has to be one."""
+        return self.drop is not None and "similarity" in self.drop.by_influence
 
     def resolved(self) -> "Recipe":
         """Returns the recipe with the defaults filled in that depend on other fields: `fold.init` and `relax.init`."""

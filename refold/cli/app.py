@@ -2,7 +2,7 @@
 
 import typer
 
-from refold.cli import convert, demo, evaluate, export, generate, heal, inspect, plan, recipes, run
+from refold.cli import analyse, convert, demo, evaluate, export, generate, heal, inspect, plan, recipes, run
 from refold.version import __version__
 
 app = typer.Typer(
@@ -29,5 +29,5 @@ def _root(
     """Options of `refold` itself."""
 
 
-for command in (demo, plan, recipes, convert, heal, evaluate, run, inspect, generate, export):
+for command in (demo, analyse, plan, recipes, convert, heal, evaluate, run, inspect, generate, export):
     app.command(command.__name__.rsplit(".", 1)[-1])(command.command)

@@ -15,8 +15,9 @@ def command(
     set_: options.Set = None,
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help="Text, jsonl or parquet that feature maps are fitted to and measured on. Repeatable."),
+        typer.Option(help="Text, jsonl or parquet: what fits are weighed by and drops measured on. Repeatable."),
     ] = None,
+    measurements: options.Measurements = None,
     device: options.Device = "cpu",
     overwrite: options.Overwrite = False,
     allow_larger: options.AllowLarger = False,
@@ -34,6 +35,7 @@ def command(
             recipe,
             set_ or (),
             calibration=calibration,
+            measurements=measurements,
             overwrite=overwrite,
             allow_larger=allow_larger,
             device=device or "cpu",

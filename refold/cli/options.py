@@ -29,6 +29,9 @@ TrainingData = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Left out: the best one there is.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Left out: as stored.")]
+Measurements = Annotated[
+    str | None, typer.Option(help="What `refold analyse` wrote of the source: what to drop by similarity follows it.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if refold wrote it.")]
 AllowLarger = Annotated[
     bool, typer.Option("--allow-larger", help="Accept a target that is smaller than its source in nothing.")

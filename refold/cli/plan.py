@@ -12,6 +12,7 @@ def command(
     source: options.Source,
     recipe: options.Recipe = None,
     set_: options.Set = None,
+    measurements: options.Measurements = None,
     context: Annotated[int, typer.Option(help="Context length at which cache and FLOPs are counted.")] = 8192,
     lines: Annotated[bool, typer.Option("--lines", help="Also say how every tensor group is made.")] = False,
     allow_larger: options.AllowLarger = False,
@@ -25,13 +26,13 @@ def command(
     from refold.conversion.plan import plan, plan_all
 
     if recipe is None and not set_:
-        planned = plan_all(source)
+        planned = plan_all(source, measurements)
         if json:
             print_json({each.name: each.error or (each.plan and as_json(each.plan)) for each in planned})
         else:
             print_all(planned, context)
         return
-    made = plan(source, recipe, set_ or (), allow_larger)
+    made = plan(source, recipe, set_ or (), allow_larger, measurements)
     if json:
         print_json(as_json(made))
     else:

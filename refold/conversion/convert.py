@@ -17,8 +17,8 @@ from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.writer import ShardedWriter, count_bytes
 from refold.conversion.approximation import require_text, stored_maps
 from refold.conversion.map_fitter import MapFitter
-from refold.conversion.measured import measure_plan, measuring_steps, require_calibration
-from refold.conversion.plan import Plan, plan_model
+from refold.conversion.measured import measure_plan, measuring_steps, reads_text, require_calibration
+from refold.conversion.plan import Plan, plan_model, read_influence
 from refold.conversion.tensors import TargetBuilder
 from refold.data.readers import DataSource, open_data
 from refold.errors import RecipeError, SourceError
@@ -40,6 +40,7 @@ def convert(
     overrides: Sequence[str] = (),
     *,
     calibration: str | Path | Sequence[str | Path] | DataSource | None = None,
+    measurements: str | Path | None = None,
     overwrite: bool = False,
     allow_larger: bool = False,
     device: str = "cpu",
@@ -54,8 +55,10 @@ def convert(
         recipe: Built-in name, YAML file, mapping or Recipe; None for the identity.
         overrides: `key.path=value` strings.
         calibration: Text, jsonl or parquet files or folders: what errors of fitted linears are weighed by, what maps
-            with `fit: calibration` are fitted to and every approximation of attention is measured on. None: the last
-            are measured on random inputs.
+            with `fit: calibration` are fitted to, every approximation of attention is measured on, and, without
+            `measurements`, what is dropped by similarity follows from. None: approximations are measured on random
+            inputs.
+        measurements: What `analyse` wrote of the source: the folder, or its `measurements.json`.
         overwrite: Replace a folder refold wrote.
         allow_larger: Accept a target that is smaller than its source in nothing.
         device: Where residuals are decomposed and feature maps fitted.
@@ -69,15 +72,17 @@ def convert(
         RecipeError: The recipe is wrong, does not fit the source, or requires calibration text, or has no use for it.
         DataError: The calibration text is missing, broken or too short.
         SourceError: The source is missing, broken or unknown.
-        FolderError: The destination is taken, locked or cannot be written.
+        FolderError: The destination is taken, locked or cannot be written, or the measurements are missing or damaged.
     """
     located = source if isinstance(source, Source) else locate(source)
     loaded = load_recipe(recipe, overrides)
-    plan = plan_model(read_source_model(located), loaded, allow_larger)
-    if calibration is not None and not (stored_maps(plan.blueprint, plan.starts) or plan.recipe.needs_text):
+    model = read_source_model(located)
+    plan = plan_model(model, loaded, allow_larger, read_influence(model, measurements))
+    if calibration is not None and not (stored_maps(plan.blueprint, plan.starts) or reads_text(plan)):
         raise RecipeError(
-            "calibration: a recipe that has a use for text is required (nothing of this one is weighed by or fitted to "
-            "some); leave it out, or set relax.weight or factor.weight, or take a mixer of type linear_attention"
+            "calibration: a recipe that has a use for text is required (nothing of this one is chosen or weighed by or "
+            "fitted to some); leave it out, set relax.weight, factor.weight or drop.block.by, or take a mixer of type "
+            "linear_attention"
         )
     text = calibration if calibration is None or isinstance(calibration, DataSource) else open_data(calibration)
     return carry_out(plan, located, destination, overwrite, device, command, progress, text)
@@ -105,7 +110,8 @@ def carry_out(
     """
     maps = stored_maps(plan.blueprint, plan.starts)
     require_text(maps, calibration is not None)
-    require_calibration(plan.recipe, calibration is not None or moments is not None)
+    require_calibration(plan, calibration is not None, moments is not None)
+    used_text = calibration is not None and bool(maps or reads_text(plan))
     if source.headers(config_only=True) is None:
         raise SourceError(f"{source.where}: safetensors weights are required (only config.json is there)")
     fingerprint = source.fingerprint()
@@ -121,7 +127,7 @@ def carry_out(
         model = read_source_model(locate(folder))
         pieces = PieceReader(model, reader)
         report = progress or (lambda done, total: None)
-        measuring, scratch = measuring_steps(plan), out.path / SCRATCH_NAME
+        measuring, scratch = measuring_steps(plan, calibration is not None), out.path / SCRATCH_NAME
         scratch.mkdir()
         num_steps = measuring + len(specs)
         plan, store = measure_plan(
@@ -140,7 +146,8 @@ def carry_out(
         shutil.rmtree(scratch)
         companions = copy_companions(folder, out.path)
         notes = list(plan.notes)
-        if calibration is not None and (maps or plan.recipe.needs_text):
+        if used_text:
+            assert calibration is not None
             notes.append(f"calibration text: {calibration.name}")
         if not companions.has_tokenizer:
             notes.append("the source has no tokenizer: none was copied")

@@ -1,4 +1,4 @@
-"""What a plan leaves to measurement: moments its fits are weighed by, and ranks that follow from the weights."""
+"""What a plan leaves to measurement: what to drop, moments its fits are weighed by, ranks that follow from weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +12,13 @@ from refold.blueprint.load import RecipeLike, load_recipe
 from refold.blueprint.recipe import RankEnergy, RankShare, Recipe
 from refold.blueprint.schema import Blueprint, Pool
 from refold.checkpoint.reader import CheckpointReader
-from refold.conversion.plan import Plan, replan
+from refold.conversion.plan import Plan, plan_model, replan
+from refold.data.packing import PackedSequence
 from refold.data.readers import DataSource
 from refold.errors import FolderError, RecipeError
 from refold.measuring.calibration import pack_calibration
 from refold.measuring.curves import LinearSources, linear_sources, measure_linears
+from refold.measuring.influence import measure_influence
 from refold.measuring.layers import SourceLayers
 from refold.measuring.moments import MomentStore, measure_moments
 from refold.measuring.pieces import PieceReader
@@ -26,24 +28,42 @@ from refold.modeling.load import load_tokenizer
 Report = Callable[[int], None]
 
 
-def require_calibration(recipe: Recipe, has_text: bool) -> None:
-    """Checks that there is text where errors are weighed by what linears see on some.
+def require_calibration(plan: Plan, has_text: bool, has_moments: bool = False) -> None:
+    """Checks that there is text where something is chosen or weighed by what the source does on some.
 
     Raises:
         RecipeError: There is none.
     """
-    if recipe.needs_text and not has_text:
+    recipe = plan.recipe
+    if recipe.needs_text and not (has_text or has_moments):
         raise RecipeError(
             f"weight: calibration text is required for `weight: {recipe.weight}` (got none); give --calibration FILE "
             f"(in Python: calibration=[FILE]), or set relax.weight and factor.weight to none"
         )
+    if recipe.needs_influence and plan.influence is None and not has_text:
+        raise RecipeError(
+            "drop: measurements or calibration text are required for `by: similarity` (got neither); give "
+            "--measurements DIR of `refold analyse` or --calibration FILE (in Python: measurements=, calibration=), or "
+            "set by to even"
+        )
 
 
-def measuring_steps(plan: Plan) -> int:
+def reads_text(plan: Plan) -> bool:
+    """Says whether a plan leaves something to measure on calibration text where there is some."""
+    return plan.recipe.needs_text or _measures_influence(plan, has_text=True)
+
+
+def measuring_steps(plan: Plan, has_text: bool) -> int:
     """Returns how many steps of progress measuring takes."""
     layers = plan.blueprint.arch.num_layers
-    steps = (layers if plan.starts.weight == "activations" else 2 * layers) if plan.recipe.needs_text else 0
+    steps = layers if _measures_influence(plan, has_text) else 0
+    if plan.recipe.needs_text:
+        steps += layers if plan.starts.weight == "activations" else 2 * layers
     return steps + (len(list(stored_linears(plan.blueprint))) if plan.recipe.measures_ranks else 0)
+
+
+def _measures_influence(plan: Plan, has_text: bool) -> bool:
+    return has_text and plan.recipe.measures_influence and plan.influence is None
 
 
 def measure_plan(
@@ -59,7 +79,7 @@ def measure_plan(
     """Measures what the plan's recipe leaves to measurement.
 
     Args:
-        plan: With ranks split evenly where they are to be measured.
+        plan: With ranks split evenly, and parts left out evenly, where that is to be measured.
         model: Its source.
         pieces: Reads the source.
         text: Calibration text.
@@ -69,7 +89,7 @@ def measure_plan(
         moments: A folder `keep_moments` filled, instead of the text.
 
     Returns:
-        The plan with its ranks, and the moments, None where errors are not weighed.
+        The plan with what it leaves out and its ranks, and the moments, None where errors are not weighed.
 
     Raises:
         DataError: The text is too short or cannot be read.
@@ -77,15 +97,26 @@ def measure_plan(
         SourceError: The moments are another source's.
     """
     recipe, store, done = plan.recipe, None, 0
-    if recipe.needs_text and moments is not None:
-        store = MomentStore(moments)
-        store.check(model.source.fingerprint(), with_gradients=recipe.weight == "fisher")
-    elif recipe.needs_text:
+    measures_influence = _measures_influence(plan, text is not None)
+    layers = SourceLayers(model, pieces, device)
+    packed = None
+    if measures_influence or (recipe.needs_text and moments is None):
         assert text is not None
-        store = MomentStore(folder)
-        _measure_moments(model, pieces, text, store, folder, recipe, device, progress)
+        packed = _pack(model, text, recipe)
+    if measures_influence:
+        assert packed is not None
+        influence = measure_influence(layers, packed, progress=progress)
+        plan = plan_model(model, recipe, allow_larger=True, influence=influence)
+        done = model.arch.num_layers
     if recipe.needs_text:
-        done = model.arch.num_layers * (2 if recipe.weight == "fisher" else 1)
+        before = done
+        store = MomentStore(folder if moments is None else moments)
+        if moments is not None:
+            store.check(model.source.fingerprint(), with_gradients=recipe.weight == "fisher")
+        else:
+            assert packed is not None
+            _measure_moments(layers, packed, store, folder, recipe, lambda count: progress(before + count))
+        done += model.arch.num_layers * (2 if recipe.weight == "fisher" else 1)
     if not recipe.measures_ranks:
         return plan, store
     groups = measured_groups(plan)
@@ -124,38 +155,32 @@ def keep_moments(source: str | Path, recipe: RecipeLike, text: DataSource, folde
         raise FolderError(f"{folder}: a new folder for moments is required (it is there); choose another") from None
     with CheckpointReader(model.source.fetch()) as reader:
         pieces, store = PieceReader(model, reader), MomentStore(folder)
-        _measure_moments(model, pieces, text, store, folder, loaded, device, lambda done: None)
+        _measure_moments(SourceLayers(model, pieces, device), _pack(model, text, loaded), store, folder, loaded)
     store.sign(model.source.fingerprint(), loaded.calibration.tokens, text.name)
 
 
-def _measure_moments(
-    model: SourceModel,
-    pieces: PieceReader,
-    text: DataSource,
-    store: MomentStore,
-    scratch: Path,
-    recipe: Recipe,
-    device: str,
-    progress: Report,
-) -> None:
+def _pack(model: SourceModel, text: DataSource, recipe: Recipe) -> PackedSequence:
     length = min(recipe.calibration.context, model.arch.max_position_embeddings)
-    packed = pack_calibration(
+    return pack_calibration(
         text,
         load_tokenizer(model.source),
         sequence_length=length,
         num_fit=0,
         num_held_out=max(1, recipe.calibration.tokens // length),
         seed=recipe.seed,
-    )
-    measure_moments(
-        SourceLayers(model, pieces, device),
-        packed.held_out,
-        store,
-        scratch,
-        with_gradients=recipe.weight == "fisher",
-        seed=recipe.seed,
-        progress=progress,
-    )
+    ).held_out
+
+
+def _measure_moments(
+    layers: SourceLayers,
+    packed: PackedSequence,
+    store: MomentStore,
+    scratch: Path,
+    recipe: Recipe,
+    progress: Report = lambda done: None,
+) -> None:
+    gradients = recipe.weight == "fisher"
+    measure_moments(layers, packed, store, scratch, with_gradients=gradients, seed=recipe.seed, progress=progress)
 
 
 def measured_groups(plan: Plan) -> list[LinearSources]:

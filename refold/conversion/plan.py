@@ -10,6 +10,7 @@ from pydantic import Field
 from refold.blueprint.build import build_blueprint, identity_blueprint
 from refold.blueprint.contents import depth_factors, depth_linears
 from refold.blueprint.cost import Cost, cost
+from refold.blueprint.influence import Influence
 from refold.blueprint.load import RecipeLike, built_in_recipes, load_recipe
 from refold.blueprint.recipe import Recipe
 from refold.blueprint.schema import Blueprint
@@ -20,26 +21,13 @@ from refold.conversion.approximation import Approximation, stored_maps
 from refold.conversion.plan_lines import PlanLine, plan_lines
 from refold.errors import RecipeError, RefoldError
 from refold.families.arch import Frozen
+from refold.measuring.measurements import read_measurements
 from refold.measuring.source_model import SourceModel, read_source_model
+from refold.measuring.source_record import SourceRecord, record_source
 
 PLAN_FORMAT = 1
 """The plan's file in a model folder."""
 SUMMARY_CONTEXT = 8192
-
-
-class PlanSource(Frozen):
-    """Which source a plan is for."""
-
-    path: str | None
-    """Its folder; None on the hub."""
-    id: str | None
-    """Its hub id; None in a folder."""
-    revision: str | None
-    model_type: str
-    config_sha256: str | None
-    index_sha256: str | None
-    """Of the index file or the single file's header; None without weights."""
-    dtype: str
 
 
 class CostPair(Frozen):
@@ -66,7 +54,7 @@ class Plan(Frozen):
     """Everything `convert` needs besides the weights."""
 
     format: Literal[1] = PLAN_FORMAT
-    source: PlanSource
+    source: SourceRecord
     recipe: Recipe
     """With its defaults resolved."""
     starts: Starts
@@ -74,6 +62,8 @@ class Plan(Frozen):
     cost: CostPair
     lines: tuple[PlanLine, ...]
     notes: tuple[str, ...]
+    influence: Influence | None = None
+    """By what layers and parts were left out; None where nothing was measured for that."""
     kept_energy: Mapping[str, float] = Field(default_factory=dict)
     """After conversion, by `depths.<d>.<linear>`: the share of what tying lost that the LoRA holds."""
     approximation: Mapping[str, Approximation] = Field(default_factory=dict)
@@ -109,7 +99,11 @@ class PlannedRecipe:
 
 
 def plan(
-    source: str | Path | Source, recipe: RecipeLike = None, overrides: Sequence[str] = (), allow_larger: bool = False
+    source: str | Path | Source,
+    recipe: RecipeLike = None,
+    overrides: Sequence[str] = (),
+    allow_larger: bool = False,
+    measurements: str | Path | None = None,
 ) -> Plan:
     """Plans a conversion from `config.json` and safetensors headers alone.
 
@@ -118,31 +112,43 @@ def plan(
         recipe: Built-in name, YAML file, mapping or Recipe; None for the identity.
         overrides: `key.path=value` strings.
         allow_larger: Accept a target that is larger than its source in something and smaller in nothing.
+        measurements: What `analyse` wrote of the source: the folder, or its `measurements.json`.
 
     Raises:
         RecipeError: The recipe is wrong, or does not fit the source.
-        SourceError: The source is missing, broken or unknown, or a tensor has no place.
+        SourceError: The source is missing, broken or unknown, a tensor has no place, or measurements are another's.
+        FolderError: The measurements are missing or damaged.
     """
-    loaded = load_recipe(recipe, overrides)
-    return plan_model(read_source_model(source), loaded, allow_larger)
+    loaded, model = load_recipe(recipe, overrides), read_source_model(source)
+    return plan_model(model, loaded, allow_larger, read_influence(model, measurements))
 
 
-def plan_all(source: str | Path | Source) -> list[PlannedRecipe]:
+def read_influence(model: SourceModel, measurements: str | Path | None) -> Influence | None:
+    """Reads what was measured of a source's layers; None where nothing is handed over."""
+    return None if measurements is None else read_measurements(measurements, model.source).influence
+
+
+def plan_all(source: str | Path | Source, measurements: str | Path | None = None) -> list[PlannedRecipe]:
     """Plans every built-in recipe; one that does not fit the source says why."""
     model = read_source_model(source)
+    influence = read_influence(model, measurements)
     planned: list[PlannedRecipe] = []
     for name, description in built_in_recipes().items():
         try:
-            planned.append(PlannedRecipe(name, description, plan_model(model, load_recipe(name))))
+            planned.append(PlannedRecipe(name, description, plan_model(model, load_recipe(name), False, influence)))
         except RecipeError as error:
             planned.append(PlannedRecipe(name, description, None, str(error)))
     return planned
 
 
-def plan_model(model: SourceModel, recipe: Recipe, allow_larger: bool = False) -> Plan:
-    """Plans a conversion of a source that has been read; see `plan`."""
+def plan_model(
+    model: SourceModel, recipe: Recipe, allow_larger: bool = False, influence: Influence | None = None
+) -> Plan:
+    """Plans a conversion of a source that has been read, and whose layers may have been measured; see `plan`."""
     recipe = recipe.resolved()
-    return _assemble(model, recipe, *build_blueprint(model.arch, recipe), allow_larger=allow_larger)
+    influence = influence if recipe.measures_influence else None
+    built = build_blueprint(model.arch, recipe, influence)
+    return _assemble(model, recipe, *built, allow_larger=allow_larger, influence=influence)
 
 
 def replan(plan: Plan, model: SourceModel, blueprint: Blueprint, outdated: str) -> Plan:
@@ -154,13 +160,20 @@ def replan(plan: Plan, model: SourceModel, blueprint: Blueprint, outdated: str) 
         blueprint: What it is to make.
         outdated: How notes begin that no longer hold.
     """
-    made = _assemble(model, plan.recipe, blueprint, plan.starts, (), allow_larger=True)
+    made = _assemble(model, plan.recipe, blueprint, plan.starts, (), allow_larger=True, influence=plan.influence)
     kept = tuple(note for note in plan.notes if not note.startswith(outdated) and note not in made.notes)
     return made.model_copy(update={"notes": (*kept, *made.notes)})
 
 
 def _assemble(
-    model: SourceModel, recipe: Recipe, blueprint: Blueprint, starts: Starts, notes: tuple[str, ...], allow_larger: bool
+    model: SourceModel,
+    recipe: Recipe,
+    blueprint: Blueprint,
+    starts: Starts,
+    notes: tuple[str, ...],
+    *,
+    allow_larger: bool,
+    influence: Influence | None,
 ) -> Plan:
     ignored = model.check_tensors(recipe.ignore_tensors)
     # Raises where a map is to be fitted and there is nothing to fit it to.
@@ -170,22 +183,15 @@ def _assemble(
     )
     if not allow_larger:
         _require_smaller(costs, model.arch.max_position_embeddings)
-    source = model.source
     made = Plan(
-        source=PlanSource(
-            path=None if source.path is None else str(source.path.resolve()),
-            id=source.hub_id,
-            revision=source.revision,
-            model_type=model.family.model_type,
-            dtype=model.dtype,
-            **source.fingerprint(),
-        ),
+        source=record_source(model),
         recipe=recipe,
         starts=starts,
         blueprint=blueprint,
         cost=costs,
         lines=plan_lines(blueprint, starts, model.family, model.expected, ignored),
         notes=notes,
+        influence=influence,
     )
     return made.model_copy(update={"notes": (*notes, *_say_aloud(made))})
 

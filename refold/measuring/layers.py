@@ -26,6 +26,9 @@ Watch = Callable[[int, str, Tensor], None]
 """Called with a layer's index, a linear's name (`q_proj`, `down_proj`) and its inputs `[B, T, in]`, where the layer
 computes; of gradients with those of its outputs `[B, T, out]`."""
 
+WatchPart = Callable[[int, Pool, Tensor, Tensor], None]
+"""Called with a layer's index, a pool, the stream `[B, T, D]` its part reads, and what the part adds to it."""
+
 
 class AttentionSample(NamedTuple):
     """Attention of one source layer on some sequences, in float32.
@@ -64,7 +67,11 @@ class SourceLayer:
 
     @torch.no_grad()
     def run(
-        self, hidden_states: Float[Tensor, "B T D"], positions: Int[Tensor, "B T"] | None, watch: Watch | None = None
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        positions: Int[Tensor, "B T"] | None,
+        watch: Watch | None = None,
+        watch_part: WatchPart | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Returns the stream after the layer.
 
@@ -72,8 +79,10 @@ class SourceLayer:
             hidden_states: The stream before it.
             positions: Within each document; None: every row is one.
             watch: Told the inputs of every linear of the layer, some sequences at a time.
+            watch_part: Told what attention and MLP read and add, norms included, some sequences at a time.
         """
         hooks = [] if watch is None else self._watch(watch)
+        hooks += [] if watch_part is None else self._watch_parts(watch_part)
         try:
             parts = [
                 self._model.run_depth(0, states, contexts).cpu()
@@ -150,6 +159,13 @@ class SourceLayer:
             return lambda module, inputs: watch(self.index, name, inputs[0])
 
         return [linear.register_forward_pre_hook(tell(name)) for name, linear in self._linears()]
+
+    def _watch_parts(self, watch: WatchPart) -> list[torch.utils.hooks.RemovableHandle]:
+        def tell(pool: Pool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            return lambda module, inputs, update: watch(self.index, pool, inputs[0], update)
+
+        pools: tuple[tuple[Pool, nn.ModuleList], ...] = (("mixer", self._model.mixers), ("mlp", self._model.mlps))
+        return [part.register_forward_hook(tell(pool)) for pool, parts in pools for part in parts]
 
     def _watch_gradients(self, watch: Watch) -> list[torch.utils.hooks.RemovableHandle]:
         def tell(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

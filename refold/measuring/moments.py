@@ -92,7 +92,7 @@ class MomentStore:
         return self._folder / f"layer-{layer:04d}.safetensors"
 
 
-class _Sums:
+class MomentSums:
     """Sums of x x^T of one layer, one for each input several linears may share."""
 
     def __init__(self) -> None:
@@ -112,6 +112,17 @@ class _Sums:
 
     def see_gradient(self, layer: int, linear: str, g: Tensor) -> None:
         _add(self.outputs, linear, g)
+
+    def store(self, store: MomentStore, layer: int, tokens: int) -> None:
+        """Makes the sums means over tokens and stores them."""
+        self.divide(tokens)
+        store.write(layer, self.inputs, self.shared, self.outputs or None)
+
+    def divide(self, tokens: int) -> None:
+        """Makes the sums means over tokens."""
+        for each in (self.inputs, self.outputs):
+            for value in each.values():
+                value.div_(tokens)
 
 
 def _add(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
@@ -149,31 +160,24 @@ def measure_moments(
     hidden = layers.embed(sequences.input_ids)
     done = 0
     for index in range(last + 1):
-        layer, sums = layers.load(index), _Sums()
+        layer, sums = layers.load(index), MomentSums()
         if with_gradients:
             save_file({"stream": hidden.contiguous()}, _stream(scratch, index))
         hidden = layer.run(hidden, sequences.position_ids, None if with_gradients else sums.see_input)
         if not with_gradients:
-            _store(store, index, sums, tokens)
+            sums.store(store, index, tokens)
         progress(done := done + 1)
     if not with_gradients:
         return
     gradient = _loss_gradient(layers, hidden, seed)
     for index in range(last, -1, -1):
-        layer, sums = layers.load(index), _Sums()
+        layer, sums = layers.load(index), MomentSums()
         with safe_open(_stream(scratch, index), framework="pt") as file:
             hidden = file.get_tensor("stream")
         gradient = layer.run_back(hidden, sequences.position_ids, gradient, sums.see_input, sums.see_gradient)
         _stream(scratch, index).unlink()
-        _store(store, index, sums, tokens)
+        sums.store(store, index, tokens)
         progress(done := done + 1)
-
-
-def _store(store: MomentStore, layer: int, sums: _Sums, tokens: int) -> None:
-    for each in (sums.inputs, sums.outputs):
-        for value in each.values():
-            value.div_(tokens)
-    store.write(layer, sums.inputs, sums.shared, sums.outputs or None)
 
 
 def _stream(scratch: Path, layer: int) -> Path:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from refold.blueprint.build import identity_blueprint
+from refold.blueprint.dropping import BlockDrop, Drop
 from refold.blueprint.factors import stored_share
 from refold.blueprint.heal_stage import HealStage
-from refold.blueprint.recipe import BlockDrop, Drop, Factor, Recipe
+from refold.blueprint.recipe import Factor, Recipe
 from refold.checkpoint.locate import Source
 from refold.conversion.plan import Plan, plan_model
 from refold.errors import RecipeError
@@ -53,9 +54,9 @@ class Baseline:
 
 
 def pruned_recipe(plan: Plan) -> Recipe:
-    """Depth pruning that keeps as many whole layers as fit into the stack of a plan's target."""
+    """Depth pruning that keeps as many whole layers as fit into a plan's target, the most important if measured."""
     budget = plan.cost.target.non_embedding_parameters
-    return Recipe(drop=Drop(block=BlockDrop(parameters=budget)))
+    return Recipe(drop=Drop(block=BlockDrop(parameters=budget, by="auto")))
 
 
 def lowrank_recipe(plan: Plan) -> Recipe:
@@ -120,7 +121,7 @@ def _start_source(job: BaselineJob) -> str | Path:
 
 def _start_scratch(job: BaselineJob) -> Path:
     # As large as the folded model, which was accepted.
-    return job.convert(plan_model(job.model, scratch_recipe(job.plan), allow_larger=True))
+    return job.convert(plan_model(job.model, scratch_recipe(job.plan), allow_larger=True, influence=job.plan.influence))
 
 
 BASELINES = {

@@ -199,11 +199,11 @@ def run(
         for_all = whole_model_stages(stages)
         ways = {arm: _Way(root / arm, located, train, test, settings, for_all, command, say) for arm in chosen}
         converted = folded.convert(plan)
+        made = read_plan(converted / PLAN_NAME)
         unhealed = folded.evaluate(converted, "unhealed")
         healed_model = folded.heal(converted)
         healed = folded.evaluate(healed_model, "healed") if stages else unhealed
-        rivals = {arm: _baseline(way, model, plan) for arm, way in ways.items()}
-        made = read_plan(converted / PLAN_NAME)
+        rivals = {arm: _baseline(way, model, made) for arm, way in ways.items()}
         result = _summarise(
             name, made, healed_model, unhealed, healed, {k: v for k, v in rivals.items() if v is not None}
         )

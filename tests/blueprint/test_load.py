@@ -104,7 +104,7 @@ MISTAKES = [
     ({"drop": {"mlp": {"parameters": "3M"}}}, r"drop\.mlp\.parameters: unknown key"),
     ({"drop": {"block": {"share": 1.5}}}, r"drop\.block\.share: must be at most 1 \(got 1\.5\)"),
     ({"drop": {"block": {"share": True}}}, r"drop\.block\.share: must be a number \(got true\)"),
-    ({"drop": {"block": {"count": 1, "by": "similarity"}}}, r"drop\.block\.by: must be even \(got 'similarity'\)"),
+    ({"drop": {"block": {"count": 1, "by": "size"}}}, r"drop\.block\.by: must be .*similarity.* \(got 'size'\)"),
     ({"exits": {"at": "loop"}}, r"exits\.at: must be loops or a list \(got 'loop'\); did you mean 'loops'"),
     ({"exits": {"at": [1, 1]}}, r"exits\.at: each may stand only once"),
     ({"ignore_tensors": [{"name": "x"}]}, r"ignore_tensors\[0\]\.reason: required"),

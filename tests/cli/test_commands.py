@@ -15,9 +15,16 @@ from refold.errors import HealError
 
 FLAGS = {
     "demo": {"--out", "--heal-tokens", "--json"},
-    "plan": {"--recipe", "-r", "--set", "--context", "--lines", "--allow-larger", "--json"},
+    "analyse": {
+        "--data", "-d", "--out", "--tokens", "-t", "--context", "--seed", "--moments", "--no-spectra", "--device",
+        "--overwrite", "--json",
+    },
+    "plan": {"--recipe", "-r", "--set", "--measurements", "--context", "--lines", "--allow-larger", "--json"},
     "recipes": {"--protocols", "--json"},
-    "convert": {"--recipe", "-r", "--set", "--calibration", "--device", "--overwrite", "--allow-larger", "--json"},
+    "convert": {
+        "--recipe", "-r", "--set", "--calibration", "--measurements", "--device", "--overwrite", "--allow-larger",
+        "--json",
+    },
     "heal": {
         "--data", "-d", "--tokens", "-t", "--protocol", "-p", "--recipe", "-r", "--set", "--objective",
         "--learning-rate", "--batch-tokens", "--context", "--seed", "--held-out", "--teacher", "--teacher-tokens",
@@ -68,6 +75,14 @@ def test_flags_are_these() -> None:
         (["plan", "SOURCE", "-r", "recursive", "--set", "fold.init=[0,99,1,2,3,4]"], "out of range"),
         (["convert", "SOURCE", "EXISTING"], "never overwritten"),
         (["convert", "SOURCE", "OUT", "--calibration", "LATIN"], "calibration: a recipe that has a use for text"),
+        (["analyse", "/nowhere"], "no such folder"),
+        (["analyse", "SOURCE", "--out", "EXISTING"], "never overwritten"),
+        (["analyse", "SOURCE", "--data", "LATIN"], "UTF-8"),
+        (["analyse", "SOURCE", "--moments"], "give --out DIR"),
+        (["analyse", "SOURCE", "--tokens", "1"], "at least 2 tokens"),
+        (["plan", "SOURCE", "-r", "pruned", "--measurements", "EXISTING"], "make them with `refold analyse"),
+        (["plan", "SOURCE", "--measurements", "LATIN"], "measurements of format 1 are required"),
+        (["convert", "SOURCE", "OUT", "--set", "drop.mlp={count: 1, by: similarity}"], "--measurements DIR"),
         (["inspect", "SOURCE"], "a folded model is required"),
         (["evaluate", "SOURCE", "--data", "/nowhere"], "required"),
         (["evaluate", "SOURCE", "--data", "LATIN"], "UTF-8"),

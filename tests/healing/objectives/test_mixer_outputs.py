@@ -249,7 +249,7 @@ def test_depths_read_keys_made_of_the_teachers_stream(fold, load_source, documen
     def hand_over(view, arguments):
         query, key, value, *rest = arguments
         made[view.layer_idx] = key, value
-        return query, *made[view.layer_idx // 2 * 2], context
+        return query, *made[view.layer_idx // 2 * 2], *rest
 
     assert run_objective(objective(), plain, teacher, documents).total < 1e-9
     hooks = [depth.view.register_forward_pre_hook(hand_over) for depth in plain.model.depths]

@@ -1,0 +1,40 @@
+"""`refold analyse`: what each layer of a source does, and how alike layers are."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from refold.cli import options
+from refold.cli.show import print_json, progress
+
+
+def command(
+    source: options.Source,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", "-d", help="Text, jsonl or parquet, or folders of them. Left out: random tokens."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write: measurements.json, figures, index.html.")] = None,
+    tokens: Annotated[str, typer.Option("--tokens", "-t", help="Tokens to run, from all over the text.")] = "16k",
+    context: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 512,
+    seed: Annotated[int, typer.Option(help="Which sequences of the text.")] = 0,
+    moments: Annotated[bool, typer.Option("--moments", help="Also store second moments of linears' inputs.")] = False,
+    no_spectra: Annotated[bool, typer.Option("--no-spectra", help="Leave out what tying would lose: quicker.")] = False,
+    device: options.Device = "cpu",
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+) -> None:
+    """Measure what each layer does to the stream, how alike layers are, and what tying them would lose."""
+    from refold.analysis.analyse import AnalysisSettings, analyse
+    from refold.cli.analysis_tables import print_measurements
+
+    amount = options.parse_amount(tokens)
+    assert amount is not None
+    settings = AnalysisSettings(amount, context, seed, moments, not no_spectra, device or "cpu")
+    with progress("analysing", "steps") as report:
+        found = analyse(source, out, data or None, settings=settings, overwrite=overwrite, progress=report)
+    if json:
+        print_json(found)
+    else:
+        print_measurements(found, source, out)
