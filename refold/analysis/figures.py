@@ -100,7 +100,7 @@ def _heatmap(values: Matrix | Any, place: str, quantity: str, title: str) -> Fig
     figure, axes = _make(HEIGHT * 1.3)
     image = axes.imshow(np.array(values), cmap="cividis", vmin=0)
     _count_layers(axes)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="y", integer=True)
     axes.set_xlabel(place)
     axes.set_ylabel(place)
     axes.set_title(title)
@@ -109,4 +109,4 @@ def _heatmap(values: Matrix | Any, place: str, quantity: str, title: str) -> Fig
 
 
 def _count_layers(axes: Axes) -> None:
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
