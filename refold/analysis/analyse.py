@@ -113,7 +113,7 @@ def _measure(
     folder: Path | None,
     progress: Callable[[int, int], None],
 ) -> Measurements:
-    record, files = record_source(model), model.source.fetch()
+    record, files, fingerprint = record_source(model), model.source.fetch(), model.source.fingerprint()
     model = read_source_model(locate(files))
     arch = model.arch
     ways = tyings(arch.num_layers) if settings.spectra else []
@@ -142,6 +142,8 @@ def _measure(
 
         influence = measure_influence(layers, sequences, watch=seen.see_input, watch_stream=watch_stream, progress=step)
         weights = weight_distances(pieces, arch, getattr(torch, model.dtype), step)
+        if store is not None:
+            store.sign(fingerprint, sequences.input_ids.numel(), "random tokens" if text is None else text.name)
         spectra = tuple(tie_spectra(pieces, arch, *way, settings.device, step) for way in ways)
     return Measurements(
         source=record,

@@ -22,6 +22,7 @@ from refold.conversion.plan import Plan, plan_model, read_influence
 from refold.conversion.tensors import TargetBuilder
 from refold.data.readers import DataSource, open_data
 from refold.errors import RecipeError, SourceError
+from refold.measuring.measurements import stored_moments
 from refold.measuring.pieces import PieceReader
 from refold.measuring.source_model import read_source_model
 from refold.modeling.configuration import RefoldConfig
@@ -58,7 +59,8 @@ def convert(
             with `fit: calibration` are fitted to, every approximation of attention is measured on, and, without
             `measurements`, what is dropped by similarity follows from. None: approximations are measured on random
             inputs.
-        measurements: What `analyse` wrote of the source: the folder, or its `measurements.json`.
+        measurements: What `analyse` wrote of the source: the folder, or its `measurements.json`. Moments stored there
+            weigh errors by activations where there is no calibration text.
         overwrite: Replace a folder refold wrote.
         allow_larger: Accept a target that is smaller than its source in nothing.
         device: Where residuals are decomposed and feature maps fitted.
@@ -85,7 +87,8 @@ def convert(
             "linear_attention"
         )
     text = calibration if calibration is None or isinstance(calibration, DataSource) else open_data(calibration)
-    return carry_out(plan, located, destination, overwrite, device, command, progress, text)
+    moments = stored_moments(measurements) if text is None and plan.recipe.weight == "activations" else None
+    return carry_out(plan, located, destination, overwrite, device, command, progress, text, moments)
 
 
 def carry_out(

@@ -137,3 +137,12 @@ def read_measurements(path: str | Path, source: Source) -> Measurements:
             f"differ); analyse this one"
         )
     return found
+
+
+def stored_moments(measurements: str | Path | None) -> Path | None:
+    """Returns the folder of moments that stands with measurements; None where there is none."""
+    if measurements is None:
+        return None
+    path = Path(measurements)
+    folder = (path if path.is_dir() else path.parent) / MOMENTS_NAME
+    return folder if folder.is_dir() else None

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import refold
 from refold.analysis.analyse import AnalysisSettings
 from refold.analysis.ranking import least_important, most_alike
 from refold.data.readers import from_documents
-from refold.errors import DataError, FolderError
+from refold.errors import DataError, FolderError, RecipeError
 from refold.measuring.moments import MomentStore
 
 TEXT = from_documents(
@@ -132,3 +133,21 @@ def test_without_text_tokens_are_random_and_a_note_says_so(planted: Path) -> Non
 def test_too_few_tokens_are_refused() -> None:
     with pytest.raises(DataError, match=r"at least 2 tokens and a context of 2 are required \(got 1 and 512\)"):
         AnalysisSettings(tokens=1)
+
+
+def test_stored_moments_weigh_a_conversion_as_the_text_does(planted: Path, tmp_path: Path) -> None:
+    refold.analyse(planted, tmp_path / "found", TEXT, settings=AnalysisSettings(256, 32, moments=True))
+    recipe = {"factor": {"parameters": 0.6}, "calibration": {"tokens": 256, "context": 32}}
+    refold.convert(planted, tmp_path / "handed", recipe, measurements=tmp_path / "found")
+    refold.convert(planted, tmp_path / "text", recipe, calibration=TEXT)
+    unweighed = {"factor": {"parameters": 0.6, "weight": "none"}}
+    refold.convert(planted, tmp_path / "none", unweighed)
+    handed, text, none = (load_file(tmp_path / name / "model.safetensors") for name in ("handed", "text", "none"))
+
+    def product(tensors: dict[str, Tensor]) -> Tensor:
+        return tensors["model.mlps.0.down_proj.b.weight"] @ tensors["model.mlps.0.down_proj.a.weight"]
+
+    torch.testing.assert_close(product(handed), product(text), atol=1e-4, rtol=1e-3)
+    assert float((product(none) - product(text)).abs().max()) > 1e-2
+    with pytest.raises(RecipeError, match="calibration text is required"):
+        refold.convert(planted, tmp_path / "fisher", {**recipe, "factor": {"parameters": 0.6, "weight": "fisher"}})
