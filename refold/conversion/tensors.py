@@ -11,7 +11,7 @@ from refold.conversion.fresh import fill_of, fresh_tensor, tensor_seed
 from refold.conversion.plan import Plan
 from refold.conversion.starts.group import LinearGroup, Member
 from refold.conversion.starts.registry import STARTS
-from refold.measuring.curves import GroupWeightings, LinearSources, linear_sources
+from refold.measuring.curves import LinearSources, linear_sources, read_weightings
 from refold.measuring.moments import MomentStore
 from refold.measuring.pieces import PieceReader
 
@@ -102,7 +102,7 @@ class TargetBuilder:
         prefix = f"model.{group.pool}s.{group.part}.{group.linear}"
         weightings = None
         if self._store is not None and group.is_native:
-            weightings = GroupWeightings(starts.weight, group, self._store, self._device)
+            weightings = read_weightings(starts.weight, group, self._store, self._device)
         found = STARTS[starts.lora or "svd"](
             LinearGroup(
                 sources=tuple(weights[layer] for layer in group.sources),

@@ -58,28 +58,14 @@ class GroupWeightings:
     """How errors of one stored linear are weighed: by depth, of the members together, and of their difference.
 
     Args:
-        weight: What is measured.
-        group: The linear.
-        store: Moments; None where nothing is measured.
-        device: Where to compute.
+        inputs: By depth the second moment of its inputs, with its ridge; None: every input alike.
+        outputs: The same of its gradients; empty: every output alike.
     """
 
-    def __init__(self, weight: Weight, group: LinearSources, store: MomentStore | None, device: str = "cpu"):
-        inputs: dict[int, Tensor | None] = dict.fromkeys(group.users.values())
-        outputs: dict[int, Tensor] = {}
-        if weight != "none" and group.is_native:
-            assert store is not None
-            for layer in inputs:
-                moments = store.read(layer, group.linear)
-                inputs[layer] = ridged(moments.inputs.to(device), INPUT_RIDGE)
-                if moments.outputs is not None:
-                    outputs[layer] = moments.outputs.to(device)
+    def __init__(self, inputs: Mapping[int, Tensor | None], outputs: Mapping[int, Tensor]):
+        self.inputs, self._own_outputs = dict(inputs), dict(outputs)
         # What all members share is weighed by one mean of their gradients: only then there is a closed form.
-        self.outputs = ridged(torch.stack(list(outputs.values())).mean(dim=0), OUTPUT_RIDGE) if outputs else None
-        self.inputs = {depth: inputs[layer] for depth, layer in group.users.items()}
-        self._own_outputs = {
-            depth: ridged(outputs[layer], OUTPUT_RIDGE) for depth, layer in group.users.items() if layer in outputs
-        }
+        self.outputs = torch.stack(list(outputs.values())).mean(dim=0) if outputs else None
 
     def of(self, depth: int) -> Weighting:
         """Returns how an error at one depth is weighed."""
@@ -103,6 +89,33 @@ class GroupWeightings:
         summed = sum(weight.double() @ self.inputs[depth] for depth, weight in weights.items())  # pyright: ignore[reportOptionalOperand, reportOperatorIssue]
         assert isinstance(summed, Tensor)
         return torch.linalg.solve(total, summed.T).T.float().contiguous()
+
+
+def read_weightings(
+    weight: Weight, group: LinearSources, store: MomentStore | None, device: str = "cpu"
+) -> GroupWeightings:
+    """Reads how errors of a stored linear are weighed.
+
+    Args:
+        weight: By what.
+        group: The linear.
+        store: Moments; None where nothing is measured.
+        device: Where to compute.
+    """
+    if weight == "none" or not group.is_native:
+        return GroupWeightings(dict.fromkeys(group.users), {})
+    assert store is not None
+    found = {layer: store.read(layer, group.linear) for layer in dict.fromkeys(group.users.values())}
+    inputs = {layer: ridged(moments.inputs.to(device), INPUT_RIDGE) for layer, moments in found.items()}
+    outputs = {
+        layer: ridged(moments.outputs.to(device), OUTPUT_RIDGE)
+        for layer, moments in found.items()
+        if moments.outputs is not None and weight == "fisher"
+    }
+    return GroupWeightings(
+        {depth: inputs[layer] for depth, layer in group.users.items()},
+        {depth: outputs[layer] for depth, layer in group.users.items() if layer in outputs},
+    )
 
 
 def measure_linears(
@@ -138,7 +151,7 @@ def measure_linears(
 def _measure(
     group: LinearSources, weight: Weight, is_joint: bool, pieces: PieceReader, store: MomentStore | None, device: str
 ) -> MeasuredLinear:
-    weighting = GroupWeightings(weight, group, store, device)
+    weighting = read_weightings(weight, group, store, device)
     layers = dict.fromkeys((*group.sources, *group.users.values()))
     read = {
         layer: pieces.read(group.carried.canonical, layer, torch.float32, group.carried.repeat).to(device)

@@ -167,13 +167,8 @@ def test_the_same_group_gives_the_same_bits(start):
         assert all(torch.equal(mine, its) for mine, its in zip(one.pairs[depth], other.pairs[depth], strict=True))
 
 
-class Metric:
-    """Weightings of a group from given moments, as text would give them."""
-
-    def __new__(cls, inputs: dict[int, Tensor], outputs: Tensor | None) -> GroupWeightings:
-        made = object.__new__(GroupWeightings)
-        made.inputs, made.outputs = dict(inputs), outputs
-        return made
+def metric_of(inputs: dict[int, Tensor], outputs: Tensor | None) -> GroupWeightings:
+    return GroupWeightings(inputs, {} if outputs is None else dict.fromkeys(inputs, outputs))
 
 
 def moment(size: int, seed: int) -> Tensor:
@@ -200,8 +195,8 @@ def weighted_loss(given: list[Tensor], stored: Tensor, added: Mapping[int, Tenso
     return total
 
 
-METRIC = Metric({0: moment(10, 1), 1: moment(10, 2)}, moment(14, 3))
-INPUTS_ALONE = Metric({0: moment(10, 1), 1: moment(10, 2)}, None)
+METRIC = metric_of({0: moment(10, 1), 1: moment(10, 2)}, moment(14, 3))
+INPUTS_ALONE = metric_of({0: moment(10, 1), 1: moment(10, 2)}, None)
 
 
 @pytest.mark.parametrize("metric", [METRIC, INPUTS_ALONE], ids=["fisher", "activations"])
@@ -241,7 +236,9 @@ def test_weighted_joint_of_two_is_the_best_there_is(monkeypatch, metric, first, 
 def test_moments_of_one_change_nothing(start, count, stored_rank):
     given = weights(count)
     ranks = [3] * count
-    ones = Metric(dict.fromkeys(range(count), torch.eye(10, dtype=torch.float64)), torch.eye(14, dtype=torch.float64))
+    ones = metric_of(
+        dict.fromkeys(range(count), torch.eye(10, dtype=torch.float64)), torch.eye(14, dtype=torch.float64)
+    )
     plain = STARTS[start](weigh(group(given, *ranks), None, stored_rank), "exact")
     found = STARTS[start](weigh(group(given, *ranks), ones, stored_rank), "exact")
     # Neighbouring singular values of D, dealt to different pairs, mix in rounding.
@@ -253,7 +250,7 @@ def test_moments_of_one_change_nothing(start, count, stored_rank):
 
 def test_moments_of_the_wrong_layers_do_worse():
     given = weights(2)
-    swapped = Metric({0: METRIC.inputs[1], 1: METRIC.inputs[0]}, METRIC.outputs)
+    swapped = metric_of({0: METRIC.inputs[1], 1: METRIC.inputs[0]}, METRIC.outputs)
     for start in ("svd", "joint"):
         lost = {}
         for name, metric in (("right", METRIC), ("wrong", swapped)):
@@ -281,7 +278,7 @@ def test_what_is_stored_has_the_rank_asked_for(start, metric):
     for depth, added in corrections(nothing).items():
         alone = weigh(group(given, 3, 2), metric).weighting(depth).truncate(given[depth], (3, 2)[depth], "exact", 0)
         assert torch.allclose(added, alone.matrix(), atol=1e-4)
-    metric = metric or Metric(dict.fromkeys((0, 1), torch.eye(10, dtype=torch.float64)), None)
+    metric = metric or metric_of(dict.fromkeys((0, 1), torch.eye(10, dtype=torch.float64)), None)
     losses = [weighted_loss(given, each.stored.weight, corrections(each), metric) for each in (whole, some, nothing)]
     assert losses[0] < losses[1] < losses[2]
 
@@ -289,6 +286,6 @@ def test_what_is_stored_has_the_rank_asked_for(start, metric):
 @pytest.mark.parametrize("start", ["svd", "joint"])
 def test_a_factored_weight_of_one_layer_is_its_truncation(start):
     given = weights(1)
-    metric = Metric({0: METRIC.inputs[0]}, METRIC.outputs)
+    metric = metric_of({0: METRIC.inputs[0]}, METRIC.outputs)
     found = STARTS[start](weigh(group(given, 0), metric, 4), "exact")
     assert torch.allclose(found.stored.weight, metric.of(0).truncate(given[0], 4, "exact", 0).matrix(), atol=1e-4)
