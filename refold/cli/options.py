@@ -28,7 +28,9 @@ TrainingData = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Left out: the best one there is.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Left out: as stored.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Left out: as stored, or float32 where that is slow.")
+]
 Measurements = Annotated[
     str | None, typer.Option(help="What `refold analyse` wrote of the source: what to drop by similarity follows it.")
 ]

@@ -29,7 +29,7 @@ class TextGenerator:
     Args:
         model: Folder, hub id, or a loaded model.
         tokenizer: Needed with a loaded model; else the folder's own.
-        dtype: Of the weights of a model that is loaded here; None: as stored.
+        dtype: Of the weights of a model that is loaded here; None: as stored, or float32 where that is slow.
         device: Where it is loaded to; None: the best there is.
 
     Raises:
@@ -308,7 +308,7 @@ def generate(
         tokenizer: Needed with a loaded model; else the folder's own.
         chat: Put a text through the tokenizer's chat template; messages always are.
         exit_depth: Run only so many depths of a folded model.
-        dtype: Of the weights of a model that is loaded here; None: as stored.
+        dtype: Of the weights of a model that is loaded here; None: as stored, or float32 where that is slow.
         device: Where it is loaded to; None: the best there is.
 
     Raises:

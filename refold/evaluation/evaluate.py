@@ -57,7 +57,7 @@ def evaluate(
         stride: Tokens scored by each window of a document after its first; None: half the context.
         max_tokens: Stop after so many tokens of the data, start tokens included; None: all of it.
         batch_size: Windows in a batch; None: as many as 4,096 tokens hold.
-        dtype: Of the weights of models that are loaded here; None: as stored.
+        dtype: Of the weights of models that are loaded here; None: as stored, or float32 where that is slow.
         device: Where they are loaded to; None: the best there is, or where a loaded `model` lies.
         progress: Told how far it is.
 
@@ -170,7 +170,7 @@ def _comparison(scored: WindowPass, other: Subject, sizes: DocumentCounts) -> Co
 def _require_finite(subject: Subject, nll: float) -> None:
     if not math.isfinite(nll):
         raise RefoldError(
-            f"{subject.facts.name}: finite predictions are required (got {nll} in {subject.facts.dtype}); the weights "
+            f"{subject.facts.name}: finite predictions are required (got {nll} in {subject.facts.computed_in}); the weights "
             f"are broken, or the dtype is too narrow: try float32"
         )
 

@@ -24,7 +24,11 @@ class ModelFacts(_Record):
     parameters: int
     """Numbers stored; tied ones count once."""
     weight_bytes: int
+    """As stored."""
     dtype: str
+    """Of the stored weights."""
+    computed_in: str = ""
+    """What it was computed in: another dtype than the weights' where that is slow on the machine."""
     source: dict[str, Any] = {}
     """`path` or `id`, `revision` and `fingerprint`; empty for a model in memory."""
 

@@ -11,7 +11,7 @@ from refold.checkpoint.locate import Source
 from refold.checkpoint.provenance import describe_source
 from refold.errors import RefoldError, SourceError
 from refold.evaluation.result import ModelFacts
-from refold.modeling.load import load_model, load_tokenizer, open_source
+from refold.modeling.load import load_model, load_tokenizer, open_source, stored_dtype
 from refold.scoring.predict import head_of
 
 ModelLike = str | Path | Source | PreTrainedModel
@@ -44,7 +44,7 @@ def open_subject(
     Args:
         model: Folder, hub id, located source, or a loaded model.
         tokenizer: Instead of the folder's own.
-        dtype: Of the weights; None: as stored.
+        dtype: Of the weights; None: as stored, or float32 where that is slow, see `load_model`.
         device: None: the best there is.
 
     Raises:
@@ -107,11 +107,13 @@ def check_comparable(subject: Subject, against: Subject) -> None:
 
 def _facts(model: PreTrainedModel, name: str, located: Source | None) -> ModelFacts:
     parameters = list(model.parameters())
+    stored = stored_dtype(model)
     return ModelFacts(
         name=name,
         model_type=model.config.model_type,
         parameters=sum(each.numel() for each in parameters),
-        weight_bytes=sum(each.numel() * each.element_size() for each in parameters),
-        dtype=str(model.dtype).removeprefix("torch."),
+        weight_bytes=sum(each.numel() * min(each.element_size(), stored.itemsize) for each in parameters),
+        dtype=str(stored).removeprefix("torch."),
+        computed_in=str(model.dtype).removeprefix("torch."),
         source={} if located is None else describe_source(located),
     )

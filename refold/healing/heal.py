@@ -105,7 +105,7 @@ def heal(
     options = options or HealOptions()
     team = (ShardedTeam if options.sharded else Team)(choose_device(device))
     located, _ = open_source(model)
-    student: Any = load_model(located, device=team.device)
+    student: Any = load_model(located, dtype="auto", device=team.device)
     specs = tensor_specs(student)
     given = (stages,) if isinstance(stages, HealStage) else tuple(stages)
     with contextlib.ExitStack() as stack:

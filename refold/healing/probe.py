@@ -82,7 +82,7 @@ def probe(
     if team.size > 1:
         raise HealError(f"dry run: one process is required (got {team.size}); start it without a launcher")
     located, _ = open_source(model)
-    student: Any = load_model(located, device=team.device)
+    student: Any = load_model(located, dtype="auto", device=team.device)
     stored = count_bytes(tensor_specs(student))
     if team.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(team.device)

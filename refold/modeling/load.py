@@ -1,13 +1,15 @@
 """Models and tokenizers from a folder or hub id: folded ones and sources alike."""
 
 import contextlib
+import functools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from refold.checkpoint.companions import has_tokenizer
 from refold.checkpoint.folder import settle
@@ -19,6 +21,8 @@ from refold.modeling.registration import register
 from refold.suggest import must_be_one_of
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+logger = logging.getLogger("refold")
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -41,7 +45,7 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def choose_dtype(name: str | torch.dtype | None = None) -> torch.dtype | str:
-    """Returns the dtype asked for; without a wish `auto`, the one the weights are stored in.
+    """Returns the dtype asked for; without a wish, and for `auto`, the one the weights are stored in.
 
     Raises:
         RefoldError: Not one of float32, bfloat16, float16.
@@ -53,6 +57,33 @@ def choose_dtype(name: str | torch.dtype | None = None) -> torch.dtype | str:
     if name not in DTYPES:
         raise RefoldError(f"dtype: {must_be_one_of(name, DTYPES)}")
     return getattr(torch, name)
+
+
+def computes_fast(dtype: torch.dtype, device: torch.device) -> bool:
+    """Says whether matrix products of a dtype are at least about as fast as float32's.
+
+    On CPUs without instructions for it (AVX-512 for bfloat16, AVX-512-FP16 or AMX for float16, on x86) half precision
+    falls to a loop that takes 10 to 50 times as long as float32.
+    """
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    return _has_half_instructions(dtype)
+
+
+@functools.cache
+def _has_half_instructions(dtype: torch.dtype) -> bool:
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    # Not public, and not there in builds without oneDNN, whose half precision is that loop.
+    is_supported = getattr(torch.ops.mkldnn, name, None)
+    return torch.backends.mkldnn.is_available() and is_supported is not None and bool(is_supported())
+
+
+@functools.cache
+def _tell_replaced(dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    logger.warning(
+        f"{name} is slow on this CPU: weights stored in it are computed with in float32 (dtype {name} forces it)"
+    )
 
 
 def open_source(source: str | Path | Source) -> tuple[Source, Path]:
@@ -82,7 +113,8 @@ def load_model(
 
     Args:
         source: Folder, hub id, or a located source.
-        dtype: Dtype of the weights; None: as stored.
+        dtype: Dtype of the weights; `auto`: as stored; None: as stored where that computes fast, else float32, which
+            holds the same numbers; `stored_dtype` then says what they are stored in.
         device: Where to put it; None: `choose_device()`.
         attn_implementation: transformers' name of an attention back-end; None: its choice.
 
@@ -106,19 +138,28 @@ def load_model(
     except (OSError, ValueError) as error:
         raise SourceError(f"{folder}: cannot be loaded ({str(error).splitlines()[0][:160]})") from error
     target = device if isinstance(device, torch.device) else choose_device(device)
+    if dtype is None and not computes_fast(model.dtype, target):
+        _tell_replaced(model.dtype)
+        model.stored_dtype = model.dtype
+        model = model.float()
     return model.to(target).eval()
+
+
+def stored_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Returns the dtype a model's weights are stored in, where `load_model` widened them; else the model's own."""
+    return getattr(model, "stored_dtype", model.dtype)
 
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
     """Keeps transformers from drawing a bar for what takes a second, even where nobody looks."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def load_tokenizer(source: str | Path | Source) -> PreTrainedTokenizerBase:

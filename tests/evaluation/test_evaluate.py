@@ -14,6 +14,7 @@ from refold.data.readers import from_documents
 from refold.errors import DataError, RefoldError, SourceError
 from refold.evaluation.evaluate import DEFAULT_CONTEXT, evaluate
 from refold.evaluation.result import Evaluation
+from refold.modeling import load
 from refold.modeling.load import load_model, load_tokenizer
 
 LORA = {"type": "lora", "rank": 5}
@@ -310,6 +311,16 @@ def test_a_tokenizer_is_required(source, make_source, sentences):
         evaluate(make_source("llama"), data, device="cpu")
     with pytest.raises(SourceError, match="a tokenizer is required"):
         evaluate(load_model(source, device="cpu"), data)
+
+
+def test_stored_bytes_are_stated_where_half_precision_is_slow(source, sentences, tmp_path, monkeypatch):
+    half = tmp_path / "half"
+    load_model(source, device="cpu").bfloat16().save_pretrained(half)
+    load_tokenizer(source).save_pretrained(half)
+    for is_fast, computed_in in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(load, "_has_half_instructions", lambda dtype, is_fast=is_fast: is_fast)
+        facts = evaluate(half, from_documents(sentences), device="cpu").model
+        assert (facts.dtype, facts.computed_in, facts.weight_bytes) == ("bfloat16", computed_in, 2 * facts.parameters)
 
 
 @pytest.mark.parametrize("option", [{"dtype": "bfloat16"}, {"device": "cpu"}])

@@ -1,3 +1,4 @@
+import logging
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from refold.errors import RefoldError, SourceError
-from refold.modeling.load import choose_device, choose_dtype, load_model, load_tokenizer
+from refold.modeling import load
+from refold.modeling.load import choose_device, choose_dtype, computes_fast, load_model, load_tokenizer, stored_dtype
 from refold.modeling.model import RefoldForCausalLM
 
 
@@ -29,6 +31,57 @@ def test_an_unknown_dtype_is_refused():
     with pytest.raises(RefoldError, match=r"dtype: must be one of float32, bfloat16, float16 \(got 'int8'\)"):
         choose_dtype("int8")
     assert (choose_dtype(None), choose_dtype("float16")) == ("auto", torch.float16)
+
+
+@pytest.fixture
+def half_folder(fold, tmp_path):
+    load_model(fold("llama"), device="cpu").bfloat16().save_pretrained(tmp_path / "half")
+    return tmp_path / "half"
+
+
+@pytest.fixture
+def slow_half(monkeypatch):
+    """A CPU without instructions for half precision."""
+    monkeypatch.setattr(load, "_has_half_instructions", lambda dtype: False)
+    load._tell_replaced.cache_clear()
+
+
+def test_weights_are_computed_with_in_float32_where_half_precision_is_slow(half_folder, slow_half, caplog):
+    with caplog.at_level(logging.WARNING, logger="refold"):
+        model = load_model(half_folder, device="cpu")
+        load_model(half_folder, device="cpu")
+    assert (model.dtype, stored_dtype(model)) == (torch.float32, torch.bfloat16)
+    # Said once, whatever is loaded.
+    assert [record.message for record in caplog.records] == [
+        "bfloat16 is slow on this CPU: weights stored in it are computed with in float32 (dtype bfloat16 forces it)"
+    ]
+    stored = load_model(half_folder, device="cpu", dtype="auto")
+    assert stored.dtype == stored_dtype(stored) == torch.bfloat16
+    for name, value in stored.named_parameters():
+        assert torch.equal(value.float(), model.get_parameter(name)), name
+
+
+def test_the_dtype_asked_for_is_kept_where_it_is_slow(half_folder, slow_half):
+    assert load_model(half_folder, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_weights_stay_as_stored_where_that_computes_fast(half_folder, monkeypatch):
+    monkeypatch.setattr(load, "_has_half_instructions", lambda dtype: True)
+    assert load_model(half_folder, device="cpu").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_only_half_precision_on_cpus_is_ever_slow(dtype, slow_half):
+    assert computes_fast(torch.float32, torch.device("cpu"))
+    assert computes_fast(dtype, torch.device("cuda"))
+    assert not computes_fast(dtype, torch.device("cpu"))
+
+
+def test_a_build_without_half_precision_products_is_slow(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    load._has_half_instructions.cache_clear()
+    assert not computes_fast(torch.bfloat16, torch.device("cpu"))
+    load._has_half_instructions.cache_clear()
 
 
 def test_an_unknown_back_end_is_named(fold):
