@@ -29,6 +29,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from transformers.utils import logging
 
 from refold.conversion.convert import convert
+from refold.modeling.cache_name import CACHE_NAME
 from refold.modeling.load import load_model
 
 PROMPT, NEW_TOKENS, CONTEXT = 16, 64, 128
@@ -82,12 +83,12 @@ def decode(model: PreTrainedModel, tokens: Tensor) -> Callable[[], object]:
     """One further token after a context; the cache is cut back after each."""
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        model(input_ids=tokens, use_cache=True, **{CACHE_NAME: cache})
     last = tokens[:, -1:]
 
     def run() -> None:
         with torch.inference_mode():
-            model(input_ids=last, past_key_values=cache, use_cache=True)
+            model(input_ids=last, use_cache=True, **{CACHE_NAME: cache})
             cache.crop(-1)
 
     return run

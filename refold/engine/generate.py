@@ -16,6 +16,7 @@ from refold.engine.sampling import DEFAULT_NEW_TOKENS, Sampling
 from refold.engine.state import PromptState, load_state, read_state
 from refold.engine.stream import TokenStream
 from refold.errors import RefoldError
+from refold.modeling.cache_name import CACHE_NAME
 from refold.modeling.configuration import MODEL_TYPE, RefoldConfig
 from refold.modeling.load import load_model, load_tokenizer
 
@@ -236,7 +237,7 @@ class TextGenerator:
             options["exit_depth"] = exit_depth
         if state is not None:
             # `generate` is given whole prompts, with a mask as long, and reads what lies beyond the cache's length.
-            options["past_key_values"] = state.open(self.model, prompts)
+            options[CACHE_NAME] = state.open(self.model, prompts)
         return options
 
     def _room(self, prompts: list[list[int]], sampling: Sampling) -> int:

@@ -17,6 +17,7 @@ from refold.checkpoint.headers import parse_header, read_header_bytes
 from refold.engine.fingerprint import fingerprint
 from refold.engine.kept_layers import KeptLayers, join, kept_names, take
 from refold.errors import RefoldError, SourceError
+from refold.modeling.cache_name import CACHE_NAME
 from refold.version import __version__
 
 STATE_FORMAT = 1
@@ -248,7 +249,7 @@ def _feed(
     stack: Any = model.base_model
     for begin in range(0, len(token_ids), _CHUNK):
         piece = torch.tensor([token_ids[begin : begin + _CHUNK]], device=model.device)
-        stack(input_ids=piece, past_key_values=cache, use_cache=True)
+        stack(input_ids=piece, use_cache=True, **{CACHE_NAME: cache})
         if on_progress is not None:
             on_progress(begin + piece.shape[1], len(token_ids))
 

@@ -26,7 +26,7 @@ class RefoldConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("cache", "past_key_values")
 
     blueprint: dict[str, Any] | None = None
     vocab_size: int = 0

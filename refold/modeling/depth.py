@@ -99,6 +99,8 @@ class Depth(GradientCheckpointingLayer):
             lent: Keys and values that earlier depths left; what later ones read of this depth is added.
             **arguments: As for `forward`.
         """
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            arguments["cache"] = None  # it would be written again when the depth is computed again
         if self.heads is None:
             return self(hidden_states, **arguments)
         found = self(hidden_states, *(states for source in self.heads.sources for states in lent[source]), **arguments)
@@ -115,7 +117,7 @@ class Depth(GradientCheckpointingLayer):
         mixer: StoredPart | None,
         mlp: StoredPart | None,
         context: MixerContext | None,
-        past_key_values: Any = None,
+        cache: Any = None,
         residual: bool = True,
     ) -> Float[Tensor, "B T D"] | tuple[Tensor, Tensor, Tensor]:
         """Runs mixer and MLP, either of which may be absent, and adds what they give to the residual stream.
@@ -128,7 +130,7 @@ class Depth(GradientCheckpointingLayer):
             mixer: The stored part it runs.
             mlp: The stored part it runs.
             context: What the mixer needs besides.
-            past_key_values: Cache indexed by depth, or None.
+            cache: Cache indexed by depth, or None.
             residual: False: return what the mixer gives, alone.
 
         Returns:
@@ -138,7 +140,7 @@ class Depth(GradientCheckpointingLayer):
         update = None
         if mixer is not None:
             assert context is not None
-            context.past_key_values = past_key_values
+            context.cache = cache
             pairs = tuple(zip(read[::2], read[1::2], strict=True))
             context.prefix = self.prefix
             context.exchange = None if self.heads is None else Exchange(self.heads, pairs)

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from refold.errors import RefoldError
+from refold.modeling.cache_name import CACHE_NAME
 from refold.modeling.configuration import RefoldConfig
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -19,7 +20,7 @@ def build_masks(
     windows: Mapping[int | None, int],
     hidden_states: Float[Tensor, "B T D"],
     attention_mask: Tensor | Mapping[str, Any] | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     past_length: int | Tensor,
     document_starts: Int[Tensor, "B T"] | None,
 ) -> dict[int | None, Any]:
@@ -31,7 +32,7 @@ def build_masks(
         hidden_states: Only its batch, length, dtype and device matter.
         attention_mask: `[B, past + T]` padding mask, a ready 4-dimensional mask, one ready mask for each layer type
             (what `generate` prepares for static caches), or None.
-        past_key_values: Cache, or None.
+        cache: Cache, or None.
         past_length: Slots already in the cache.
         document_starts: As `document_starts` gives them.
 
@@ -42,7 +43,7 @@ def build_masks(
         return {window: attention_mask[LAYER_TYPES[window is not None]] for window in windows}
     overlay = None
     if document_starts is not None:
-        _refuse_leaking_backend(config, hidden_states, past_key_values)
+        _refuse_leaking_backend(config, hidden_states, cache)
         starts = document_starts.expand(hidden_states.shape[0], -1)
 
         def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def build_masks(
             config=config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             and_mask_function=overlay,
             layer_idx=depth,
         )
@@ -80,10 +81,10 @@ def padding_mask(attention_mask: Any) -> Tensor | None:
     return attention_mask
 
 
-def _refuse_leaking_backend(config: RefoldConfig, hidden_states: Tensor, past_key_values: Cache | None) -> None:
+def _refuse_leaking_backend(config: RefoldConfig, hidden_states: Tensor, cache: Cache | None) -> None:
     """Flash attention reads packed documents off the position ids, which it does for one uncached row only."""
     uses_flash = "flash" in (config._attn_implementation or "")
-    if uses_flash and (past_key_values is not None or hidden_states.shape[0] > 1):
+    if uses_flash and (cache is not None or hidden_states.shape[0] > 1):
         raise RefoldError(
             f"attn_implementation: packed documents need sdpa, eager or flex_attention with a cache or more than one "
             f"row (got {config._attn_implementation}); load the model with attn_implementation='sdpa'"

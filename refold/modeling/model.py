@@ -15,6 +15,7 @@ from refold.blueprint.schema import Blueprint
 from refold.blueprint.schema import Depth as DepthSpec
 from refold.blueprint.specs.registry import find_mixer
 from refold.errors import RefoldError
+from refold.modeling.cache_name import CACHE_NAME, one_cache
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.depth import Depth, Lent
 from refold.modeling.documents import document_starts, state_resets
@@ -98,6 +99,7 @@ class RefoldModel(RefoldPreTrainedModel):
         use_cache: bool | None = None,
         exit_depth: int | None = None,
         output_exits: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> StackOutput:
         """Runs the stack.
@@ -106,12 +108,13 @@ class RefoldModel(RefoldPreTrainedModel):
             input_ids: Tokens; or give `inputs_embeds`.
             attention_mask: `[B, past + T]` with zeros at padding, or a mask the back-end takes as it is.
             position_ids: `[B, T]`. Where they do not count on, a new document begins that sees none of the others.
-            past_key_values: Cache indexed by depth.
+            past_key_values: Cache indexed by depth; `cache` is another name of it.
             inputs_embeds: Embeddings instead of tokens.
             use_cache: Whether to keep keys and values.
             exit_depth: Run only so many depths, then the final norm, or the exit's own where an exit there has one.
             output_exits: Also return the normed hidden states, and what gates say, at every exit of the blueprint that
                 is passed.
+            cache: The name that transformers has had for `past_key_values` since 5.24.
             **kwargs: For the attention back-end.
 
         Raises:
@@ -123,9 +126,10 @@ class RefoldModel(RefoldPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.embedding_scale != 1.0:
             hidden_states = hidden_states * torch.tensor(self.embedding_scale, dtype=hidden_states.dtype)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        contexts = self.contexts(hidden_states, attention_mask, position_ids, past_key_values, kwargs)
+        cache = one_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        contexts = self.contexts(hidden_states, attention_mask, position_ids, cache, kwargs)
         lent: Lent = {}
         exits: list[tuple[Tensor, Tensor | None]] = []
         # Plain tuples: indexing a ModuleList costs several microseconds, a percent of a small model's decoding step.
@@ -139,7 +143,7 @@ class RefoldModel(RefoldPreTrainedModel):
                 mixer=None if spec.mixer is None else mixers[spec.mixer],
                 mlp=None if spec.mlp is None else mlps[spec.mlp],
                 context=contexts.get((spec.window, self._rope_of.get(index))),
-                past_key_values=past_key_values,
+                cache=cache,
             )
             if output_exits and index in self.exit_depths:
                 normed = self._norm_after(index)(hidden_states)
@@ -147,7 +151,7 @@ class RefoldModel(RefoldPreTrainedModel):
         has_gates = any(gate is not None for _, gate in exits)
         return StackOutput(
             last_hidden_state=self._norm_after(num_depths - 1)(hidden_states),
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             exit_hidden_states=tuple(normed for normed, _ in exits) if output_exits else None,
             exit_gates=tuple(gate for _, gate in exits) if has_gates else None,
         )
@@ -212,7 +216,7 @@ class RefoldModel(RefoldPreTrainedModel):
         hidden_states: Float[Tensor, "B T D"],
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         extra: dict[str, Any] | None = None,
     ) -> Contexts:
         """Returns what mixers need besides the stream, once for each pair of window and rope that occurs.
@@ -221,13 +225,13 @@ class RefoldModel(RefoldPreTrainedModel):
             hidden_states: Any stream of the forward pass, for its sizes, dtype and device.
             attention_mask: As for `forward`.
             position_ids: As for `forward`.
-            past_key_values: As for `forward`.
+            cache: As for `forward`.
             extra: Arguments for the attention back-end.
         """
         if not self._kinds:
             return {}
         batch, tokens = hidden_states.shape[:2]
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length(self._first_counting)
+        past_length = 0 if cache is None else cache.get_seq_length(self._first_counting)
         mask_2d = attention_mask if isinstance(attention_mask, Tensor) else None
         if position_ids is not None:
             position_ids = position_ids.expand(batch, -1)
@@ -238,15 +242,15 @@ class RefoldModel(RefoldPreTrainedModel):
         if self._is_recurrent:
             resets = state_resets(starts, padding_mask(attention_mask), past_length, tokens)
             if not self._windows:
-                count_tokens(past_key_values, self._first_counting, hidden_states)
+                count_tokens(cache, self._first_counting, hidden_states)
         masks = build_masks(
-            self.config, self._windows, hidden_states, attention_mask, past_key_values, past_length, starts
+            self.config, self._windows, hidden_states, attention_mask, cache, past_length, starts
         )
         rotations = [rotary(position_ids, hidden_states.dtype) for rotary in self.rotaries]
         extra = {"position_ids": position_ids, **(extra or {})}
         return {
             (window, rope): MixerContext(
-                None if rope is None else rotations[rope], masks.get(window), starts, resets, past_key_values, extra
+                None if rope is None else rotations[rope], masks.get(window), starts, resets, cache, extra
             )
             for window, rope in self._kinds
         }
@@ -299,6 +303,7 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         exit_depth: int | None = None,
         output_exits: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalOutput:
         """Runs stack and head; arguments as for `RefoldModel.forward`, and:
@@ -312,7 +317,7 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             exit_depth=exit_depth,
@@ -336,7 +341,7 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
         return CausalOutput(
             loss=loss,
             logits=logits,
-            past_key_values=stack.past_key_values,
+            **{CACHE_NAME: getattr(stack, CACHE_NAME)},
             hidden_states=stack.hidden_states,
             attentions=stack.attentions,
             exit_logits=exit_logits,

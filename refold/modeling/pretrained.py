@@ -7,6 +7,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from refold.errors import FolderError
+from refold.modeling.cache_name import CACHE_NAMES
 from refold.modeling.configuration import COUNTING, RECURRENT, RefoldConfig
 from refold.modeling.depth import Depth, OwnedVectors
 from refold.nn.exits import Gate
@@ -27,7 +28,7 @@ class RefoldPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Depth", "Mlp", *(mixer.__name__ for mixer in MIXERS.values())]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": Depth, "attentions": AttentionView}  # noqa: RUF012

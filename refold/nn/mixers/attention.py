@@ -71,9 +71,9 @@ class AttentionView(nn.Module):
         self, key: Float[Tensor, "B G T K"], value: Float[Tensor, "B G T K"], context: MixerContext
     ) -> KeyValue:
         """Appends keys and values to the cache at this depth and returns all that are there."""
-        if context.past_key_values is None:
+        if context.cache is None:
             return key, value
-        return context.past_key_values.update(key, value, self.layer_idx)
+        return context.cache.update(key, value, self.layer_idx)
 
     def forward(
         self,

@@ -21,7 +21,7 @@ class MixerContext:
             document begins; None where each row is one document. No mixer may look, or carry state, across it.
         resets: `[B, T]`, true where a document, or after left padding the row, begins: recurrent states are emptied
             there; None: nowhere in this call.
-        past_key_values: Cache indexed by depth, or None.
+        cache: Cache indexed by depth, or None.
         extra: Further arguments for the attention back-end.
         exchange: Keys and values of earlier depths, and a place for the depth's own; None: all are its own.
         prefix: `[P, D]`, what every token of the depth attends to besides tokens; None: nothing.
@@ -31,7 +31,7 @@ class MixerContext:
     attention_mask: Any
     document_starts: Tensor | None
     resets: Tensor | None
-    past_key_values: Cache | None
+    cache: Cache | None
     extra: dict[str, Any] = field(default_factory=dict)
     exchange: Exchange | None = None
     prefix: Tensor | None = None

@@ -92,7 +92,7 @@ class HeadedMixer(RecurrentMixer):
         vectors: OwnVectors,
     ) -> Float[Tensor, "B T D"]:
         assert isinstance(view, StateView)
-        memory = Memory(context.past_key_values, view.layer_idx)
+        memory = Memory(context.cache, view.layer_idx)
         x = self.normalise("input_norm", hidden_states, vectors)
         query, key, value = self.read(x, context, memory, lora, vectors)
         mixed, state = self.mix(x, query, key, value, memory.state(), context.resets, lora, vectors)

@@ -55,7 +55,7 @@ class LinearAttention(Attention):
         self, hidden_states: Tensor, view: nn.Module, context: MixerContext, lora: Lora, vectors: OwnVectors
     ) -> Float[Tensor, "B T D"]:
         assert isinstance(view, StateView)
-        memory = Memory(context.past_key_values, view.layer_idx)
+        memory = Memory(context.cache, view.layer_idx)
         query, key, value = self._read_scaled(hidden_states, context, lora, vectors)
         if self.window:
             mixed, state = self._mix_with_window(query, key, value, context, memory, vectors)

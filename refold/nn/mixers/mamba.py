@@ -18,7 +18,7 @@ class Mamba(RecurrentMixer):
         self, hidden_states: Tensor, view: nn.Module, context: MixerContext, lora: Lora, vectors: OwnVectors
     ) -> Tensor:
         assert isinstance(view, StateView)
-        memory = Memory(context.past_key_values, view.layer_idx)
+        memory = Memory(context.cache, view.layer_idx)
         normed = self.normalise("input_norm", hidden_states, vectors)
         inner = self.convolve(self.project("v_proj", normed, lora, vectors), context, memory, vectors)
         rank, size = self.options["dt_rank"], self.options["state"]

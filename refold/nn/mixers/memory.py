@@ -38,7 +38,7 @@ class Memory:
         layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
         if not isinstance(layer, LinearAttentionLayer):
             raise RefoldError(
-                f"past_key_values: a cache made for this model's config is required (got {type(layer).__name__} at "
+                f"cache: a cache made for this model's config is required (got {type(layer).__name__} at "
                 f"depth {layer_idx}); use DynamicCache(config=model.config)"
             )
         self._layer = layer

@@ -24,10 +24,10 @@ def once(context: MixerContext, layer_idx: int, make: Callable[[Tensor], KeyValu
         make: From the prefix to its keys and values.
     """
     assert context.prefix is not None
-    if context.past_key_values is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if context.cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return make(context.prefix)
     # Not in a cache layer: these are no tokens, and sequences come and go without them.
-    kept = vars(context.past_key_values).setdefault(_KEPT, {})
+    kept = vars(context.cache).setdefault(_KEPT, {})
     if layer_idx not in kept:
         kept[layer_idx] = make(context.prefix)
     return kept[layer_idx]

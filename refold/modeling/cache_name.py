@@ -1,0 +1,20 @@
+"""What transformers calls a cache in arguments and outputs: `cache` from 5.24 on, `past_key_values` before."""
+
+from inspect import signature
+
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAME = next(name for name in CACHE_NAMES if name in signature(create_causal_mask).parameters)
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """Returns the cache that was given under either name, whichever version of transformers there is.
+
+    Raises:
+        ValueError: There is one under each.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache: one of `cache` and `past_key_values` is required (got both); they are the same")
+    return past_key_values if cache is None else cache
