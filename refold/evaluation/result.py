@@ -25,6 +25,8 @@ class ModelFacts(_Record):
     """Numbers stored; tied ones count once."""
     weight_bytes: int
     dtype: str
+    quantised: str | None = None
+    """Scheme to which the weights of linears were rounded; `weight_bytes` are then those of integers and scales."""
     source: dict[str, Any] = {}
     """`path` or `id`, `revision` and `fingerprint`; empty for a model in memory."""
 
