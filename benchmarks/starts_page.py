@@ -208,7 +208,7 @@ def draw(found: Found, arms: Sequence[str]) -> Figure:
     """Loss over stored bytes: one panel before healing, one after it where there is any."""
     panels = 2 if found.healed else 1
     figure = Figure(figsize=(6.4 * panels + 4.6, 5.6), layout="constrained")
-    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, panels, sharex=True, sharey=True, squeeze=False)[0]
     looks = {name: (COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]) for index, name in enumerate(arms)}
     schemes = {None: "-", **dict(zip(found.quantised, ("--", ":"), strict=True))}
     for name in arms:
