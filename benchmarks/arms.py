@@ -41,6 +41,7 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--batch-tokens", type=read_amount)
+    parser.add_argument("--dtype", help="evaluations compute in it (default: evaluate's)")
     parser.add_argument("--write", type=Path, help="page to write")
     parser.set_defaults(**defaults)
     return parser
@@ -49,7 +50,7 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
 def measure(model: Path, path: Path, given: argparse.Namespace) -> Evaluation:
     """Evaluates against the source, once."""
     if not path.exists():
-        options = {"context": given.context, "max_tokens": given.eval_tokens}
+        options = {"context": given.context, "max_tokens": given.eval_tokens, "dtype": given.dtype}
         evaluate(model, given.held_out, against=given.source, **options).write(path)
     return read_evaluation(path)
 

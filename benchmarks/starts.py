@@ -1,9 +1,11 @@
-"""What starts and their rivals lose before any healing, at equal shares of the source's linear weights.
+"""What starts and their rivals lose at equal shares of the source's linear weights, before healing and after.
 
     python benchmarks/starts.py --source MODEL --train TEXT --held-out TEXT --work runs/starts --write PAGE
+    python benchmarks/starts.py ... --heal-tokens 1M --seeds 0 1 --rates 5e-4 1e-3 --heal-shares 0.67
 
 Every arm at every size is one result under `--work`, and one that is there is not made again, so the script goes on
-where it was interrupted. Moments of calibration text are measured once and used by all arms.
+where it was interrupted. Moments of calibration text are measured once and used by all arms. Healing comes last: for
+each arm the learning rate is chosen by short runs, then each seed is trained with it, and the source alike.
 """
 
 import os
@@ -17,25 +19,34 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from page import Page, table
+from arms import Arm as HealedArm
+from page import Page
+from starts_page import Found, Row, draw, render
 
 from refold.blueprint.build import identity_blueprint
+from refold.blueprint.cost import count_parameters
 from refold.blueprint.factors import stored_share
+from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.load import load_recipe
 from refold.blueprint.numbers import read_amount
+from refold.blueprint.quantisation import SCHEMES, quantised_bytes
+from refold.blueprint.schema import Blueprint
 from refold.conversion.convert import carry_out
 from refold.conversion.measured import keep_moments
-from refold.conversion.plan import plan_model
+from refold.conversion.plan import Plan, plan_model
 from refold.data.readers import open_data
 from refold.errors import RecipeError
 from refold.evaluation.evaluate import evaluate
-from refold.evaluation.result import Evaluation, read_evaluation
+from refold.evaluation.result import Evaluation
 from refold.measuring.source_model import SourceModel, read_source_model
 
 SHARES = (0.67, 0.6, 0.5, 0.75, 0.45)
+NUMBER_BYTES = 2
+"""Of what is not quantised: bfloat16, whatever the source's file has."""
 Recipe = dict[str, Any]
 
 
@@ -71,9 +82,12 @@ def _compact(ends: int) -> Arm:
     return Arm(recipe, is_ours=True)
 
 
-def _pruned(share: float, model: SourceModel) -> Recipe:
-    layers = model.arch.num_layers
-    return {"drop": {"block": {"count": layers - math.floor(share * layers)}}}
+def _pruned(by: str) -> Arm:
+    def recipe(share: float, model: SourceModel) -> Recipe:
+        layers = model.arch.num_layers
+        return {"drop": {"block": {"count": layers - math.floor(share * layers), "by": by}}}
+
+    return Arm(recipe)
 
 
 def _joint(**relax: Any) -> Arm:
@@ -81,7 +95,8 @@ def _joint(**relax: Any) -> Arm:
 
 
 ARMS = {
-    "depth pruning, evenly": Arm(_pruned),
+    "depth pruning, evenly": _pruned("even"),
+    "depth pruning, by measured influence": _pruned("similarity"),
     "the paper's: Average + SVD": Arm(lambda share, model: _fold(share, model, 0, init="svd")),
     "joint, own norms, ends untied, no data": _joint(),
     "the same, weight: activations": _joint(weight="activations"),
@@ -94,6 +109,17 @@ ARMS = {
 }
 CALIBRATED = ("low rank, weight: fisher, measured ranks", "the same, weight: activations")
 """Arms that are made with other amounts of calibration text, and with other text, too."""
+QUANTISED = ("low rank, weight: fisher, measured ranks", "the same, weight: fisher, measured ranks")
+"""Arms whose targets are measured with quantised weights, too."""
+HEALED = (
+    "depth pruning, by measured influence",
+    "the paper's: Average + SVD",
+    "the same, weight: fisher, measured ranks",
+    "low rank, weight: activations (SVD-LLM)",
+    "low rank, weight: fisher, measured ranks",
+    "tied where it pays (fisher, measured), ends untied",
+)
+"""Arms that are healed unless others are named."""
 
 
 def arguments() -> argparse.Namespace:
@@ -108,13 +134,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--more-tokens", type=read_amount, nargs="*", default=[], help="further amounts, at one size")
     parser.add_argument("--eval-tokens", type=read_amount, default=32_768)
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--dtype", default="float32", help="evaluations compute in it; many CPUs are slow in bfloat16")
+    parser.add_argument("--heal-tokens", type=read_amount, default=0, help="heal some arms for so long; 0: none")
+    parser.add_argument("--heal-arms", nargs="+", choices=list(ARMS), default=list(HEALED), metavar="ARM")
+    parser.add_argument("--heal-shares", type=float, nargs="+", default=[0.67])
+    parser.add_argument("--sweep-tokens", type=read_amount, default=200_000, help="of each run that tries a rate")
+    parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--batch-tokens", type=read_amount, default=8192, help="of a healing step")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing further after so many minutes")
     parser.add_argument("--write", type=Path, help="page to write")
     return parser.parse_args()
 
 
+def moments_folder(given: argparse.Namespace, text: Path, tokens: int) -> Path:
+    return given.work / f"moments-{text.stem}-{tokens}"
+
+
 def moments(given: argparse.Namespace, text: Path, tokens: int) -> Path:
-    folder = given.work / f"moments-{text.stem}-{tokens}"
+    folder = moments_folder(given, text, tokens)
     if not (folder / "moments.json").exists():
         started = time.perf_counter()
         shutil.rmtree(folder, ignore_errors=True)
@@ -127,118 +165,161 @@ def moments(given: argparse.Namespace, text: Path, tokens: int) -> Path:
     return folder
 
 
-def run_one(
-    name: str, share: float, recipe: Recipe, model: SourceModel, folder: Path, given: argparse.Namespace
-) -> dict[str, Any] | None:
-    """Converts, measures and forgets one target, once; None where the recipe does not fit."""
-    slug = "".join(letter if letter.isalnum() else "-" for letter in name)
-    path = given.work / f"{slug}-{share:g}-{folder.name}.json"
-    if not path.exists():
-        started, out = time.perf_counter(), given.work / "target"
-        shutil.rmtree(out, ignore_errors=True)
+@dataclass(frozen=True)
+class Study:
+    """What all arms have in common: the source, what was given, and its work folder."""
+
+    model: SourceModel
+    given: argparse.Namespace
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def has_time(self) -> bool:
+        return time.perf_counter() - self.started < 60 * self.given.minutes
+
+    def evaluate(self, model: str | Path, scheme: str | None = None) -> Evaluation:
+        given = self.given
+        options = {"context": given.context, "max_tokens": given.eval_tokens, "dtype": given.dtype}
+        return evaluate(model, given.held_out, quantise=scheme, **options)
+
+    def source(self, scheme: str | None = None) -> Row:
+        """Returns what the source has, whole or quantised."""
+        path = self.given.work / f"source-{scheme or 'whole'}.json"
+        if not path.exists():
+            blueprint = identity_blueprint(self.model.arch)
+            _keep(path, self._row(self.evaluate(self.given.source, scheme), blueprint, scheme, flops=1.0))
+        return json.loads(path.read_text())
+
+    def convert(self, recipe: Recipe, folder: Path, out: Path) -> Plan | None:
+        """Makes one target with the moments of a folder; None where the recipe does not fit."""
+        given, calibration = self.given, {"tokens": self.given.tokens, "context": self.given.context}
         try:
-            plan = plan_model(model, load_recipe(recipe), allow_larger=True)
-            made = carry_out(plan, model.source, out, moments=folder if plan.recipe.needs_text else None)
+            plan = plan_model(self.model, load_recipe({**recipe, "calibration": calibration}), allow_larger=True)
+            text = open_data([given.train]) if plan.recipe.measures_influence else None
+            moments_folder = folder if plan.recipe.needs_text else None
+            return carry_out(plan, self.model.source, out, calibration=text, moments=moments_folder)
         except RecipeError as error:
-            print(f"{name} at {share:g}: {error}", flush=True)
+            print(f"{recipe}: {error}", flush=True)
             return None
-        found = evaluate(out, given.held_out, context=given.context, max_tokens=given.eval_tokens)
-        shutil.rmtree(out)
-        cost = made.cost
-        row = {
-            "share": stored_share(made.blueprint, identity_blueprint(made.blueprint.arch)),
+
+    def run(self, name: str, share: float, recipe: Recipe, folder: Path) -> dict[str | None, Row]:
+        """Converts, measures and forgets one target, once; nothing where the recipe does not fit.
+
+        Returns:
+            What it has by scheme of quantisation: None for whole, and those of an arm in `QUANTISED`.
+        """
+        schemes = (None, *SCHEMES) if name in QUANTISED and folder.name == self._first else (None,)
+        paths = {
+            scheme: self.given.work / f"{_slug(name)}-{share:g}-{folder.name}-{scheme or 'whole'}.json"
+            for scheme in schemes
+        }
+        if not all(path.exists() for path in paths.values()):
+            started, out = time.perf_counter(), self.given.work / "target"
+            shutil.rmtree(out, ignore_errors=True)
+            made = self.convert(recipe, folder, out)
+            if made is None:
+                return {}
+            flops = made.cost.target.flops_per_token / made.cost.source.flops_per_token
+            for scheme, path in paths.items():
+                if not path.exists():
+                    _keep(path, self._row(self.evaluate(out, scheme), made.blueprint, scheme, flops))
+            shutil.rmtree(out)
+            print(f"{name} at {share:g}: {time.perf_counter() - started:.0f} s", flush=True)
+        return {scheme: json.loads(path.read_text()) for scheme, path in paths.items()}
+
+    def heal(self, name: str, share: float, recipe: Recipe, folder: Path) -> Row | None:
+        """Heals one target with each seed, at the learning rate that short runs choose; None where it does not fit."""
+        place = self.given.work / "healed" / f"{_slug(name)}-{share:g}"
+        if not (place / "converted").exists() and self.convert(recipe, folder, place / "converted") is None:
+            return None
+        return self._healed(place / "converted", place)
+
+    def heal_source(self) -> Row:
+        return self._healed(Path(self.given.source), self.given.work / "healed" / "source")
+
+    def _healed(self, start: Path, place: Path) -> Row:
+        given = self.given
+        place.mkdir(parents=True, exist_ok=True)
+        # Of all that arms are given, only this has another meaning here: tokens of calibration text.
+        healing = argparse.Namespace(**{**vars(given), "tokens": given.heal_tokens})
+
+        def stages(rate: float, seed: int, tokens: int) -> tuple[HealStage]:
+            size = {"batch_tokens": given.batch_tokens, "context": given.context}
+            return (HealStage(tokens=tokens, learning_rate=rate, seed=seed, **size),)
+
+        chosen = HealedArm(start, place, stages, healing).choose()
+        return {
+            "rate": chosen.rate,
+            "nats": {seed: math.log(run.found.perplexity) for seed, run in chosen.runs.items()},
+        }
+
+    def _row(self, found: Evaluation, blueprint: Blueprint, scheme: str | None, flops: float) -> Row:
+        source = identity_blueprint(blueprint.arch)
+        sizes = [count_bytes(each, by) for each, by in ((blueprint, scheme), (source, None))]
+        return {
+            "share": stored_share(blueprint, source),
+            "bytes": sizes[0] / sizes[1],
             "nats": math.log(found.perplexity),
             "bits_per_byte": found.bits_per_byte,
-            "flops": cost.target.flops_per_token / cost.source.flops_per_token,
+            "flops": flops,
         }
-        path.write_text(json.dumps(row) + "\n")
-        print(f"{name} at {share:g}: {row}, {time.perf_counter() - started:.0f} s", flush=True)
-    return json.loads(path.read_text())
+
+    @property
+    def _first(self) -> str:
+        return moments_folder(self.given, self.given.train, self.given.tokens).name
+
+
+def count_bytes(blueprint: Blueprint, scheme: str | None) -> int:
+    """Weight bytes of a blueprint, two for each number that is not quantised."""
+    if scheme is None:
+        return NUMBER_BYTES * count_parameters(blueprint).total
+    return quantised_bytes(blueprint, NUMBER_BYTES, SCHEMES[scheme])
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def _keep(path: Path, row: Row) -> None:
+    path.write_text(json.dumps(row) + "\n")
+    print(f"{path.stem}: {row}", flush=True)
 
 
 def main() -> int:
     given = arguments()
     given.work.mkdir(parents=True, exist_ok=True)
-    model = read_source_model(given.source)
-    page = Page("Starts and their rivals, before healing", seed=0)
-    reference = given.work / "source.json"
-    if not reference.exists():
-        evaluate(given.source, given.held_out, context=given.context, max_tokens=given.eval_tokens).write(reference)
-    source = read_evaluation(reference)
-    started, rows = time.perf_counter(), {}
+    study = Study(read_source_model(given.source), given)
+    found = Found(given, study.source(), {scheme: study.source(scheme) for scheme in SCHEMES})
     folder = moments(given, given.train, given.tokens)
     for share in given.shares:
         for name, arm in ARMS.items():
-            recipe = arm.recipe(share, model)
-            if recipe is not None and time.perf_counter() - started < 60 * given.minutes:
-                rows[name, share] = run_one(name, share, recipe, model, folder, given)
-    other: dict[tuple[str, str], dict[str, Any] | None] = {}
+            recipe = arm.recipe(share, study.model)
+            if recipe is not None and study.has_time:
+                for scheme, row in study.run(name, share, recipe, folder).items():
+                    found.rows[name, share, scheme] = row
     wanted = [(given.train, tokens) for tokens in given.more_tokens]
     wanted += [(given.other, given.tokens)] if given.other else []
     for text, tokens in wanted:
         for name in CALIBRATED:
-            recipe = ARMS[name].recipe(given.shares[0], model)
-            if recipe is not None and time.perf_counter() - started < 60 * given.minutes:
-                where = moments(given, text, tokens)
-                row = run_one(name, given.shares[0], recipe, model, where, given)
-                other[name, f"{tokens:,} tokens of {text.stem}"] = row
-    render(page, source, {key: row for key, row in rows.items() if row}, other, given)
+            recipe = ARMS[name].recipe(given.shares[0], study.model)
+            if recipe is not None and study.has_time:
+                row = study.run(name, given.shares[0], recipe, moments(given, text, tokens)).get(None)
+                if row is not None:
+                    found.calibrated[name, f"{tokens:,} tokens of {text.stem}"] = row
+    if given.heal_tokens:
+        found.healed_source = study.heal_source()
+        for share in given.heal_shares:
+            for name in given.heal_arms:
+                recipe = ARMS[name].recipe(share, study.model)
+                if recipe is not None and study.has_time:
+                    row = study.heal(name, share, recipe, folder)
+                    if row is not None:
+                        found.healed[name, share] = row
+    page = Page("Starts and their rivals", seed=0)
+    render(page, found, list(ARMS), [name for name, arm in ARMS.items() if arm.is_ours])
+    if given.write is not None:
+        draw(found, list(ARMS)).savefig(given.write.with_suffix(".png"), dpi=150)
     return page.finish(given.write)
-
-
-def render(page: Page, reference: Evaluation, rows: dict, other: dict, given: argparse.Namespace) -> None:
-    """Writes the sections and targets of the page."""
-    source = math.log(reference.perplexity)
-    shares = sorted({share for _, share in rows})
-
-    def cell(name: str, share: float) -> str:
-        row = rows.get((name, share))
-        if row is None:
-            return "-"
-        off = "" if abs(row["share"] - share) < 0.01 else f" ({row['share']:.0%})"
-        return f"+{row['nats'] - source:.3f}{off}"
-
-    page.section(
-        "Loss over the source, in nats per token",
-        f"The source, `{Path(given.source).name}`, has {source:.4f} on {given.eval_tokens:,} held-out tokens (context "
-        f"{given.context}). Columns: share of its linear weights that is stored, LoRAs included; in brackets where it "
-        f"is another. Moments come from {given.tokens:,} tokens of `{given.train.name}`.\n\n"
-        + table(
-            ["start", *(f"{share:.0%}" for share in shares)],
-            [[name, *(cell(name, share) for share in shares)] for name in ARMS],
-        ),
-    )
-    page.section(
-        "The same arms at one size",
-        table(
-            ["start", "stored", "bits per byte over the source", "FLOPs"],
-            [
-                [
-                    name,
-                    f"{row['share']:.1%}",
-                    f"+{row['bits_per_byte'] - reference.bits_per_byte:.4f}",
-                    f"{row['flops']:.2f}x",
-                ]
-                for (name, share), row in rows.items()
-                if share == given.shares[0]
-            ],
-        ),
-    )
-    if other:
-        lines = [[name, text, f"+{row['nats'] - source:.3f}"] for (name, text), row in other.items() if row]
-        page.section(f"Other calibration text, at {given.shares[0]:.0%}", table(["start", "text", "nats"], lines))
-    ours = [name for name, arm in ARMS.items() if arm.is_ours]
-    for share, most in ((0.67, 0.08), (0.6, 0.15)):
-        found = {name: rows[name, share]["nats"] - source for name in ours if (name, share) in rows}
-        if found:
-            best = min(found, key=lambda name: found[name])
-            page.target(f"at {share:.0%} at most +{most} nats", f"+{found[best]:.3f} ({best})", found[best] <= most)
-    rival = "low rank, weight: activations (SVD-LLM)"
-    for share in shares:
-        found = {name: rows[name, share]["nats"] - source for name in ours if (name, share) in rows}
-        if share >= 0.5 and found and (rival, share) in rows:
-            best, theirs = min(found.values()), rows[rival, share]["nats"] - source
-            page.target(f"at {share:.0%} below whitened low rank", f"+{best:.3f} against +{theirs:.3f}", best < theirs)
 
 
 if __name__ == "__main__":

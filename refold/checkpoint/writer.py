@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +12,9 @@ from types import TracebackType
 
 import torch
 
-from refold.checkpoint.dtypes import dtype_name
 from refold.checkpoint.hashing import RunningHash
 from refold.checkpoint.headers import INDEX_NAME, SINGLE_NAME
+from refold.checkpoint.tensor_file import lay_out, tensor_bytes, write_all
 from refold.errors import FolderError
 
 GIB = 1 << 30
@@ -183,21 +182,8 @@ class _Shard:
         self.path = path
         self.fd = -1
         self.written: set[str] = set()
-        entries: dict[str, object] = dict(header)
-        offsets: dict[str, tuple[int, int]] = {}
-        position = 0
-        # Wider dtypes first, as safetensors does: each tensor then starts at a multiple of its item size.
-        for name, (shape, dtype) in sorted(specs.items(), key=lambda item: -item[1][1].itemsize):
-            end = position + math.prod(shape) * dtype.itemsize
-            offsets[name] = (position, end)
-            entries[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [position, end]}
-            position = end
-        raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        raw += b" " * (-len(raw) % 8)
-        self._head = struct.pack("<Q", len(raw)) + raw
-        base = len(self._head)
-        self.num_bytes = base + position
-        self.places = {name: (base + start, base + end) for name, (start, end) in offsets.items()}
+        self._head, self.places = lay_out(specs, header)
+        self.num_bytes = max((end for _, end in self.places.values()), default=len(self._head))
         self._order = list(self.places)
         self._num_final = 0
         self._pool = pool
@@ -211,13 +197,11 @@ class _Shard:
         else:
             os.ftruncate(self.fd, self.num_bytes)
         self._hash = RunningHash(self.fd, self._pool)
-        _write_all(self.fd, memoryview(self._head), 0)
+        write_all(self.fd, memoryview(self._head), 0)
         self._advance()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        if flat.numel():
-            _write_all(self.fd, flat.view(torch.uint8).numpy().data, self.places[name][0])
+        write_all(self.fd, tensor_bytes(tensor), self.places[name][0])
         self.written.add(name)
         self._advance()
 
@@ -266,14 +250,6 @@ def _plan_shards(specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]], max_s
 
 def _shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def _write_all(fd: int, data: memoryview, position: int) -> None:
-    while data:
-        # Linux writes at most 2 GiB at once, a full disk any smaller part.
-        count = os.pwrite(fd, data, position)
-        data = data[count:]
-        position += count
 
 
 def _listed(names: Sequence[str]) -> str:

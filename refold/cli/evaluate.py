@@ -21,6 +21,9 @@ def command(
     batch_size: Annotated[int | None, typer.Option(help="Windows at a time. Left out: what 4,096 tokens hold.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    quantise: Annotated[
+        str | None, typer.Option(help="int8 or int4: round the weights of linears, and count their bytes so.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the result to this file as JSON.")] = None,
     json: options.Json = False,
 ) -> None:
@@ -39,6 +42,7 @@ def command(
             batch_size=batch_size,
             device=device,
             dtype=dtype,
+            quantise=quantise,
             progress=report,
         )
     if out is not None:

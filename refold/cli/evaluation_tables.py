@@ -1,12 +1,17 @@
 """An evaluation as a table."""
 
-from refold.cli.show import print_table
-from refold.evaluation.result import Evaluation
+from refold.cli.show import format_bytes, print_table
+from refold.evaluation.result import Evaluation, ModelFacts
 
 
 def with_error(value: float, error: float | None, sign: str = "") -> str:
     """`1.234 ± 0.005`."""
     return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def weights(model: ModelFacts) -> str:
+    """`5.5 MB`, with the scheme where linears are quantised."""
+    return format_bytes(model.weight_bytes) + ("" if model.quantised is None else f", linears in {model.quantised}")
 
 
 def print_evaluation(found: Evaluation) -> None:
@@ -16,6 +21,7 @@ def print_evaluation(found: Evaluation) -> None:
         ("bits per byte", with_error(found.bits_per_byte, found.bits_per_byte_error)),
         ("perplexity", f"{found.perplexity:.3f}"),
         ("accuracy", f"{found.accuracy:.2%}"),
+        ("weights", weights(found.model)),
     ]
     if other is None:
         print_table(("", found.model.name), rows)
@@ -24,6 +30,7 @@ def print_evaluation(found: Evaluation) -> None:
             with_error(other.bits_per_byte, other.bits_per_byte_error),
             f"{other.perplexity:.3f}",
             f"{other.accuracy:.2%}",
+            weights(other.model),
         )
         print_table(
             ("", found.model.name, other.model.name), [(*row, value) for row, value in zip(rows, others, strict=True)]

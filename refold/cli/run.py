@@ -23,7 +23,7 @@ def command(
     ] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(help="pruned, lowrank, trained-source, scratch or none; repeatable. Each costs as much again."),
+        typer.Option(help="pruned, lowrank, quantised, trained-source, scratch or none; repeatable."),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate, over the recipe's.")] = None,
     eval_tokens: Annotated[str, typer.Option(help="Held-out tokens to read.")] = "200k",
@@ -34,7 +34,7 @@ def command(
     allow_larger: options.AllowLarger = False,
     json: options.Json = False,
 ) -> None:
-    """Plan, convert, heal and evaluate, beside a depth-pruned model of the same size treated alike."""
+    """Plan, convert, heal and evaluate, beside a depth-pruned model of the same size and the source quantised."""
     from refold.studies.baselines import read_baselines
     from refold.studies.run import RunSettings, run
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from refold.blueprint.quantisation import find_scheme
 from refold.checkpoint.provenance import Stage
 from refold.data.readers import DataSource, open_data
 from refold.data.text_bytes import scored_bytes
@@ -17,6 +18,7 @@ from refold.data.tokens import tokenise
 from refold.errors import DataError, RefoldError
 from refold.evaluation.data_files import describe_data
 from refold.evaluation.document_sums import DocumentCounts, ratio_error
+from refold.evaluation.quantised import quantise_subject
 from refold.evaluation.result import Comparison, Evaluation, ExitScores, Machine, Seconds
 from refold.evaluation.stopwatch import Stopwatch
 from refold.evaluation.subject import ModelLike, Subject, check_comparable, open_subject, require_tokenizer
@@ -40,6 +42,7 @@ def evaluate(
     batch_size: int | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    quantise: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measures how well a model, folded or not, predicts a text.
@@ -59,17 +62,28 @@ def evaluate(
         batch_size: Windows in a batch; None: as many as 4,096 tokens hold.
         dtype: Of the weights of models that are loaded here; None: as stored, or float32 where that is slow.
         device: Where they are loaded to; None: the best there is, or where a loaded `model` lies.
+        quantise: `int8` or `int4`: round the weights of the model's linears to that (the other model's are not), see
+            `refold.blueprint.quantisation`; only of a model that is loaded here.
         progress: Told how far it is.
 
     Raises:
         DataError: The data are missing, broken or empty; the context or stride does not fit.
         SourceError: A model or tokenizer is missing or broken, or the vocabularies differ.
-        RefoldError: The device or dtype cannot be had, or the model's numbers are not finite.
+        RefoldError: The device or dtype cannot be had, `quantise` is no scheme or given for a loaded model, or the
+            model's numbers are not finite.
     """
+    if quantise is not None:
+        find_scheme(quantise)  # Before a large model is loaded.
+        if isinstance(model, PreTrainedModel):
+            raise RefoldError(
+                "quantise: a model's folder is required (got a loaded model, whose weights would be changed); save it"
+            )
     watch = Stopwatch()
     source = data if isinstance(data, DataSource) else open_data(data)
     with watch.measure("load"):
         subject = open_subject(model, tokenizer, dtype=dtype, device=device)
+        if quantise is not None:
+            subject = quantise_subject(subject, quantise)
         other = None
         if against is not None:
             loaded = isinstance(against, PreTrainedModel)

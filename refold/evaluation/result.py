@@ -29,6 +29,8 @@ class ModelFacts(_Record):
     """Of the stored weights."""
     computed_in: str = ""
     """What it was computed in: another dtype than the weights' where that is slow on the machine."""
+    quantised: str | None = None
+    """Scheme to which the weights of linears were rounded; `weight_bytes` are then those of integers and scales."""
     source: dict[str, Any] = {}
     """`path` or `id`, `revision` and `fingerprint`; empty for a model in memory."""
 

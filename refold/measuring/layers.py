@@ -111,7 +111,8 @@ class SourceLayer:
             watch: Told the inputs of every linear.
             watch_gradient: Told the gradients with respect to every linear's outputs.
         """
-        hooks = [*self._watch(watch), *self._watch_gradients(watch_gradient)]
+        hooks = self._watch(watch)
+        hooks += self._watch_gradients(watch_gradient, hooks)
         found, first = [], 0
         try:
             for states, contexts in self._pieces(hidden_states, positions):
@@ -167,10 +168,14 @@ class SourceLayer:
         pools: tuple[tuple[Pool, nn.ModuleList], ...] = (("mixer", self._model.mixers), ("mlp", self._model.mlps))
         return [part.register_forward_hook(tell(pool)) for pool, parts in pools for part in parts]
 
-    def _watch_gradients(self, watch: Watch) -> list[torch.utils.hooks.RemovableHandle]:
+    def _watch_gradients(
+        self, watch: Watch, hooks: list[torch.utils.hooks.RemovableHandle]
+    ) -> list[torch.utils.hooks.RemovableHandle]:
+        """Adds the hooks on outputs to `hooks` as they come: one that stays would hold layer and watcher."""
+
         def tell(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                output.register_hook(lambda gradient: watch(self.index, name, gradient))
+                hooks.append(output.register_hook(lambda gradient: watch(self.index, name, gradient)))
 
             return hook
 

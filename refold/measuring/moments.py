@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from refold.checkpoint.atomic_file import write_json
+from refold.checkpoint.tensor_file import write_tensors
 from refold.data.packing import PackedSequence
 from refold.errors import SourceError
 from refold.measuring.layers import SourceLayers
@@ -47,7 +48,7 @@ class MomentStore:
         """
         tensors = {f"inputs.{name}": value.float() for name, value in inputs.items()}
         tensors |= {f"outputs.{name}": value.float() for name, value in (outputs or {}).items()}
-        save_file(tensors, self._path(layer), metadata={"shared": json.dumps(shared)})
+        write_tensors(self._path(layer), tensors, {"shared": json.dumps(shared)})
 
     def read(self, layer: int, linear: str) -> Moments:
         """Returns the moments of one linear, float32 on the CPU."""
@@ -127,8 +128,11 @@ class MomentSums:
 
 def _add(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
     flat = rows.detach().flatten(0, -2).float()
-    product = flat.T @ flat
-    sums[name] = sums[name].add_(product) if name in sums else product
+    if name in sums:
+        # In place: the product of a wide MLP's inputs is half a gigabyte.
+        sums[name].addmm_(flat.T, flat)
+    else:
+        sums[name] = flat.T @ flat
 
 
 def measure_moments(
@@ -166,6 +170,7 @@ def measure_moments(
         hidden = layer.run(hidden, sequences.position_ids, None if with_gradients else sums.see_input)
         if not with_gradients:
             sums.store(store, index, tokens)
+        del layer, sums
         progress(done := done + 1)
     if not with_gradients:
         return
@@ -177,6 +182,7 @@ def measure_moments(
         gradient = layer.run_back(hidden, sequences.position_ids, gradient, sums.see_input, sums.see_gradient)
         _stream(scratch, index).unlink()
         sums.store(store, index, tokens)
+        del layer, sums  # Before the next layer is loaded: of a 7B model the two hold three gigabytes.
         progress(done := done + 1)
 
 

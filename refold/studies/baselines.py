@@ -9,6 +9,7 @@ from refold.blueprint.build import identity_blueprint
 from refold.blueprint.dropping import BlockDrop, Drop
 from refold.blueprint.factors import stored_share
 from refold.blueprint.heal_stage import HealStage
+from refold.blueprint.quantisation import SCHEMES, quantised_bytes
 from refold.blueprint.recipe import Factor, Recipe
 from refold.checkpoint.locate import Source
 from refold.conversion.plan import Plan, plan_model
@@ -39,18 +40,20 @@ class BaselineJob:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A rival of the folded model, healed and evaluated like it.
+    """A rival of the folded model, evaluated like it and, unless it is quantised, healed like it.
 
     Attributes:
         description: For the report line.
         start: Returns the folder or hub id that healing starts from; raises RecipeError where there is no such rival of
             this model.
         needs_healing: Whether it says nothing unhealed: a run without healing leaves it out.
+        scheme: Names the scheme to which its linears are quantised for the evaluation; None: they are not.
     """
 
     description: str
     start: Callable[[BaselineJob], str | Path]
     needs_healing: bool
+    scheme: Callable[[Plan], str] | None = None
 
 
 def pruned_recipe(plan: Plan) -> Recipe:
@@ -75,6 +78,15 @@ def scratch_recipe(plan: Plan) -> Recipe:
     return recipe.model_copy(update={"weights": "fresh", "fold": fold, "relax": relax})
 
 
+def fitting_scheme(plan: Plan) -> str:
+    """The most precise scheme that makes a plan's source no larger than its target; if none does, the smallest."""
+    source, costs = identity_blueprint(plan.blueprint.arch), plan.cost
+    dtype_bytes = costs.source.weight_bytes // costs.source.parameters
+    sizes = {name: quantised_bytes(source, dtype_bytes, scheme) for name, scheme in SCHEMES.items()}
+    fitting = (name for name, size in sizes.items() if size <= costs.target.weight_bytes)
+    return next(fitting, min(sizes, key=lambda name: sizes[name]))
+
+
 def whole_model_stages(stages: Sequence[HealStage]) -> tuple[HealStage, ...]:
     """Returns stages of the same tokens, batches and schedules in which everything trains, as it does in a rival.
 
@@ -94,10 +106,11 @@ def _for_all(stage: HealStage) -> HealStage:
 
 
 def default_baselines(plan: Plan) -> tuple[str, ...]:
-    """Returns the rival nobody named: depth pruning, or for a target as large as its source the same from scratch."""
+    """Returns the rivals nobody named: depth pruning and quantisation, or for a target as large as its source the same
+    from scratch."""
     costs = plan.cost
     is_smaller = costs.target.non_embedding_parameters < costs.source.non_embedding_parameters
-    return ("pruned",) if is_smaller else ("scratch",)
+    return ("pruned", "quantised") if is_smaller else ("scratch",)
 
 
 def _start_pruned(job: BaselineJob) -> Path:
@@ -127,6 +140,7 @@ def _start_scratch(job: BaselineJob) -> Path:
 BASELINES = {
     "pruned": Baseline("pruned to the same size", _start_pruned, needs_healing=False),
     "lowrank": Baseline("low rank at the same size", _start_lowrank, needs_healing=False),
+    "quantised": Baseline("source", _start_source, needs_healing=False, scheme=fitting_scheme),
     "trained-source": Baseline("source trained alike", _start_source, needs_healing=True),
     "scratch": Baseline("the same from scratch", _start_scratch, needs_healing=True),
 }

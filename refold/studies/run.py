@@ -31,7 +31,7 @@ from refold.studies.baselines import (
     require_baseline,
     whole_model_stages,
 )
-from refold.studies.report_line import report_line
+from refold.studies.report_line import describe_size, report_line
 
 RUN_NAME = "run.json"
 SUMMARY_NAME = "summary.json"
@@ -47,8 +47,8 @@ class RunSettings:
 
     Attributes:
         tokens: Healing tokens, over the recipe's own; 0: no healing; None: the recipe's.
-        baselines: Which of `BASELINES` are converted, healed and measured alike; None: depth pruning, or for a target
-            as large as its source the same from scratch.
+        baselines: Which of `BASELINES` are made and measured alike; None: depth pruning and the source quantised, or
+            for a target as large as its source the same from scratch.
         eval_tokens: How much held-out text is read.
         learning_rate: Over the recipe's own.
         seed: Of the order of the data, over the recipe's own.
@@ -134,7 +134,7 @@ class _Way:
             heal(start, target, self.train, self.stages, device=self.settings.device, options=options)
         return target
 
-    def evaluate(self, model: str | Path, name: str) -> Evaluation:
+    def evaluate(self, model: str | Path, name: str, quantise: str | None = None) -> Evaluation:
         path = self.folder / f"{name}.json"
         if not path.exists():
             self.say(f"{self.folder.name}: evaluating ({name})")
@@ -144,6 +144,7 @@ class _Way:
                 against=self.source.where,
                 max_tokens=self.settings.eval_tokens,
                 device=self.settings.device,
+                quantise=quantise,
             ).write(path)
         return read_evaluation(path)
 
@@ -221,6 +222,8 @@ def _baseline(way: _Way, model: SourceModel, plan: Plan) -> Evaluation | None:
     except RecipeError as error:
         way.say(f"{name}: no baseline ({error})")
         return None
+    if baseline.scheme is not None:
+        return way.evaluate(start, "unhealed", baseline.scheme(plan))
     return way.evaluate(way.heal(start), "healed" if way.stages else "unhealed")
 
 
@@ -271,13 +274,20 @@ def _summarise(
 ) -> RunResult:
     assert healed.against is not None
     lost = {
-        BASELINES[arm].description: found.against.difference
-        for arm, found in rivals.items()
-        if found.against is not None
+        _describe(arm, found): found.against.difference for arm, found in rivals.items() if found.against is not None
     }
     context = min(CONTEXT, plan.blueprint.arch.max_position_embeddings)
     line = report_line(name, plan, healed.against.difference, healed.against.difference_error, lost, context)
     return RunResult(plan, model, unhealed, healed, rivals, line)
+
+
+def _describe(arm: str, found: Evaluation) -> str:
+    """What a baseline is; of a quantised one also its real size, which no recipe gives it."""
+    description = BASELINES[arm].description
+    if found.model.quantised is None or found.against is None:
+        return description
+    size = describe_size(found.model.weight_bytes / found.against.model.weight_bytes)
+    return f"{description} in {found.model.quantised}, {size}"
 
 
 def _write_summary(root: Path, result: RunResult, settings: RunSettings) -> None:

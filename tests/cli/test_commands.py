@@ -32,7 +32,7 @@ FLAGS = {
     },
     "evaluate": {
         "--data", "-d", "--against", "--context", "--stride", "--max-tokens", "--batch-size", "--device", "--dtype",
-        "--out", "--json",
+        "--quantise", "--out", "--json",
     },
     "run": {
         "--data", "-d", "--recipe", "-r", "--set", "--tokens", "-t", "--held-out", "--baseline", "--learning-rate",
@@ -86,6 +86,7 @@ def test_flags_are_these() -> None:
         (["inspect", "SOURCE"], "a folded model is required"),
         (["evaluate", "SOURCE", "--data", "/nowhere"], "required"),
         (["evaluate", "SOURCE", "--data", "LATIN"], "UTF-8"),
+        (["evaluate", "SOURCE", "--data", "LATIN", "--quantise", "int3"], "must be one of int8, int4 (got 'int3')"),
         (["heal", "SOURCE", "OUT", "--data", "LATIN", "--tokens", "many"], "many"),
         (["generate", "SOURCE", "-p", "x", "--chat"], "chat template"),
         (["generate", "SOURCE"], "give --prompt, or --state to go on"),
@@ -159,6 +160,10 @@ def test_the_whole_way_by_hand(
     assert run("evaluate", healed, "-d", text, "--against", shipped, *windows, monkeypatch=monkeypatch) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["against"]["agreement"] > 0
+    assert run("evaluate", healed, "-d", text, "--quantise", "int4", *windows, monkeypatch=monkeypatch) == 0
+    quantised = json.loads(capsys.readouterr().out)["model"]
+    assert quantised["quantised"] == "int4"
+    assert quantised["weight_bytes"] < 0.6 * found["model"]["weight_bytes"]
     assert run("evaluate", dense, "-d", text, *windows, monkeypatch=monkeypatch) == 0
     assert json.loads(capsys.readouterr().out)["bits_per_byte"] == pytest.approx(found["bits_per_byte"], rel=0.01)
     assert run("generate", healed, "-p", "def f", "--max-new-tokens", "4", monkeypatch=monkeypatch) == 0

@@ -1,5 +1,5 @@
 from refold.cli.evaluation_tables import print_evaluation
-from refold.evaluation.result import ExitScores
+from refold.evaluation.result import ExitScores, ModelFacts
 
 
 def test_each_exit_has_a_row(make_evaluation, capsys):
@@ -15,3 +15,12 @@ def test_each_exit_has_a_row(make_evaluation, capsys):
 def test_a_model_without_exits_has_no_table_of_them(make_evaluation, capsys):
     print_evaluation(make_evaluation())
     assert "left after" not in capsys.readouterr().out
+
+
+def test_weights_are_told_with_their_scheme(make_evaluation, capsys):
+    facts = {"model_type": "llama", "parameters": 10, "dtype": "float32"}
+    model = ModelFacts(name="m", weight_bytes=1_250_000, quantised="int4", **facts)
+    print_evaluation(make_evaluation(model=model))
+    assert "1.2 MB, linears in int4" in capsys.readouterr().out
+    print_evaluation(make_evaluation(model=model.model_copy(update={"quantised": None})))
+    assert "linears in" not in capsys.readouterr().out

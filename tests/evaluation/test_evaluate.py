@@ -9,13 +9,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from refold.blueprint.build import identity_blueprint
+from refold.blueprint.quantisation import SCHEMES, quantised_bytes
 from refold.conversion.convert import convert
 from refold.data.readers import from_documents
 from refold.errors import DataError, RefoldError, SourceError
 from refold.evaluation.evaluate import DEFAULT_CONTEXT, evaluate
 from refold.evaluation.result import Evaluation
+from refold.measuring.source_model import read_source_model
 from refold.modeling import load
 from refold.modeling.load import load_model, load_tokenizer
+from refold.modeling.quantise import quantise_linears
 
 LORA = {"type": "lora", "rank": 5}
 
@@ -328,6 +332,45 @@ def test_a_loaded_model_is_not_moved(source, sentences, option):
     model = load_model(source, device="cpu")
     with pytest.raises(RefoldError, match=r"only a model loaded from a folder can be given one \(got .* for a loaded"):
         evaluate(model, from_documents(sentences), tokenizer=load_tokenizer(source), **option)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantised_linears_are_scored_and_their_bytes_counted(source, folded, sentences, scheme: str):
+    data = from_documents(sentences)
+    for folder in (source, folded):
+        whole = evaluate(folder, data, device="cpu")
+        found = evaluate(folder, data, quantise=scheme, against=folder, device="cpu")
+        model: Any = load_model(folder, device="cpu")
+        quantise_linears(model, SCHEMES[scheme])
+        by_hand = evaluate(model, data, tokenizer=load_tokenizer(folder))
+        assert found.bits_per_byte == by_hand.bits_per_byte != whole.bits_per_byte
+        assert (found.model.quantised, whole.model.quantised) == (scheme, None)
+        arch = read_source_model(source).arch
+        blueprint = identity_blueprint(arch) if folder == source else model.config.read_blueprint()
+        assert found.model.weight_bytes == quantised_bytes(blueprint, 4, SCHEMES[scheme]) < whole.model.weight_bytes
+        assert found.model.parameters == whole.model.parameters
+        # The model compared with is not quantised.
+        assert found.against is not None
+        assert found.against.model == whole.model
+        assert found.against.bits_per_byte == whole.bits_per_byte
+        assert 0 < found.against.kl < (0.1 if scheme == "int8" else 10)
+
+
+def test_int8_is_nearer_than_int4(source, sentences):
+    data = from_documents(sentences)
+    found = [evaluate(source, data, quantise=scheme, against=source, device="cpu").against for scheme in SCHEMES]
+    assert found[0].kl < 0.2 * found[1].kl  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def test_what_cannot_be_quantised_is_refused(source, sentences):
+    data = from_documents(sentences)
+    with pytest.raises(RefoldError, match=r"quantise: must be one of int8, int4 \(got 'int2'\)"):
+        evaluate(source, data, quantise="int2", device="cpu")
+    model = load_model(source, device="cpu")
+    with pytest.raises(
+        RefoldError, match=r"quantise: a model's folder is required \(got a loaded model, whose weights"
+    ):
+        evaluate(model, data, tokenizer=load_tokenizer(source), quantise="int8")
 
 
 def test_models_on_two_devices_are_refused(source, sentences):

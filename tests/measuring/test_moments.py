@@ -1,5 +1,7 @@
 """Moments read layer by layer, against a plain forward and backward of transformers."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from refold.checkpoint.reader import CheckpointReader
 from refold.data.packing import PackedSequence
 from refold.measuring import moments
 from refold.measuring.layers import SourceLayers
-from refold.measuring.moments import MomentStore, measure_moments
+from refold.measuring.moments import MomentStore, MomentSums, measure_moments
 from refold.measuring.pieces import PieceReader
 from refold.measuring.source_model import SourceModel, read_source_model
 
@@ -159,3 +161,21 @@ def test_progress_counts_each_layer_forwards_and_backwards(make_source, tmp_path
                 progress=seen.append,
             )
     assert seen == [1, 2, 3, 4, *range(1, 9)]
+
+
+def test_a_layer_that_was_run_back_goes_at_once(make_source) -> None:
+    source = make_source("llama")
+    model = read_source_model(source)
+    with CheckpointReader(source) as reader:
+        layers = SourceLayers(model, PieceReader(model, reader), rows_at_once=2)
+        packed = sequences(model.arch.vocab_size)
+        hidden = layers.embed(packed.input_ids)
+        layer, sums = layers.load(0), MomentSums()
+        gone = [weakref.ref(each) for each in (layer, sums)]
+        gc.disable()
+        try:
+            layer.run_back(hidden, packed.position_ids, hidden, sums.see_input, sums.see_gradient)
+            del layer, sums
+            assert [each() for each in gone] == [None, None]
+        finally:
+            gc.enable()

@@ -23,6 +23,7 @@ from refold.studies.baselines import (
     BASELINES,
     BaselineJob,
     default_baselines,
+    fitting_scheme,
     read_baselines,
     scratch_recipe,
     whole_model_stages,
@@ -44,13 +45,16 @@ def test_baselines_are_named() -> None:
     assert read_baselines(None) is None
     assert read_baselines(["none"]) == ()
     assert read_baselines(["scratch", "trained-source", "pruned"]) == ("pruned", "trained-source", "scratch")
-    with pytest.raises(RecipeError, match=r"one of pruned, lowrank, trained-source, scratch, none .got 'best'."):
+    with pytest.raises(
+        RecipeError, match=r"one of pruned, lowrank, quantised, trained-source, scratch, none .got 'best'."
+    ):
         read_baselines(["best"])
 
 
 def test_settings_take_no_unknown_baseline() -> None:
     with pytest.raises(
-        RecipeError, match=r"one of pruned, lowrank, trained-source, scratch .got 'prune'.; did you mean 'pruned'"
+        RecipeError,
+        match=r"one of pruned, lowrank, quantised, trained-source, scratch .got 'prune'.; did you mean 'pruned'",
     ):
         RunSettings(baselines=("prune",))
 
@@ -86,12 +90,21 @@ def test_an_unhealed_run_leaves_out_what_says_nothing_then(tmp_path: Path) -> No
     data, held_out = from_documents(TEXTS), from_documents(TEXTS[:40])
     recipe = {"fold": {"loops": 2}, "calibration": {"tokens": 512, "context": 64}}
     found = run(shipped_model(), tmp_path / "run", recipe, data, held_out=held_out, settings=settings)
-    assert set(found.baselines) == {"pruned", "lowrank"}
+    assert set(found.baselines) == {"pruned", "lowrank", "quantised"}
     lowrank = read_plan(tmp_path / "run" / "lowrank" / "converted" / PLAN_NAME)
     assert lowrank.starts.weight == "activations"
     source = identity_blueprint(lowrank.blueprint.arch)
     assert 0.49 < stored_share(lowrank.blueprint, source) <= stored_share(found.plan.blueprint, source) == 0.5
     assert "low rank at the same size: " in found.line
+    assert not (tmp_path / "run" / "quantised" / "converted").exists()
+    quantised = found.baselines["quantised"]
+    assert found.healed.against is not None
+    assert (quantised.model.quantised, quantised.model.name) == ("int4", found.healed.against.model.name)
+    assert quantised.model.weight_bytes <= found.plan.cost.target.weight_bytes
+    assert (
+        f"source in int4, {1 - quantised.model.weight_bytes / found.plan.cost.source.weight_bytes:.0%} smaller: +"
+        in (found.line)
+    )
 
 
 def test_a_run_heals_and_reports_scratch_alike(tmp_path: Path) -> None:
@@ -125,4 +138,23 @@ def test_the_rival_of_a_target_as_large_as_its_source_is_the_same_from_scratch(m
     model = read_source_model(make_source("llama"))
     smaller = plan_model(model, load_recipe({"fold": {"loops": 2}}))
     larger = plan_model(model, load_recipe({"mixers": [{"type": "retention"}]}), allow_larger=True)
-    assert (default_baselines(smaller), default_baselines(larger)) == (("pruned",), ("scratch",))
+    assert (default_baselines(smaller), default_baselines(larger)) == (("pruned", "quantised"), ("scratch",))
+
+
+@pytest.mark.parametrize(("drop", "scheme"), [(1, "int8"), (2, "int4"), (3, "int4")])
+def test_the_most_precise_scheme_that_is_no_larger_is_taken(make_source: Any, drop: int, scheme: str) -> None:
+    # Of four layers in bfloat16; int8 halves them, and its scales make that a little more than half.
+    source = make_source("llama", dtype="bfloat16")
+    plan = plan_model(read_source_model(source), load_recipe({"drop": {"block": {"count": drop}}}))
+    assert fitting_scheme(plan) == scheme
+
+
+def test_a_healed_run_does_not_heal_what_is_quantised(tmp_path: Path) -> None:
+    from refold.studies.shipped import shipped_model
+
+    settings = RunSettings(baselines=("quantised",), eval_tokens=400, device="cpu")
+    recipe = load_recipe({**RELAXED, "heal": [STAGE]})
+    found = run(shipped_model(), tmp_path / "run", recipe, from_documents(TEXTS), settings=settings)
+    assert [path.name for path in (tmp_path / "run" / "quantised").iterdir()] == ["unhealed.json"]
+    stated = json.loads((tmp_path / "run" / "summary.json").read_text())["baselines"]["quantised"]["model"]
+    assert (stated["quantised"], stated["weight_bytes"]) == ("int8", found.baselines["quantised"].model.weight_bytes)

@@ -42,7 +42,7 @@ def test_a_run_measures_its_model_beside_a_pruned_one_and_goes_on(source: Path, 
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["line"] == found.line
     assert (tmp_path / "run" / summary["model"] / "config.json").is_file()
-    assert set(summary["baselines"]) == {"pruned"}
+    assert set(summary["baselines"]) == {"pruned", "quantised"}
     assert any("healing" in line for line in said)
     again: list[str] = []
     assert run(source, tmp_path / "run", stage(1024), data, settings=SETTINGS, say=again.append).line == found.line

@@ -1,0 +1,60 @@
+"""Weights of linears rounded to what a weight-only quantisation can hold; they keep their dtype and place."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from refold.blueprint.quantisation import Scheme
+
+
+def quantise_linears(model: PreTrainedModel, scheme: Scheme) -> list[Tensor]:
+    """Rounds the weight of every `nn.Linear` but the head, each stored one once however many depths run it.
+
+    Factors of low rank are linears and rounded; LoRAs, which are added beside a linear, are not.
+
+    Args:
+        model: Changed in place.
+        scheme: What the weights are rounded to.
+
+    Returns:
+        The weights that were rounded.
+    """
+    head = model.get_output_embeddings()
+    outside = {id(module.weight) for module in (head, model.get_input_embeddings()) if module is not None}
+    found = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    weights = [weight for key, weight in found.items() if key not in outside]
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(round_to_nearest(weight, scheme))
+    return weights
+
+
+def round_to_nearest(weight: Float[Tensor, "out in"], scheme: Scheme) -> Float[Tensor, "out in"]:
+    """Returns the numbers that a weight's integers stand for, `scale * (integer - zero_point)`, in float32.
+
+    Integers are those nearest to the weights: nothing is learned from text. Scales are rounded to bfloat16, which has
+    float32's range, before integers are chosen.
+    """
+    rows, columns = weight.shape
+    group = scheme.group or columns
+    padding = -columns % group
+    # Zeros change no group's range: zero lies in every range.
+    padded = nn.functional.pad(weight.float(), (0, padding)).view(rows, -1, group)
+    if scheme.has_zero_point:
+        least, most = 0, 2**scheme.bits - 1
+        low, high = padded.amin(-1, keepdim=True).clamp(max=0), padded.amax(-1, keepdim=True).clamp(min=0)
+        scale = _as_stored((high - low) / most)
+        zero_point = (-low / scale).round().clamp(least, most)
+    else:
+        most = 2 ** (scheme.bits - 1) - 1
+        least = -most
+        scale = _as_stored(padded.abs().amax(-1, keepdim=True) / most)
+        zero_point = torch.zeros_like(scale)
+    integers = ((padded / scale).round() + zero_point).clamp(least, most)
+    return (scale * (integers - zero_point)).view(rows, -1)[:, :columns]
+
+
+def _as_stored(scale: Tensor) -> Tensor:
+    scale = scale.bfloat16().float()
+    return torch.where(scale > 0, scale, 1.0)
