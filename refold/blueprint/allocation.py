@@ -155,6 +155,7 @@ def with_ranks(
     blueprint: Blueprint,
     ranks: Mapping[int, Mapping[str, int]],
     factors: Mapping[tuple[Pool, int], Mapping[str, int | None]],
+    bases: Mapping[tuple[Pool, int], Mapping[str, int]] | None = None,
 ) -> Blueprint:
     """Returns the blueprint with other ranks in place of its own of the same name.
 
@@ -162,6 +163,7 @@ def with_ranks(
         blueprint: The stack.
         ranks: By depth, of LoRAs; 0: none.
         factors: By part, of linears kept as factors; None: the whole matrix is kept.
+        bases: By part, of linears of which a basis is kept.
     """
 
     def depth(index: int, old: Depth) -> Depth:
@@ -170,7 +172,9 @@ def with_ranks(
 
     def part(pool: Pool, index: int, old: Part) -> Part:
         merged = {**old.factors, **factors.get((pool, index), {})}
-        return old.model_copy(update={"factors": {name: rank for name, rank in merged.items() if rank is not None}})
+        kept = {name: rank for name, rank in merged.items() if rank is not None}
+        shared = {**old.bases, **(bases or {}).get((pool, index), {})}
+        return old.model_copy(update={"factors": kept, "bases": shared})
 
     return Blueprint.model_validate(
         blueprint.model_copy(

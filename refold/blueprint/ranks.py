@@ -24,6 +24,8 @@ def require_sensible_ranks(recipe: Recipe) -> None:
         raise RecipeError(
             f"factor.weight: must be relax.weight (got {' and '.join(sorted(weights))}); leave one of them out"
         )
+    if recipe.shares_bases and factor is not None and factor.split == "measured":
+        raise RecipeError("factor.split: even is required where factor.share is basis (got measured); leave it out")
     rank = None if relax is None else relax.rank
     measured = isinstance(rank, RankEnergy) or (isinstance(rank, RankShare) and rank.split == "measured")
     if measured and relax is not None and relax.at == "all":
