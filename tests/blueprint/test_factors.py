@@ -60,7 +60,10 @@ REFUSED = [
         r"factor\.share: tied layers are required .* \(no linear is used twice\); add `fold: {loops: 2}`",
     ),
     ({"factor": BASIS, "fold": {"loops": 1}}, r"factor\.share: tied layers are required"),
-    ({"factor": {**BASIS, "split": "measured"}, "fold": FOLD}, r"factor\.split: even is required .* \(got measured\)"),
+    (
+        {"factor": {**MEASURED, "share": "basis"}, "fold": FOLD, "relax": {"rank": {"split": "measured"}}},
+        r"relax\.rank\.split: even is required where factor\.share is basis \(got measured\); name a rank",
+    ),
     (
         {"factor": BASIS, "fold": {**FOLD, "init": "stepwise"}},
         r"fold\.init: must be average where factor\.share is basis.*\(got stepwise\); leave fold\.init out",

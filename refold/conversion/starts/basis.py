@@ -19,6 +19,7 @@ from torch import Tensor
 
 from refold.conversion.starts.group import Basis, Fitted, LinearGroup
 from refold.conversion.starts.zero import zero_pair
+from refold.measuring.curves import GroupWeightings
 from refold.measuring.svd import SvdMode, Truncated, truncated_svd
 from refold.measuring.weighting import Weighting
 
@@ -75,9 +76,7 @@ def _share(
     assert group.basis_rank is not None
     inputs = {depth: weighting.inputs for depth, weighting in weightings.items()}
     outputs = {depth: weighting.outputs for depth, weighting in weightings.items()}
-    given = [each.double() for each in inputs.values() if each is not None]
-    common = Weighting(torch.stack(given).mean(dim=0)) if given else Weighting()
-    stacked = torch.cat([Weighting(None, outputs[depth]).apply(weight) for depth, weight in weights.items()])
+    stacked, common = (group.weightings or GroupWeightings(inputs, {})).stack(weights)
     if common.is_plain:
         a = truncated_svd(stacked, group.basis_rank, svd, group.seed).v.T
         return Basis(a.contiguous(), {depth: weight @ a.T for depth, weight in weights.items()})
