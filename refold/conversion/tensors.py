@@ -9,7 +9,7 @@ from refold.blueprint.origins import origin, part_of
 from refold.blueprint.tensors import TargetTensor, target_tensors
 from refold.conversion.fresh import fill_of, fresh_tensor, tensor_seed
 from refold.conversion.plan import Plan
-from refold.conversion.starts.group import Basis, LinearGroup, Member
+from refold.conversion.starts.group import FittedBasis, LinearGroup, Member
 from refold.conversion.starts.registry import fit
 from refold.measuring.curves import LinearSources, linear_sources, read_weightings
 from refold.measuring.moments import MomentStore
@@ -119,9 +119,9 @@ class TargetBuilder:
             starts.lora or "svd",
             starts.svd,
         )
-        if isinstance(found.stored, Basis):
-            yield f"{prefix}.a.weight", found.stored.a.cpu()
-            for depth, coefficients in found.stored.coefficients.items():
+        if isinstance(found, FittedBasis):
+            yield f"{prefix}.a.weight", found.a.cpu()
+            for depth, coefficients in found.coefficients.items():
                 yield f"model.depths.{depth}.coefficients.{group.linear}", coefficients.cpu()
         elif found.stored.factors is None:
             yield f"{prefix}.weight", found.stored.weight.cpu()

@@ -8,6 +8,7 @@ from refold.blueprint.allocation import with_ranks
 from refold.blueprint.build import identity_blueprint
 from refold.blueprint.cost import cost
 from refold.blueprint.factors import linear_budget
+from refold.blueprint.schema import Pool
 from refold.checkpoint.locate import locate
 from refold.conversion.convert import carry_out, convert
 from refold.conversion.plan import plan, read_plan, replan
@@ -94,7 +95,7 @@ def test_flops_are_those_of_every_product_that_is_made(load, tokens, name):
     assert cost(blueprint, 4).flops_per_token == counted + head
 
 
-def count_products(model: torch.nn.Module, tokens: torch.Tensor) -> int:
+def count_products(model, tokens: torch.Tensor) -> int:
     """FLOPs per token of `nn.functional.linear` in the stack."""
     found = 0
     plain = torch.nn.functional.linear
@@ -162,6 +163,7 @@ def silence(patch: pytest.MonkeyPatch, model, depth: int) -> None:
 def gradients(model, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     model.zero_grad()
     model(tokens).logits.square().mean().backward()
+    assert weight.grad is not None
     return weight.grad.clone()
 
 
@@ -182,7 +184,10 @@ def test_recomputed_activations_give_the_same_gradients(fold, tokens, name):
 def test_bases_of_any_rank_fit_any_fold(make_source, load_source, tokens, tmp_path):
     source = make_source("llama")
     made, located = plan(source, {"fold": {"loops": 2}, "relax": {"rank": 0, "vectors": "own"}}), locate(source)
-    ranks = {("mixer", 0): {"q_proj": 32, "o_proj": 32}, ("mlp", 1): {"up_proj": 32}}
+    ranks: dict[tuple[Pool, int], dict[str, int]] = {
+        ("mixer", 0): {"q_proj": 32, "o_proj": 32},
+        ("mlp", 1): {"up_proj": 32},
+    }
     blueprint = with_ranks(made.blueprint, {}, {}, ranks)
     carry_out(replan(made, read_source_model(located), blueprint, ""), located, tmp_path / "out")
     model = load_model(tmp_path / "out", device="cpu")

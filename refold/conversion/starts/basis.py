@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refold.conversion.starts.group import Basis, Fitted, LinearGroup
+from refold.conversion.starts.group import Basis, FittedBasis, LinearGroup
 from refold.conversion.starts.zero import zero_pair
 from refold.measuring.curves import GroupWeightings
 from refold.measuring.svd import SvdMode, Truncated, truncated_svd
@@ -35,7 +35,7 @@ Inputs = Mapping[int, Float[Tensor, "in in"]]
 """C_b by depth."""
 
 
-def fit_basis(group: LinearGroup, init: Literal["svd", "zero", "joint"], svd: SvdMode) -> Fitted:
+def fit_basis(group: LinearGroup, init: Literal["svd", "zero", "joint"], svd: SvdMode) -> FittedBasis:
     """Fits basis and coefficients to the weights of all depths, and LoRAs where some are relaxed.
 
     Args:
@@ -50,7 +50,7 @@ def fit_basis(group: LinearGroup, init: Literal["svd", "zero", "joint"], svd: Sv
     if init == "zero":
         like = next(iter(group.members.values())).weight
         pairs = {depth: zero_pair(like, member.rank, group.seed + depth) for depth, member in relaxed.items()}
-        return Fitted(basis, pairs, dict.fromkeys(pairs, 0.0))
+        return FittedBasis(basis.a, basis.coefficients, pairs, dict.fromkeys(pairs, 0.0))
     for turn in range(TURNS if relaxed and init == "joint" else 1):
         if turn:
             left = {
@@ -67,7 +67,7 @@ def fit_basis(group: LinearGroup, init: Literal["svd", "zero", "joint"], svd: Sv
         found = corrections.get(depth)
         zero = zero_pair(member.weight, member.rank, group.seed + depth)
         pairs[depth], kept[depth] = (zero, 1.0) if found is None else (found.factors(), found.kept)
-    return Fitted(basis, pairs, kept)
+    return FittedBasis(basis.a, basis.coefficients, pairs, kept)
 
 
 def _share(

@@ -84,6 +84,21 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """What a start gives.
+
+    Attributes:
+        stored: What is stored.
+        pairs: LoRA pair by depth, for members with a rank.
+        kept: By depth, the share of the residual's energy (source weight minus stored weight) that the pair holds.
+    """
+
+    stored: Stored
+    pairs: Mapping[int, Pair] = field(default_factory=dict)
+    kept: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Basis:
     """What is stored of a linear whose depths share no more than a basis, and what they keep themselves.
 
@@ -101,15 +116,8 @@ class Basis:
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """What a start gives.
+class FittedBasis(Basis):
+    """What a start gives where depths share a basis; attributes besides the basis's as of `Fitted`."""
 
-    Attributes:
-        stored: What is stored.
-        pairs: LoRA pair by depth, for members with a rank.
-        kept: By depth, the share of the residual's energy (source weight minus stored weight) that the pair holds.
-    """
-
-    stored: Stored | Basis
     pairs: Mapping[int, Pair] = field(default_factory=dict)
     kept: Mapping[int, float] = field(default_factory=dict)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from refold.conversion.starts import basis as module
 from refold.conversion.starts.basis import fit_basis
-from refold.conversion.starts.group import Basis, Fitted, LinearGroup, Member
-from refold.conversion.starts.registry import STARTS, fit
+from refold.conversion.starts.group import FittedBasis, LinearGroup, Member
+from refold.conversion.starts.registry import STARTS
 from refold.measuring.curves import GroupWeightings
 
 ROWS, COLUMNS = 14, 10
@@ -43,11 +43,10 @@ def lost(task: LinearGroup, computed: dict[int, Tensor]) -> float:
     )
 
 
-def computed(found: Fitted) -> dict[int, Tensor]:
-    assert isinstance(found.stored, Basis)
+def computed(found: FittedBasis) -> dict[int, Tensor]:
     return {
-        depth: found.stored.weight(depth) + (found.pairs[depth][1] @ found.pairs[depth][0] if found.pairs else 0)
-        for depth in found.stored.coefficients
+        depth: found.weight(depth) + (found.pairs[depth][1] @ found.pairs[depth][0] if found.pairs else 0)
+        for depth in found.coefficients
     }
 
 
@@ -64,8 +63,8 @@ def test_without_weights_it_is_the_svd_of_the_stacked_matrices(mode, count, rank
     u, s, vh = torch.linalg.svd(torch.cat(given).double(), full_matrices=False)
     expected = ((u[:, :rank] * s[:rank]) @ vh[:rank]).float()
     assert torch.allclose(torch.cat(list(computed(found).values())), expected, atol=1e-5)
-    assert found.stored.a.shape == (rank, COLUMNS)
-    assert {tuple(each.shape) for each in found.stored.coefficients.values()} == {(ROWS, rank)}
+    assert found.a.shape == (rank, COLUMNS)
+    assert {tuple(each.shape) for each in found.coefficients.values()} == {(ROWS, rank)}
     assert not found.pairs
 
 
@@ -76,7 +75,7 @@ def test_where_all_see_the_same_inputs_it_is_the_svd_of_the_weighted_stack(outpu
     found = fit_basis(task, "svd", "exact")
     # Symmetric roots here, triangular ones there: the best matrix is the same.
     right = root(inputs)
-    left = [torch.eye(ROWS, dtype=torch.float64) if outputs is None else root(each) for each in outputs or (None, None)]
+    left = [torch.eye(ROWS, dtype=torch.float64)] * 2 if outputs is None else [root(each) for each in outputs]
     stacked = torch.cat([turn @ weight.double() @ right for turn, weight in zip(left, given, strict=True)])
     u, s, vh = torch.linalg.svd(stacked, full_matrices=False)
     best = ((u[:, :4] * s[:4]) @ vh[:4]).split(ROWS)
@@ -112,10 +111,10 @@ def test_where_inputs_differ_nothing_near_is_better(monkeypatch, count, with_out
     generator = torch.Generator().manual_seed(4)
     for size in (1e-3, 1e-2, 1e-1):
         for _ in range(10):
-            a = found.stored.a + size * torch.randn(4, COLUMNS, generator=generator)
+            a = found.a + size * torch.randn(4, COLUMNS, generator=generator)
             moved = {
                 depth: (b + size * torch.randn(ROWS, 4, generator=generator)) @ a
-                for depth, b in found.stored.coefficients.items()
+                for depth, b in found.coefficients.items()
             }
             assert lost(task, moved) > losses[3] * (1 - 1e-5)
     swapped = group(given, 4, inputs[::-1], outputs and outputs[::-1])
@@ -127,7 +126,7 @@ def test_where_inputs_differ_nothing_near_is_better(monkeypatch, count, with_out
 def test_a_basis_of_full_rank_gives_every_matrix_back(init, weighed):
     given = weights(3)
     inputs = [moment(COLUMNS, seed) for seed in range(3)] if weighed else None
-    found = fit(group(given, COLUMNS, inputs), init, "auto")
+    found = fit_basis(group(given, COLUMNS, inputs), init, "auto")
     for depth, mine in computed(found).items():
         assert torch.allclose(mine, given[depth], atol=1e-4)
 
@@ -146,22 +145,22 @@ def test_loras_take_what_the_basis_leaves(weighed):
     task = group(given, 3, inputs, lora=2)
     losses = {}
     for init in ("zero", "svd", "joint"):
-        found = fit(task, init, "exact")
+        found = fit_basis(task, init, "exact")
         assert {tuple(each.shape) for pair in found.pairs.values() for each in pair} == {(2, COLUMNS), (ROWS, 2)}
         losses[init] = lost(task, computed(found))
-    bare = fit(group(given, 3, inputs), "svd", "exact")
+    bare = fit_basis(group(given, 3, inputs), "svd", "exact")
     assert losses["zero"] == pytest.approx(lost(task, computed(bare)), rel=1e-5)
     assert losses["joint"] < losses["svd"] < 0.9 * losses["zero"]
     # Alone, a depth's own directions are its weight's truncation.
-    svd = fit(task, "svd", "exact")
+    svd = fit_basis(task, "svd", "exact")
     for depth, (a, b) in svd.pairs.items():
-        residual = given[depth] - svd.stored.weight(depth)
+        residual = given[depth] - svd.weight(depth)
         assert torch.allclose(b @ a, task.weighting(depth).truncate(residual, 2, "exact", 0).matrix(), atol=1e-4)
 
 
 def test_the_same_group_gives_the_same_bits():
     task = group(weights(2), 4, [moment(COLUMNS, 1), moment(COLUMNS, 2)])
-    one, other = (fit_basis(task, "svd", "auto").stored for _ in range(2))
+    one, other = (fit_basis(task, "svd", "auto") for _ in range(2))
     assert torch.equal(one.a, other.a)
     assert all(torch.equal(one.coefficients[depth], other.coefficients[depth]) for depth in (0, 1))
 
