@@ -94,6 +94,13 @@ def _joint(**relax: Any) -> Arm:
     return Arm(lambda share, model: _fold(share, model, 1, init="joint", vectors="own", **relax), is_ours=True)
 
 
+def _basis(share: float, model: SourceModel) -> Recipe:
+    return {
+        "fold": {"loops": 2, "pattern": "sequence", "uneven": "prelude"},
+        "factor": {"parameters": share, "share": "basis", "weight": "activations"},
+    }
+
+
 ARMS = {
     "depth pruning, evenly": _pruned("even"),
     "depth pruning, by measured influence": _pruned("similarity"),
@@ -104,6 +111,7 @@ ARMS = {
     "low rank, weight: activations (SVD-LLM)": _lowrank(weight="activations"),
     "low rank, weight: activations, measured ranks": _lowrank(weight="activations", split="measured"),
     "low rank, weight: fisher, measured ranks": _lowrank(weight="fisher", split="measured"),
+    "basis shared by neighbours (Basis Sharing), weight: activations": Arm(_basis),
     "tied where it pays (fisher, measured), ends untied": _compact(1),
     "tied where it pays (fisher, measured), all tied": _compact(0),
 }

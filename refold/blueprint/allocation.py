@@ -64,6 +64,8 @@ class MeasuredLinear(Frozen):
     """Lost with the stored matrix whole, at the ranks of the LoRAs; none where one depth alone runs it."""
     apart: tuple[Curve, ...] = ()
     """For each depth what is lost of its source's weight at a rank, with nothing stored."""
+    is_basis: bool = False
+    """Whether no more than a basis is stored, and each depth has coefficients; `stored` is what all lose together."""
 
     @property
     def whole(self) -> int:
@@ -73,7 +75,7 @@ class MeasuredLinear(Frozen):
     @property
     def unit(self) -> int:
         """Parameters of one rank."""
-        return self.rows + self.columns
+        return self.columns + self.rows * (len(self.depths) if self.is_basis else 1)
 
 
 class Choice(Frozen):
@@ -138,7 +140,8 @@ def allocate(linears: Sequence[MeasuredLinear], blueprint: Blueprint, choice: Ch
         else:
             low = price
     _spend_rest(linears, taken, budget)
-    return with_ranks(blueprint, _ranks(linears, taken), _factors(linears, taken))
+    factors, bases = _factors(linears, taken)
+    return with_ranks(blueprint, _ranks(linears, taken), factors, bases)
 
 
 def keep_energy(linears: Sequence[MeasuredLinear], blueprint: Blueprint, energy: float) -> Blueprint:
@@ -155,6 +158,7 @@ def with_ranks(
     blueprint: Blueprint,
     ranks: Mapping[int, Mapping[str, int]],
     factors: Mapping[tuple[Pool, int], Mapping[str, int | None]],
+    bases: Mapping[tuple[Pool, int], Mapping[str, int]] | None = None,
 ) -> Blueprint:
     """Returns the blueprint with other ranks in place of its own of the same name.
 
@@ -162,6 +166,7 @@ def with_ranks(
         blueprint: The stack.
         ranks: By depth, of LoRAs; 0: none.
         factors: By part, of linears kept as factors; None: the whole matrix is kept.
+        bases: By part, of linears of which a basis is kept.
     """
 
     def depth(index: int, old: Depth) -> Depth:
@@ -170,7 +175,9 @@ def with_ranks(
 
     def part(pool: Pool, index: int, old: Part) -> Part:
         merged = {**old.factors, **factors.get((pool, index), {})}
-        return old.model_copy(update={"factors": {name: rank for name, rank in merged.items() if rank is not None}})
+        kept = {name: rank for name, rank in merged.items() if rank is not None}
+        shared = {**old.bases, **(bases or {}).get((pool, index), {})}
+        return old.model_copy(update={"factors": kept, "bases": shared})
 
     return Blueprint.model_validate(
         blueprint.model_copy(
@@ -184,6 +191,8 @@ def with_ranks(
 
 
 def _ways(linear: MeasuredLinear, choice: Choice, blueprint: Blueprint) -> list[_Way]:
+    if linear.is_basis:
+        return [_Way(0, 0.0, (_Piece(linear.stored, 1, ()),), stores=True)]
     if choice.loras and linear.together:
         ways = [
             _Way(
@@ -251,10 +260,15 @@ def _ranks(linears: Sequence[MeasuredLinear], taken: Sequence[Taken]) -> dict[in
 
 def _factors(
     linears: Sequence[MeasuredLinear], taken: Sequence[Taken]
-) -> dict[tuple[Pool, int], dict[str, int | None]]:
+) -> tuple[dict[tuple[Pool, int], dict[str, int | None]], dict[tuple[Pool, int], dict[str, int]]]:
+    """Ranks of what is stored as factors, and of bases."""
     found: dict[tuple[Pool, int], dict[str, int | None]] = {}
+    bases: dict[tuple[Pool, int], dict[str, int]] = {}
     for linear, (way, ranks) in zip(linears, taken, strict=True):
         own = [rank for piece, rank in zip(way.pieces, ranks, strict=True) if not piece.depths]
         whole = None if way.stores else 0
-        found.setdefault((linear.pool, linear.part), {})[linear.linear] = own[0] if own else whole
-    return found
+        if linear.is_basis:
+            bases.setdefault((linear.pool, linear.part), {})[linear.linear] = own[0]
+        else:
+            found.setdefault((linear.pool, linear.part), {})[linear.linear] = own[0] if own else whole
+    return found, bases

@@ -152,6 +152,11 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
 
 
 def _require_sensible_starts(recipe: Recipe) -> None:
+    if recipe.shares_bases and recipe.fold is not None and recipe.fold.init not in ("average", "random"):
+        raise RecipeError(
+            f"fold.init: must be average where factor.share is basis, which makes bases from all tied layers (got "
+            f"{recipe.fold.init}); leave fold.init out"
+        )
     if recipe.lora is None or recipe.lora.init in (None, "zero"):
         return
     init = recipe.lora.init
@@ -249,7 +254,7 @@ def _ranks(
 
 def _depth(recipe: Recipe, layer: int, pools: dict[Pool, _StoredPool], mixer: ChosenMixer, reads: Reads) -> Depth:
     tied = any(pools[pool].ties(layer) for pool in POOLS)
-    own = tied and recipe.relax is not None and recipe.relax.vectors == "own"
+    own = tied and recipe.owns_vectors
     return Depth(
         source=layer,
         mixer=pools["mixer"].part_of(layer),

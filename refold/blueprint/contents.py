@@ -38,10 +38,20 @@ def depth_linears(blueprint: Blueprint, index: int) -> Linears:
 
 
 def depth_factors(blueprint: Blueprint, index: int) -> dict[str, int]:
-    """Returns the rank of each linear a depth runs that is stored as two factors."""
+    """Returns the rank of each linear a depth runs as two factors, wherever those are kept."""
     depth = blueprint.depths[index]
     mixer = {} if depth.mixer is None else blueprint.mixers[depth.mixer].factors
-    return {**mixer, **({} if depth.mlp is None else blueprint.mlps[depth.mlp].factors)}
+    mlp = {} if depth.mlp is None else blueprint.mlps[depth.mlp].factors
+    return {**mixer, **mlp, **depth_coefficients(blueprint, index)}
+
+
+def depth_coefficients(blueprint: Blueprint, index: int) -> dict[str, int]:
+    """Returns the rank of each linear a depth runs of which only a basis is stored, the coefficients being its own."""
+    depth = blueprint.depths[index]
+    mixer = {} if depth.mixer is None else blueprint.mixers[depth.mixer].bases
+    bases = {**mixer, **({} if depth.mlp is None else blueprint.mlps[depth.mlp].bases)}
+    run = depth_linears(blueprint, index) if bases else {}
+    return {name: rank for name, rank in bases.items() if name in run}
 
 
 def depth_vectors(blueprint: Blueprint, index: int, pool: Pool) -> dict[str, Shape]:

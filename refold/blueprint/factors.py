@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 
 from refold.blueprint.allocation import with_ranks
-from refold.blueprint.contents import depth_linears, part_linears
+from refold.blueprint.contents import depth_linears, part_linears, users_of
 from refold.blueprint.recipe import Factor
 from refold.blueprint.schema import POOLS, Blueprint, Pool
 from refold.errors import RecipeError
@@ -30,14 +30,25 @@ def lora_parameters(blueprint: Blueprint, skipped: Collection[tuple[Pool, int, s
     )
 
 
+def stored_parameters(blueprint: Blueprint, stored: Stored) -> int:
+    """Parameters of a stored linear as it is kept: whole, as two factors, or as a basis with its coefficients."""
+    pool, index, linear, (rows, columns) = stored
+    part = blueprint.pool(pool)[index]
+    if linear in part.bases:
+        return part.bases[linear] * (columns + rows * _num_users(blueprint, pool, index, linear))
+    rank = part.factors.get(linear)
+    return rows * columns if rank is None else rank * (rows + columns)
+
+
 def stored_share(blueprint: Blueprint, source: Blueprint) -> float:
     """Returns the share of the source's linear weights that a target stores, LoRAs included."""
     whole = sum(rows * columns for *_, (rows, columns) in stored_linears(source))
-    stored = lora_parameters(blueprint)
-    for pool, part, linear, (rows, columns) in stored_linears(blueprint):
-        rank = blueprint.pool(pool)[part].factors.get(linear)
-        stored += rows * columns if rank is None else rank * (rows + columns)
-    return stored / whole
+    stored = sum(stored_parameters(blueprint, each) for each in stored_linears(blueprint))
+    return (stored + lora_parameters(blueprint)) / whole
+
+
+def _num_users(blueprint: Blueprint, pool: Pool, part: int, linear: str) -> int:
+    return len(users_of(blueprint, pool, part, f"{linear}.weight"))
 
 
 def linear_budget(source: Blueprint, share: float) -> int:
@@ -46,7 +57,9 @@ def linear_budget(source: Blueprint, share: float) -> int:
 
 
 def factorise_evenly(blueprint: Blueprint, source: Blueprint, factor: Factor) -> tuple[Blueprint, str]:
-    """Gives every stored linear the same share of its parameters as two factors.
+    """Gives every stored linear the same share of its parameters as two factors, or as a basis and coefficients.
+
+    A basis stands for the weights of all depths that run the linear, and its share is one of theirs together.
 
     Args:
         blueprint: The stack with its LoRAs, whose parameters the budget has to hold as well.
@@ -57,25 +70,36 @@ def factorise_evenly(blueprint: Blueprint, source: Blueprint, factor: Factor) ->
         The blueprint, and a line on the share.
 
     Raises:
-        RecipeError: The LoRAs leave nothing, or less than rank 1.
+        RecipeError: The LoRAs leave nothing, or less than rank 1; or there is nothing to share a basis.
     """
     stored = list(stored_linears(blueprint))
+    # How many weights of the source each stands for.
+    counts = [1] * len(stored)
+    if factor.share == "basis":
+        counts = [_num_users(blueprint, pool, part, name) for pool, part, name, _ in stored]
+        if max(counts, default=1) == 1:
+            raise RecipeError(
+                "factor.share: tied layers are required for a basis (no linear is used twice); add `fold: {loops: 2}`, "
+                "or leave factor.share out"
+            )
     room = linear_budget(source, factor.parameters) - lora_parameters(blueprint)
-    whole = sum(rows * columns for *_, (rows, columns) in stored)
+    whole = sum(count * rows * columns for count, (*_, (rows, columns)) in zip(counts, stored, strict=True))
     share = room / max(whole, 1)
-    if share >= 1:
+    factors: dict[tuple[Pool, int], dict[str, int | None]] = {}
+    bases: dict[tuple[Pool, int], dict[str, int]] = {}
+    for count, (pool, part, name, (rows, columns)) in zip(counts, stored, strict=True):
+        rank = int(share * count * rows * columns / (columns + count * rows))
+        if count > 1:
+            bases.setdefault((pool, part), {})[name] = min(rank, columns, count * rows)
+        elif share < 1:
+            factors.setdefault((pool, part), {})[name] = rank
+    if share >= 1 and not bases:
         return blueprint, f"factor.parameters: {factor.parameters:g} holds every stored linear whole"
-    ranks: dict[tuple[Pool, int, str], int] = {
-        (pool, part, name): int(share * rows * columns / (rows + columns))
-        for pool, part, name, (rows, columns) in stored
-    }
-    if min(ranks.values()) < 1:
+    if min(rank or 0 for ranks in (*factors.values(), *bases.values()) for rank in ranks.values()) < 1:
         raise RecipeError(
             f"factor.parameters: a share that leaves every stored linear a rank of 1 is required (got "
             f"{factor.parameters:g}, LoRAs included); raise it, or lower relax.rank"
         )
-    factors: dict[tuple[Pool, int], dict[str, int | None]] = {}
-    for (pool, part, name), rank in ranks.items():
-        factors.setdefault((pool, part), {})[name] = rank
-    note = f"factor.parameters: {factor.parameters:g} keeps {share:.1%} of every stored linear as two factors"
-    return with_ranks(blueprint, {}, factors), note
+    kept = f"factor.parameters: {factor.parameters:g} keeps {min(share, 1):.1%} of every "
+    note = f"{kept}weight: tied ones share a basis" if bases else f"{kept}stored linear as two factors"
+    return with_ranks(blueprint, {}, factors, bases), note

@@ -74,13 +74,15 @@ def origin(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> Origin
     if tensor.role in ("lora_a", "lora_b"):
         return _lora_origin(blueprint, starts, tensor)
     part = part_of(blueprint, tensor)
-    is_factor = tensor.role in ("factor_a", "factor_b")
+    is_factor = tensor.role in ("factor_a", "factor_b", "coefficients")
     local = f"{tensor.linear}.weight" if is_factor else tensor.local
     carried = _carried(blueprint, starts, tensor.pool, part, local)
     sources = sources_of(blueprint, tensor.pool, part, local)
     if carried is None or not sources or starts.weights == "fresh":
         return Origin("fresh", f"{tensor.pool}.{local}")
     canonical, repeat = carried.canonical, carried.repeat
+    if is_factor and tensor.linear in blueprint.pool(tensor.pool)[part].bases:
+        return Origin("joint", canonical, tied_layers(blueprint, tensor.pool, part, local), repeat)
     if tensor.part is None:
         assert tensor.depth is not None
         return Origin("copied", canonical, (blueprint.depths[tensor.depth].source,), repeat)

@@ -41,6 +41,11 @@ def require_sensible_ranks(recipe: Recipe) -> None:
     if relax is None or not isinstance(rank, RankShare):
         return
     shares = factor is not None and factor.split == "measured" and rank.split == "measured"
+    if shares and recipe.shares_bases:
+        raise RecipeError(
+            "relax.rank.split: even is required where factor.share is basis (got measured); name a rank, or leave "
+            "relax out"
+        )
     if rank.parameters is None and not shares:
         raise RecipeError(
             "relax.rank.parameters: a share is required (left out); name one, or split both relax.rank and factor as "

@@ -182,6 +182,10 @@ class Factor(Section):
 
     parameters: Annotated[Real, Field(gt=0)]
     """Share of the source's linear weights that the target's take, LoRAs included, such as 0.6."""
+    share: Literal["none", "basis"] = "none"
+    """`basis`: of linears that are tied by `fold` one input-side factor A is stored, and each depth has an output-side
+    factor B of its own, `y = B (A x)` (Basis Sharing, arXiv 2410.03765). Norms and biases are then each depth's own
+    too, unless there is a `relax` that says otherwise. Linears that are not tied have two factors as ever."""
     split: Split = "even"
     """`even`: every stored linear keeps the same share; `measured`: each keeps what lowers the error most, its whole
     matrix if that is better. With `relax.rank: {split: measured}` it is also measured for each tied linear whether
@@ -283,6 +287,16 @@ class Recipe(Section):
         return self.relax if isinstance(self.relax, LoraRelax) else None
 
     @property
+    def shares_bases(self) -> bool:
+        """Whether tied linears are kept as a basis for all and coefficients for each depth."""
+        return self.factor is not None and self.factor.share == "basis"
+
+    @property
+    def owns_vectors(self) -> bool:
+        """Whether the depths of tied parts keep norms, q/k norms and biases of their own."""
+        return self.shares_bases if self.relax is None else self.relax.vectors == "own"
+
+    @property
     def weight(self) -> Weight:
         """What the errors of fitted linears are weighed by."""
         given: list[Weight] = [
@@ -320,6 +334,6 @@ class Recipe(Section):
             fresh = fresh or relax.rank == 0
             relax = relax.model_copy(update={"init": "zero" if fresh else "svd"})
         if fold is not None and fold.init is None:
-            averaged = relax is not None and relax.init != "zero"
+            averaged = (relax is not None and relax.init != "zero") or self.shares_bases
             fold = fold.model_copy(update={"init": "average" if averaged else "stepwise"})
         return self.model_copy(update={"fold": fold, "relax": relax or self.relax})

@@ -21,6 +21,9 @@ class Part(Frozen):
     factors: dict[str, Index] = Field(default_factory=dict)
     """Rank of each linear that is kept as two factors instead of a matrix; 0: nothing of it is stored here, and the
     LoRAs of the depths that use the part are all there is of it."""
+    bases: dict[str, Rank] = Field(default_factory=dict)
+    """Rank of each linear of which only a basis A `[rank, in]` is stored here: each depth that runs it has its own
+    coefficients B `[out, rank]`, and gets B (A x) (Basis Sharing, arXiv 2410.03765)."""
 
 
 class MixerPart(Part):
@@ -171,6 +174,11 @@ class Blueprint(Frozen):
                             f"{pool}s[{part}].factors.{linear}: a rank above 0 is required where a depth has no LoRA "
                             f"for it (depths {bare} have none)"
                         )
+                both = stored.factors.keys() & stored.bases.keys()
+                if both:
+                    raise ValueError(
+                        f"{pool}s[{part}].bases: linears that are no factors are required (got {sorted(both)} as both)"
+                    )
                 if stored.sources and max(stored.sources) >= num_layers:
                     raise ValueError(
                         f"{pool}s[{part}].sources: layer {max(stored.sources)} is out of range "

@@ -4,7 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from refold.blueprint.contents import depth_linears, depth_vectors, part_linears, part_vectors
+from refold.blueprint.contents import (
+    depth_coefficients,
+    depth_linears,
+    depth_vectors,
+    part_linears,
+    part_vectors,
+)
 from refold.blueprint.schema import POOLS, Blueprint, Pool
 from refold.blueprint.specs.exits import exit_tensors
 from refold.blueprint.specs.part import Shape, norm_vectors
@@ -16,6 +22,7 @@ Role = Literal[
     "linear",
     "factor_a",
     "factor_b",
+    "coefficients",
     "vector",
     "lora_a",
     "lora_b",
@@ -37,8 +44,8 @@ class TargetTensor:
         pool: `mixer` or `mlp` for tensors of a part and for what a depth keeps of its own.
         part: Index of the stored part; None for what a depth owns.
         depth: Index of the depth that owns it; None for what is stored in a part or outside the stack.
-        local: Name inside its part, such as `q_proj.weight` or `input_norm.weight`; of LoRA the linear's, `q_proj`;
-            of what an exit has of its own as `exit_tensors` names it, such as `lora.lm_head.a`.
+        local: Name inside its part, such as `q_proj.weight` or `input_norm.weight`; of LoRA and coefficients the
+            linear's, `q_proj`; of what an exit has of its own as `exit_tensors` names it, such as `lora.lm_head.a`.
     """
 
     name: str
@@ -51,7 +58,7 @@ class TargetTensor:
 
     @property
     def linear(self) -> str:
-        """The linear that a tensor of role `linear`, `factor_*` or `lora_*` belongs to, such as `q_proj`."""
+        """The linear that a tensor of role `linear`, `factor_*`, `coefficients` or `lora_*` belongs to: `q_proj`."""
         return self.local.split(".")[0]
 
     @property
@@ -85,12 +92,16 @@ def target_tensors(blueprint: Blueprint) -> Iterator[TargetTensor]:
 
 
 def _part_tensors(blueprint: Blueprint, pool: Pool, index: int) -> Iterator[TargetTensor]:
-    prefix, factors = f"model.{pool}s.{index}", blueprint.pool(pool)[index].factors
+    prefix, stored = f"model.{pool}s.{index}", blueprint.pool(pool)[index]
     if blueprint.keeps_vectors(pool, index):
         for local, shape in part_vectors(blueprint, pool, index).items():
             yield TargetTensor(f"{prefix}.{local}", shape, "vector", pool, part=index, local=local)
     for linear, shape in part_linears(blueprint, pool, index).items():
-        yield from _stored_linear(prefix, linear, shape, pool, index, factors.get(linear))
+        if linear in stored.bases:
+            local, basis = f"{linear}.a.weight", (stored.bases[linear], shape[1])
+            yield TargetTensor(f"{prefix}.{local}", basis, "factor_a", pool, part=index, local=local)
+        else:
+            yield from _stored_linear(prefix, linear, shape, pool, index, stored.factors.get(linear))
 
 
 def _stored_linear(
@@ -122,10 +133,14 @@ def _depth_tensors(blueprint: Blueprint, index: int) -> Iterator[TargetTensor]:
         shape = (depth.prefix, blueprint.arch.hidden_size)
         yield TargetTensor(f"{prefix}.prefix", shape, "prefix", "mixer", depth=index, local="prefix")
     of_mixer = {} if depth.mixer is None else part_linears(blueprint, "mixer", depth.mixer)
+    coefficients = depth_coefficients(blueprint, index)
     for linear, (rows, columns) in depth_linears(blueprint, index).items():
+        pool: Pool = "mixer" if linear in of_mixer else "mlp"
+        if linear in coefficients:
+            name, shape = f"{prefix}.coefficients.{linear}", (rows, coefficients[linear])
+            yield TargetTensor(name, shape, "coefficients", pool, depth=index, local=linear)
         rank = depth.ranks.get(linear)
         if rank is not None:
-            pool: Pool = "mixer" if linear in of_mixer else "mlp"
             name = f"{prefix}.lora.{linear}"
             yield TargetTensor(f"{name}.a", (rank, columns), "lora_a", pool, depth=index, local=linear)
             yield TargetTensor(f"{name}.b", (rows, rank), "lora_b", pool, depth=index, local=linear)

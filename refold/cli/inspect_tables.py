@@ -1,6 +1,9 @@
 """A folded model's description as tables."""
 
-from refold.blueprint.schema import Depth
+from collections.abc import Iterable
+
+from refold.blueprint.contents import depth_coefficients
+from refold.blueprint.schema import Blueprint, Depth
 from refold.cli.approximation_table import print_approximation
 from refold.cli.show import format_bytes, format_count, print_table
 from refold.conversion.inspect import Inspection
@@ -30,7 +33,7 @@ def print_inspection(found: Inspection) -> None:
                 str(depth.source),
                 _part(depth.mixer),
                 _part(depth.mlp),
-                _relaxed(depth),
+                _ranks(found.blueprint, index),
                 depth.vectors,
                 f"{min(kept):.1%}" if kept else "-",
                 _keys(depth, num_heads),
@@ -50,12 +53,19 @@ def print_inspection(found: Inspection) -> None:
         print_table(("stage", "time", "tokens", "seed", "command"), history)
 
 
-def _relaxed(depth: Depth) -> str:
-    """Ranks of its LoRAs, or the length of its prefix."""
-    ranks = sorted(set(depth.ranks.values()))
-    if not ranks:
-        return f"prefix {depth.prefix}" if depth.prefix else "-"
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}..{ranks[-1]}"
+def _ranks(blueprint: Blueprint, index: int) -> str:
+    """Ranks of a depth's LoRAs, the length of its prefix, ranks of its coefficients."""
+    depth = blueprint.depths[index]
+    told = [_span(depth.ranks.values())] if depth.ranks else []
+    told += [f"prefix {depth.prefix}"] if depth.prefix else []
+    coefficients = depth_coefficients(blueprint, index)
+    told += [f"basis {_span(coefficients.values())}"] if coefficients else []
+    return ", ".join(told) or "-"
+
+
+def _span(ranks: Iterable[int]) -> str:
+    least, *others = sorted(set(ranks))
+    return f"{least}..{others[-1]}" if others else str(least)
 
 
 def _keys(depth: Depth, num_heads: int) -> str:

@@ -7,10 +7,10 @@ import torch
 
 from refold.blueprint.allocation import Choice, allocate, keep_energy
 from refold.blueprint.build import UNMEASURED, identity_blueprint
-from refold.blueprint.factors import linear_budget, lora_parameters, stored_linears
+from refold.blueprint.factors import linear_budget, lora_parameters, stored_linears, stored_parameters
 from refold.blueprint.load import RecipeLike, load_recipe
 from refold.blueprint.recipe import RankEnergy, RankShare, Recipe
-from refold.blueprint.schema import Blueprint, Pool
+from refold.blueprint.schema import Blueprint
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.plan import Plan, plan_model, replan
 from refold.data.packing import PackedSequence
@@ -209,9 +209,7 @@ def _choose(plan: Plan, linears: list) -> Blueprint:
         budget += sum(each.whole for each in linears)
     else:
         paid += sum(
-            _stored_parameters(blueprint, pool, part, linear, shape)
-            for pool, part, linear, shape in stored_linears(blueprint)
-            if (pool, part, linear) not in measured
+            stored_parameters(blueprint, each) for each in stored_linears(blueprint) if each[:3] not in measured
         )
         budget = linear_budget(source, recipe.factor.parameters) - paid
     if budget <= 0:
@@ -220,8 +218,3 @@ def _choose(plan: Plan, linears: list) -> Blueprint:
             f"{-budget:,} parameters too few); raise it"
         )
     return allocate(linears, blueprint, Choice(factors=recipe.factor is not None, loras=measures_loras), budget)
-
-
-def _stored_parameters(blueprint: Blueprint, pool: Pool, part: int, linear: str, shape: tuple[int, int]) -> int:
-    rank = blueprint.pool(pool)[part].factors.get(linear)
-    return shape[0] * shape[1] if rank is None else rank * sum(shape)

@@ -103,6 +103,10 @@ def _explain(
         of = "source minus stored weight" if tensor.role in ("lora_a", "lora_b") else "the weight"
         return "factorised", f"truncated SVD of {of}{weighed} (svd: {starts.svd})"
     if made.how == "joint":
+        assert tensor.pool is not None
+        is_lora = tensor.role in ("lora_a", "lora_b")
+        if not is_lora and tensor.linear in blueprint.pool(tensor.pool)[part_of(blueprint, tensor)].bases:
+            return "joint", f"basis and coefficients fitted together{weighed}"
         return "joint", f"stored weight and LoRAs fitted together{weighed}"
     if made.repeat > 1:
         each = f"each key-value head {made.repeat} times"

@@ -9,13 +9,13 @@ from refold.blueprint.origins import origin, part_of
 from refold.blueprint.tensors import TargetTensor, target_tensors
 from refold.conversion.fresh import fill_of, fresh_tensor, tensor_seed
 from refold.conversion.plan import Plan
-from refold.conversion.starts.group import LinearGroup, Member
-from refold.conversion.starts.registry import STARTS
+from refold.conversion.starts.group import FittedBasis, LinearGroup, Member
+from refold.conversion.starts.registry import fit
 from refold.measuring.curves import LinearSources, linear_sources, read_weightings
 from refold.measuring.moments import MomentStore
 from refold.measuring.pieces import PieceReader
 
-FITTED_ROLES = ("linear", "factor_a", "factor_b", "lora_a", "lora_b")
+FITTED_ROLES = ("linear", "factor_a", "factor_b", "coefficients", "lora_a", "lora_b")
 
 
 class TargetBuilder:
@@ -86,7 +86,8 @@ class TargetBuilder:
             return None
         is_tied = len(group.users) > 1 and self._store is not None and group.is_native
         relaxed = any(tensor.linear in blueprint.depths[depth].ranks for depth in group.users)
-        is_factored = tensor.linear in blueprint.pool(group.pool)[group.part].factors
+        kept = blueprint.pool(group.pool)[group.part]
+        is_factored = tensor.linear in kept.factors or tensor.linear in kept.bases
         # A weighted mean is fitted too, where stored weights start from all layers tied to them.
         return group if relaxed or is_factored or (is_tied and len(group.sources) == len(group.users)) else None
 
@@ -99,11 +100,11 @@ class TargetBuilder:
             )
             for layer in wanted
         }
-        prefix = f"model.{group.pool}s.{group.part}.{group.linear}"
+        prefix, kept = f"model.{group.pool}s.{group.part}.{group.linear}", blueprint.pool(group.pool)[group.part]
         weightings = None
         if self._store is not None and group.is_native:
             weightings = read_weightings(starts.weight, group, self._store, self._device)
-        found = STARTS[starts.lora or "svd"](
+        found = fit(
             LinearGroup(
                 sources=tuple(weights[layer] for layer in group.sources),
                 members={
@@ -111,12 +112,18 @@ class TargetBuilder:
                     for depth, layer in group.users.items()
                 },
                 weightings=weightings,
-                stored_rank=blueprint.pool(group.pool)[group.part].factors.get(group.linear),
+                stored_rank=kept.factors.get(group.linear),
+                basis_rank=kept.bases.get(group.linear),
                 seed=tensor_seed(starts.seed, f"{prefix}.weight") % 2**31,
             ),
+            starts.lora or "svd",
             starts.svd,
         )
-        if found.stored.factors is None:
+        if isinstance(found, FittedBasis):
+            yield f"{prefix}.a.weight", found.a.cpu()
+            for depth, coefficients in found.coefficients.items():
+                yield f"model.depths.{depth}.coefficients.{group.linear}", coefficients.cpu()
+        elif found.stored.factors is None:
             yield f"{prefix}.weight", found.stored.weight.cpu()
         elif found.stored.factors:
             a, b = found.stored.factors

@@ -1,4 +1,6 @@
-"""The weights a depth computes with: stored part and LoRA merged, own or tied vectors, zeros for a dropped part."""
+"""The weights a depth computes with: factors and LoRAs merged, own or tied vectors, zeros for a dropped part."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,27 +44,27 @@ class DepthWeights:
             return self._neutral(canonical, dtype)
         stored = f"model.{pool}s.{part}.{local}"
         linear, _, kind = local.rpartition(".")
-        factor = self._blueprint.pool(pool)[part].factors.get(linear)
-        if kind == "weight" and (linear in spec.ranks or factor is not None):
-            lora = f"model.depths.{depth}.lora.{linear}" if linear in spec.ranks else None
-            return self._merged(stored, factor, lora, dtype)
+        held, own = self._blueprint.pool(pool)[part], f"model.depths.{depth}"
+        pairs = [(f"{own}.lora.{linear}.a", f"{own}.lora.{linear}.b")] if linear in spec.ranks else []
+        if linear in held.bases:
+            pairs.insert(0, (stored.replace(".weight", ".a.weight"), f"{own}.coefficients.{linear}"))
+        elif held.factors.get(linear):
+            pairs.insert(0, (stored.replace(".weight", ".a.weight"), stored.replace(".weight", ".b.weight")))
+        if kind == "weight" and pairs:
+            is_whole = linear not in held.bases and linear not in held.factors
+            return self._merged(stored if is_whole else None, pairs, dtype)
         is_vector = len(self._shapes[canonical]) == 1
-        own = is_vector and spec.vectors == "own"
-        return self._reader.read(f"model.depths.{depth}.vectors.{pool}.{local}" if own else stored, dtype)
+        is_own = is_vector and spec.vectors == "own"
+        return self._reader.read(f"{own}.vectors.{pool}.{local}" if is_own else stored, dtype)
 
-    def _merged(self, stored: str, factor: int | None, lora: str | None, dtype: torch.dtype) -> Tensor:
-        """W, or B A of its factors, plus B A of the LoRA."""
-        wide = torch.promote_types(dtype, torch.float32)
-        found: Tensor | None = None
-        if factor is None:
+    def _merged(self, stored: str | None, pairs: Sequence[tuple[str, str]], dtype: torch.dtype) -> Tensor:
+        """W, where one is stored, plus B A of each pair."""
+        wide, found = torch.promote_types(dtype, torch.float32), None
+        if stored is not None:
             wide = torch.promote_types(self._reader.read(stored).dtype, torch.float32)
             found = self._reader.read(stored, wide)
-        elif factor > 0:
-            prefix = stored.removesuffix(".weight")
-            a, b = (self._reader.read(f"{prefix}.{name}.weight", wide) for name in "ab")
-            found = b @ a
-        if lora is not None:
-            a, b = (self._reader.read(f"{lora}.{name}", wide) for name in "ab")
+        for names in pairs:
+            a, b = (self._reader.read(name, wide) for name in names)
             found = b @ a if found is None else torch.addmm(found, b, a)
         assert found is not None
         return found.to(dtype)

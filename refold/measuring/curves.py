@@ -29,6 +29,7 @@ class LinearSources:
         sources: Source layers the stored weight is made from.
         users: Depth to the source layer it stands for, of those that run it.
         is_native: Whether it does in the target what it does in the source, so that what was measured there holds.
+        is_basis: Whether no more than a basis is stored, and each user has coefficients.
     """
 
     pool: Pool
@@ -39,6 +40,7 @@ class LinearSources:
     sources: tuple[int, ...]
     users: Mapping[int, int]
     is_native: bool
+    is_basis: bool = False
 
 
 def linear_sources(blueprint: Blueprint, starts: Starts, pool: Pool, part: int, linear: str) -> LinearSources | None:
@@ -51,7 +53,8 @@ def linear_sources(blueprint: Blueprint, starts: Starts, pool: Pool, part: int, 
     users = {depth: blueprint.depths[depth].source for depth in users_of(blueprint, pool, part, local)}
     shape = part_linears(blueprint, pool, part)[linear]
     is_native = pool == "mlp" or blueprint.mixers[part].type == "attention"
-    return LinearSources(pool, part, linear, shape, carried, sources, users, is_native)
+    is_basis = linear in blueprint.pool(pool)[part].bases
+    return LinearSources(pool, part, linear, shape, carried, sources, users, is_native, is_basis)
 
 
 class GroupWeightings:
@@ -75,6 +78,15 @@ class GroupWeightings:
         """Returns how an error that all depths share is weighed, summed over them."""
         given = [each for each in self.inputs.values() if each is not None]
         return Weighting(torch.stack(given).sum(dim=0) if given else None, self.outputs)
+
+    def stack(self, weights: Mapping[int, Tensor]) -> tuple[Tensor, Weighting]:
+        """Returns what members sharing a basis have one of: T_b W_b one below the other, and how their inputs weigh.
+
+        Inputs are weighed alike, by the mean of their moments.
+        """
+        given = [each.double() for each in self.inputs.values() if each is not None]
+        turned = [Weighting(None, self._own_outputs.get(depth)).apply(each) for depth, each in weights.items()]
+        return torch.cat(turned), Weighting(torch.stack(given).mean(dim=0) if given else None)
 
     def of_difference(self, like: Tensor) -> Weighting:
         """Returns how the difference of two members is weighed once the stored weight has settled between them."""
@@ -162,6 +174,9 @@ def _measure(
     unit = 1.0
     if weight != "fisher" or weighting.outputs is None:
         unit = sum(each[depth].energy(matrix) for depth, matrix in weights.items()) or 1.0
+    if group.is_basis:
+        stacked, inputs = weighting.stack(weights)
+        return _measured(group, weights, _curve(inputs.spectrum(stacked), unit))
     # As in the fits: the best for all where it is made from all, else what its sources say.
     is_shared = len(group.sources) == len(weights)
     mean = weighting.mean(weights) if is_shared else torch.stack([read[layer] for layer in group.sources]).mean(dim=0)
@@ -181,6 +196,16 @@ def _measure(
                 for depth in depths
             )
         apart = tuple(_curve(each[depth].spectrum(weights[depth]), unit) for depth in depths)
+    return _measured(group, weights, stored, together, apart)
+
+
+def _measured(
+    group: LinearSources,
+    weights: Mapping[int, Tensor],
+    stored: Curve,
+    together: tuple[SharedCurve, ...] = (),
+    apart: tuple[Curve, ...] = (),
+) -> MeasuredLinear:
     rows, columns = group.shape
     return MeasuredLinear(
         pool=group.pool,
@@ -192,6 +217,7 @@ def _measure(
         stored=stored,
         together=together,
         apart=apart,
+        is_basis=group.is_basis,
     )
 
 

@@ -8,14 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from refold.blueprint.contents import depth_linears, depth_vectors
+from refold.blueprint.contents import depth_coefficients, depth_linears, depth_vectors
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.specs.part import Fill, Shape
 from refold.blueprint.specs.registry import find_mixer
 from refold.families.arch import Norm
 from refold.modeling.configuration import RefoldConfig
 from refold.nn.fills import make_fill
-from refold.nn.lora import LoraPair
+from refold.nn.lora import LoraPair, Own
 from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.key_values import Exchange, KeyHeads, KeyValue
 from refold.nn.mixers.registry import MIXERS
@@ -53,8 +53,8 @@ class OwnedVectors(nn.Module):
 class Depth(GradientCheckpointingLayer):
     """One executed layer of the stack.
 
-    It owns its LoRA pairs, its own vectors where it has some, and a parameterless view of its mixer that caches know by
-    `layer_idx`. Stored parts are passed in at each call and registered elsewhere, once.
+    It owns its LoRA pairs, coefficients of bases, own vectors where it has some, and a parameterless view of its mixer
+    that caches know by `layer_idx`. Stored parts are passed in at each call and registered elsewhere, once.
     """
 
     def __init__(self, config: RefoldConfig, blueprint: Blueprint, index: int):
@@ -62,11 +62,18 @@ class Depth(GradientCheckpointingLayer):
         spec, arch = blueprint.depths[index], blueprint.arch
         self.index, self.spec = index, spec
         self.parallel = arch.residual == "parallel"
+        linears = depth_linears(blueprint, index)
         self.lora = nn.ModuleDict(
             {
                 name: LoraPair(spec.ranks[name], columns, rows)
-                for name, (rows, columns) in depth_linears(blueprint, index).items()
+                for name, (rows, columns) in linears.items()
                 if name in spec.ranks
+            }
+        )
+        self.coefficients = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.empty(linears[name][0], rank))
+                for name, rank in depth_coefficients(blueprint, index).items()
             }
         )
         self.prefix = nn.Parameter(torch.empty(spec.prefix, arch.hidden_size)) if spec.prefix else None
@@ -83,9 +90,11 @@ class Depth(GradientCheckpointingLayer):
             owned["mlp"] = OwnedVectors(depth_vectors(blueprint, index, "mlp"), {}, arch.norm)
         self.vectors = nn.ModuleDict(owned)
 
-    def adapters(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """LoRA pairs by linear name."""
-        return {name: (pair.a, pair.b) for name, pair in cast("Mapping[str, LoraPair]", self.lora).items()}
+    def adapters(self) -> dict[str, Own]:
+        """LoRA pairs and coefficients by linear name."""
+        pairs, coefficients = cast("Mapping[str, LoraPair]", self.lora), dict(self.coefficients.items())
+        found = {name: Own(pair.pair, coefficients.pop(name, None)) for name, pair in pairs.items()}
+        return found | {name: Own(None, own) for name, own in coefficients.items()}
 
     def own_vectors(self, pool: str) -> OwnVectors:
         """The vectors this depth keeps for its `mixer` or `mlp`, or None where the part holds them."""

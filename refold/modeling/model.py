@@ -55,6 +55,7 @@ class RefoldModel(RefoldPreTrainedModel):
         )
         for part, module in zip((*blueprint.mixers, *blueprint.mlps), (*self.mixers, *self.mlps), strict=True):
             cast("StoredPart", module).factorise(part.factors)
+            cast("StoredPart", module).share_bases(part.bases)
         self.depths = nn.ModuleList(Depth(config, blueprint, index) for index in range(blueprint.num_depths))
         # Outside the depths, because heads are read outside the stack's forward, where sharded depths hold no weights.
         self.exits = nn.ModuleDict(

@@ -11,7 +11,7 @@ from refold.modeling.cache_name import CACHE_NAMES
 from refold.modeling.configuration import COUNTING, RECURRENT, RefoldConfig
 from refold.modeling.depth import Depth, OwnedVectors
 from refold.nn.exits import Gate
-from refold.nn.factored import FactoredLinear
+from refold.nn.factored import BasisLinear, FactoredLinear
 from refold.nn.lora import LoraPair
 from refold.nn.mixers.attention import AttentionView
 from refold.nn.mixers.registry import MIXERS
@@ -59,7 +59,7 @@ class RefoldPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, FactoredLinear) and module.bias is not None:
+        elif isinstance(module, (FactoredLinear, BasisLinear)) and module.bias is not None:
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
@@ -79,6 +79,9 @@ class RefoldPreTrainedModel(PreTrainedModel):
             module.reset()
         elif isinstance(module, Depth) and module.prefix is not None:
             nn.init.normal_(module.prefix, std=std)
+        elif isinstance(module, nn.ParameterDict):
+            for coefficients in module.values():
+                nn.init.normal_(coefficients, std=std)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

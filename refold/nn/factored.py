@@ -1,4 +1,4 @@
-"""A stored linear kept as two factors instead of a matrix."""
+"""Stored linears kept as two factors instead of a matrix, and those of which only the first is stored."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -23,10 +23,7 @@ class FactoredLinear(nn.Module):
         self.b = nn.Linear(rank, linear.out_features, bias=False) if rank else None
         self.register_parameter("bias", linear.bias)
         if self.a is not None:
-            # With B like any matrix, the product of the two varies as one does. transformers fills a bare `nn.Linear`
-            # like any other, and asks no module without parameters of its own; so it is told that A is filled.
-            nn.init.normal_(self.a.weight, std=rank**-0.5)
-            self.a.weight._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+            _fill_first(self.a)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if self.a is None or self.b is None:
@@ -37,3 +34,37 @@ class FactoredLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, in={self.in_features}, out={self.out_features}"
+
+
+class BasisLinear(nn.Module):
+    """y = B (A x) + bias, of which A `[rank, in]` is stored here and B `[out, rank]` arrives with each call: what
+    several depths project onto is one basis, what they make of it their own (Basis Sharing, arXiv 2410.03765).
+
+    Args:
+        linear: The linear whose place it takes; its bias is taken over.
+        rank: Of the basis.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = linear.in_features, linear.out_features, rank
+        self.a = nn.Linear(linear.in_features, rank, bias=False)
+        self.register_parameter("bias", linear.bias)
+        _fill_first(self.a)
+
+    def forward(
+        self, x: Float[Tensor, "*batch in"], coefficients: Float[Tensor, "out rank"]
+    ) -> Float[Tensor, "*batch out"]:
+        return nn.functional.linear(self.a(x), coefficients, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, in={self.in_features}, out={self.out_features}"
+
+
+def _fill_first(a: nn.Linear) -> None:
+    """Fills A so that with B like any matrix the product of the two varies as one does."""
+    nn.init.normal_(a.weight, std=a.out_features**-0.5)
+    # transformers fills a bare `nn.Linear` like any other, and asks no module without parameters of its own.
+    a.weight._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,4 +1,6 @@
-"""The low-rank pair that relaxes one linear at one depth."""
+"""The low-rank pair that relaxes one linear at one depth, and what else of that linear may be a depth's own."""
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -6,6 +8,18 @@ from torch import Tensor, nn
 
 Pair = tuple[Tensor, Tensor]
 """`(a [rank, in], b [out, rank])`."""
+
+
+class Own(NamedTuple):
+    """What a depth has of its own for one linear of a part it runs.
+
+    Attributes:
+        pair: The pair that relaxes it.
+        coefficients: What is made of the part's basis, where the part stores no more than that.
+    """
+
+    pair: Pair | None = None
+    coefficients: Tensor | None = None
 
 
 class LoraPair(nn.Module):

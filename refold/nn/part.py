@@ -7,15 +7,16 @@ from torch import Tensor, nn
 
 from refold.blueprint.specs.part import Fill, Shape
 from refold.families.arch import Norm
-from refold.nn.factored import FactoredLinear
+from refold.nn.factored import BasisLinear, FactoredLinear
 from refold.nn.fills import make_fill
-from refold.nn.lora import Pair, relax
+from refold.nn.lora import Own, relax
 from refold.nn.norms import StackNorm
 
-Lora = Mapping[str, Pair]
-"""Linear name to the pair that relaxes it at the calling depth."""
+Lora = Mapping[str, Own]
+"""Linear name to what the calling depth has of its own for it: LoRA pairs, coefficients."""
 OwnVectors = Mapping[str, Tensor] | None
 """Vector name to tensor where the calling depth keeps its own norms and biases; None: the part's."""
+_NOTHING = Own()
 OUTER_NORMS = ("input_norm", "output_norm")
 """Norms around a part, which an architecture may lack."""
 
@@ -88,6 +89,11 @@ class StoredPart(nn.Module):
         for name, rank in ranks.items():
             self.add_module(name, FactoredLinear(self.get_submodule(name), rank))  # pyright: ignore[reportArgumentType]
 
+    def share_bases(self, ranks: Mapping[str, int]) -> None:
+        """Keeps of some linears only a basis of a rank; the coefficients arrive with each call."""
+        for name, rank in ranks.items():
+            self.add_module(name, BasisLinear(self.get_submodule(name), rank))  # pyright: ignore[reportArgumentType]
+
     def leave_out(self, names: Iterable[str]) -> None:
         """Removes linears and norms that none of the depths that run this part uses."""
         for name in names:
@@ -116,10 +122,11 @@ class StoredPart(nn.Module):
         self, name: str, x: Float[Tensor, "*batch in"], lora: Lora, vectors: OwnVectors
     ) -> Float[Tensor, "*batch out"]:
         """Runs one of the part's linears, relaxed and biased as the calling depth asks."""
-        y = getattr(self, name)(x)
+        own, linear = lora.get(name, _NOTHING), getattr(self, name)
+        y = linear(x) if own.coefficients is None else linear(x, own.coefficients)
         if vectors is not None and f"{name}.bias" in vectors:
             y = y + vectors[f"{name}.bias"]
-        return relax(y, x, lora[name]) if name in lora else y
+        return y if own.pair is None else relax(y, x, own.pair)
 
     def compile_regions(self) -> None:
         """Compiles what this part computes between cache accesses, once for all depths that use it."""

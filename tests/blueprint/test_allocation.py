@@ -9,7 +9,7 @@ import pytest
 from refold.blueprint.allocation import Choice, Curve, MeasuredLinear, SharedCurve, allocate, keep_energy, with_ranks
 from refold.blueprint.build import build_blueprint, identity_blueprint
 from refold.blueprint.contents import part_linears
-from refold.blueprint.factors import stored_linears
+from refold.blueprint.factors import linear_budget, stored_linears, stored_parameters
 from refold.blueprint.load import load_recipe
 from refold.blueprint.schema import Blueprint
 from refold.errors import RecipeError
@@ -208,3 +208,35 @@ def test_ranks_of_nothing_are_taken_away_and_others_stay(make_arch):
     assert "q_proj" not in found.mixers[0].factors
     assert found.mixers[0].factors["v_proj"] == 2
     assert found.mixers[1] == built.mixers[1]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_bases_cost_coefficients_of_every_depth_and_no_random_deal_is_better(make_arch, share):
+    recipe = {"fold": {"loops": 3, "prelude": 1, "coda": 2}, "factor": {"parameters": share, "share": "basis"}}
+    blueprint = build_blueprint(make_arch(6, **SIZE), load_recipe(recipe)).blueprint
+    linears = [
+        each.model_copy(update={"is_basis": len(each.depths) > 1, "together": (), "apart": ()})
+        for each in measured(blueprint)
+    ]
+    budget = linear_budget(identity_blueprint(blueprint.arch), share)
+    found = allocate(linears, blueprint, FACTORS, budget)
+    assert sum(stored_parameters(found, each) for each in stored_linears(found)) <= budget
+    ranks = []
+    for each in linears:
+        held = found.pool(each.pool)[each.part]
+        assert (each.linear in held.bases) == (len(each.depths) == 3)
+        assert each.unit == each.columns + len(each.depths) * each.rows
+        ranks.append(held.bases.get(each.linear, held.factors.get(each.linear)))
+    shared = [at for at, each in enumerate(linears) if each.is_basis]
+    lost = sum(linears[at].stored.at(ranks[at]) for at in shared)
+    spent = sum(linears[at].unit * ranks[at] for at in shared)
+    assert len({ranks[at] for at in shared}) > 2
+    drawn = random.Random(1)
+    for _ in range(200):
+        other, left = dict.fromkeys(shared, 1), spent - sum(linears[at].unit for at in shared)
+        for at in drawn.sample(shared, len(shared)):
+            more = drawn.randint(0, min(left // linears[at].unit, min(linears[at].rows, linears[at].columns) - 1))
+            other[at] += more
+            left -= more * linears[at].unit
+        # The curves are convex up to the grain of one rank.
+        assert sum(linears[at].stored.at(rank) for at, rank in other.items()) > 0.999 * lost

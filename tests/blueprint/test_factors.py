@@ -3,14 +3,17 @@
 import pytest
 
 from refold.blueprint.build import UNMEASURED, build_blueprint, identity_blueprint
+from refold.blueprint.contents import depth_linears
 from refold.blueprint.cost import cost, count_parameters
-from refold.blueprint.factors import linear_budget, lora_parameters, stored_linears
+from refold.blueprint.factors import linear_budget, lora_parameters, stored_linears, stored_share
 from refold.blueprint.load import load_recipe
+from refold.blueprint.schema import Blueprint
 from refold.blueprint.tensors import target_tensors
 from refold.errors import RecipeError
 
 FOLD = {"loops": 2}
 MEASURED = {"parameters": 0.5, "split": "measured"}
+BASIS = {"parameters": 0.5, "share": "basis"}
 REFUSED = [
     (
         {"factor": {"parameters": 0.001}},
@@ -51,6 +54,24 @@ REFUSED = [
     (
         {"weights": "fresh", "fold": FOLD, "relax": {"rank": {"energy": 0.5}}},
         r"relax\.rank: a number or a share of parameters is required where weights are fresh",
+    ),
+    (
+        {"factor": BASIS},
+        r"factor\.share: tied layers are required .* \(no linear is used twice\); add `fold: {loops: 2}`",
+    ),
+    ({"factor": BASIS, "fold": {"loops": 1}}, r"factor\.share: tied layers are required"),
+    (
+        {"factor": {**MEASURED, "share": "basis"}, "fold": FOLD, "relax": {"rank": {"split": "measured"}}},
+        r"relax\.rank\.split: even is required where factor\.share is basis \(got measured\); name a rank",
+    ),
+    (
+        {"factor": BASIS, "fold": {**FOLD, "init": "stepwise"}},
+        r"fold\.init: must be average where factor\.share is basis.*\(got stepwise\); leave fold\.init out",
+    ),
+    ({"factor": {**BASIS, "share": "bases"}, "fold": FOLD}, r"factor\.share: .*did you mean 'basis'"),
+    (
+        {"factor": {**BASIS, "parameters": 0.001}, "fold": FOLD},
+        r"factor\.parameters: a share that leaves every stored linear a rank of 1 .*0\.001",
     ),
     ({"factor": {"parameters": 0}}, r"factor\.parameters: must be above 0"),
     ({"factor": {"parameters": 0.5, "weight": "fischer"}}, r"factor\.weight: .*did you mean 'fisher'"),
@@ -152,6 +173,82 @@ def test_factors_are_counted_in_parameters_and_flops(make_arch, sections):
     assert target.parameters == before.parameters - saved_parameters
     assert target.flops_per_token == before.flops_per_token - saved_flops
     assert target.weight_bytes == 2 * target.parameters
+
+
+SHARED = {
+    "all": {"fold": FOLD},
+    "three": {"fold": {"loops": 3, "pattern": "sequence"}},
+    "ends": {"fold": {**FOLD, "prelude": 1, "coda": 1}},
+    "mixers-alone": {"fold": {**FOLD, "tie": ["mixer"]}},
+    "relaxed": {"fold": FOLD, "relax": {"rank": 2}},
+    "keys-read": {"fold": FOLD, "share_kv": {"from": "pairs"}},
+    "kinds": {"fold": FOLD, "mixers": [{"type": "retention", "depths": [1, 4]}]},
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_shared_basis_takes_the_share_and_is_counted(make_arch, name):
+    arch = make_arch(6)
+    built = build_blueprint(arch, load_recipe({**SHARED[name], "factor": {**BASIS, "parameters": 0.6}}))
+    blueprint = built.blueprint
+    stored = spent = 0
+    for pool, part, linear, (rows, columns) in stored_linears(blueprint):
+        users = [
+            user
+            for user in blueprint.users(pool, part)
+            if linear not in ("k_proj", "v_proj") or blueprint.made_heads(user)
+        ]
+        held = blueprint.pool(pool)[part]
+        if len(users) == 1:
+            assert linear not in held.bases
+            rank = held.factors[linear]
+        else:
+            assert linear not in held.factors
+            rank = held.bases[linear]
+        stored += rank * (columns + len(users) * rows)
+        # Not sharing a basis saves no FLOPs: every depth projects onto it.
+        spent += 2 * len(users) * rank * (columns + rows)
+    budget, loras = linear_budget(identity_blueprint(arch), 0.6), lora_parameters(blueprint)
+    assert 0.9 * budget < stored + loras <= budget
+    assert stored_share(blueprint, identity_blueprint(arch)) == pytest.approx(
+        (stored + loras) / (budget / 0.6), rel=1e-3
+    )
+    tensors = list(target_tensors(blueprint))
+    roles = ("factor_a", "factor_b", "coefficients", "lora_a", "lora_b")
+    assert stored + loras == sum(each.num_elements for each in tensors if each.role in roles)
+    assert not any(each.role == "linear" for each in tensors)
+    assert count_parameters(blueprint).total == sum(each.num_elements for each in tensors)
+    whole = build_blueprint(arch, load_recipe(SHARED[name])).blueprint
+    before = sum(2 * shape[0] * shape[1] for index in range(6) for shape in depth_linears(whole, index).values())
+    assert cost(blueprint, 2).flops_per_token == cost(whole, 2).flops_per_token - before + spent
+    assert all(depth.vectors == ("tied" if name == "relaxed" else "own") for depth in blueprint.depths[1:-1])
+    assert any("tied ones share a basis" in note for note in built.notes)
+
+
+def test_a_large_share_stops_at_the_full_rank(make_arch):
+    recipe = {"fold": {**FOLD, "prelude": 2}, "factor": {**BASIS, "parameters": 3}}
+    blueprint = build_blueprint(make_arch(6), load_recipe(recipe)).blueprint
+    for pool, part, linear, (rows, columns) in stored_linears(blueprint):
+        tied = len(blueprint.users(pool, part)) > 1
+        held = blueprint.pool(pool)[part]
+        assert held.bases.get(linear) == (min(columns, 2 * rows) if tied else None)
+        assert not held.factors
+
+
+def test_a_folder_without_bases_is_read_as_ever(make_arch):
+    raw = build_blueprint(make_arch(4), load_recipe({"fold": FOLD})).blueprint.model_dump()
+    for part in (*raw["mixers"], *raw["mlps"]):
+        assert part.pop("bases") == {}
+    assert not any(part.bases for part in Blueprint.model_validate(raw).mixers)
+
+
+def test_a_linear_is_a_basis_or_factors(make_arch):
+    raw = build_blueprint(make_arch(4), load_recipe({"fold": FOLD, "factor": BASIS})).blueprint.model_dump()
+    raw["mixers"][1]["factors"] = {"q_proj": 2}
+    with pytest.raises(
+        ValueError, match=r"mixers\[1\]\.bases: linears that are no factors .* \(got \['q_proj'\] as both"
+    ):
+        Blueprint.model_validate(raw)
 
 
 def test_what_is_measured_later_is_told(make_arch):

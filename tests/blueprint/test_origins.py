@@ -42,6 +42,20 @@ def test_a_joint_start_reads_all_tied_layers_for_weight_and_loras(make_arch):
     assert found["model.depths.2.vectors.mixer.input_norm.weight"] == Origin("copied", "mixer.input_norm.weight", (2,))
 
 
+def test_a_basis_and_its_coefficients_read_all_tied_layers(make_arch):
+    factor = {"parameters": 0.5, "share": "basis"}
+    found = _origins(make_arch(6), {"fold": {"loops": 2, "prelude": 1, "coda": 1}, "factor": factor})
+    assert found["model.mixers.1.q_proj.a.weight"] == Origin("joint", "mixer.q_proj.weight", (1, 3))
+    for depth in (1, 3):
+        assert found[f"model.depths.{depth}.coefficients.q_proj"] == Origin("joint", "mixer.q_proj.weight", (1, 3))
+    assert found["model.mixers.0.q_proj.a.weight"] == Origin("factorised", "mixer.q_proj.weight", (0,))
+    assert found["model.depths.3.vectors.mlp.input_norm.weight"] == Origin("copied", "mlp.input_norm.weight", (3,))
+    relaxed = _origins(make_arch(4), {"fold": {"loops": 2}, "relax": {"rank": 2}, "factor": factor})
+    assert relaxed["model.depths.3.lora.q_proj.a"] == Origin("factorised", "mixer.q_proj.weight", (3,))
+    scratch = _origins(make_arch(4), {"weights": "fresh", "fold": {"loops": 2}, "factor": factor})
+    assert {each.how for each in scratch.values()} == {"fresh"}
+
+
 def test_fresh_parts_and_their_loras_read_nothing(make_arch):
     found = _origins(make_arch(4), {"fold": {"loops": 2, "init": "random"}, "relax": {"rank": 2}})
     assert found["model.mixers.0.q_proj.weight"] == Origin("fresh", "mixer.q_proj.weight")

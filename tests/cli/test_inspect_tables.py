@@ -11,3 +11,14 @@ def test_the_stack_says_whose_keys_each_depth_looks_at(make_source, tmp_path, ca
     print_inspection(inspect(tmp_path / "out"))
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:1] in "0123" and line]
     assert [" ".join(row[7:-1]) for row in rows] == ["own", "own", "0", "own, 1 (heads 0)"]
+
+
+def test_the_stack_says_at_which_ranks_bases_are_shared(make_source, tmp_path, capsys):
+    factor = {"parameters": 0.6, "weight": "none", "share": "basis"}
+    fold = {"loops": 2, "prelude": 2}
+    made = convert(make_source(), tmp_path / "out", {"fold": fold, "relax": {"rank": {"q_proj": 3}}, "factor": factor})
+    print_inspection(inspect(tmp_path / "out"))
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line[:1] in "0123" and line]
+    bases = {**made.blueprint.mixers[2].bases, **made.blueprint.mlps[2].bases}.values()
+    told = [[cell.strip() for cell in row if cell.strip()][4] for row in rows]
+    assert told == ["-", "-", *[f"3, basis {min(bases)}..{max(bases)}"] * 2]

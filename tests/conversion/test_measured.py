@@ -29,6 +29,13 @@ RECIPES = {
     "together-svd": {**TOGETHER, "relax": {"rank": {"split": "measured"}, "init": "svd"}},
     "three-loops": {**TOGETHER, "fold": {"loops": 4}},
     "loras-even": {**LOWRANK, "fold": FOLD, "relax": {"rank": 2}, "factor": {**LOWRANK["factor"], "parameters": 0.5}},
+    "basis": {**LOWRANK, "fold": FOLD, "factor": {**LOWRANK["factor"], "parameters": 0.5, "share": "basis"}},
+    "basis-activations-ends": {
+        **SMALL,
+        "fold": {"loops": 2, "prelude": 1, "coda": 1},
+        "relax": {"rank": 2},
+        "factor": {"parameters": 0.6, "split": "measured", "share": "basis"},
+    },
     "mixers": {**TOGETHER, "mixers": [{"type": "retention", "depths": [1, 3]}]},
 }
 
@@ -102,6 +109,15 @@ def test_measured_factors_follow_the_weights_and_even_ones_do_not(source, text, 
     assert len(shares) > 3
     even = plan(source, LOWRANK).blueprint
     assert len({part.factors["q_proj"] for part in even.mixers}) == 1
+
+
+def test_measured_bases_follow_the_weights(source, text, tmp_path):
+    made = convert(source, tmp_path / "out", RECIPES["basis"], calibration=text)
+    ranks = {part.bases[name] for part in made.blueprint.mixers for name in ("q_proj", "o_proj")}
+    assert len(ranks) == 4
+    assert not any(part.factors for part in (*made.blueprint.mixers, *made.blueprint.mlps))
+    even = plan(source, RECIPES["basis"]).blueprint
+    assert len({part.bases["q_proj"] for part in even.mixers}) == 1
 
 
 @pytest.mark.parametrize("init", ["svd", "joint"])

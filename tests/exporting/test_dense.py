@@ -60,6 +60,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-window": ("phi3-window", {"drop": {"attention": {"layers": [0]}}}),
     "factored-biases": ("llama-mha-bias", {"factor": FACTOR}),
     "factored-fused": ("gpt_neox", {"fold": FOLD, "relax": {**LORA, "vectors": "own"}, "factor": FACTOR}),
+    "shared-bases": ("llama-mha-bias", {"fold": FOLD, "factor": {**FACTOR, "share": "basis"}}),
+    "shared-bases-relaxed": (
+        "gpt_neox",
+        {"fold": {**FOLD, "prelude": 1, "coda": 1}, "relax": LORA, "factor": {**FACTOR, "share": "basis"}},
+    ),
     "factored-tied-or-not": (
         "llama",
         {
@@ -140,15 +145,28 @@ def test_the_export_loads_without_refold_and_gives_the_native_logits(case: str, 
     assert _error(stock_logits[case], _native_logits(folded(case))) < 2e-5
 
 
-def _without_lora(self: merging.DepthWeights, stored: str, factor: int | None, lora: str, dtype: torch.dtype):
-    for name in "ab":
-        self._reader.read(f"{lora}.{name}")
+def _without_lora(self: merging.DepthWeights, stored: str, pairs: list[tuple[str, str]], dtype: torch.dtype):
+    for name in (name for pair in pairs for name in pair):
+        self._reader.read(name)
     return self._reader.read(stored, dtype)
 
 
 def test_control_without_loras_the_logits_differ(folded, tmp_path, monkeypatch):
     monkeypatch.setattr(merging.DepthWeights, "_merged", _without_lora)
     folder = folded("relaxed-biases")
+    assert _error(_stock_logits(export(folder, tmp_path / "out")), _native_logits(folder)) > 2e-3
+
+
+def test_control_with_coefficients_of_another_depth_the_logits_differ(folded, tmp_path, monkeypatch):
+    merged = merging.DepthWeights._merged
+
+    def exchanged(self: merging.DepthWeights, stored: str | None, pairs: list[tuple[str, str]], dtype: torch.dtype):
+        others = {f"depths.{at}.coefficients": f"depths.{(at + 2) % 4}.coefficients" for at in range(4)}
+        found = [(a, next(b.replace(*each) for each in others.items() if each[0] in b)) for a, b in pairs]
+        return merged(self, stored, found, dtype)
+
+    monkeypatch.setattr(merging.DepthWeights, "_merged", exchanged)
+    folder = folded("shared-bases")
     assert _error(_stock_logits(export(folder, tmp_path / "out")), _native_logits(folder)) > 2e-3
 
 

@@ -82,6 +82,12 @@ def test_depths_that_read_keys_share_the_code_of_their_part():
     assert graphs(share, "eager", "whole") == 1
 
 
+@pytest.mark.parametrize(("what", "most"), [("parts", 3 * 3 * 2), ("whole", 1)])
+def test_depths_that_share_bases_share_the_code_of_their_part(what, most):
+    shared = '{"fold": {"loops": 10}, "factor": {"parameters": 0.5, "share": "basis"}}'
+    assert graphs(shared, "eager", what) <= most
+
+
 def test_a_model_with_prefixes_compiles_into_one_graph():
     assert graphs('{"fold": {"loops": 10}, "relax": {"type": "prefix", "length": 3}}', "eager", "whole") == 1
 

@@ -84,6 +84,7 @@ recipes = st.fixed_dictionaries(
         "drop": drops,
         "mixers": st.lists(swaps, min_size=1, max_size=1),
         "share_kv": shares,
+        "factor": st.sampled_from([{"parameters": 0.5}, {"parameters": 0.8, "share": "basis"}]),
     },
 )
 

@@ -7,7 +7,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from refold.families.arch import Norm, Rope
-from refold.nn.lora import LoraPair, relax
+from refold.nn.lora import LoraPair, Own, relax
 from refold.nn.norms import StackNorm
 from refold.nn.part import StoredPart
 from refold.nn.rotary import Rotary, inverse_frequencies, rotate
@@ -62,10 +62,25 @@ def test_a_part_runs_with_its_own_vectors_or_with_those_it_is_given():
     bare.load_state_dict({"up.weight": stored.get_parameter("up.weight")})
     given = {name: stored.get_parameter(name) for name in vectors}
     x, pair = torch.randn(2, 5), (torch.randn(3, 5), torch.randn(7, 3))
-    for lora in ({}, {"up": pair}):
+    for lora in ({}, {"up": Own(pair)}):
         mine = stored.project("up", stored.normalise("input_norm", x, None), lora, None)
         its = bare.project("up", bare.normalise("input_norm", x, given), lora, given)
         assert torch.allclose(mine, its, atol=1e-5)
+
+
+def test_a_basis_is_read_by_the_coefficients_it_is_given():
+    part = StoredPart({"up": (7, 5)}, {"up.bias": (7,)}, Norm(), stores_vectors=True)
+    part.share_bases({"up": 3})
+    assert {name: tuple(each.shape) for name, each in part.named_parameters()} == {
+        "up.a.weight": (3, 5),
+        "up.bias": (7,),
+    }
+    bias, a = nn.init.normal_(part.get_parameter("up.bias")), part.get_parameter("up.a.weight")
+    x, pair = torch.randn(2, 5), (torch.randn(2, 5), torch.randn(7, 2))
+    for coefficients in torch.randn(2, 7, 3):
+        alone, relaxed = (part.project("up", x, {"up": Own(each, coefficients)}, None) for each in (None, pair))
+        assert torch.allclose(alone, x @ (coefficients @ a).T + bias, atol=1e-5)
+        assert torch.allclose(relaxed, alone + x @ (pair[1] @ pair[0]).T, atol=1e-5)
 
 
 @pytest.mark.parametrize("rotary_dim", [8, 4])

@@ -35,6 +35,7 @@ class LinearGroup:
         members: By depth.
         weightings: How errors are weighed; None: every entry alike.
         stored_rank: Rank the stored weight is kept at, as two factors; 0: nothing is stored; None: the whole matrix.
+        basis_rank: Rank of the basis where no more than that is stored.
         seed: For random starts; differs between groups.
     """
 
@@ -42,6 +43,7 @@ class LinearGroup:
     members: Mapping[int, Member]
     weightings: GroupWeightings | None = None
     stored_rank: int | None = None
+    basis_rank: int | None = None
     seed: int = 0
 
     def weighting(self, depth: int) -> Weighting:
@@ -92,5 +94,30 @@ class Fitted:
     """
 
     stored: Stored
+    pairs: Mapping[int, Pair] = field(default_factory=dict)
+    kept: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What is stored of a linear whose depths share no more than a basis, and what they keep themselves.
+
+    Attributes:
+        a: The basis, float32.
+        coefficients: What each depth makes of it, float32.
+    """
+
+    a: Float[Tensor, "rank in"]
+    coefficients: Mapping[int, Float[Tensor, "out rank"]]
+
+    def weight(self, depth: int) -> Float[Tensor, "out in"]:
+        """Returns what is computed at a depth."""
+        return self.coefficients[depth] @ self.a
+
+
+@dataclass(frozen=True)
+class FittedBasis(Basis):
+    """What a start gives where depths share a basis; attributes besides the basis's as of `Fitted`."""
+
     pairs: Mapping[int, Pair] = field(default_factory=dict)
     kept: Mapping[int, float] = field(default_factory=dict)

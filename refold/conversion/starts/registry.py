@@ -1,8 +1,10 @@
 """All starts, by the name a plan gives them."""
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
-from refold.conversion.starts.group import Fitted, LinearGroup
+from refold.conversion.starts.basis import fit_basis
+from refold.conversion.starts.group import Fitted, FittedBasis, LinearGroup
 from refold.conversion.starts.joint import fit_joint
 from refold.conversion.starts.svd import fit_svd
 from refold.conversion.starts.zero import fit_zero
@@ -13,3 +15,8 @@ STARTS: Mapping[str, Callable[[LinearGroup, SvdMode], Fitted]] = {
     "svd": fit_svd,
     "joint": fit_joint,
 }
+
+
+def fit(group: LinearGroup, init: Literal["svd", "zero", "joint"], svd: SvdMode) -> Fitted | FittedBasis:
+    """Fits what is stored of a linear and the pairs of its depths, by the start of a name."""
+    return STARTS[init](group, svd) if group.basis_rank is None else fit_basis(group, init, svd)
