@@ -69,8 +69,9 @@ def results(found: tuple[Tensor, Tensor], inputs: dict[str, Tensor | None]) -> l
 def assert_near(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
     for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
         assert one.dtype == other.dtype
-        error = (one.double() - other.double()).square().mean().sqrt() / other.double().square().mean().sqrt()
-        assert float(error) < tolerance, f"result {number}: {float(error)}"
+        error, size = ((x.double().square().mean().sqrt()) for x in (one.double() - other.double(), other))
+        # What is zero, such as gradients of decays where each token is a document, is so in both.
+        assert float(error) <= tolerance * max(float(size), 1e-3), f"result {number}: {error} beside {size}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
