@@ -1,5 +1,7 @@
 """Every mixer with a state, inside a model: caches, padding, documents, beams, and what its spec says of it."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -230,3 +232,36 @@ def test_drafted_tokens_are_refused_because_states_cannot_go_back(load, tokens):
     model = load("llama", recipe("retention"))
     with pytest.raises(ValueError, match="not supported with stateful models"):
         model.generate(tokens[:1], assistant_model=model, max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("kept", [[], [0, 2]], ids=["recurrent", "hybrid"])
+def test_a_cache_with_states_refuses_to_be_cropped_and_stays_whole(load, tokens, kept):
+    model = load("llama", {"mixers": [{**OPTIONS["gated_deltanet"], "except": kept}]})
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :12], past_key_values=cache, use_cache=True)
+    with pytest.raises(RefoldError, match=r"crop: .*\(got recurrent states.*; read the shorter text anew, or .*copy"):
+        cache.crop(-3)
+    found = model(tokens[:, 12:], past_key_values=cache, use_cache=True).logits
+    assert far(found, model(tokens).logits[:, 12:]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_copy_of_a_cache_goes_back_to_where_it_was_made(load, tokens):
+    model = load("llama", {"mixers": [{**OPTIONS["gated_deltanet"], "except": [1]}]})
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :12], past_key_values=cache, use_cache=True)
+    kept = copy.deepcopy(pickle.loads(pickle.dumps(cache)))
+    model(tokens[:, :7], past_key_values=cache, use_cache=True)
+    with pytest.raises(RefoldError, match="crop"):
+        kept.crop(-1)
+    found = model(tokens[:, 12:], past_key_values=kept, use_cache=True).logits
+    assert far(found, model(tokens).logits[:, 12:]) < TOLERANCE
+
+
+def test_a_cache_of_attention_alone_is_cropped(load, tokens):
+    model = load("llama", {})
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :12], past_key_values=cache, use_cache=True)
+    cache.crop(-4)
+    found = model(tokens[:, 8:], past_key_values=cache, use_cache=True).logits
+    assert far(found, model(tokens).logits[:, 8:]) < TOLERANCE
