@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.generation import stopping_criteria
 
 from refold.blueprint.cost import cost
 from refold.blueprint.specs.registry import MIXERS
@@ -265,3 +266,14 @@ def test_a_cache_of_attention_alone_is_cropped(load, tokens):
     cache.crop(-4)
     found = model(tokens[:, 8:], past_key_values=cache, use_cache=True).logits
     assert far(found, model(tokens).logits[:, 8:]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("kept", "reminded"), [([], False), ([1], True)], ids=["recurrent", "hybrid"])
+def test_the_sources_context_is_no_limit_where_only_states_are_kept(load, tokens, monkeypatch, kept, reminded):
+    model = load("llama", {"mixers": [{**OPTIONS["gated_deltanet"], "except": kept}]})
+    monkeypatch.setattr(model.config, "max_position_embeddings", tokens.shape[1] - 4)
+    said: list[str] = []
+    # It is said once in a process, so the logger is asked, not the log.
+    monkeypatch.setattr(stopping_criteria.logger, "warning_once", said.append)
+    model.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert any("predefined maximum length" in line for line in said) == reminded
