@@ -289,7 +289,7 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         # The source's context is no limit for states, so nobody is reminded of it.
-        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        criteria = super()._get_stopping_criteria(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         for each in criteria:
             if isinstance(each, MaxLengthCriteria) and self.model.keeps_states_alone:
                 each.max_position_embeddings = None

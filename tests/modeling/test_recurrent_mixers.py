@@ -103,6 +103,24 @@ def test_calls_with_a_cache_give_what_one_call_gives(load, tokens, name, variant
     assert far(found, whole) < TOLERANCE
 
 
+@pytest.mark.parametrize("cuts", [(11, 13), (10, 1, 13), (11, 1, 12), (5, 5, 14), (4, 8, 12)], ids=str)
+@pytest.mark.parametrize("kept", [[], [1]], ids=["recurrent", "hybrid"])
+@torch.no_grad()
+def test_left_padding_may_end_anywhere_in_a_prompt_read_in_pieces(load, tokens, kept, cuts):
+    model = load("llama", {"mixers": [{**OPTIONS["gated_deltanet"], "except": kept}]})
+    mask = torch.ones_like(tokens)
+    mask[0, :11] = 0
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache, found, read = DynamicCache(config=model.config), [], 0
+    for piece, places in zip(tokens.split(cuts, dim=1), position_ids.split(cuts, dim=1), strict=True):
+        read += piece.shape[1]
+        options = {"attention_mask": mask[:, :read], "position_ids": places, "past_key_values": cache}
+        found.append(model(piece, use_cache=True, **options).logits)
+    found = torch.cat(found, dim=1)
+    assert far(found[0, 11:], model(tokens[:1, 11:]).logits[0]) < TOLERANCE
+    assert far(found[1], model(tokens[1:]).logits[0]) < TOLERANCE
+
+
 def test_hybrids_count_tokens_by_their_attention(load, tokens, name):
     model = load("mistral-window", {"mixers": [{**OPTIONS[name], "except": [1, 3]}]})
     cache = DynamicCache(config=model.config)
