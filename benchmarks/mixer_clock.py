@@ -20,6 +20,7 @@ class Clock:
         contenders: What is timed; each is run once before.
         rounds: Five or more.
         once: What takes too long for rounds: run a single time after them.
+        settle: Called before each clock is read, such as `torch.cuda.synchronize`.
     """
 
     def __init__(
@@ -27,19 +28,20 @@ class Clock:
         contenders: Mapping[Key, Callable[[], object]],
         rounds: int,
         once: Mapping[Key, Callable[[], object]] | None = None,
+        settle: Callable[[], object] = lambda: None,
     ):
         repeated, self.repeats = {}, {}
         for key, run in contenders.items():
-            seconds = _seconds(run)
+            seconds = _seconds(run, settle)
             if seconds < SAMPLE_SECONDS:
-                seconds = _seconds(run)  # the first run may have set things up
+                seconds = _seconds(run, settle)  # the first run may have set things up
             self.repeats[key] = math.ceil(SAMPLE_SECONDS / seconds)
             repeated[key] = partial(_repeat, run, self.repeats[key])
-        timings = interleave({_say(key): run for key, run in repeated.items()}, rounds, warmups=0)
+        timings = interleave({_say(key): run for key, run in repeated.items()}, rounds, warmups=0, settle=settle)
         self.seconds = {
             key: [seconds / count for seconds in timings.seconds[_say(key)]] for key, count in self.repeats.items()
         }
-        self.once = {key: _seconds(run) for key, run in (once or {}).items()}
+        self.once = {key: _seconds(run, settle) for key, run in (once or {}).items()}
 
     def ms(self, key: Key) -> str:
         seconds = self.once[key] if key in self.once else Spread.of(self.seconds[key]).median
@@ -51,9 +53,11 @@ class Clock:
         return Spread.of([mine / other for mine, other in zip(self.seconds[key], base, strict=True)])
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[[], object], settle: Callable[[], object]) -> float:
+    settle()
     begun = time.perf_counter()
     run()
+    settle()
     return time.perf_counter() - begun
 
 

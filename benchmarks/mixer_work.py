@@ -102,7 +102,7 @@ class LoneMixer:
 
     def bind(self, x: Tensor, cache: Cache | None = None, past: int = 0) -> Callable[[], Tensor]:
         """Returns the call for a row whose first token is number `past`; cosines and sines are made here."""
-        rotation = self.rotary(torch.arange(past, past + x.shape[1])[None], x.dtype)
+        rotation = self.rotary(torch.arange(past, past + x.shape[1], device=x.device)[None], x.dtype)
         context = MixerContext(rotation, None, None, None, cache)
         return lambda: self.mixer(x, self.view, context, {}, None)
 

@@ -3,7 +3,8 @@
     python benchmarks/mixers.py --write docs/results/mixers-speed.md
 
 All contenders run in one process, interleaved, on one row of random numbers in float32; `--quick` takes rows a quarter
-as long. Memory is measured last.
+as long. Memory is measured last. `--device cuda` compares refold's own forms with flash-linear-attention's kernels
+instead, in bfloat16; no GPU has run that yet.
 """
 
 import argparse
@@ -20,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from mixer_caches import cache_bytes, fill, prefill, step_back
 from mixer_clock import Clock
+from mixer_kernels import compare_kernels, why_not
 from mixer_peers import MAMBA, PEERS
 from mixer_work import ATTENTION, BARE, HEAD_SIZE, HEADS, WHOLE, WIDTH, LoneMixer, Work
 from page import Page, table
@@ -40,6 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="rows and contexts a quarter as long")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: beside flash-linear-attention")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of each timing, five or more")
     parser.add_argument("--write", type=Path, help="results page to write")
@@ -48,6 +51,8 @@ def main() -> int:
     torch.manual_seed(options.seed)
     shorter = QUICK if options.quick else 1
     options.lengths, options.contexts = ([n // shorter for n in numbers] for numbers in (LENGTHS, CONTEXTS))
+    if options.device != "cpu":
+        return _on_device(options)
     page = Page("Mixers, time and memory", options.seed)
     page.section(
         "Sizes",
@@ -63,6 +68,15 @@ def main() -> int:
             if options.write:
                 options.write.write_text(page.text())  # what is done stands if the run is cut off
             print(f"{name}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+    return min(1, page.finish(options.write))
+
+
+def _on_device(options: argparse.Namespace) -> int:
+    if missing := why_not(options.device):
+        print(f"mixers: {missing}", file=sys.stderr)
+        return 2
+    page = Page(f"Mixers on {torch.cuda.get_device_name()}", options.seed)
+    compare_kernels(page, options, PASSES)
     return min(1, page.finish(options.write))
 
 

@@ -69,11 +69,13 @@ def state_resets(
     if document_starts is not None:
         slots = torch.arange(tokens, device=document_starts.device) + past_length
         found = document_starts == slots
-    if attention_mask is not None and attention_mask.ndim == 2 and tokens > 1:
-        real = attention_mask[:, -tokens:].bool()
-        if torch.compiler.is_compiling() or not bool(real.all()):
-            known = attention_mask.shape[1] > tokens
-            before = attention_mask[:, -tokens - 1 : -tokens].bool() if known else real[:, :1]
-            begins = real & ~torch.cat((before, real[:, :-1]), dim=1)
+    is_compiling = torch.compiler.is_compiling()
+    if attention_mask is not None and attention_mask.ndim == 2 and not (is_compiling and tokens == 1):
+        # With the token before: padding may end where an earlier call did.
+        real = attention_mask[:, -tokens - 1 :].bool()
+        if is_compiling or not bool(real.all()):
+            if real.shape[1] == tokens:
+                real = torch.cat((real[:, :1], real), dim=1)
+            begins = real[:, 1:] & ~real[:, :-1]
             found = begins if found is None else found | begins
     return found

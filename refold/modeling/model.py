@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -77,6 +77,7 @@ class RefoldModel(RefoldPreTrainedModel):
         self._windows = {depth.window: index for index, depth in reversed(attending)}
         self._kinds = {(depth.window, self._rope_of.get(index)) for index, depth in mixing}
         self._is_recurrent = bool(recurrent)
+        self.keeps_states_alone = bool(recurrent) and not attending
         self._first_counting = next((index for index, _ in (*attending, *mixing)), 0)
         self.exit_depths = tuple(index for index, depth in enumerate(blueprint.depths) if depth.exit is not None)
         self.gradient_checkpointing = False
@@ -290,6 +291,14 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
         if self.logit_softcap is not None:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        # The source's context is no limit for states, so nobody is reminded of it.
+        criteria = super()._get_stopping_criteria(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        for each in criteria:
+            if isinstance(each, MaxLengthCriteria) and self.model.keeps_states_alone:
+                each.max_position_embeddings = None
+        return criteria
 
     @can_return_tuple
     def forward(

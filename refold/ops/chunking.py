@@ -26,7 +26,7 @@ def segments(x: Float[Tensor, "B T H V"], chunk_size: int) -> Iterator[Segment]:
     batch, tokens, heads = x.shape[:3]
     whole = tokens - tokens % chunk_size
     numbers = CPU_SEGMENT_NUMBERS if x.device.type == "cpu" else DEVICE_SEGMENT_NUMBERS
-    stride = max(numbers // (batch * heads * chunk_size**2), 1) * chunk_size
+    stride = max(numbers // max(batch * heads * chunk_size**2, 1), 1) * chunk_size
     for start in range(0, whole, stride):
         yield Segment(start, min(start + stride, whole), chunk_size)
     if whole < tokens:

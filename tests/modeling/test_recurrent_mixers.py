@@ -1,5 +1,7 @@
 """Every mixer with a state, inside a model: caches, padding, documents, beams, and what its spec says of it."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.generation import stopping_criteria
 
 from refold.blueprint.cost import cost
 from refold.blueprint.specs.registry import MIXERS
@@ -99,6 +102,24 @@ def test_calls_with_a_cache_give_what_one_call_gives(load, tokens, name, variant
     pieces = [tokens[:, :9], tokens[:, 9:11], *tokens[:, 11:].split(1, dim=1)]
     found = torch.cat([model(piece, past_key_values=cache, use_cache=True).logits for piece in pieces], dim=1)
     assert far(found, whole) < TOLERANCE
+
+
+@pytest.mark.parametrize("cuts", [(11, 13), (10, 1, 13), (11, 1, 12), (5, 5, 14), (4, 8, 12)], ids=str)
+@pytest.mark.parametrize("kept", [[], [1]], ids=["recurrent", "hybrid"])
+@torch.no_grad()
+def test_left_padding_may_end_anywhere_in_a_prompt_read_in_pieces(load, tokens, kept, cuts):
+    model = load("llama", {"mixers": [{**OPTIONS["gated_deltanet"], "except": kept}]})
+    mask = torch.ones_like(tokens)
+    mask[0, :11] = 0
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache, found, read = DynamicCache(config=model.config), [], 0
+    for piece, places in zip(tokens.split(cuts, dim=1), position_ids.split(cuts, dim=1), strict=True):
+        read += piece.shape[1]
+        options = {"attention_mask": mask[:, :read], "position_ids": places, "past_key_values": cache}
+        found.append(model(piece, use_cache=True, **options).logits)
+    found = torch.cat(found, dim=1)
+    assert far(found[0, 11:], model(tokens[:1, 11:]).logits[0]) < TOLERANCE
+    assert far(found[1], model(tokens[1:]).logits[0]) < TOLERANCE
 
 
 def test_hybrids_count_tokens_by_their_attention(load, tokens, name):
@@ -231,3 +252,47 @@ def test_drafted_tokens_are_refused_because_states_cannot_go_back(load, tokens):
     model = load("llama", recipe("retention"))
     with pytest.raises(ValueError, match="not supported with stateful models"):
         model.generate(tokens[:1], assistant_model=model, max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("kept", [[], [0, 2]], ids=["recurrent", "hybrid"])
+def test_a_cache_with_states_refuses_to_be_cropped_and_stays_whole(load, tokens, kept):
+    model = load("llama", {"mixers": [{**OPTIONS["gated_deltanet"], "except": kept}]})
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :12], past_key_values=cache, use_cache=True)
+    with pytest.raises(RefoldError, match=r"crop: .*\(got recurrent states.*; read the shorter text anew, or .*copy"):
+        cache.crop(-3)
+    found = model(tokens[:, 12:], past_key_values=cache, use_cache=True).logits
+    assert far(found, model(tokens).logits[:, 12:]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_a_copy_of_a_cache_goes_back_to_where_it_was_made(load, tokens):
+    model = load("llama", {"mixers": [{**OPTIONS["gated_deltanet"], "except": [1]}]})
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :12], past_key_values=cache, use_cache=True)
+    kept = copy.deepcopy(pickle.loads(pickle.dumps(cache)))
+    model(tokens[:, :7], past_key_values=cache, use_cache=True)
+    with pytest.raises(RefoldError, match="crop"):
+        kept.crop(-1)
+    found = model(tokens[:, 12:], past_key_values=kept, use_cache=True).logits
+    assert far(found, model(tokens).logits[:, 12:]) < TOLERANCE
+
+
+def test_a_cache_of_attention_alone_is_cropped(load, tokens):
+    model = load("llama", {})
+    cache = DynamicCache(config=model.config)
+    model(tokens[:, :12], past_key_values=cache, use_cache=True)
+    cache.crop(-4)
+    found = model(tokens[:, 8:], past_key_values=cache, use_cache=True).logits
+    assert far(found, model(tokens).logits[:, 8:]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("kept", "reminded"), [([], False), ([1], True)], ids=["recurrent", "hybrid"])
+def test_the_sources_context_is_no_limit_where_only_states_are_kept(load, tokens, monkeypatch, kept, reminded):
+    model = load("llama", {"mixers": [{**OPTIONS["gated_deltanet"], "except": kept}]})
+    monkeypatch.setattr(model.config, "max_position_embeddings", tokens.shape[1] - 4)
+    said: list[str] = []
+    # It is said once in a process, so the logger is asked, not the log.
+    monkeypatch.setattr(stopping_criteria.logger, "warning_once", said.append)
+    model.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert any("predefined maximum length" in line for line in said) == reminded

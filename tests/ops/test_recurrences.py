@@ -123,6 +123,23 @@ def test_a_call_goes_on_where_another_ended(recurrence: Any, at: Any, cut: int, 
     torch.testing.assert_close((torch.cat([first, second], 1), state), wanted)
 
 
+@pytest.mark.parametrize("rows", [0, 2])
+def test_no_tokens_and_no_rows_leave_the_state(recurrence: Any, rows: int) -> None:
+    """A process may have no row in a step, or nothing new to take in."""
+    inputs = recurrence.inputs(70 if rows == 0 else 3)
+    kept = slice(rows) if rows == 0 else slice(None)
+    fewer = {
+        name: x if x is None or x.dim() < 2 or name == "a" else x[kept] if name == "state" or not rows else x[:, :0]
+        for name, x in inputs.items()
+    }
+    fewer = {name: x if x is None else x.detach().requires_grad_() for name, x in fewer.items()}
+    out, state = recurrence.ops.chunked(**fewer)
+    assert out.numel() == 0
+    assert torch.equal(state, fewer["state"])
+    (out.sum() + state.sum()).backward()
+    assert torch.equal(fewer["state"].grad, torch.ones_like(state))
+
+
 @PACKED
 def test_gradients_are_those_of_differences(recurrence: Any, packed: bool) -> None:
     inputs = recurrence.inputs(7, **recurrence.few)

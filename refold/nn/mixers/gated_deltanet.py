@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from refold.nn.mixers.headed import HeadedMixer, is_single
+from refold.nn.mixers.headed import HeadedMixer
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import delta_rule
+from refold.ops.choice import run
 
 UNIT_EPS = 1e-6
 
@@ -28,11 +29,7 @@ class GatedDeltanet(HeadedMixer):
     ) -> tuple[Tensor, Tensor]:
         query, key, value = self._unit(query) * self.query_scale, self._unit(key), self.widen(value)
         beta, decay = self._rates(x, lora, vectors)
-        if is_single(query, state, resets):
-            gone = None if decay is None else decay[:, 0]
-            mixed, state = delta_rule.step(query[:, 0], key[:, 0], value[:, 0], beta[:, 0], gone, state)
-            return mixed.unsqueeze(1), state
-        return delta_rule.chunked(query, key, value, beta, decay, state, resets)
+        return run(delta_rule, query, key, value, beta, decay, state=state, resets=resets)
 
     def write_matrix(
         self, x: Tensor, query: Tensor, key: Tensor, resets: Tensor | None, lora: Lora, vectors: OwnVectors

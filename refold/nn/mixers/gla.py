@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from refold.nn.mixers.headed import HeadedMixer, is_single
+from refold.nn.mixers.headed import HeadedMixer
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import channel_decay
+from refold.ops.choice import run
 
 
 class Gla(HeadedMixer):
@@ -26,10 +27,7 @@ class Gla(HeadedMixer):
     ) -> tuple[Tensor, Tensor]:
         decay = self._decays(x, key, lora, vectors)
         query, key, value = *self._activate(query, key), self.widen(value)
-        if is_single(query, state, resets):
-            mixed, state = channel_decay.step(query[:, 0], key[:, 0], value[:, 0], decay[:, 0], state)
-            return mixed.unsqueeze(1), state
-        return channel_decay.chunked(query, key, value, decay, state, resets)
+        return run(channel_decay, query, key, value, decay, state=state, resets=resets)
 
     def write_matrix(
         self, x: Tensor, query: Tensor, key: Tensor, resets: Tensor | None, lora: Lora, vectors: OwnVectors

@@ -148,7 +148,7 @@ class HeadedMixer(RecurrentMixer):
         lora: Lora,
         vectors: OwnVectors,
     ) -> tuple[Float[Tensor, "B T H V"], Tensor]:
-        """Runs the recurrence: one step for a single token with a state, chunks otherwise."""
+        """Runs the recurrence."""
         raise NotImplementedError
 
     def write_matrix(
@@ -174,8 +174,3 @@ class HeadedMixer(RecurrentMixer):
         if norm == "full":
             mixed = self.normalise_heads(mixed, self.vector("heads.scale", vectors))
         return mixed if gate == "none" else mixed * ACTIVATIONS[gate](self.project("g_proj", x, lora, vectors))
-
-
-def is_single(query: Tensor, state: Tensor | None, resets: Tensor | None) -> bool:
-    """Whether this call is one token that goes on from a state."""
-    return query.shape[1] == 1 and state is not None and resets is None

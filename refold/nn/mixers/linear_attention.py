@@ -11,11 +11,11 @@ from refold.blueprint.specs import linear_attention as spec
 from refold.families.arch import ArchSpec
 from refold.nn.mixers.attention import Attention
 from refold.nn.mixers.context import MixerContext
-from refold.nn.mixers.headed import is_single
 from refold.nn.mixers.memory import Memory, StateView
 from refold.nn.mixers.mixer import Mixer
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import scalar_decay
+from refold.ops.choice import run
 from refold.ops.documents import number_documents
 from refold.ops.feature_maps import feature_map
 from refold.ops.window import window_sums
@@ -123,10 +123,7 @@ class LinearAttention(Attention):
         value = value.float()
         if self.normalise_weights:
             value = torch.cat((value, torch.ones_like(value[..., :1])), dim=-1)
-        if is_single(query, state, resets):
-            mixed, state = scalar_decay.step(query[:, 0], key[:, 0], value[:, 0], None, state)
-            return mixed.unsqueeze(1), state
-        return scalar_decay.chunked(query, key, value, None, state, resets)
+        return run(scalar_decay, query, key, value, None, state=state, resets=resets)
 
     def _mix_with_window(
         self,

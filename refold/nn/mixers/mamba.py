@@ -3,10 +3,11 @@
 from torch import Tensor, nn
 
 from refold.nn.mixers.context import MixerContext
-from refold.nn.mixers.headed import RecurrentMixer, is_single
+from refold.nn.mixers.headed import RecurrentMixer
 from refold.nn.mixers.memory import Memory, StateView
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import selective_scan
+from refold.ops.choice import is_single
 
 
 class Mamba(RecurrentMixer):

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from refold.nn.mixers.headed import HeadedMixer, is_single
+from refold.nn.mixers.headed import HeadedMixer
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import scalar_decay
+from refold.ops.choice import run
 
 
 class Mamba2(HeadedMixer):
@@ -28,11 +29,7 @@ class Mamba2(HeadedMixer):
         step, decay = self._discretise(x, lora, vectors)
         key, query = self._shared(key), self._shared(query)
         written = value.float() * step.unsqueeze(-1)
-        if is_single(query, state, resets):
-            mixed, state = scalar_decay.step(query[:, 0], key[:, 0], written[:, 0], decay[:, 0], state)
-            mixed = mixed.unsqueeze(1)
-        else:
-            mixed, state = scalar_decay.chunked(query, key, written, decay, state, resets)
+        mixed, state = run(scalar_decay, query, key, written, decay, state=state, resets=resets)
         skip = self.vector("skip.d", vectors).float().unsqueeze(-1)
         return (mixed + skip * value.float()).to(x.dtype), state
 

@@ -1,5 +1,7 @@
 """What a depth with a recurrent mixer remembers between calls, kept in transformers' cache."""
 
+from typing import Any, NoReturn
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ class Memory:
 
     def __init__(self, cache: Cache | None, layer_idx: int):
         self._layer: LinearAttentionLayer | None = None
+        self._cache = cache
         if cache is None:
             return
         layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
@@ -56,7 +59,9 @@ class Memory:
 
     def keep_state(self, state: Tensor) -> None:
         """Keeps the state after this call's last token."""
-        if self._layer is not None:
+        if self._cache is not None and self._layer is not None:
+            # Its own refusal comes after layers before this one were cropped, and asks for what would not help.
+            self._cache.crop = _refuse_to_crop  # pyright: ignore[reportAttributeAccessIssue]
             if not self._layer.has_previous_state[0]:
                 # What marks a layer as used is its last inputs; a mixer without any keeps an empty one.
                 self._layer.update_conv_state(state.new_zeros(len(state), 1, 1))
@@ -86,6 +91,13 @@ class Memory:
                 before.copy_(before * (numbers[:, -1] == 0)[:, None, None])
         layer.update_conv_state(columns)
         return earlier
+
+
+def _refuse_to_crop(*_: Any) -> NoReturn:
+    raise RefoldError(
+        "crop: a cache of keys and values alone is required (got recurrent states, which cannot be taken back); read "
+        "the shorter text anew, or go on from a copy.deepcopy of the cache from before"
+    )
 
 
 def count_tokens(cache: Cache | None, counting_depth: int | None, hidden_states: Float[Tensor, "B T D"]) -> None:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from refold.families.arch import ArchSpec
-from refold.nn.mixers.headed import HeadedMixer, is_single
+from refold.nn.mixers.headed import HeadedMixer
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import scalar_decay
+from refold.ops.choice import run
 
 
 def log_decays(kind: str, heads: int, scale: float) -> list[float]:
@@ -50,10 +51,7 @@ class Retention(HeadedMixer):
     ) -> tuple[Tensor, Tensor]:
         query, key, value = self.widen(query) * self.query_scale, self.widen(key), self.widen(value)
         decay = torch.tensor(self.log_decay, device=query.device)
-        if is_single(query, state, resets):
-            mixed, state = scalar_decay.step(query[:, 0], key[:, 0], value[:, 0], decay, state)
-            return mixed.unsqueeze(1), state
-        return scalar_decay.chunked(query, key, value, decay, state, resets)
+        return run(scalar_decay, query, key, value, decay, state=state, resets=resets)
 
     def write_matrix(
         self, x: Tensor, query: Tensor, key: Tensor, resets: Tensor | None, lora: Lora, vectors: OwnVectors
