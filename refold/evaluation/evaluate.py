@@ -184,8 +184,8 @@ def _comparison(scored: WindowPass, other: Subject, sizes: DocumentCounts) -> Co
 def _require_finite(subject: Subject, nll: float) -> None:
     if not math.isfinite(nll):
         raise RefoldError(
-            f"{subject.facts.name}: finite predictions are required (got {nll} in {subject.facts.computed_in}); the weights "
-            f"are broken, or the dtype is too narrow: try float32"
+            f"{subject.facts.name}: finite predictions are required (got {nll} in {subject.facts.computed_in}); the "
+            f"weights are broken, or the dtype is too narrow: try float32"
         )
 
 

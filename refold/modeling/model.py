@@ -245,9 +245,7 @@ class RefoldModel(RefoldPreTrainedModel):
             resets = state_resets(starts, padding_mask(attention_mask), past_length, tokens)
             if not self._windows:
                 count_tokens(cache, self._first_counting, hidden_states)
-        masks = build_masks(
-            self.config, self._windows, hidden_states, attention_mask, cache, past_length, starts
-        )
+        masks = build_masks(self.config, self._windows, hidden_states, attention_mask, cache, past_length, starts)
         rotations = [rotary(position_ids, hidden_states.dtype) for rotary in self.rotaries]
         extra = {"position_ids": position_ids, **(extra or {})}
         return {
