@@ -30,7 +30,13 @@ from refold.measuring.source_model import SourceModel, read_source_model
 from refold.studies.baselines import scratch_recipe
 
 ALL, XATL, NONE = "all", ["o_proj", "mlp"], []
+KEPT = [1, 3]
+"""Layers with attention in the hybrids that are folded as well; two loops after one untied layer tie them."""
 Recipe = dict[str, Any]
+FOLDED: Recipe = {
+    "fold": {"loops": 2, "prelude": 1},
+    "relax": {"rank": {"parameters": 0.2}, "init": "joint", "vectors": "own"},
+}
 
 
 def swap(mixer: str, transfer: Any = ALL, **options: Any) -> Recipe:
@@ -80,6 +86,17 @@ def _ways() -> dict[str, Way]:
     found["retention, all, distilled"] = Way(swap("retention"), "distil", tables=("training",))
     found["gated deltanet, aligned first"] = Way(swap("gated_deltanet"), "align-then-distil", tables=("training",))
     found["gated deltanet, distilled"] = Way(swap("gated_deltanet"), "distil", tables=("training",))
+    # A fold and mixers, each alone and together: what is tied, and which layers keep attention, agree where both are.
+    kept = swap("gated_deltanet", **{"except": KEPT})
+    found["recursive"] = Way(FOLDED, tables=("together",))
+    found["gated deltanet, attention in layers 1 and 3"] = Way(kept, tables=("together",))
+    found["gated deltanet, attention in layer 1"] = Way(
+        swap("gated_deltanet", **{"except": KEPT[:1]}), tables=("together",)
+    )
+    found["recursive hybrid: both"] = Way({**FOLDED, **kept}, tables=("together",))
+    narrow = {**FOLDED["relax"], "rank": {"parameters": 0.1}}
+    found["recursive hybrid, smaller LoRAs"] = Way({**FOLDED, "relax": narrow, **kept}, tables=("together",))
+    found["recursive, all gated deltanet"] = Way({**FOLDED, **swap("gated_deltanet")}, tables=("together",))
     return found
 
 
@@ -205,13 +222,16 @@ def render(source: float, results: dict[str, Any], model: SourceModel, given: ar
         "components": "What is carried over",
         "training": "How it is trained",
         "gate": "With a gate, which is nearly closed at first, and without",
+        "together": "Recursion and linear mixers, alone and together",
     }
     for table, title in titles.items():
         chosen = {name: row for name, row in results.items() if table in row["tables"]}
         if chosen:
-            lines += ["", f"## {title}", "", "| model | unhealed | healed | learning rate |", "|---|---|---|---|"]
+            lines += ["", f"## {title}", ""]
+            lines += ["| model | unhealed | healed | learning rate | weights | at 8k |", "|---|---|---|---|---|---|"]
             lines += [
-                f"| {name} | {row['unhealed']:.3f} | {_each(row)} | {row['learning_rate']:g} |"
+                f"| {name} | {row['unhealed']:.3f} | {_each(row)} | {row['learning_rate']:g} "
+                f"| {row['weight_bytes'] / reference.weight_bytes:.2f}x | {row['memory_8k'] / memory:.2f}x |"
                 for name, row in chosen.items()
             ]
     lines += [
