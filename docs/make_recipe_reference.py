@@ -19,6 +19,7 @@ SECTIONS: tuple[tuple[str, type[recipe.Section]], ...] = (
     ("relax with type: lora (left out: this)", recipe.LoraRelax),
     ("relax with type: prefix", recipe.PrefixRelax),
     ("relax.rank as a budget", recipe.RankShare),
+    ("calibration", recipe.Calibration),
     ("drop", dropping.Drop),
     ("drop.block", dropping.BlockDrop),
     ("drop.attention, drop.mlp", dropping.PartDrop),

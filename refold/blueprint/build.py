@@ -152,6 +152,12 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
 
 
 def _require_sensible_starts(recipe: Recipe) -> None:
+    if recipe.fits_in_sequence and not recipe.needs_text:
+        what = "fresh weights" if recipe.weights == "fresh" else "weight: none"
+        raise RecipeError(
+            f"calibration.order: linears weighed by activations or fisher are required for sequential (got {what}); "
+            f"set relax.weight or factor.weight, or leave order out"
+        )
     if recipe.lora is None or recipe.lora.init in (None, "zero"):
         return
     init = recipe.lora.init

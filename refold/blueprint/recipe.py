@@ -192,12 +192,16 @@ class Factor(Section):
 
 
 class Calibration(Section):
-    """How much calibration text is read, where anything is measured on some."""
+    """How much calibration text is read, where anything is measured on some, and how linears are fitted to it."""
 
     tokens: Amount = 65_536
     """Tokens, drawn from all over the text."""
     context: Count = 512
     """Tokens of each sequence; at most the source's context."""
+    order: Literal["at_once", "sequential"] = "at_once"
+    """`at_once`: each linear is fitted by what it sees in the source. `sequential`: from top to bottom, each by what it
+    sees in the model folded so far, aimed at what the source gives, as GPTQ quantises (arXiv 2210.17323); whole linears
+    too that nothing else changes."""
 
 
 class PrefixRelax(Section):
@@ -262,7 +266,7 @@ class Recipe(Section):
     factor: Factor | None = None
     """Keeps stored linears as two factors of lower rank."""
     calibration: Calibration = Calibration()
-    """How much calibration text is read."""
+    """How much calibration text is read, and how linears are fitted to it."""
     drop: Drop | None = None
     """Leaves out layers, token mixers or MLPs."""
     mixers: tuple[AnyMixer, ...] = ()
@@ -301,6 +305,11 @@ class Recipe(Section):
     def needs_text(self) -> bool:
         """Whether linears are fitted to calibration text."""
         return self.weights == "source" and self.weight != "none"
+
+    @property
+    def fits_in_sequence(self) -> bool:
+        """Whether linears are fitted one after the other, by what they see in the folded model."""
+        return self.calibration.order == "sequential"
 
     @property
     def measures_influence(self) -> bool:

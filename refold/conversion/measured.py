@@ -35,6 +35,11 @@ def require_calibration(plan: Plan, has_text: bool, has_moments: bool = False) -
         RecipeError: There is none.
     """
     recipe = plan.recipe
+    if recipe.fits_in_sequence and has_moments and not has_text:
+        raise RecipeError(
+            "calibration.order: calibration text is required for sequential, moments are not enough (got none); give "
+            "--calibration FILE (in Python: calibration=[FILE])"
+        )
     if recipe.needs_text and not (has_text or has_moments):
         raise RecipeError(
             f"weight: calibration text is required for `weight: {recipe.weight}` (got none); give --calibration FILE "
@@ -102,7 +107,7 @@ def measure_plan(
     packed = None
     if measures_influence or (recipe.needs_text and moments is None):
         assert text is not None
-        packed = _pack(model, text, recipe)
+        packed = pack_text(model, text, recipe)
     if measures_influence:
         assert packed is not None
         influence = measure_influence(layers, packed, progress=progress)
@@ -155,11 +160,17 @@ def keep_moments(source: str | Path, recipe: RecipeLike, text: DataSource, folde
         raise FolderError(f"{folder}: a new folder for moments is required (it is there); choose another") from None
     with CheckpointReader(model.source.fetch()) as reader:
         pieces, store = PieceReader(model, reader), MomentStore(folder)
-        _measure_moments(SourceLayers(model, pieces, device), _pack(model, text, loaded), store, folder, loaded)
+        _measure_moments(SourceLayers(model, pieces, device), pack_text(model, text, loaded), store, folder, loaded)
     store.sign(model.source.fingerprint(), loaded.calibration.tokens, text.name)
 
 
-def _pack(model: SourceModel, text: DataSource, recipe: Recipe) -> PackedSequence:
+def pack_text(model: SourceModel, text: DataSource, recipe: Recipe) -> PackedSequence:
+    """Draws as many tokens of calibration text as a recipe asks for.
+
+    Raises:
+        DataError: The text is too short or cannot be read.
+        SourceError: The source has no tokenizer.
+    """
     length = min(recipe.calibration.context, model.arch.max_position_embeddings)
     return pack_calibration(
         text,
