@@ -60,6 +60,26 @@ def _lowrank(**factor: Any) -> Arm:
     return Arm(lambda share, model: {"factor": {"parameters": share, **factor}}, factor.get("weight") == "fisher")
 
 
+def _sequential(arm: Arm) -> Arm:
+    """The same, each linear fitted by what it sees in the model folded so far."""
+
+    def recipe(share: float, model: SourceModel) -> Recipe | None:
+        made = arm.recipe(share, model)
+        return made and {**made, "calibration": {"order": "sequential"}}
+
+    return Arm(recipe, is_ours=True)
+
+
+def _aligned(arm: Arm) -> Arm:
+    """The same, tied layers brought into a common frame first."""
+
+    def recipe(share: float, model: SourceModel) -> Recipe | None:
+        made = arm.recipe(share, model)
+        return made and {**made, "fold": {**made["fold"], "align": "both"}}
+
+    return Arm(recipe, is_ours=True)
+
+
 def _compact(ends: int) -> Arm:
     def recipe(share: float, model: SourceModel) -> Recipe:
         return {
@@ -84,11 +104,17 @@ ARMS = {
     "depth pruning, evenly": Arm(_pruned),
     "the paper's: Average + SVD": Arm(lambda share, model: _fold(share, model, 0, init="svd")),
     "joint, own norms, ends untied, no data": _joint(),
+    "the same, no data, aligned": _aligned(_joint()),
     "the same, weight: activations": _joint(weight="activations"),
+    "the same, weight: activations, aligned": _aligned(_joint(weight="activations")),
+    "the same, weight: activations, sequential": _sequential(_joint(weight="activations")),
+    "the same, weight: activations, aligned, sequential": _sequential(_aligned(_joint(weight="activations"))),
     "the same, weight: fisher, measured ranks": _joint(weight="fisher", rank={"split": "measured"}),
     "low rank, weight: activations (SVD-LLM)": _lowrank(weight="activations"),
+    "low rank, weight: activations, sequential": _sequential(_lowrank(weight="activations")),
     "low rank, weight: activations, measured ranks": _lowrank(weight="activations", split="measured"),
     "low rank, weight: fisher, measured ranks": _lowrank(weight="fisher", split="measured"),
+    "low rank, weight: fisher, measured ranks, sequential": _sequential(_lowrank(weight="fisher", split="measured")),
     "tied where it pays (fisher, measured), ends untied": _compact(1),
     "tied where it pays (fisher, measured), all tied": _compact(0),
 }
@@ -113,7 +139,15 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def moments(given: argparse.Namespace, text: Path, tokens: int) -> Path:
+class Calibrated(NamedTuple):
+    """Calibration text, how much of it, and its moments."""
+
+    text: Path
+    tokens: int
+    folder: Path
+
+
+def moments(given: argparse.Namespace, text: Path, tokens: int) -> Calibrated:
     folder = given.work / f"moments-{text.stem}-{tokens}"
     if not (folder / "moments.json").exists():
         started = time.perf_counter()
@@ -124,13 +158,17 @@ def moments(given: argparse.Namespace, text: Path, tokens: int) -> Path:
         }
         keep_moments(given.source, recipe, open_data([text]), folder)
         print(f"moments of {tokens:,} tokens of {text.stem}: {time.perf_counter() - started:.0f} s", flush=True)
-    return folder
+    return Calibrated(text, tokens, folder)
 
 
 def run_one(
-    name: str, share: float, recipe: Recipe, model: SourceModel, folder: Path, given: argparse.Namespace
+    name: str, share: float, recipe: Recipe, model: SourceModel, found: Calibrated, given: argparse.Namespace
 ) -> dict[str, Any] | None:
     """Converts, measures and forgets one target, once; None where the recipe does not fit."""
+    folder = found.folder
+    if "calibration" in recipe:
+        sizes = {"tokens": found.tokens, "context": given.context}
+        recipe = {**recipe, "calibration": {**recipe["calibration"], **sizes}}
     slug = "".join(letter if letter.isalnum() else "-" for letter in name)
     path = given.work / f"{slug}-{share:g}-{folder.name}.json"
     if not path.exists():
@@ -138,17 +176,19 @@ def run_one(
         shutil.rmtree(out, ignore_errors=True)
         try:
             plan = plan_model(model, load_recipe(recipe), allow_larger=True)
-            made = carry_out(plan, model.source, out, moments=folder if plan.recipe.needs_text else None)
+            text = open_data([found.text]) if plan.recipe.fits_in_sequence else None
+            kept = folder if plan.recipe.needs_text else None
+            made = carry_out(plan, model.source, out, moments=kept, calibration=text)
         except RecipeError as error:
             print(f"{name} at {share:g}: {error}", flush=True)
             return None
-        found = evaluate(out, given.held_out, context=given.context, max_tokens=given.eval_tokens)
+        result = evaluate(out, given.held_out, context=given.context, max_tokens=given.eval_tokens)
         shutil.rmtree(out)
         cost = made.cost
         row = {
             "share": stored_share(made.blueprint, identity_blueprint(made.blueprint.arch)),
-            "nats": math.log(found.perplexity),
-            "bits_per_byte": found.bits_per_byte,
+            "nats": math.log(result.perplexity),
+            "bits_per_byte": result.bits_per_byte,
             "flops": cost.target.flops_per_token / cost.source.flops_per_token,
         }
         path.write_text(json.dumps(row) + "\n")
@@ -166,12 +206,12 @@ def main() -> int:
         evaluate(given.source, given.held_out, context=given.context, max_tokens=given.eval_tokens).write(reference)
     source = read_evaluation(reference)
     started, rows = time.perf_counter(), {}
-    folder = moments(given, given.train, given.tokens)
+    main_text = moments(given, given.train, given.tokens)
     for share in given.shares:
         for name, arm in ARMS.items():
             recipe = arm.recipe(share, model)
             if recipe is not None and time.perf_counter() - started < 60 * given.minutes:
-                rows[name, share] = run_one(name, share, recipe, model, folder, given)
+                rows[name, share] = run_one(name, share, recipe, model, main_text, given)
     other: dict[tuple[str, str], dict[str, Any] | None] = {}
     wanted = [(given.train, tokens) for tokens in given.more_tokens]
     wanted += [(given.other, given.tokens)] if given.other else []

@@ -21,7 +21,7 @@ from refold.blueprint.specs.retention import Retention
 from refold.blueprint.specs.share_kv import ShareKv
 from refold.blueprint.specs.swap import MixerSwap
 from refold.blueprint.specs.tying import TYING_INITS
-from refold.blueprint.starts import Weight
+from refold.blueprint.starts import Align, Weight
 from refold.suggest import did_you_mean, must_be_one_of
 
 
@@ -118,6 +118,13 @@ class Fold(Section):
         "mlp",
     )
     """What is tied. What is not keeps one part for each layer."""
+    align: Align = "none"
+    """How layers are brought into a common frame before they are tied, so that like is tied to like: neurons of MLPs
+    and heads in another order (`permutation`), values of each head in other axes (`rotation`), or `both`. None of it
+    changes what a layer computes. Needs `init: average`."""
+    scale: Literal["none", "norm"] = "none"
+    """`norm`: the mean of tied linears is scaled to the mean of their Frobenius norms, which the mean of unlike
+    matrices falls short of. Only where nothing is fitted: needs `init: average`, and LoRAs from zero or none."""
     prelude: LayerIndex = 0
     """Number of untied layers kept before the block."""
     coda: LayerIndex = 0

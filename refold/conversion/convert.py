@@ -136,7 +136,7 @@ def carry_out(
         measuring, scratch = measuring_steps(plan, calibration is not None), out.path / SCRATCH_NAME
         scratch.mkdir()
         num_steps = measuring + len(specs)
-        plan, store = measure_plan(
+        plan, pieces, store = measure_plan(
             plan, model, pieces, calibration, scratch, device, lambda done: report(done, num_steps), moments
         )
         specs = _specs(plan, dtype)

@@ -34,10 +34,6 @@ class _Place:
     folded: Tensor
     positions: Tensor
 
-    @property
-    def has_drifted(self) -> bool:
-        return not torch.equal(self.source, self.folded)
-
 
 class SequentialFitter:
     """Fits a plan's linears from the first depth to the last, while source and folded model run side by side.
@@ -123,9 +119,7 @@ class SequentialFitter:
         groups = [group for group in groups if stored_name(group) not in self._settled or group.linear in ranks]
         if not groups:
             return
-        seen = None
-        if place.has_drifted and groups[0].is_native:
-            seen = _look(stage[0], place, stack)
+        seen = _look(stage[0], place, stack) if groups[0].is_native else None
         for group in groups:
             given = self._builder.linear_group(group)
             self._fit(group, given if seen is None else _aim(given, place.depth, seen), place.depth)

@@ -1,6 +1,6 @@
 """Every tensor of a target, computed from the source a few matrices at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -73,7 +73,8 @@ class TargetBuilder:
             return fresh_tensor(tensor, blueprint.arch, starts.seed, fill_of(blueprint, tensor)).to(self._dtype)
         if made.how == "averaged":
             layers = [self._pieces.read(made.canonical, layer, torch.float32, made.repeat) for layer in made.layers]
-            return torch.stack(layers).mean(dim=0).to(self._dtype)
+            is_scaled = starts.scale == "norm" and tensor.role == "linear"
+            return (norm_matched(layers) if is_scaled else torch.stack(layers).mean(dim=0)).to(self._dtype)
         layer = made.layers[0] if made.layers else None
         return self._pieces.read(made.canonical, layer, self._dtype, made.repeat)
 
@@ -109,8 +110,11 @@ class TargetBuilder:
         weightings = None
         if self._store is not None and group.is_native:
             weightings = read_weightings(starts.weight, group, self._store, self._device)
+        sources = tuple(weights[layer] for layer in group.sources)
+        if starts.scale == "norm" and len(sources) > 1:
+            sources = (norm_matched(sources),)
         return LinearGroup(
-            sources=tuple(weights[layer] for layer in group.sources),
+            sources=sources,
             members={
                 depth: Member(weights[layer], blueprint.depths[depth].ranks.get(group.linear, 0))
                 for depth, layer in group.users.items()
@@ -134,6 +138,13 @@ class TargetBuilder:
             self.kept_energy[f"depths.{depth}.{group.linear}"] = round(found.kept[depth], 6)
             yield f"model.depths.{depth}.lora.{group.linear}.a", a.cpu()
             yield f"model.depths.{depth}.lora.{group.linear}.b", b.cpu()
+
+
+def norm_matched(weights: Sequence[Tensor]) -> Tensor:
+    """Returns the mean of matrices, scaled to the mean of their Frobenius norms."""
+    stacked = torch.stack(list(weights))
+    mean, norm = stacked.mean(dim=0), torch.linalg.matrix_norm(stacked).mean()
+    return mean * (norm / torch.linalg.matrix_norm(mean).clamp(min=torch.finfo(mean.dtype).tiny))
 
 
 def stored_name(group: LinearSources) -> str:
