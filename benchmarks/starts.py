@@ -71,6 +71,26 @@ def _lowrank(**factor: Any) -> Arm:
     return Arm(lambda share, model: {"factor": {"parameters": share, **factor}}, factor.get("weight") == "fisher")
 
 
+def _sequential(arm: Arm) -> Arm:
+    """The same, each linear fitted by what it sees in the model folded so far."""
+
+    def recipe(share: float, model: SourceModel) -> Recipe | None:
+        made = arm.recipe(share, model)
+        return made and {**made, "calibration": {"order": "sequential"}}
+
+    return Arm(recipe, is_ours=True)
+
+
+def _aligned(arm: Arm) -> Arm:
+    """The same, tied layers brought into a common frame first."""
+
+    def recipe(share: float, model: SourceModel) -> Recipe | None:
+        made = arm.recipe(share, model)
+        return made and {**made, "fold": {**made["fold"], "align": "both"}}
+
+    return Arm(recipe, is_ours=True)
+
+
 def _compact(ends: int) -> Arm:
     def recipe(share: float, model: SourceModel) -> Recipe:
         return {
@@ -106,11 +126,17 @@ ARMS = {
     "depth pruning, by measured influence": _pruned("similarity"),
     "the paper's: Average + SVD": Arm(lambda share, model: _fold(share, model, 0, init="svd")),
     "joint, own norms, ends untied, no data": _joint(),
+    "the same, no data, aligned": _aligned(_joint()),
     "the same, weight: activations": _joint(weight="activations"),
+    "the same, weight: activations, aligned": _aligned(_joint(weight="activations")),
+    "the same, weight: activations, sequential": _sequential(_joint(weight="activations")),
+    "the same, weight: activations, aligned, sequential": _sequential(_aligned(_joint(weight="activations"))),
     "the same, weight: fisher, measured ranks": _joint(weight="fisher", rank={"split": "measured"}),
     "low rank, weight: activations (SVD-LLM)": _lowrank(weight="activations"),
+    "low rank, weight: activations, sequential": _sequential(_lowrank(weight="activations")),
     "low rank, weight: activations, measured ranks": _lowrank(weight="activations", split="measured"),
     "low rank, weight: fisher, measured ranks": _lowrank(weight="fisher", split="measured"),
+    "low rank, weight: fisher, measured ranks, sequential": _sequential(_lowrank(weight="fisher", split="measured")),
     "basis shared by neighbours (Basis Sharing), weight: activations": Arm(_basis),
     "tied where it pays (fisher, measured), ends untied": _compact(1),
     "tied where it pays (fisher, measured), all tied": _compact(0),
@@ -200,10 +226,12 @@ class Study:
 
     def convert(self, recipe: Recipe, folder: Path, out: Path) -> Plan | None:
         """Makes one target with the moments of a folder; None where the recipe does not fit."""
-        given, calibration = self.given, {"tokens": self.given.tokens, "context": self.given.context}
+        given, sizes = self.given, {"tokens": self.given.tokens, "context": self.given.context}
+        calibration = {**recipe.get("calibration", {}), **sizes}
         try:
             plan = plan_model(self.model, load_recipe({**recipe, "calibration": calibration}), allow_larger=True)
-            text = open_data([given.train]) if plan.recipe.measures_influence else None
+            reads = plan.recipe.measures_influence or plan.recipe.fits_in_sequence
+            text = open_data([given.train]) if reads else None
             moments_folder = folder if plan.recipe.needs_text else None
             return carry_out(plan, self.model.source, out, calibration=text, moments=moments_folder)
         except RecipeError as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from refold.blueprint.advice import advise
+from refold.blueprint.alignment import describe_alignment
 from refold.blueprint.contents import idle_names, part_linears, part_vectors
 from refold.blueprint.cost import ParameterCount, count_parameters
 from refold.blueprint.drops import describe_dropped, dropped_blocks, dropped_parts
@@ -131,8 +132,11 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
         *describe_reads(reads, arch.num_key_value_heads),
         *rank_notes,
         *describe_prefixes(blueprint),
+        *(describe_alignment(blueprint, recipe.fold.align) if recipe.fold else ()),
         *describe_exits(blueprint),
     )
+    if recipe.fits_in_sequence:
+        notes = (*notes, "calibration.order: linears are fitted from top to bottom, those that would be copied as well")
     if recipe.factor is not None:
         blueprint, note = factorise_evenly(blueprint, identity, recipe.factor)
         budget = linear_budget(identity, recipe.factor.parameters)
@@ -145,6 +149,8 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
         lora=lora.init if relaxed and lora else None,
         svd=lora.svd if lora else "auto",
         weight=recipe.weight if recipe.weights == "source" else "none",
+        align=recipe.fold.align if recipe.fold else "none",
+        scale=recipe.fold.scale if recipe.fold else "none",
         transfers=tuple(mixer.transfers for mixer in stored) if recipe.mixers else (),
         seed=recipe.seed,
     )
@@ -157,6 +163,17 @@ def _require_sensible_starts(recipe: Recipe) -> None:
             f"fold.init: must be average where factor.share is basis, which makes bases from all tied layers (got "
             f"{recipe.fold.init}); leave fold.init out"
         )
+    if recipe.fits_in_sequence and not recipe.needs_text:
+        what = "fresh weights" if recipe.weights == "fresh" else "weight: none"
+        raise RecipeError(
+            f"calibration.order: linears weighed by activations or fisher are required for sequential (got {what}); "
+            f"set relax.weight or factor.weight, or leave order out"
+        )
+    if recipe.fits_in_sequence and recipe.shares_bases:
+        raise RecipeError(
+            "calibration.order: must be at_once where factor.share is basis (got sequential); leave one of them out"
+        )
+    _require_sensible_frames(recipe)
     if recipe.lora is None or recipe.lora.init in (None, "zero"):
         return
     init = recipe.lora.init
@@ -170,6 +187,34 @@ def _require_sensible_starts(recipe: Recipe) -> None:
         raise RecipeError(
             f"fold.init: must be average where relax.init is joint, which makes stored weights from all tied layers "
             f"(got {recipe.fold.init}); leave fold.init out, or take relax.init svd or zero"
+        )
+
+
+def _require_sensible_frames(recipe: Recipe) -> None:
+    fold = recipe.fold
+    if fold is None:
+        return
+    for key, value in (("align", fold.align), ("scale", fold.scale)):
+        if value == "none":
+            continue
+        if recipe.weights == "fresh":
+            raise RecipeError(f"fold.{key}: must be none where weights are fresh (got {value}); leave it out")
+        if fold.init != "average":
+            raise RecipeError(
+                f"fold.{key}: fold.init average is required for {value}, which is about layers that are averaged (got "
+                f"{fold.init}); set it, or leave {key} out"
+            )
+    fitted = None
+    if recipe.lora is not None and recipe.lora.init != "zero":
+        fitted = f"relax.init {recipe.lora.init}"
+    elif recipe.factor is not None:
+        fitted = "factor"
+    elif recipe.weight != "none":
+        fitted = f"weight {recipe.weight}"
+    if fold.scale == "norm" and fitted:
+        raise RecipeError(
+            f"fold.scale: norm is for means that nothing is fitted to (got {fitted}, whose fit decides the scale); "
+            f"leave it out, or set relax.init to zero"
         )
 
 

@@ -21,7 +21,7 @@ from refold.blueprint.specs.retention import Retention
 from refold.blueprint.specs.share_kv import ShareKv
 from refold.blueprint.specs.swap import MixerSwap
 from refold.blueprint.specs.tying import TYING_INITS
-from refold.blueprint.starts import Weight
+from refold.blueprint.starts import Align, Weight
 from refold.suggest import did_you_mean, must_be_one_of
 
 
@@ -118,6 +118,13 @@ class Fold(Section):
         "mlp",
     )
     """What is tied. What is not keeps one part for each layer."""
+    align: Align = "none"
+    """How layers are brought into a common frame before they are tied, so that like is tied to like: neurons of MLPs
+    and heads in another order (`permutation`), values of each head in other axes (`rotation`), or `both`. None of it
+    changes what a layer computes. Needs `init: average`."""
+    scale: Literal["none", "norm"] = "none"
+    """`norm`: the mean of tied linears is scaled to the mean of their Frobenius norms, which the mean of unlike
+    matrices falls short of. Only where nothing is fitted: needs `init: average`, and LoRAs from zero or none."""
     prelude: LayerIndex = 0
     """Number of untied layers kept before the block."""
     coda: LayerIndex = 0
@@ -196,12 +203,16 @@ class Factor(Section):
 
 
 class Calibration(Section):
-    """How much calibration text is read, where anything is measured on some."""
+    """How much calibration text is read, where anything is measured on some, and how linears are fitted to it."""
 
     tokens: Amount = 65_536
     """Tokens, drawn from all over the text."""
     context: Count = 512
     """Tokens of each sequence; at most the source's context."""
+    order: Literal["at_once", "sequential"] = "at_once"
+    """`at_once`: each linear is fitted by what it sees in the source. `sequential`: from top to bottom, each by what it
+    sees in the model folded so far, aimed at what the source gives, as GPTQ quantises (arXiv 2210.17323); whole linears
+    too that nothing else changes."""
 
 
 class PrefixRelax(Section):
@@ -266,7 +277,7 @@ class Recipe(Section):
     factor: Factor | None = None
     """Keeps stored linears as two factors of lower rank."""
     calibration: Calibration = Calibration()
-    """How much calibration text is read."""
+    """How much calibration text is read, and how linears are fitted to it."""
     drop: Drop | None = None
     """Leaves out layers, token mixers or MLPs."""
     mixers: tuple[AnyMixer, ...] = ()
@@ -315,6 +326,11 @@ class Recipe(Section):
     def needs_text(self) -> bool:
         """Whether linears are fitted to calibration text."""
         return self.weights == "source" and self.weight != "none"
+
+    @property
+    def fits_in_sequence(self) -> bool:
+        """Whether linears are fitted one after the other, by what they see in the folded model."""
+        return self.calibration.order == "sequential"
 
     @property
     def measures_influence(self) -> bool:

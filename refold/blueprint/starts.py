@@ -10,6 +10,9 @@ calibration text, |E S|^2 with S S^T the second moment of the inputs (SVD-LLM, a
 do to the loss: outputs are weighted by the second moment of its gradients as well (the Kronecker-factored Fisher matrix
 of arXiv 1503.05671)."""
 
+Align = Literal["none", "permutation", "rotation", "both"]
+"""By which symmetries tied layers are brought into a common frame: orders of neurons and heads, axes of values."""
+
 
 class Starts(Frozen):
     """How the tensors of a target start. With the blueprint it says everything about a conversion."""
@@ -21,6 +24,10 @@ class Starts(Frozen):
     svd: Literal["auto", "exact"] = "auto"
     weight: Weight = "none"
     """What the error of a fitted linear is weighted by."""
+    align: Align = "none"
+    """How tied layers are brought into a common frame before anything is made of them."""
+    scale: Literal["none", "norm"] = "none"
+    """`norm`: the mean of tied linears has the mean of their Frobenius norms."""
     transfers: tuple[tuple[str, ...] | None, ...] = ()
     """For each stored mixer what it takes over from its sources besides norms, by name; None, or no entry: all."""
     seed: int = 0

@@ -16,12 +16,15 @@ from refold.checkpoint.locate import PLAN_NAME, Source, locate
 from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.writer import ShardedWriter, count_bytes
 from refold.conversion.approximation import require_text, stored_maps
+from refold.conversion.fitted import FittedTensors
 from refold.conversion.map_fitter import MapFitter
-from refold.conversion.measured import measure_plan, measuring_steps, reads_text, require_calibration
+from refold.conversion.measured import measure_plan, measuring_steps, pack_text, reads_text, require_calibration
 from refold.conversion.plan import Plan, plan_model, read_influence
+from refold.conversion.sequential import SequentialFitter
 from refold.conversion.tensors import TargetBuilder
 from refold.data.readers import DataSource, open_data
 from refold.errors import RecipeError, SourceError
+from refold.measuring.layers import SourceLayers
 from refold.measuring.measurements import stored_moments
 from refold.measuring.pieces import PieceReader
 from refold.measuring.source_model import read_source_model
@@ -133,14 +136,22 @@ def carry_out(
         measuring, scratch = measuring_steps(plan, calibration is not None), out.path / SCRATCH_NAME
         scratch.mkdir()
         num_steps = measuring + len(specs)
-        plan, store = measure_plan(
+        plan, pieces, store = measure_plan(
             plan, model, pieces, calibration, scratch, device, lambda done: report(done, num_steps), moments
         )
         specs = _specs(plan, dtype)
         fitter = MapFitter(plan, model, pieces, device)
-        before, num_steps = measuring + fitter.num_layers, measuring + fitter.num_layers + len(specs)
+        fitting = plan.blueprint.num_depths if plan.recipe.fits_in_sequence else 0
+        before = measuring + fitter.num_layers + fitting
+        num_steps = before + len(specs)
         fitter.run(calibration, lambda done: report(measuring + done, num_steps))
-        builder = TargetBuilder(plan, pieces, dtype, device, fitter.tensors, store)
+        fitted = FittedTensors(scratch, fitter.tensors)
+        builder = TargetBuilder(plan, pieces, dtype, device, fitted, store)
+        if fitting:
+            assert calibration is not None
+            packed = pack_text(model, calibration, plan.recipe)
+            in_sequence = SequentialFitter(plan, SourceLayers(model, pieces, device), builder, fitted, device)
+            in_sequence.run(packed, lambda done: report(before - fitting + done, num_steps))
         with ShardedWriter(out.path, specs) as writer, torch.inference_mode():
             for done, (name, value) in enumerate(builder.build(), start=before + 1):
                 writer.write(name, value)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -12,12 +13,14 @@ from refold.blueprint.load import RecipeLike, load_recipe
 from refold.blueprint.recipe import RankEnergy, RankShare, Recipe
 from refold.blueprint.schema import Blueprint
 from refold.checkpoint.reader import CheckpointReader
+from refold.conversion.alignment import align_layers
 from refold.conversion.plan import Plan, plan_model, replan
 from refold.data.packing import PackedSequence
 from refold.data.readers import DataSource
 from refold.errors import FolderError, RecipeError
 from refold.measuring.calibration import pack_calibration
 from refold.measuring.curves import LinearSources, linear_sources, measure_linears
+from refold.measuring.frames import FramedMoments, FramedPieces
 from refold.measuring.influence import measure_influence
 from refold.measuring.layers import SourceLayers
 from refold.measuring.moments import MomentStore, measure_moments
@@ -28,6 +31,20 @@ from refold.modeling.load import load_tokenizer
 Report = Callable[[int], None]
 
 
+class Measured(NamedTuple):
+    """What a plan is carried out with.
+
+    Attributes:
+        plan: With what it leaves out and its ranks.
+        pieces: Reads the source, tied layers in their common frame.
+        store: Moments, in the same frames; None where errors are not weighed.
+    """
+
+    plan: Plan
+    pieces: PieceReader
+    store: MomentStore | None
+
+
 def require_calibration(plan: Plan, has_text: bool, has_moments: bool = False) -> None:
     """Checks that there is text where something is chosen or weighed by what the source does on some.
 
@@ -35,6 +52,11 @@ def require_calibration(plan: Plan, has_text: bool, has_moments: bool = False) -
         RecipeError: There is none.
     """
     recipe = plan.recipe
+    if recipe.fits_in_sequence and has_moments and not has_text:
+        raise RecipeError(
+            "calibration.order: calibration text is required for sequential, moments are not enough (got none); give "
+            "--calibration FILE (in Python: calibration=[FILE])"
+        )
     if recipe.needs_text and not (has_text or has_moments):
         raise RecipeError(
             f"weight: calibration text is required for `weight: {recipe.weight}` (got none); give --calibration FILE "
@@ -75,7 +97,7 @@ def measure_plan(
     device: str = "cpu",
     progress: Report = lambda done: None,
     moments: Path | None = None,
-) -> tuple[Plan, MomentStore | None]:
+) -> Measured:
     """Measures what the plan's recipe leaves to measurement.
 
     Args:
@@ -89,7 +111,7 @@ def measure_plan(
         moments: A folder `keep_moments` filled, instead of the text.
 
     Returns:
-        The plan with what it leaves out and its ranks, and the moments, None where errors are not weighed.
+        The plan with what it leaves out and its ranks, and what it is carried out with.
 
     Raises:
         DataError: The text is too short or cannot be read.
@@ -102,7 +124,7 @@ def measure_plan(
     packed = None
     if measures_influence or (recipe.needs_text and moments is None):
         assert text is not None
-        packed = _pack(model, text, recipe)
+        packed = pack_text(model, text, recipe)
     if measures_influence:
         assert packed is not None
         influence = measure_influence(layers, packed, progress=progress)
@@ -117,8 +139,12 @@ def measure_plan(
             assert packed is not None
             _measure_moments(layers, packed, store, folder, recipe, lambda count: progress(before + count))
         done += model.arch.num_layers * (2 if recipe.weight == "fisher" else 1)
+    if plan.starts.align != "none":
+        frames = align_layers(plan.blueprint, plan.starts.align, pieces, device)
+        pieces = FramedPieces(pieces, frames)
+        store = None if store is None else FramedMoments(store, frames)
     if not recipe.measures_ranks:
-        return plan, store
+        return Measured(plan, pieces, store)
     groups = measured_groups(plan)
     with torch.inference_mode():
         linears = measure_linears(
@@ -130,7 +156,7 @@ def measure_plan(
             device,
             lambda count: progress(done + count),
         )
-    return replan(plan, model, _choose(plan, linears), UNMEASURED), store
+    return Measured(replan(plan, model, _choose(plan, linears), UNMEASURED), pieces, store)
 
 
 def keep_moments(source: str | Path, recipe: RecipeLike, text: DataSource, folder: Path, device: str = "cpu") -> None:
@@ -155,11 +181,17 @@ def keep_moments(source: str | Path, recipe: RecipeLike, text: DataSource, folde
         raise FolderError(f"{folder}: a new folder for moments is required (it is there); choose another") from None
     with CheckpointReader(model.source.fetch()) as reader:
         pieces, store = PieceReader(model, reader), MomentStore(folder)
-        _measure_moments(SourceLayers(model, pieces, device), _pack(model, text, loaded), store, folder, loaded)
+        _measure_moments(SourceLayers(model, pieces, device), pack_text(model, text, loaded), store, folder, loaded)
     store.sign(model.source.fingerprint(), loaded.calibration.tokens, text.name)
 
 
-def _pack(model: SourceModel, text: DataSource, recipe: Recipe) -> PackedSequence:
+def pack_text(model: SourceModel, text: DataSource, recipe: Recipe) -> PackedSequence:
+    """Draws as many tokens of calibration text as a recipe asks for.
+
+    Raises:
+        DataError: The text is too short or cannot be read.
+        SourceError: The source has no tokenizer.
+    """
     length = min(recipe.calibration.context, model.arch.max_position_embeddings)
     return pack_calibration(
         text,

@@ -1,6 +1,6 @@
 """Every tensor of a target, computed from the source a few matrices at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,34 +45,38 @@ class TargetBuilder:
         store: MomentStore | None = None,
     ):
         self._plan, self._pieces, self._dtype, self._device = plan, pieces, dtype, device
-        self._fitted, self._store = fitted or {}, store
+        self._fitted: Mapping[str, Tensor] = {} if fitted is None else fitted
+        self._store = store
         self.kept_energy: dict[str, float] = {}
 
     def build(self) -> Iterator[tuple[str, Tensor]]:
         """Yields name and value of every target tensor once, in the dtype of the target."""
-        blueprint, starts = self._plan.blueprint, self._plan.starts
         fitted: set[str] = set()
-        for tensor in target_tensors(blueprint):
+        for tensor in target_tensors(self._plan.blueprint):
             if tensor.name in fitted:
                 continue
-            if tensor.name in self._fitted:
-                yield tensor.name, self._fitted[tensor.name].to(self._dtype)
-                continue
-            group = self._group_of(tensor)
-            made = origin(blueprint, starts, tensor)
+            group = None if tensor.name in self._fitted else self._group_of(tensor)
             if group is not None:
-                for name, value in self._fit(group):
+                for name, value in self.fit(group, self.linear_group(group)):
                     fitted.add(name)
                     yield name, value.to(self._dtype)
-            elif made.how == "fresh":
-                fresh = fresh_tensor(tensor, blueprint.arch, starts.seed, fill_of(blueprint, tensor))
-                yield tensor.name, fresh.to(self._dtype)
-            elif made.how == "averaged":
-                layers = [self._pieces.read(made.canonical, layer, torch.float32, made.repeat) for layer in made.layers]
-                yield tensor.name, torch.stack(layers).mean(dim=0).to(self._dtype)
             else:
-                layer = made.layers[0] if made.layers else None
-                yield tensor.name, self._pieces.read(made.canonical, layer, self._dtype, made.repeat)
+                yield tensor.name, self.make(tensor)
+
+    def make(self, tensor: TargetTensor) -> Tensor:
+        """Returns a tensor that is there already, fresh, averaged or copied, in the dtype of the target."""
+        if tensor.name in self._fitted:
+            return self._fitted[tensor.name].to(self._dtype)
+        blueprint, starts = self._plan.blueprint, self._plan.starts
+        made = origin(blueprint, starts, tensor)
+        if made.how == "fresh":
+            return fresh_tensor(tensor, blueprint.arch, starts.seed, fill_of(blueprint, tensor)).to(self._dtype)
+        if made.how == "averaged":
+            layers = [self._pieces.read(made.canonical, layer, torch.float32, made.repeat) for layer in made.layers]
+            is_scaled = starts.scale == "norm" and tensor.role == "linear"
+            return (norm_matched(layers) if is_scaled else torch.stack(layers).mean(dim=0)).to(self._dtype)
+        layer = made.layers[0] if made.layers else None
+        return self._pieces.read(made.canonical, layer, self._dtype, made.repeat)
 
     def _group_of(self, tensor: TargetTensor) -> LinearSources | None:
         """The stored linear that a tensor is fitted with; None where it is only copied, averaged or fresh."""
@@ -82,16 +86,20 @@ class TargetBuilder:
         assert tensor.pool is not None
         part = part_of(blueprint, tensor)
         group = linear_sources(blueprint, self._plan.starts, tensor.pool, part, tensor.linear)
-        if group is None:
-            return None
-        is_tied = len(group.users) > 1 and self._store is not None and group.is_native
-        relaxed = any(tensor.linear in blueprint.depths[depth].ranks for depth in group.users)
-        kept = blueprint.pool(group.pool)[group.part]
-        is_factored = tensor.linear in kept.factors or tensor.linear in kept.bases
-        # A weighted mean is fitted too, where stored weights start from all layers tied to them.
-        return group if relaxed or is_factored or (is_tied and len(group.sources) == len(group.users)) else None
+        return group if group is not None and self.is_fitted(group) else None
 
-    def _fit(self, group: LinearSources) -> Iterator[tuple[str, Tensor]]:
+    def is_fitted(self, group: LinearSources) -> bool:
+        """Says whether a stored linear is more than copied or averaged."""
+        blueprint = self._plan.blueprint
+        is_tied = len(group.users) > 1 and self._store is not None and group.is_native
+        relaxed = any(group.linear in blueprint.depths[depth].ranks for depth in group.users)
+        kept = blueprint.pool(group.pool)[group.part]
+        is_factored = group.linear in kept.factors or group.linear in kept.bases
+        # A weighted mean is fitted too, where stored weights start from all layers tied to them.
+        return relaxed or is_factored or (is_tied and len(group.sources) == len(group.users))
+
+    def linear_group(self, group: LinearSources) -> LinearGroup:
+        """Reads what a stored linear is fitted from."""
         blueprint, starts = self._plan.blueprint, self._plan.starts
         wanted = dict.fromkeys((*group.sources, *group.users.values()))
         weights = {
@@ -100,25 +108,28 @@ class TargetBuilder:
             )
             for layer in wanted
         }
-        prefix, kept = f"model.{group.pool}s.{group.part}.{group.linear}", blueprint.pool(group.pool)[group.part]
-        weightings = None
+        weightings, kept = None, blueprint.pool(group.pool)[group.part]
         if self._store is not None and group.is_native:
             weightings = read_weightings(starts.weight, group, self._store, self._device)
-        found = fit(
-            LinearGroup(
-                sources=tuple(weights[layer] for layer in group.sources),
-                members={
-                    depth: Member(weights[layer], blueprint.depths[depth].ranks.get(group.linear, 0))
-                    for depth, layer in group.users.items()
-                },
-                weightings=weightings,
-                stored_rank=kept.factors.get(group.linear),
-                basis_rank=kept.bases.get(group.linear),
-                seed=tensor_seed(starts.seed, f"{prefix}.weight") % 2**31,
-            ),
-            starts.lora or "svd",
-            starts.svd,
+        sources = tuple(weights[layer] for layer in group.sources)
+        if starts.scale == "norm" and len(sources) > 1:
+            sources = (norm_matched(sources),)
+        return LinearGroup(
+            sources=sources,
+            members={
+                depth: Member(weights[layer], blueprint.depths[depth].ranks.get(group.linear, 0))
+                for depth, layer in group.users.items()
+            },
+            weightings=weightings,
+            stored_rank=kept.factors.get(group.linear),
+            basis_rank=kept.bases.get(group.linear),
+            seed=tensor_seed(starts.seed, f"{stored_name(group)}.weight") % 2**31,
         )
+
+    def fit(self, group: LinearSources, given: LinearGroup) -> Iterator[tuple[str, Tensor]]:
+        """Yields name and float32 value of every tensor of a stored linear and its LoRAs, fitted together."""
+        starts, prefix = self._plan.starts, stored_name(group)
+        found = fit(given, starts.lora or "svd", starts.svd)
         if isinstance(found, FittedBasis):
             yield f"{prefix}.a.weight", found.a.cpu()
             for depth, coefficients in found.coefficients.items():
@@ -133,3 +144,15 @@ class TargetBuilder:
             self.kept_energy[f"depths.{depth}.{group.linear}"] = round(found.kept[depth], 6)
             yield f"model.depths.{depth}.lora.{group.linear}.a", a.cpu()
             yield f"model.depths.{depth}.lora.{group.linear}.b", b.cpu()
+
+
+def norm_matched(weights: Sequence[Tensor]) -> Tensor:
+    """Returns the mean of matrices, scaled to the mean of their Frobenius norms."""
+    stacked = torch.stack(list(weights))
+    mean, norm = stacked.mean(dim=0), torch.linalg.matrix_norm(stacked).mean()
+    return mean * (norm / torch.linalg.matrix_norm(mean).clamp(min=torch.finfo(mean.dtype).tiny))
+
+
+def stored_name(group: LinearSources) -> str:
+    """Returns what the names of a stored linear's tensors begin with."""
+    return f"model.{group.pool}s.{group.part}.{group.linear}"

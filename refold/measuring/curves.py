@@ -70,6 +70,10 @@ class GroupWeightings:
         # What all members share is weighed by one mean of their gradients: only then there is a closed form.
         self.outputs = torch.stack(list(outputs.values())).mean(dim=0) if outputs else None
 
+    def with_inputs(self, depth: int, inputs: Tensor) -> "GroupWeightings":
+        """Returns the same with another second moment, ridge included, of what one depth sees."""
+        return GroupWeightings({**self.inputs, depth: inputs}, self._own_outputs)
+
     def of(self, depth: int) -> Weighting:
         """Returns how an error at one depth is weighed."""
         return Weighting(self.inputs[depth], self._own_outputs.get(depth))

@@ -50,6 +50,28 @@ class AttentionSample(NamedTuple):
         return AttentionSample(*(part[chosen] for part in self))
 
 
+class _Reached(Exception):
+    """Ends a forward pass once what it was run for has been seen."""
+
+
+def reach_input(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """Runs until a module is called, and returns its input."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        raise _Reached
+
+    hook = module.register_forward_pre_hook(stop)
+    try:
+        run()
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return seen[0]
+
+
 class SourceLayer:
     """One layer of a source, loaded in float32.
 
@@ -92,6 +114,20 @@ class SourceLayer:
             for hook in hooks:
                 hook.remove()
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def input_of(
+        self, linear: str, hidden_states: Float[Tensor, "B T D"], positions: Int[Tensor, "B T"] | None
+    ) -> Float[Tensor, "B T in"]:
+        """Returns what a linear of the layer sees, where the layer computes; what comes later does not run.
+
+        Args:
+            linear: `q_proj`, `down_proj`, ...
+            hidden_states: The stream before the layer, of no more sequences than are computed at once.
+            positions: Within each document; None: every row is one.
+        """
+        ((states, contexts),) = self._pieces(hidden_states, positions)
+        return reach_input(dict(self._linears())[linear], lambda: self._model.run_depth(0, states, contexts))
 
     @torch.enable_grad()
     def run_back(

@@ -33,7 +33,7 @@ class MomentStore:
     """
 
     def __init__(self, folder: Path):
-        self._folder = folder
+        self.folder = folder
 
     def write(
         self, layer: int, inputs: dict[str, Tensor], shared: dict[str, str], outputs: dict[str, Tensor] | None
@@ -68,7 +68,7 @@ class MomentStore:
             tokens: How many were read.
             text: What was read.
         """
-        write_json(self._folder / SIGNATURE_NAME, {"source": source, "tokens": tokens, "text": text})
+        write_json(self.folder / SIGNATURE_NAME, {"source": source, "tokens": tokens, "text": text})
 
     def check(self, source: dict[str, Any], with_gradients: bool) -> None:
         """Checks that these are the whole moments of a source.
@@ -77,20 +77,20 @@ class MomentStore:
             SourceError: They are not, or are not there.
         """
         try:
-            signed = json.loads((self._folder / SIGNATURE_NAME).read_text(encoding="utf-8"))
+            signed = json.loads((self.folder / SIGNATURE_NAME).read_text(encoding="utf-8"))
             with safe_open(self._path(0), framework="pt") as file:
                 has_gradients = any(name.startswith("outputs.") for name in file.keys())  # noqa: SIM118
         except (OSError, ValueError) as error:
             raise SourceError(
-                f"{self._folder}: a folder of moments is required ({str(error)[:80]}); measure them again"
+                f"{self.folder}: a folder of moments is required ({str(error)[:80]}); measure them again"
             ) from None
         if signed["source"] != source:
-            raise SourceError(f"{self._folder}: moments of this source are required (they are another's); measure them")
+            raise SourceError(f"{self.folder}: moments of this source are required (they are another's); measure them")
         if with_gradients and not has_gradients:
-            raise SourceError(f"{self._folder}: moments of gradients are required for `weight: fisher` (none there)")
+            raise SourceError(f"{self.folder}: moments of gradients are required for `weight: fisher` (none there)")
 
     def _path(self, layer: int) -> Path:
-        return self._folder / f"layer-{layer:04d}.safetensors"
+        return self.folder / f"layer-{layer:04d}.safetensors"
 
 
 class MomentSums:

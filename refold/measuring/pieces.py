@@ -12,7 +12,7 @@ class PieceReader:
     """Reads a source's canonical tensors, such as `mixer.q_proj.weight` of layer 3, whatever they are packed in."""
 
     def __init__(self, model: SourceModel, reader: CheckpointReader):
-        self._model, self._reader = model, reader
+        self.model, self.reader = model, reader
         self._shapes = canonical_tensors(model.arch)
 
     def read(self, canonical: str, layer: int | None, dtype: torch.dtype, repeat: int = 1) -> Tensor:
@@ -23,16 +23,16 @@ class PieceReader:
         Raises:
             SourceError: Its file is damaged.
         """
-        name, rule, index = self._model.locate(canonical, layer)
-        packed = self._reader.read(name)
+        name, rule, index = self.model.locate(canonical, layer)
+        packed = self.reader.read(name)
         rows = self._shapes[canonical][0]
         if rule.layout == "rows":
             start = sum(self._shapes[piece][0] for piece in rule.pieces[:index])
             packed = packed[start : start + rows]
         elif rule.layout == "heads":
             # [heads, pieces, head_dim] by rows, as GPT-NeoX packs query, key and value.
-            heads = rows // self._model.arch.head_dim
+            heads = rows // self.model.arch.head_dim
             packed = packed.unflatten(0, (heads, len(rule.pieces), -1))[:, index].flatten(0, 1)
         if repeat > 1:
-            packed = packed.unflatten(0, (-1, self._model.arch.head_dim)).repeat_interleave(repeat, dim=0).flatten(0, 1)
+            packed = packed.unflatten(0, (-1, self.model.arch.head_dim)).repeat_interleave(repeat, dim=0).flatten(0, 1)
         return packed.to(dtype)

@@ -1,0 +1,187 @@
+"""Linears fitted one after the other, top to bottom: each by what it sees in the model that is folded so far, aimed at
+what the source gives, as GPTQ quantises (arXiv 2210.17323)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from refold.blueprint.contents import depth_linears, part_linears
+from refold.blueprint.schema import Pool
+from refold.blueprint.tensors import TargetTensor, target_tensors
+from refold.conversion.fitted import FittedTensors
+from refold.conversion.plan import Plan
+from refold.conversion.stack import TargetStack
+from refold.conversion.starts.group import LinearGroup
+from refold.conversion.tensors import FITTED_ROLES, TargetBuilder, stored_name
+from refold.data.packing import PackedSequence
+from refold.measuring.curves import LinearSources, linear_sources
+from refold.measuring.layers import SourceLayer, SourceLayers
+from refold.measuring.targets import Drift, aimed_weight, drift_between
+
+STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Linears of attention and MLP that see the same, in the order they run."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A depth, and the two streams before it."""
+
+    depth: int
+    layer: SourceLayer
+    source: Tensor
+    folded: Tensor
+    positions: Tensor
+
+
+class SequentialFitter:
+    """Fits a plan's linears from the first depth to the last, while source and folded model run side by side.
+
+    A stored linear is fitted at the first depth that runs it, together with the LoRAs of all its depths: by what this
+    depth sees in the folded model, and for later depths, whose inputs are not known before, by what the source's layers
+    see. At each later depth what is stored stays, and the depth's LoRA is fitted anew by what it sees there.
+
+    Two streams and the weights of a layer and a depth are in memory at a time; what is fitted waits on disk.
+
+    Args:
+        plan: The conversion, whose errors are weighed.
+        layers: The source's.
+        builder: Makes what is not fitted, and fits.
+        fitted: The builder's; what is fitted is written there.
+        device: Where depths run.
+    """
+
+    def __init__(
+        self, plan: Plan, layers: SourceLayers, builder: TargetBuilder, fitted: FittedTensors, device: str = "cpu"
+    ):
+        self._plan, self._layers, self._builder, self._device = plan, layers, builder, device
+        self._fitted = fitted
+        self._settled: set[str] = set()
+
+    def run(self, sequences: PackedSequence, progress: Callable[[int], None] = lambda done: None) -> None:
+        """Fits all linears.
+
+        Args:
+            sequences: Packed calibration tokens.
+            progress: Told how many depths are done.
+        """
+        blueprint = self._plan.blueprint
+        stack = TargetStack(blueprint, sequences.position_ids, self._device)
+        source = folded = self._layers.embed(sequences.input_ids)
+        for index in range(blueprint.num_depths):
+            layer = self._layers.load(blueprint.depths[index].source)
+            place = _Place(index, layer, source, folded, sequences.position_ids)
+            tensors = self._tensors_of(index)
+            for tensor in tensors:
+                if tensor.role not in FITTED_ROLES:
+                    stack.put(tensor.name, self._builder.make(tensor))
+            for stage in self._stages(index):
+                self._fit_stage(stage, place, stack)
+                for tensor in tensors:
+                    if tensor.role in FITTED_ROLES and tensor.linear in stage:
+                        stack.put(tensor.name, self._builder.make(tensor))
+            source = layer.run(source, sequences.position_ids)
+            folded = stack.run(index, folded)
+            stack.take_out(tensor.name for tensor in tensors)
+            progress(index + 1)
+
+    def _tensors_of(self, index: int) -> list[TargetTensor]:
+        """What a depth runs, of its own and stored."""
+        depth = self._plan.blueprint.depths[index]
+        return [
+            tensor
+            for tensor in target_tensors(self._plan.blueprint)
+            if tensor.role != "exit"
+            and (tensor.depth == index or (tensor.pool and tensor.part == getattr(depth, tensor.pool)))
+            and (tensor.depth is not None or tensor.part is not None)
+        ]
+
+    def _stages(self, index: int) -> Iterator[tuple[str, ...]]:
+        """Linears of a depth that are fitted at once: other mixers' first, of which nothing is measured."""
+        names = list(depth_linears(self._plan.blueprint, index))
+        native = {name for name in names if (found := self._sources(index, name)) is not None and found.is_native}
+        stages = [tuple(name for name in names if name not in native)]
+        stages += [tuple(name for name in stage if name in native) for stage in STAGES]
+        return (stage for stage in stages if stage)
+
+    def _sources(self, index: int, linear: str) -> LinearSources | None:
+        blueprint = self._plan.blueprint
+        mixer = blueprint.depths[index].mixer
+        in_mixer = mixer is not None and linear in part_linears(blueprint, "mixer", mixer)
+        pool: Pool = "mixer" if in_mixer else "mlp"
+        part = getattr(blueprint.depths[index], pool)
+        return linear_sources(blueprint, self._plan.starts, pool, part, linear)
+
+    def _fit_stage(self, stage: tuple[str, ...], place: _Place, stack: TargetStack) -> None:
+        ranks = self._plan.blueprint.depths[place.depth].ranks
+        groups = [group for linear in stage if (group := self._sources(place.depth, linear)) is not None]
+        groups = [group for group in groups if stored_name(group) not in self._settled or group.linear in ranks]
+        if not groups:
+            return
+        seen = _look(stage[0], place, stack) if groups[0].is_native else None
+        for group in groups:
+            given = self._builder.linear_group(group)
+            self._fit(group, given if seen is None else _aim(given, place.depth, seen), place.depth)
+
+    def _fit(self, group: LinearSources, given: LinearGroup, depth: int) -> None:
+        name = stored_name(group)
+        if name in self._settled:
+            self._relax(group, given, depth)
+            return
+        self._settled.add(name)
+        if self._builder.is_fitted(group):
+            self._fitted.write(name, dict(self._builder.fit(group, given)))
+        elif group.is_native and group.sources == tuple(group.users.values()):
+            # An untied linear: what it was copied from would be best on what the source sees.
+            self._fitted.write(name, {f"{name}.weight": given.members[depth].weight.cpu()})
+
+    def _relax(self, group: LinearSources, given: LinearGroup, depth: int) -> None:
+        """Fits the LoRA of a later depth to what is stored."""
+        starts, name = self._plan.starts, stored_name(group)
+        if starts.lora == "zero" or not group.is_native:
+            return
+        target, rank = given.members[depth].weight, given.members[depth].rank
+        residual = target - self._stored(name, given).to(target.device)
+        if not bool(torch.any(residual)):
+            return
+        found = given.weighting(depth).truncate(residual, rank, starts.svd, given.seed)
+        self._builder.kept_energy[f"depths.{depth}.{group.linear}"] = round(found.kept, 6)
+        a, b = found.factors()
+        pair = f"model.depths.{depth}.lora.{group.linear}"
+        self._fitted.write(pair, {f"{pair}.a": a.cpu(), f"{pair}.b": b.cpu()})
+
+    def _stored(self, name: str, given: LinearGroup) -> Tensor:
+        if given.stored_rank is None:
+            return self._fitted[f"{name}.weight"]
+        if not given.stored_rank:
+            return torch.zeros_like(next(iter(given.members.values())).weight, device="cpu")
+        return self._fitted[f"{name}.b.weight"] @ self._fitted[f"{name}.a.weight"]
+
+
+def _look(linear: str, place: _Place, stack: TargetStack) -> tuple[Drift, Drift]:
+    """Compares what a linear sees in both streams, on every other sequence and on the rest."""
+    found: list[list[Drift]] = [[], []]
+    for rows in stack.rows:
+        theirs = place.layer.input_of(linear, place.source[rows], place.positions[rows])
+        ours = stack.input_of(place.depth, linear, rows, place.folded[rows])
+        for half, drifts in enumerate(found):
+            if len(ours[half::2]):
+                new = drift_between(theirs[half::2], ours[half::2])
+                drifts[:] = [drifts[0] + new] if drifts else [new]
+    return found[0][0], found[1][0]
+
+
+def _aim(given: LinearGroup, depth: int, seen: tuple[Drift, Drift]) -> LinearGroup:
+    """Aims one depth at what the source gives, on what the depth sees, and weighs it by that."""
+    assert given.weightings is not None
+    member = given.members[depth]
+    aimed = replace(member, weight=aimed_weight(member.weight, seen))
+    members = {**given.members, depth: aimed}
+    is_shared = len(given.sources) == len(members)
+    return replace(
+        given,
+        members=members,
+        sources=tuple(each.weight for each in members.values()) if is_shared else given.sources,
+        weightings=given.weightings.with_inputs(depth, (seen[0] + seen[1]).moment()),
+    )
