@@ -68,6 +68,10 @@ REFUSED = [
         {"factor": BASIS, "fold": {**FOLD, "init": "stepwise"}},
         r"fold\.init: must be average where factor\.share is basis.*\(got stepwise\); leave fold\.init out",
     ),
+    (
+        {"factor": BASIS, "fold": FOLD, "calibration": {"order": "sequential"}},
+        r"calibration\.order: must be at_once where factor\.share is basis \(got sequential\)",
+    ),
     ({"factor": {**BASIS, "share": "bases"}, "fold": FOLD}, r"factor\.share: .*did you mean 'basis'"),
     (
         {"factor": {**BASIS, "parameters": 0.001}, "fold": FOLD},
