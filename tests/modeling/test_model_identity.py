@@ -112,7 +112,7 @@ def test_sampling_with_a_seed_is_the_sources(load, load_source, tokens):
 def test_half_precision_logits_are_the_sources_bit_for_bit(make_source, tmp_path, tokens, variant, dtype):
     source = make_source(variant, dtype=dtype)
     convert(source, tmp_path / "out")
-    ours = load_model(tmp_path / "out", device="cpu")
+    ours = load_model(tmp_path / "out", device="cpu", dtype="auto")
     theirs = AutoModelForCausalLM.from_pretrained(source)
     assert ours.dtype == getattr(torch, dtype)
     with torch.no_grad():
