@@ -11,7 +11,7 @@ from refold.cli.show import note, print_json
 
 def command(
     out: Annotated[Path, typer.Option("--out", help="Folder the folded models are left in.")] = Path("refold-demo"),
-    heal_tokens: Annotated[str, typer.Option(help="Healing tokens for each of the two healed models.")] = "200k",
+    heal_tokens: Annotated[str, typer.Option(help="Healing tokens for each of the two healed models.")] = "100k",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Fold the shipped model in several ways, heal two, measure all. Under five minutes on two cores, no network."""

@@ -20,8 +20,8 @@ from refold.studies.baselines import pruned_recipe
 from refold.studies.report_line import report_line
 from refold.studies.shipped import held_out_data, shipped_model, training_data
 
-HEAL_TOKENS = 200_000
-EVAL_TOKENS = 30_000
+HEAL_TOKENS = 100_000
+EVAL_TOKENS = 16_000
 CONTEXT = 512
 LEARNING_RATE = 1e-3
 PROMPT = "def load(path):\n"
