@@ -176,6 +176,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--batch-tokens", type=read_amount, default=8192, help="of a healing step")
+    parser.add_argument("--without", nargs="*", default=[], help="leave out arms whose names hold one of these")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing further after so many minutes")
     parser.add_argument("--write", type=Path, help="page to write")
     return parser.parse_args()
@@ -330,7 +331,8 @@ def main() -> int:
     for share in given.shares:
         for name, arm in ARMS.items():
             recipe = arm.recipe(share, study.model)
-            if recipe is not None and study.has_time:
+            left_out = any(part in name for part in given.without)
+            if recipe is not None and study.has_time and not left_out:
                 for scheme, row in study.run(name, share, recipe, folder).items():
                     found.rows[name, share, scheme] = row
     wanted = [(given.train, tokens) for tokens in given.more_tokens]
