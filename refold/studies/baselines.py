@@ -72,7 +72,7 @@ def lowrank_recipe(plan: Plan) -> Recipe:
 def scratch_recipe(plan: Plan) -> Recipe:
     """The architecture of a plan's target with fresh weights."""
     recipe = plan.recipe
-    # Left out, so that planning takes what suits fresh weights: nothing can be fitted to them, no LoRA start from an SVD.
+    # Left out, so that planning takes what suits fresh weights: nothing is fitted to them, no LoRA starts from an SVD.
     fold = recipe.fold and recipe.fold.model_copy(update={"init": None, "align": "none", "scale": "none"})
     relax = recipe.lora.model_copy(update={"init": None}) if recipe.lora else recipe.relax
     calibration = recipe.calibration.model_copy(update={"order": "at_once"})
