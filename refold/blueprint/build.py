@@ -89,6 +89,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
     """
     recipe = recipe.resolved()
     _require_sensible_starts(recipe)
+    _require_halves(recipe, arch)
     require_sensible_ranks(recipe)
     identity = identity_blueprint(arch)
     counted = count_parameters(identity)
@@ -187,6 +188,15 @@ def _require_sensible_starts(recipe: Recipe) -> None:
         raise RecipeError(
             f"fold.init: must be average where relax.init is joint, which makes stored weights from all tied layers "
             f"(got {recipe.fold.init}); leave fold.init out, or take relax.init svd or zero"
+        )
+
+
+def _require_halves(recipe: Recipe, arch: ArchSpec) -> None:
+    text, length = recipe.calibration, min(recipe.calibration.context, arch.max_position_embeddings)
+    if recipe.fits_in_sequence and text.tokens < 2 * length:
+        raise RecipeError(
+            f"calibration.tokens: two sequences of {length} tokens are required for sequential, one to check the other "
+            f"(got {text.tokens} tokens); raise it, or lower calibration.context"
         )
 
 

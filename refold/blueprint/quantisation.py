@@ -2,8 +2,9 @@
 
 from math import ceil
 
+from refold.blueprint.origins import part_of
 from refold.blueprint.schema import Blueprint
-from refold.blueprint.tensors import target_tensors
+from refold.blueprint.tensors import TargetTensor, target_tensors
 from refold.errors import RefoldError
 from refold.families.arch import Frozen
 from refold.suggest import must_be_one_of
@@ -15,7 +16,7 @@ class Scheme(Frozen):
     """Linears' weights as integers, packed without gaps inside a row, each group of a row's numbers with one scale.
 
     With a zero point, an integer of the same width for each group, a group's range lies where its numbers do; without,
-    it is centred on zero. Embedding, head, norms, biases and LoRAs are left as they are.
+    it is centred on zero. Embedding, head, norms, biases and LoRAs beside a stored weight are left as they are.
     """
 
     bits: int
@@ -48,17 +49,28 @@ def find_scheme(name: str) -> Scheme:
     return SCHEMES[name]
 
 
+def is_quantised(blueprint: Blueprint, tensor: TargetTensor) -> bool:
+    """Says whether a tensor is the weight of a linear, whole or one of its two factors, wherever it is kept.
+
+    LoRAs beside a stored weight are none, those that are all there is of a linear are.
+    """
+    if tensor.role in ("lora_a", "lora_b"):
+        assert tensor.pool is not None
+        return blueprint.pool(tensor.pool)[part_of(blueprint, tensor)].factors.get(tensor.linear) == 0
+    return tensor.role in ("linear", "factor_a", "factor_b", "coefficients")
+
+
 def quantised_bytes(blueprint: Blueprint, dtype_bytes: int, scheme: Scheme) -> int:
     """Weight bytes of a blueprint whose linears are quantised.
 
     Args:
-        blueprint: Factors are linears too; LoRAs are not.
+        blueprint: Its linears are those of `is_quantised`.
         dtype_bytes: Bytes of one number of all other tensors.
         scheme: How.
     """
     total = 0
     for tensor in target_tensors(blueprint):
-        if tensor.role in ("linear", "factor_a", "factor_b"):
+        if is_quantised(blueprint, tensor):
             rows, columns = tensor.shape
             total += scheme.num_bytes(rows, columns)
         else:

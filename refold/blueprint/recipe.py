@@ -192,7 +192,7 @@ class Factor(Section):
     share: Literal["none", "basis"] = "none"
     """`basis`: of linears that are tied by `fold` one input-side factor A is stored, and each depth has an output-side
     factor B of its own, `y = B (A x)` (Basis Sharing, arXiv 2410.03765). Norms and biases are then each depth's own
-    too, unless there is a `relax` that says otherwise. Linears that are not tied have two factors as ever."""
+    too, but beside a `relax` go by its `vectors`. Linears that are not tied have two factors as ever."""
     split: Split = "even"
     """`even`: every stored linear keeps the same share; `measured`: each keeps what lowers the error most, its whole
     matrix if that is better. With `relax.rank: {split: measured}` it is also measured for each tied linear whether

@@ -5,7 +5,7 @@ are matched as in Git Re-Basin (arXiv 2209.04836), here layers of one model; the
 orthogonal matrix that its output projection undoes.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from refold.blueprint.alignment import Align, aligned_groups
 from refold.blueprint.schema import Blueprint, Pool
 from refold.blueprint.specs import attention
 from refold.blueprint.specs.registry import MLP
+from refold.errors import SourceError
 from refold.families.arch import ArchSpec
 from refold.measuring.assignment import assign
 from refold.measuring.frames import HeadFrame, LayerFrame
@@ -36,6 +37,9 @@ def align_layers(blueprint: Blueprint, align: Align, pieces: PieceReader, device
         align: What may be exchanged (`permutation`) and turned (`rotation`).
         pieces: Reads the source.
         device: Where to compute.
+
+    Raises:
+        SourceError: Weights are not finite, which nothing can be matched to.
     """
     arch = blueprint.arch
     neurons: dict[int, LayerFrame] = {}
@@ -106,15 +110,21 @@ def _split_heads(weights: Weights, groups: int, size: int) -> dict[str, Tensor]:
 
 
 def _read(
-    pieces: PieceReader, pool: Pool, names: Iterable[str], layers: Sequence[int], device: str
-) -> dict[int, Weights]:
-    return {
-        layer: {name: pieces.read(f"{pool}.{name}.weight", layer, torch.float32).to(device) for name in names}
-        for layer in layers
-    }
+    pieces: PieceReader, pool: Pool, names: Collection[str], layers: Sequence[int], device: str
+) -> Mapping[int, Weights]:
+    found: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
+    for layer in layers:
+        for name in names:
+            weight = found[layer][name] = pieces.read(f"{pool}.{name}.weight", layer, torch.float32).to(device)
+            if not bool(weight.isfinite().all()):
+                raise SourceError(
+                    f"fold.align: finite weights are required (got others in {name} of layer {layer}); leave it out, "
+                    f"or mend the source"
+                )
+    return found
 
 
-def _match(weights: dict[int, Weights], find: Callable[[Weights, Weights], LayerFrame]) -> dict[int, LayerFrame]:
+def _match(weights: Mapping[int, Weights], find: Callable[[Weights, Weights], LayerFrame]) -> dict[int, LayerFrame]:
     """Matches all layers to the first, and three and more then to the mean of the others in turn."""
     first, *others = weights
     frames = {layer: find(weights[layer], weights[first]) for layer in others}

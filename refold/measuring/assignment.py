@@ -1,5 +1,7 @@
 """Which row goes with which column: the assignment with the largest sum of scores."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,6 +21,7 @@ def assign(scores: Float[Tensor, "n n"]) -> Int[Tensor, " n"]:
     """
     size = len(scores)
     spread = float(scores.max() - scores.min())
+    assert math.isfinite(spread), "no bid is the highest among others that are no numbers: the auction would not end"
     if size == 1 or spread == 0:
         return torch.arange(size, device=scores.device)
     prices = torch.zeros(size, dtype=torch.float64, device=scores.device)

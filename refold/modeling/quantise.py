@@ -5,13 +5,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from refold.blueprint.quantisation import Scheme
+from refold.blueprint.quantisation import Scheme, is_quantised
+from refold.blueprint.tensors import target_tensors
+from refold.modeling.model import RefoldForCausalLM
 
 
 def quantise_linears(model: PreTrainedModel, scheme: Scheme) -> list[Tensor]:
-    """Rounds the weight of every `nn.Linear` but the head, each stored one once however many depths run it.
+    """Rounds the weight of every linear but the head, each stored one once however many depths run it.
 
-    Factors of low rank are linears and rounded; LoRAs, which are added beside a linear, are not.
+    Of a folded model those of `is_quantised`, so factors and coefficients of bases too; of a source every `nn.Linear`.
 
     Args:
         model: Changed in place.
@@ -20,14 +22,23 @@ def quantise_linears(model: PreTrainedModel, scheme: Scheme) -> list[Tensor]:
     Returns:
         The weights that were rounded.
     """
-    head = model.get_output_embeddings()
-    outside = {id(module.weight) for module in (head, model.get_input_embeddings()) if module is not None}
-    found = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Linear)}
-    weights = [weight for key, weight in found.items() if key not in outside]
+    weights = _of_blueprint(model) if isinstance(model, RefoldForCausalLM) else _of_source(model)
     with torch.no_grad():
         for weight in weights:
             weight.copy_(round_to_nearest(weight, scheme))
     return weights
+
+
+def _of_blueprint(model: RefoldForCausalLM) -> list[Tensor]:
+    blueprint = model.config.read_blueprint()
+    return [model.get_parameter(each.name) for each in target_tensors(blueprint) if is_quantised(blueprint, each)]
+
+
+def _of_source(model: PreTrainedModel) -> list[Tensor]:
+    head = model.get_output_embeddings()
+    outside = {id(module.weight) for module in (head, model.get_input_embeddings()) if module is not None}
+    found = {id(module.weight): module.weight for module in model.modules() if isinstance(module, nn.Linear)}
+    return [weight for key, weight in found.items() if key not in outside]
 
 
 def round_to_nearest(weight: Float[Tensor, "out in"], scheme: Scheme) -> Float[Tensor, "out in"]:

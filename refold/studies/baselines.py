@@ -72,10 +72,11 @@ def lowrank_recipe(plan: Plan) -> Recipe:
 def scratch_recipe(plan: Plan) -> Recipe:
     """The architecture of a plan's target with fresh weights."""
     recipe = plan.recipe
-    # Left out, so that planning takes what suits fresh weights: no LoRA can start from an SVD of them.
-    fold = recipe.fold and recipe.fold.model_copy(update={"init": None})
+    # Left out, so that planning takes what suits fresh weights: nothing is fitted to them, no LoRA starts from an SVD.
+    fold = recipe.fold and recipe.fold.model_copy(update={"init": None, "align": "none", "scale": "none"})
     relax = recipe.lora.model_copy(update={"init": None}) if recipe.lora else recipe.relax
-    return recipe.model_copy(update={"weights": "fresh", "fold": fold, "relax": relax})
+    calibration = recipe.calibration.model_copy(update={"order": "at_once"})
+    return recipe.model_copy(update={"weights": "fresh", "fold": fold, "relax": relax, "calibration": calibration})
 
 
 def fitting_scheme(plan: Plan) -> str:

@@ -17,7 +17,7 @@ from refold.conversion.alignment import align_layers
 from refold.conversion.convert import convert
 from refold.conversion.plan import plan, plan_model
 from refold.conversion.tensors import TargetBuilder
-from refold.errors import RecipeError
+from refold.errors import RecipeError, SourceError
 from refold.families.arch import ArchSpec
 from refold.measuring.frames import FramedPieces, HeadFrame, LayerFrame
 from refold.measuring.pieces import PieceReader
@@ -244,3 +244,15 @@ def test_scaled_means_have_the_mean_norm(make_source, tmp_path, relax):
 def test_what_cannot_be_aligned_or_scaled_is_refused(make_source, recipe, message):
     with pytest.raises(RecipeError, match=message):
         plan(make_source("llama"), recipe)
+
+
+@pytest.mark.parametrize("linear", ["mlp.up_proj", "self_attn.v_proj"])
+def test_weights_that_are_no_numbers_are_named_instead_of_matched_for_ever(make_source, tmp_path, linear):
+    shutil.copytree(make_source("llama"), tmp_path / "source")
+    weights = load_file(tmp_path / "source" / "model.safetensors")
+    weights[f"model.layers.2.{linear}.weight"][1, 1] = torch.nan
+    save_file(weights, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    recipe = {"fold": {"loops": 2, "init": "average", "align": "both"}}
+    name = linear.split(".")[1]
+    with pytest.raises(SourceError, match=rf"fold\.align: finite weights .* in {name} of layer 2\); leave it out"):
+        convert(tmp_path / "source", tmp_path / "out", recipe)

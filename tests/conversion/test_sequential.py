@@ -128,6 +128,15 @@ def test_only_what_is_weighed_is_fitted_in_sequence(source):
         plan(source, {**order, "weights": "fresh", "factor": {"parameters": 0.5}})
 
 
+def test_two_sequences_are_required_and_enough(source, text, tmp_path):
+    recipe = {"factor": {"parameters": 0.6}, "calibration": {**CALIBRATION, "tokens": 63}}
+    with pytest.raises(RecipeError, match=r"calibration\.tokens: two sequences of 32 tokens .*\(got 63 tokens\)"):
+        plan(source, recipe)
+    plan(source, {**recipe, "calibration": {**AT_ONCE, "tokens": 63}})
+    calibration = {**CALIBRATION, "tokens": 64}
+    convert(source, tmp_path / "out", {**recipe, "calibration": calibration}, calibration=text)
+
+
 def test_moments_are_no_substitute_for_text(source, text, tmp_path):
     recipe = {"factor": {"parameters": 0.6}, "calibration": CALIBRATION}
     keep_moments(source, recipe, open_data(text), tmp_path / "moments")

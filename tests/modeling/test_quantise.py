@@ -1,5 +1,6 @@
 """Rounding the weights of linears."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from refold.blueprint.quantisation import SCHEMES, Scheme
-from refold.conversion.convert import convert
+from refold.blueprint.allocation import with_ranks
+from refold.blueprint.quantisation import SCHEMES, Scheme, quantised_bytes
+from refold.checkpoint.locate import locate
+from refold.conversion.convert import carry_out, convert
+from refold.conversion.plan import plan, replan
+from refold.measuring.source_model import read_source_model
 from refold.modeling.load import load_model
 from refold.modeling.quantise import quantise_linears, round_to_nearest
 
@@ -122,6 +127,30 @@ def test_of_a_folded_model_stored_weights_and_factors_are_rounded_and_loras_are_
         expected = round_to_nearest(old.data, INT4) if name in rounded else old
         assert model.get_parameter(name).equal(expected)
         assert (name in rounded) == (not model.get_parameter(name).equal(old))
+
+
+def test_what_depths_keep_of_a_linear_is_rounded_where_no_weight_is_stored_for_all(make_source, tmp_path: Path) -> None:
+    recipe = {"fold": {"loops": 2}, "relax": {"rank": 3}, "factor": {"parameters": 0.6, "weight": "none"}}
+    basis = {**recipe, "factor": {**recipe["factor"], "share": "basis"}}
+    source = make_source("llama")
+    made = plan(source, recipe, allow_larger=True)
+    apart = with_ranks(made.blueprint, {}, {("mlp", 0): {"up_proj": 0}})
+    carry_out(replan(made, read_source_model(source), apart, "ranks"), locate(source), tmp_path / "apart")
+    convert(source, tmp_path / "basis", basis, allow_larger=True)
+    for name, own in (("apart", r"depths\.[02]\.lora\.up_proj"), ("basis", r"depths\.\d\.coefficients")):
+        before, model = (load_model(tmp_path / name, device="cpu") for _ in range(2))
+        weights = quantise_linears(model, INT4)
+        rounded = {
+            each
+            for each, old in before.named_parameters()
+            if re.match(rf"model\.(mixers|mlps|{own})\.", each) and old.dim() == 2
+        }
+        assert len(weights) == len(rounded)
+        for each, old in before.named_parameters():
+            assert model.get_parameter(each).equal(round_to_nearest(old.data, INT4) if each in rounded else old)
+        others = sum(old.numel() for each, old in before.named_parameters() if each not in rounded)
+        size = sum(INT4.num_bytes(*weight.shape) for weight in weights) + 4 * others
+        assert size == quantised_bytes(model.config.read_blueprint(), 4, INT4)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_tied_head_stays_the_embedding(make_source) -> None:

@@ -38,6 +38,9 @@ FOLDS = (
     {"fold": {"loops": 2, "init": [3, 1]}},
     {"fold": {"loops": 2, "prelude": 1, "uneven": "prelude"}, "relax": {"rank": {"parameters": 0.1}, "init": "svd"}},
     {"fold": {"loops": 2, "tie": ["mlp"]}, "drop": {"attention": {"count": 1}}, "exits": {"at": "loops"}},
+    {"fold": {"loops": 2, "align": "both", "init": "average"}},
+    {"fold": {"loops": 2, "scale": "norm", "init": "average"}},
+    {"fold": {"loops": 2}, "factor": {"parameters": 0.6, "share": "basis", "weight": "none"}},
 )
 
 
@@ -81,6 +84,16 @@ def test_scratch_is_the_folded_architecture_with_fresh_weights(make_source, tmp_
     made = plan_model(model, scratch_recipe(plan), allow_larger=True)
     assert made.cost == plan.cost
     assert {line.how for line in made.lines} <= {"fresh", "dropped"}
+
+
+def test_scratch_of_what_was_fitted_in_sequence_is_fitted_to_nothing(make_source) -> None:
+    weighed = {**RELAXED["relax"], "weight": "activations"}
+    recipe = {**RELAXED, "relax": weighed, "calibration": {"order": "sequential"}}
+    model = read_source_model(make_source("llama"))
+    plan = plan_model(model, Recipe.model_validate(recipe), allow_larger=True)
+    made = plan_model(model, scratch_recipe(plan), allow_larger=True)
+    assert made.cost == plan.cost
+    assert not made.recipe.fits_in_sequence
 
 
 def test_an_unhealed_run_leaves_out_what_says_nothing_then(tmp_path: Path) -> None:
