@@ -14,7 +14,7 @@ def command(
     heal_tokens: Annotated[str, typer.Option(help="Healing tokens for each of the two healed models.")] = "100k",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Fold the shipped model in several ways, heal two, measure all. Under five minutes on two cores, no network."""
+    """Fold the shipped model in several ways, heal two, measure all. Some minutes on two cores, no network."""
     from refold.cli.demo_tables import demo_data, print_demo
     from refold.cli.options import parse_amount
     from refold.studies.demo import demo
