@@ -1,7 +1,7 @@
 """Attention masks of one forward pass: one for each window that occurs, with documents kept apart."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -51,14 +51,14 @@ def build_masks(
 
         overlay = same_document
 
-    masks = {}
+    masks, named = {}, cast("Any", {CACHE_NAME: cache})
     for window, depth in windows.items():
         create = create_causal_mask if window is None else create_sliding_window_causal_mask
         masks[window] = create(
             config=config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            **{CACHE_NAME: cache},
+            **named,
             and_mask_function=overlay,
             layer_idx=depth,
         )

@@ -153,7 +153,7 @@ class RefoldModel(RefoldPreTrainedModel):
         has_gates = any(gate is not None for _, gate in exits)
         return StackOutput(
             last_hidden_state=self._norm_after(num_depths - 1)(hidden_states),
-            **{CACHE_NAME: cache},
+            **cast("Any", {CACHE_NAME: cache}),
             exit_hidden_states=tuple(normed for normed, _ in exits) if output_exits else None,
             exit_gates=tuple(gate for _, gate in exits) if has_gates else None,
         )
@@ -349,7 +349,7 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
         return CausalOutput(
             loss=loss,
             logits=logits,
-            **{CACHE_NAME: getattr(stack, CACHE_NAME)},
+            **cast("Any", {CACHE_NAME: getattr(stack, CACHE_NAME)}),
             hidden_states=stack.hidden_states,
             attentions=stack.attentions,
             exit_logits=exit_logits,
