@@ -8,12 +8,9 @@ Every part runs in a process of its own. Moments of gradients take 2 GB of disk 
 """
 
 import argparse
-import contextlib
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: waiting threads that spin make busy processes on few cores many times slower.
@@ -22,6 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from llama7b_shaped import make_checkpoint
 from memory import INTERVAL, ProcessRun, run_python
 from page import Page, table
+from workplace import workplace
 
 from refold.blueprint.numbers import read_amount
 
@@ -58,7 +56,7 @@ def main() -> int:
     options = parser.parse_args()
     page = Page("Analysing and planning a checkpoint of Llama-7B's shape", options.seed)
     bare, runs = run_python(["-c", "pass"]), {}
-    with _workplace(options.work) as work:
+    with workplace(options.work) as work:
         for layers in options.layers:
             source = work / f"{layers}-layers"
             if not source.exists():
@@ -102,16 +100,6 @@ def run_part(part: str, source: Path, out: Path, options: argparse.Namespace) ->
     analyse = ["-m", "refold.cli", "analyse", str(source), "--out", str(out), "--tokens", size[0], "--context", size[1]]
     further = {"analyse": ["--no-spectra"], "moments": ["--no-spectra", "--moments"], "spectra": []}
     return run_python([*analyse, *further[part]])
-
-
-@contextlib.contextmanager
-def _workplace(folder: Path | None) -> Iterator[Path]:
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="refold-analyse-") as made:
-        yield Path(made)
 
 
 if __name__ == "__main__":

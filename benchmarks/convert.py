@@ -7,14 +7,12 @@ Makes checkpoints of TinyLlama-1.1B's shape with 22 and 44 layers (7 GB on disk 
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 # Before torch is imported: waiting threads that spin make busy processes on few cores many times slower.
@@ -25,6 +23,7 @@ from memory import INTERVAL, ProcessRun, run_python
 from page import Page, table
 from timing import ROUNDS, Timings, interleave
 from tinyllama_shaped import LINEARS, Linear, make_checkpoint
+from workplace import workplace
 
 from refold.checkpoint.atomic_file import flush
 from refold.checkpoint.locate import PLAN_NAME
@@ -49,7 +48,7 @@ def main() -> int:
     options = parser.parse_args()
     page = Page("Conversion, measured", options.seed)
     layers = options.layers[0]
-    with _workplace(options.work) as work:
+    with workplace(options.work) as work:
         relaxed: ProcessRun | None = None
         if "memory" in options.parts:
             relaxed = measure_memory(page, work, options.layers, options.seed)
@@ -203,16 +202,6 @@ def measure_svd(page: Page, source: Path, layers: int, rounds: int, relaxed: Pro
         min(ratios) >= SPEEDUP,
     )
     page.target(f"at {KEPT:.0%} or more of its kept energy", f"{min(shares):.2%} at least", min(shares) >= KEPT)
-
-
-@contextlib.contextmanager
-def _workplace(folder: Path | None) -> Iterator[Path]:
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="refold-benchmark-") as made:
-        yield Path(made)
 
 
 def _checkpoint(work: Path, num_layers: int, seed: int) -> Path:

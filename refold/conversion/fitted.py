@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from refold.checkpoint.tensor_file import write_tensors
 
 
 class FittedTensors(Mapping[str, Tensor]):
@@ -23,7 +24,7 @@ class FittedTensors(Mapping[str, Tensor]):
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Stores tensors under a key; of the same name the last ones count."""
         path = self._folder / f"{key}.safetensors"
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+        write_tensors(path, tensors, {})
         self._paths |= dict.fromkeys(tensors, path)
 
     def __getitem__(self, name: str) -> Tensor:
