@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from page import commit
 from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.numbers import read_amount
 from refold.evaluation.evaluate import evaluate
+from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation, read_evaluation
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
@@ -51,8 +53,13 @@ def measure(model: Path, path: Path, given: argparse.Namespace) -> Evaluation:
     """Evaluates against the source, once."""
     if not path.exists():
         options = {"context": given.context, "max_tokens": given.eval_tokens, "dtype": given.dtype}
-        evaluate(model, given.held_out, against=given.source, **options).write(path)
+        evaluate(model, given.held_out, against=_reference(given.source, given.dtype), **options).write(path)
     return read_evaluation(path)
+
+
+@cache
+def _reference(source: str, dtype: str | None) -> Reference:
+    return Reference(source, dtype=dtype)
 
 
 class Run(NamedTuple):

@@ -30,6 +30,7 @@ _API = {
     "Recipe": "refold.blueprint.recipe",
     "HealStage": "refold.blueprint.heal_stage",
     "AnalysisSettings": "refold.analysis.analyse",
+    "Reference": "refold.evaluation.reference",
     "RunSettings": "refold.studies.run",
     "HealOptions": "refold.healing.run",
     "load_adapters": "refold.modeling.adapters",

@@ -10,7 +10,7 @@ import refold
 
 PUBLIC = {
     "analyse", "plan", "convert", "inspect", "heal", "evaluate", "generate", "export", "run",
-    "Recipe", "HealStage", "HealOptions", "RunSettings", "AnalysisSettings",
+    "Recipe", "HealStage", "HealOptions", "RunSettings", "AnalysisSettings", "Reference",
     "load_adapters", "load_model", "load_tokenizer", "RefoldError",
     "__version__",
 }  # fmt: skip

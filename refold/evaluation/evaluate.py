@@ -3,7 +3,7 @@
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,10 @@ from refold.errors import DataError, RefoldError
 from refold.evaluation.data_files import describe_data
 from refold.evaluation.document_sums import DocumentCounts, ratio_error
 from refold.evaluation.quantised import quantise_subject
-from refold.evaluation.result import Comparison, Evaluation, ExitScores, Machine, Seconds
+from refold.evaluation.reference import Reference
+from refold.evaluation.result import Comparison, Evaluation, ExitScores, Machine, ModelFacts, Seconds
 from refold.evaluation.stopwatch import Stopwatch
-from refold.evaluation.subject import ModelLike, Subject, check_comparable, open_subject, require_tokenizer
+from refold.evaluation.subject import ModelLike, open_subject, require_tokenizer
 from refold.evaluation.window_pass import Progress, WindowPass
 
 DEFAULT_CONTEXT = 1024
@@ -35,7 +36,7 @@ def evaluate(
     data: str | Path | Sequence[str | Path] | DataSource,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    against: ModelLike | None = None,
+    against: ModelLike | Reference | None = None,
     context: int | None = None,
     stride: int | None = None,
     max_tokens: int | None = None,
@@ -55,7 +56,8 @@ def evaluate(
         model: Folder, hub id, or a loaded model.
         data: Files and folders, or an open data source; documents are taken in file order.
         tokenizer: Needed with a loaded model; else the folder's own.
-        against: Another model with the same vocabulary, usually the source: both run on the same windows.
+        against: Another model with the same vocabulary, usually the source: both run on the same windows. As a
+            `Reference`, which has a dtype and device of its own, it runs once for any number of evaluations.
         context: Tokens in a window; None: 1,024, or as many positions as the models have if that is less.
         stride: Tokens scored by each window of a document after its first; None: half the context.
         max_tokens: Stop after so many tokens of the data, start tokens included; None: all of it.
@@ -86,20 +88,24 @@ def evaluate(
             subject = quantise_subject(subject, quantise)
         other = None
         if against is not None:
-            loaded = isinstance(against, PreTrainedModel)
-            there = {} if loaded else {"dtype": dtype, "device": subject.model.device}
-            other = open_subject(against, **there)
-            check_comparable(subject, other)
+            there = {"dtype": dtype, "device": subject.model.device, "remember": 0}
+            other = against if isinstance(against, Reference) else Reference(against, **there)
+            other.check(subject)
         vocabulary = require_tokenizer(subject)
-    context, stride, batch_size = _sizes([subject, *([other] if other else [])], context, stride, batch_size)
+    positions = {subject.facts.name: getattr(subject.model.config, "max_position_embeddings", None)}
+    if other is not None:
+        positions[other.facts.name] = other.positions
+    context, stride, batch_size = _sizes(positions, context, stride, batch_size)
     with watch.measure("tokenise"):
         files = describe_data(source)
         tokenised = tokenise(source, vocabulary, budget=max_tokens, seed=None)
         sizes = scored_bytes(tokenised, vocabulary)
-    scored = WindowPass(subject.model, None if other is None else other.model, tokenised.num_documents, watch)
+    scored = WindowPass(subject.model, other, tokenised.num_documents, watch)
     scored.run(tokenised, context, stride, batch_size, progress)
+    if other is not None:
+        other.let_go()
     total = scored.sums.total()
-    _require_finite(subject, total.nll)
+    _require_finite(subject.facts, total.nll)
     sizes = np.where(scored.sums.num_tokens > 0, sizes, 0)
     num_bytes = int(sizes.sum())
     seconds = Seconds(**{name: watch.seconds[name] for name in Seconds.model_fields})
@@ -130,10 +136,9 @@ def evaluate(
 
 
 def _sizes(
-    subjects: Sequence[Subject], context: int | None, stride: int | None, batch_size: int | None
+    positions: Mapping[str, int | None], context: int | None, stride: int | None, batch_size: int | None
 ) -> tuple[int, int, int]:
-    limits = [(each.facts.name, getattr(each.model.config, "max_position_embeddings", None)) for each in subjects]
-    known: dict[str, int] = {name: int(limit) for name, limit in limits if limit is not None}
+    known = {name: int(limit) for name, limit in positions.items() if limit is not None}
     if context is None:
         context = min([DEFAULT_CONTEXT, *known.values()])
     if context < 1:
@@ -164,9 +169,9 @@ def _exits(scored: WindowPass, num_bytes: int) -> tuple[ExitScores, ...]:
     )
 
 
-def _comparison(scored: WindowPass, other: Subject, sizes: DocumentCounts) -> Comparison:
+def _comparison(scored: WindowPass, other: Reference, sizes: DocumentCounts) -> Comparison:
     total, theirs = scored.sums.total(), scored.against_sums.total()
-    _require_finite(other, theirs.nll)
+    _require_finite(other.facts, theirs.nll)
     num_bytes = int(sizes.sum())
     return Comparison(
         model=other.facts,
@@ -181,10 +186,10 @@ def _comparison(scored: WindowPass, other: Subject, sizes: DocumentCounts) -> Co
     )
 
 
-def _require_finite(subject: Subject, nll: float) -> None:
+def _require_finite(facts: ModelFacts, nll: float) -> None:
     if not math.isfinite(nll):
         raise RefoldError(
-            f"{subject.facts.name}: finite predictions are required (got {nll} in {subject.facts.computed_in}); the "
+            f"{facts.name}: finite predictions are required (got {nll} in {facts.computed_in}); the "
             f"weights are broken, or the dtype is too narrow: try float32"
         )
 

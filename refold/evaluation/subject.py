@@ -1,5 +1,7 @@
 """A model under evaluation, with its tokenizer and what is written down about it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,6 @@ from refold.checkpoint.provenance import describe_source
 from refold.errors import RefoldError, SourceError
 from refold.evaluation.result import ModelFacts
 from refold.modeling.load import load_model, load_tokenizer, open_source, stored_dtype
-from refold.scoring.predict import head_of
 
 ModelLike = str | Path | Source | PreTrainedModel
 
@@ -81,28 +82,15 @@ def require_tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
     return subject.tokenizer
 
 
-def check_comparable(subject: Subject, against: Subject) -> None:
-    """Refuses a pair of models whose tokens mean different texts, or that cannot be compared where they lie.
-
-    Raises:
-        SourceError: The vocabularies differ.
-        RefoldError: The devices do.
-    """
-    devices = [str(each.model.device) for each in (subject, against)]
-    if devices[0] != devices[1]:
-        raise RefoldError(f"against: both models on one device are required (got {devices[0]} and {devices[1]})")
-    sizes = [head_of(each.model).vocab_size for each in (subject, against)]
-    vocabularies = [each.tokenizer.get_vocab() for each in (subject, against) if each.tokenizer is not None]
-    got = f"{sizes[0]} and {sizes[1]} tokens"
-    if sizes[0] == sizes[1]:
-        if len(vocabularies) < 2 or vocabularies[0] == vocabularies[1]:
-            return
-        num_different = len(vocabularies[0].items() ^ vocabularies[1].items())
-        got = f"{num_different} entries that only one has"
-    raise SourceError(
-        f"against: the vocabulary of {subject.facts.name} is required (got {got}); compare models that share a "
-        f"tokenizer"
-    )
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Puts a model into evaluation mode, and back into training afterwards if that is where it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _facts(model: PreTrainedModel, name: str, located: Source | None) -> ModelFacts:

@@ -1,7 +1,6 @@
 """The windows of all documents through one or two models, each token scored once."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Int64
@@ -13,7 +12,9 @@ from refold.data.tokens import TokenisedDocuments
 from refold.data.windows import window_batches, window_spans
 from refold.errors import DataError
 from refold.evaluation.document_sums import DocumentSums
+from refold.evaluation.reference import Reference
 from refold.evaluation.stopwatch import Stopwatch
+from refold.evaluation.subject import evaluating
 from refold.modeling.model import RefoldForCausalLM
 from refold.scoring.agreement import token_scores
 from refold.scoring.head import Predictions
@@ -28,7 +29,7 @@ class WindowPass:
 
     Args:
         model: The model to score; where its blueprint has exits they are scored too.
-        against: A model with the same vocabulary, on the same device, that runs on the same windows; or None.
+        against: A model with the same vocabulary, on the same device, for the same windows; or None.
         num_documents: Documents in the data.
         watch: Gets seconds under `model`, `against` and `score`.
 
@@ -42,7 +43,7 @@ class WindowPass:
             of the full depth, or that it is not.
     """
 
-    def __init__(self, model: PreTrainedModel, against: PreTrainedModel | None, num_documents: int, watch: Stopwatch):
+    def __init__(self, model: PreTrainedModel, against: Reference | None, num_documents: int, watch: Stopwatch):
         self._model, self._against, self._watch = model, against, watch
         exits = {}
         if isinstance(model, RefoldForCausalLM):
@@ -66,7 +67,7 @@ class WindowPass:
         num_windows = len(window_spans(tokenised, context=context, stride=stride))
         if not num_windows:
             raise DataError(f"data: a document of at least two tokens is required (got {tokenised.num_tokens} in all)")
-        with torch.inference_mode(), _evaluating(self._model), _evaluating(self._against):
+        with torch.inference_mode(), evaluating(self._model):
             self._score(tokenised, context, stride, batch_size, num_windows, progress)
 
     def _score(
@@ -96,12 +97,13 @@ class WindowPass:
             predictions, exits = self._predict(input_ids.to(device))
         if self._against is not None:
             with self._watch.measure("against", device):
-                reference = predict(self._against, input_ids.to(device))
+                reference = self._against.predict(input_ids)
         with self._watch.measure("score", device):
             here = labels.to(device)
-            self.sums.add(documents, labels, token_scores(predictions, here, reference=reference))
-            if reference is not None:
-                self.against_sums.add(documents, labels, token_scores(reference, here))
+            found = token_scores(predictions, here, reference=reference)
+            self.sums.add(documents, labels, found)
+            if found.reference is not None:
+                self.against_sums.add(documents, labels, found.reference)
             for place, left in enumerate(exits):
                 scores = token_scores(left.predictions, here, reference=predictions)
                 self.exit_sums[place].add(documents, labels, scores)
@@ -111,13 +113,3 @@ class WindowPass:
 
     def _predict(self, input_ids: Int64[Tensor, "B T"]) -> tuple[Predictions, list[ExitPredictions]]:
         return predict_exits(self._model, input_ids) if self.exits else (predict(self._model, input_ids), [])
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel | None) -> Iterator[None]:
-    """Puts a model into evaluation mode, and back into training afterwards if that is where it was."""
-    with ExitStack() as stack:
-        if model is not None and model.training:
-            stack.callback(model.train)
-            model.eval()
-        yield

@@ -21,12 +21,14 @@ class TokenScores(NamedTuple):
         is_correct: whether the likeliest token is the label.
         agrees: whether the likeliest token is the reference's; None without a reference.
         kl: `KL(reference || model)`, nats; None without a reference.
+        reference: the reference's own scores; None without one.
     """
 
     nll: Float[Tensor, "*M"]
     is_correct: Bool[Tensor, "*M"]
-    agrees: Bool[Tensor, "*M"] | None
-    kl: Float[Tensor, "*M"] | None
+    agrees: Bool[Tensor, "*M"] | None = None
+    kl: Float[Tensor, "*M"] | None = None
+    reference: "TokenScores | None" = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,13 @@ def token_scores(
         check_same_vocabulary(model.head, reference.head)
     index = scored_positions(labels)
     kept = labels.reshape(-1) if index is None else labels.reshape(-1).index_select(0, index)
-    columns = _score(model.flat(index), kept, None if reference is None else reference.flat(index), chunk_bytes)
-    return TokenScores(*(None if column is None else _spread(column, index, labels) for column in columns))  # pyright: ignore
+    own, compared, theirs = _score(
+        model.flat(index), kept, None if reference is None else reference.flat(index), chunk_bytes
+    )
+    spread = [[_spread(column, index, labels) for column in columns] for columns in (own, compared, theirs)]
+    if reference is None:
+        return TokenScores(*spread[0])
+    return TokenScores(*spread[0], *spread[1], TokenScores(*spread[2]))
 
 
 @torch.no_grad()
@@ -171,23 +178,31 @@ def perplexity(nll: float, num_tokens: int) -> float:
 
 def _score(
     model: Predictions, labels: Tensor, reference: Predictions | None, chunk_bytes: int
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Likelihood and correctness of the model, its agreement with the reference and KL, and the reference's own."""
     dtype = torch.promote_types(model.head.weight.dtype, torch.float32)
     count, device = len(labels), labels.device
-    nll = torch.zeros(count, dtype=dtype, device=device)
-    is_correct = torch.zeros(count, dtype=torch.bool, device=device)
-    agrees = None if reference is None else torch.zeros(count, dtype=torch.bool, device=device)
-    kl = None if reference is None else torch.zeros(count, dtype=dtype, device=device)
+
+    def columns(*dtypes: torch.dtype) -> list[Tensor]:
+        return [torch.zeros(count, dtype=each, device=device) for each in dtypes]
+
+    own, compared, theirs = columns(dtype, torch.bool), columns(torch.bool, dtype), columns(dtype, torch.bool)
     for rows in chunks(count, model.head.vocab_size, 1 if reference is None else 2, chunk_bytes):
         log_q = model.head.logits(model.hidden[rows]).log_softmax(-1)
-        nll[rows] = -log_q.gather(1, labels[rows, None]).squeeze(1)
-        best = log_q.argmax(-1)
-        is_correct[rows] = best == labels[rows]
-        if reference is not None and agrees is not None and kl is not None:
+        best = _judge(own, rows, log_q, labels)
+        if reference is not None:
             log_p = reference.head.logits(reference.hidden[rows]).to(dtype).log_softmax(-1)
-            agrees[rows] = best == log_p.argmax(-1)
-            kl[rows] = forward_kl(log_q, log_p)[0]
-    return nll, is_correct, agrees, kl
+            compared[0][rows] = best == _judge(theirs, rows, log_p, labels)
+            compared[1][rows] = forward_kl(log_q, log_p)[0]
+    return own, compared, theirs
+
+
+def _judge(columns: list[Tensor], rows: slice, log_probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Puts likelihood and correctness of some rows where they belong, and returns the likeliest tokens."""
+    best = log_probabilities.argmax(-1)
+    columns[0][rows] = -log_probabilities.gather(1, labels[rows, None]).squeeze(1)
+    columns[1][rows] = best == labels[rows]
+    return best
 
 
 def _spread(column: Tensor, index: Tensor | None, labels: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from refold.data.readers import DataSource
 from refold.engine.generate import generate
 from refold.engine.sampling import Sampling
 from refold.evaluation.evaluate import evaluate
+from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation
 from refold.healing.heal import heal
 from refold.studies.baselines import pruned_recipe
@@ -74,10 +75,11 @@ def demo(folder: Path, *, heal_tokens: int = HEAL_TOKENS, say: Say = lambda text
         RefoldError: As the stages do.
     """
     source, held_out = shipped_model(), held_out_data()
+    against = Reference(source, device="cpu")
 
     def measure(model: Path) -> Evaluation:
         return evaluate(
-            model, held_out, against=source, context=CONTEXT, stride=CONTEXT, max_tokens=EVAL_TOKENS, device="cpu"
+            model, held_out, against=against, context=CONTEXT, stride=CONTEXT, max_tokens=EVAL_TOKENS, device="cpu"
         )
 
     say("measuring the source")

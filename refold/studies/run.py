@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from refold.blueprint.heal_stage import HealStage
@@ -20,6 +20,7 @@ from refold.data.readers import DataSource, open_data
 from refold.data.split import split
 from refold.errors import FolderError, RecipeError
 from refold.evaluation.evaluate import evaluate
+from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation, read_evaluation
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
@@ -114,7 +115,7 @@ class _Way:
     stages: tuple[HealStage, ...]
     command: str
     say: Say
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    against: Reference
 
     def convert(self, plan: Plan) -> Path:
         target = self.folder / "converted"
@@ -141,7 +142,7 @@ class _Way:
             evaluate(
                 model,
                 self.held_out,
-                against=self.source.where,
+                against=self.against,
                 max_tokens=self.settings.eval_tokens,
                 device=self.settings.device,
                 quantise=quantise,
@@ -196,9 +197,10 @@ def run(
     chosen = default_baselines(plan) if settings.baselines is None else settings.baselines
     root = _claim(Path(destination), plan, settings, train, test)
     with FolderLock(root):
-        folded = _Way(root / "folded", located, train, test, settings, stages, command, say)
+        against = Reference(located.where, device=settings.device)
+        folded = _Way(root / "folded", located, train, test, settings, stages, command, say, against)
         for_all = whole_model_stages(stages)
-        ways = {arm: _Way(root / arm, located, train, test, settings, for_all, command, say) for arm in chosen}
+        ways = {arm: _Way(root / arm, located, train, test, settings, for_all, command, say, against) for arm in chosen}
         converted = folded.convert(plan)
         made = read_plan(converted / PLAN_NAME)
         unhealed = folded.evaluate(converted, "unhealed")
