@@ -102,13 +102,11 @@ def token_scores(
         check_same_vocabulary(model.head, reference.head)
     index = scored_positions(labels)
     kept = labels.reshape(-1) if index is None else labels.reshape(-1).index_select(0, index)
-    own, compared, theirs = _score(
-        model.flat(index), kept, None if reference is None else reference.flat(index), chunk_bytes
-    )
-    spread = [[_spread(column, index, labels) for column in columns] for columns in (own, compared, theirs)]
+    scored = _score(model.flat(index), kept, None if reference is None else reference.flat(index), chunk_bytes)
+    own, compared, theirs = (_Pair(*(_spread(column, index, labels) for column in pair)) for pair in scored)
     if reference is None:
-        return TokenScores(*spread[0])
-    return TokenScores(*spread[0], *spread[1], TokenScores(*spread[2]))
+        return TokenScores(*own)
+    return TokenScores(*own, *compared, TokenScores(*theirs))
 
 
 @torch.no_grad()
@@ -176,15 +174,22 @@ def perplexity(nll: float, num_tokens: int) -> float:
     return math.exp(mean) if mean < 709 else math.inf
 
 
+class _Pair(NamedTuple):
+    """Two columns, a row for each position."""
+
+    first: Tensor
+    second: Tensor
+
+
 def _score(
     model: Predictions, labels: Tensor, reference: Predictions | None, chunk_bytes: int
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+) -> tuple[_Pair, _Pair, _Pair]:
     """Likelihood and correctness of the model, its agreement with the reference and KL, and the reference's own."""
     dtype = torch.promote_types(model.head.weight.dtype, torch.float32)
     count, device = len(labels), labels.device
 
-    def columns(*dtypes: torch.dtype) -> list[Tensor]:
-        return [torch.zeros(count, dtype=each, device=device) for each in dtypes]
+    def columns(first: torch.dtype, second: torch.dtype) -> _Pair:
+        return _Pair(*(torch.zeros(count, dtype=each, device=device) for each in (first, second)))
 
     own, compared, theirs = columns(dtype, torch.bool), columns(torch.bool, dtype), columns(dtype, torch.bool)
     for rows in chunks(count, model.head.vocab_size, 1 if reference is None else 2, chunk_bytes):
@@ -192,16 +197,16 @@ def _score(
         best = _judge(own, rows, log_q, labels)
         if reference is not None:
             log_p = reference.head.logits(reference.hidden[rows]).to(dtype).log_softmax(-1)
-            compared[0][rows] = best == _judge(theirs, rows, log_p, labels)
-            compared[1][rows] = forward_kl(log_q, log_p)[0]
+            compared.first[rows] = best == _judge(theirs, rows, log_p, labels)
+            compared.second[rows] = forward_kl(log_q, log_p)[0]
     return own, compared, theirs
 
 
-def _judge(columns: list[Tensor], rows: slice, log_probabilities: Tensor, labels: Tensor) -> Tensor:
+def _judge(columns: _Pair, rows: slice, log_probabilities: Tensor, labels: Tensor) -> Tensor:
     """Puts likelihood and correctness of some rows where they belong, and returns the likeliest tokens."""
     best = log_probabilities.argmax(-1)
-    columns[0][rows] = -log_probabilities.gather(1, labels[rows, None]).squeeze(1)
-    columns[1][rows] = best == labels[rows]
+    columns.first[rows] = -log_probabilities.gather(1, labels[rows, None]).squeeze(1)
+    columns.second[rows] = best == labels[rows]
     return best
 
 
