@@ -27,7 +27,7 @@ from refold.blueprint.load import load_recipe
 from refold.conversion.convert import carry_out
 from refold.conversion.plan import Plan, plan_model
 from refold.measuring.source_model import SourceModel, read_source_model
-from refold.studies.baselines import scratch_recipe
+from refold.studies.baselines import scratch_plan
 
 ALL, XATL, NONE = "all", ["o_proj", "mlp"], []
 KEPT = [1, 3]
@@ -149,7 +149,7 @@ def run_arm(name: str, way: Way, model: SourceModel, given: argparse.Namespace) 
     recipe = load_recipe(way.recipe)
     plan = plan_model(model, recipe, allow_larger=True)
     if way.fresh:
-        plan = plan_model(model, scratch_recipe(plan), allow_larger=True)
+        plan = scratch_plan(model, plan)
     start = folder / "converted"
     if not start.exists():
         carry_out(plan, model.source, start)

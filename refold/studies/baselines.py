@@ -10,9 +10,9 @@ from refold.blueprint.dropping import BlockDrop, Drop
 from refold.blueprint.factors import stored_share
 from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.quantisation import SCHEMES, quantised_bytes
-from refold.blueprint.recipe import Factor, Recipe
+from refold.blueprint.recipe import Factor, LoraRelax, RankEnergy, Recipe
 from refold.checkpoint.locate import Source
-from refold.conversion.plan import Plan, plan_model
+from refold.conversion.plan import Plan, plan_model, replan
 from refold.errors import RecipeError
 from refold.measuring.source_model import SourceModel
 from refold.suggest import must_be_one_of
@@ -70,13 +70,36 @@ def lowrank_recipe(plan: Plan) -> Recipe:
 
 
 def scratch_recipe(plan: Plan) -> Recipe:
-    """The architecture of a plan's target with fresh weights."""
+    """What makes the architecture of a plan's target with fresh weights, but for ranks that were measured."""
     recipe = plan.recipe
     # Left out, so that planning takes what suits fresh weights: nothing is fitted to them, no LoRA starts from an SVD.
     fold = recipe.fold and recipe.fold.model_copy(update={"init": None, "align": "none", "scale": "none"})
     relax = recipe.lora.model_copy(update={"init": None}) if recipe.lora else recipe.relax
+    if isinstance(relax, LoraRelax) and isinstance(relax.rank, RankEnergy):
+        relax = relax.model_copy(update={"rank": _largest_ranks(plan) or 0})
     calibration = recipe.calibration.model_copy(update={"order": "at_once"})
     return recipe.model_copy(update={"weights": "fresh", "fold": fold, "relax": relax, "calibration": calibration})
+
+
+def scratch_plan(model: SourceModel, plan: Plan) -> Plan:
+    """Plans the architecture of a plan's target, with the very ranks that were measured for it, with fresh weights."""
+    made = plan_model(model, scratch_recipe(plan), allow_larger=True, influence=plan.influence)
+    parts = {
+        pool: tuple(
+            part.model_copy(update={"sources": fresh.sources})
+            for part, fresh in zip(getattr(plan.blueprint, pool), getattr(made.blueprint, pool), strict=True)
+        )
+        for pool in ("mixers", "mlps")
+    }
+    return replan(made, model, plan.blueprint.model_copy(update=parts), outdated="relax.rank")
+
+
+def _largest_ranks(plan: Plan) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for depth in plan.blueprint.depths:
+        for name, rank in depth.ranks.items():
+            found[name] = max(rank, found.get(name, 0))
+    return found
 
 
 def fitting_scheme(plan: Plan) -> str:
@@ -135,7 +158,7 @@ def _start_source(job: BaselineJob) -> str | Path:
 
 def _start_scratch(job: BaselineJob) -> Path:
     # As large as the folded model, which was accepted.
-    return job.convert(plan_model(job.model, scratch_recipe(job.plan), allow_larger=True, influence=job.plan.influence))
+    return job.convert(scratch_plan(job.model, job.plan))
 
 
 BASELINES = {

@@ -25,6 +25,7 @@ from refold.studies.baselines import (
     default_baselines,
     fitting_scheme,
     read_baselines,
+    scratch_plan,
     scratch_recipe,
     whole_model_stages,
 )
@@ -81,7 +82,8 @@ def test_scratch_is_the_folded_architecture_with_fresh_weights(make_source, tmp_
         }
         fresh = theirs.read("model.embed_tokens.weight").clone()
         assert not fresh.equal(before.read("model.embed_tokens.weight"))
-    made = plan_model(model, scratch_recipe(plan), allow_larger=True)
+    made = scratch_plan(model, plan)
+    assert made.blueprint == plan_model(model, scratch_recipe(plan), allow_larger=True).blueprint
     assert made.cost == plan.cost
     assert {line.how for line in made.lines} <= {"fresh", "dropped"}
 
@@ -91,9 +93,31 @@ def test_scratch_of_what_was_fitted_in_sequence_is_fitted_to_nothing(make_source
     recipe = {**RELAXED, "relax": weighed, "calibration": {"order": "sequential"}}
     model = read_source_model(make_source("llama"))
     plan = plan_model(model, Recipe.model_validate(recipe), allow_larger=True)
-    made = plan_model(model, scratch_recipe(plan), allow_larger=True)
+    made = scratch_plan(model, plan)
     assert made.cost == plan.cost
     assert not made.recipe.fits_in_sequence
+
+
+MEASURED = (
+    {"fold": {"loops": 2}, "relax": {"rank": {"energy": 0.5}}},
+    {"fold": {"loops": 2}, "relax": {"rank": {"parameters": 0.2, "split": "measured"}}},
+    {"factor": {"parameters": 0.5, "split": "measured", "weight": "none"}},
+)
+
+
+@pytest.mark.parametrize("recipe", MEASURED, ids=str)
+def test_scratch_has_the_ranks_that_were_measured(make_source, tmp_path: Path, recipe: dict) -> None:
+    source = make_source("llama")
+    located, model = locate(source), read_source_model(source)
+    planned = plan_model(model, Recipe.model_validate(recipe), allow_larger=True)
+    plan = carry_out(planned, located, tmp_path / "folded")
+    assert plan.blueprint != planned.blueprint
+    made = scratch_plan(model, plan)
+    assert carry_out(made, located, tmp_path / "scratch").cost == plan.cost
+    assert {line.how for line in made.lines} <= {"fresh", "dropped"}
+    with CheckpointReader(tmp_path / "folded") as ours, CheckpointReader(tmp_path / "scratch") as theirs:
+        shapes = [{name: each.info(name).shape for name in each.names()} for each in (ours, theirs)]
+    assert shapes[0] == shapes[1]
 
 
 def test_an_unhealed_run_leaves_out_what_says_nothing_then(tmp_path: Path) -> None:
