@@ -1,6 +1,7 @@
-"""What healing brings: the paper's relaxed model, refold's better start and depth pruning, at one stored size.
+"""What healing brings: recursive models, strict and relaxed, beside depth pruning and training from scratch.
 
     python benchmarks/healing.py --source MODEL --train TRAIN.parquet --held-out VALIDATION.parquet --work runs/healing
+    python benchmarks/healing.py ... --only strict 'pruned to strict'
 
 For each arm the learning rate is chosen by short runs, then each seed is trained with it. Every run is one folder
 under `--work`, and one that is there is not run again, so the script goes on where it was interrupted. `--write` makes
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,29 +28,58 @@ from refold.blueprint.tensors import target_tensors
 from refold.conversion.convert import carry_out
 from refold.conversion.plan import Plan, plan_model
 from refold.evaluation.result import Evaluation
-from refold.measuring.source_model import read_source_model
-from refold.studies.baselines import pruned_recipe
+from refold.measuring.source_model import SourceModel, read_source_model
+from refold.studies.baselines import pruned_recipe, scratch_plan
 
 FOLD: dict[str, Any] = {"fold": {"loops": 2}}
+
+
+def relaxed(share: float, lora: str = "svd", stored: str = "average") -> dict[str, Any]:
+    """Two loops of stored layers that start in one way, and LoRAs of a share of the parameters that start in another.
+
+    Average + SVD is the paper's.
+    """
+    return {"fold": {"loops": 2, "init": stored}, "relax": {"rank": {"parameters": share}, "init": lora}}
+
+
 ARMS: dict[str, dict[str, Any]] = {
-    "relaxed, the paper's start": {
-        **FOLD,
-        "relax": {"rank": {"parameters": 0.18}, "init": "svd"},
-    },
-    "relaxed, joint start, own norms, ends untied": {
+    "strict": FOLD,
+    "relaxed 5%, Average + SVD": relaxed(0.05),
+    "relaxed 10%, Average + SVD": relaxed(0.1),
+    "relaxed 20%, Average + SVD": relaxed(0.2),
+    "relaxed 10%, Average, zero": relaxed(0.1, "zero"),
+    "relaxed 10%, Stepwise + SVD": relaxed(0.1, "svd", "stepwise"),
+    "relaxed 10%, Stepwise, zero": relaxed(0.1, "zero", "stepwise"),
+    "relaxed 18%, Average + SVD": relaxed(0.18),
+    "relaxed 10%, joint start, own norms, ends untied": {
         "fold": {"loops": 2, "prelude": 1, "coda": 1},
-        "relax": {"rank": {"parameters": 0.10}, "init": "joint", "vectors": "own"},
+        "relax": {"rank": {"parameters": 0.1}, "init": "joint", "vectors": "own"},
     },
 }
-PRUNED = "pruned to the same size"
+TWINS: dict[str, Callable[[SourceModel, Plan], Plan]] = {
+    "pruned to": lambda model, plan: plan_model(model, pruned_recipe(plan)),
+    "from scratch:": scratch_plan,
+}
+"""Rivals of any arm, by how their names begin: `pruned to strict` has at most the size of `strict`."""
+DEFAULT = ("relaxed 18%, Average + SVD", "relaxed 10%, joint start, own norms, ends untied")
+
+
+def make_plans(model: SourceModel, only: list[str] | None) -> dict[str, Plan]:
+    """Plans the named arms, twins among them."""
+    found: dict[str, Plan] = {}
+    for name in only or [*DEFAULT, f"pruned to {DEFAULT[-1]}"]:
+        twin = next((begin for begin in TWINS if name.startswith(begin)), None)
+        recipe = ARMS[name if twin is None else name.removeprefix(twin).strip()]
+        plan = plan_model(model, load_recipe(recipe))
+        found[name] = plan if twin is None else TWINS[twin](model, plan)
+    return found
 
 
 def main() -> None:
     given = arguments()
     given.work.mkdir(parents=True, exist_ok=True)
     model = read_source_model(given.source)
-    plans = {name: plan_model(model, load_recipe(recipe)) for name, recipe in ARMS.items()}
-    plans[PRUNED] = plan_model(model, pruned_recipe(plans["relaxed, joint start, own norms, ends untied"]))
+    plans = make_plans(model, given.only)
     results: dict[str, Any] = {}
     for name, plan in plans.items():
         folder = arm_folder(given.work, name)
@@ -80,6 +111,8 @@ def arguments() -> argparse.Namespace:
         rates=[5e-4, 1e-3, 2e-3],
         batch_tokens=8192,
     )
+    every = [*ARMS, *(f"{begin} {name}" for begin in TWINS for name in ARMS)]
+    parser.add_argument("--only", nargs="+", choices=every, metavar="ARM", help="these arms: " + "; ".join(every))
     parser.add_argument("--trained-source", action="store_true", help="also train the source on the same tokens")
     return parser.parse_args()
 
@@ -131,7 +164,7 @@ def render(results: dict[str, Any], given: argparse.Namespace) -> str:
     """The page."""
     told = facts(given)
     lines = [
-        "# Healing at one stored size",
+        "# Recursive models, healed",
         "",
         f"Bits per byte above the source (`{told['source']}`) on held-out text, before and after healing for "
         f"{given.tokens:,} tokens; seeds {', '.join(map(str, given.seeds))}.",
