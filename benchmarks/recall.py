@@ -169,13 +169,15 @@ def main() -> int:
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only", nargs="*", help="mixers whose names hold one of these")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--write", type=Path, help="page to write")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     page = Page("Associative recall and passkey, by mixer", seed=given.seeds[0])
     chosen = [name for name in MIXERS if not given.only or any(part in name for part in given.only)]
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for task, (_, sizes) in TASKS.items():
+    for task in given.tasks:
+        _, sizes = TASKS[task]
         for name in chosen:
             found[task, name] = run_one(name, task, given)
         rows = [
@@ -191,15 +193,14 @@ def main() -> int:
         page.section(
             f"{task.capitalize()}: accuracy by {what}",
             f"{LAYERS} layers, width {WIDTH}, {HEADS} heads, {given.steps} steps of about {given.batch_tokens:,} "
-            f"tokens; the rate is the better of {', '.join(f'{rate:g}' for rate in given.rates)} on the first seed. "
+            f"tokens, seeds {', '.join(map(str, given.seeds))}; the best of the rates "
+            f"{', '.join(f'{rate:g}' for rate in given.rates)} on the first seed. "
             f"Chance is {1 / VALUES:.1%}.\n\n"
             + table(["mixer", "parameters", "rate", *(f"{size} {what}" for size in sizes)], rows),
         )
-    delta, additive = (
-        "gated deltanet",
-        [name for name in ("retention", "linear attention (hedgehog)") if name in chosen],
-    )
-    if delta in chosen and additive:
+    delta = "gated deltanet"
+    additive = [name for name in ("retention", "linear attention (hedgehog)") if name in chosen]
+    if "associative recall" in given.tasks and delta in chosen and additive:
         most = str(PAIRS[-1])
 
         def mean(name: str) -> float:

@@ -177,7 +177,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--batch-tokens", type=read_amount, default=8192, help="of a healing step")
     parser.add_argument("--without", nargs="*", default=[], help="leave out arms whose names hold one of these")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing further after so many minutes")
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="begin nothing further after so many minutes; 0: only the page"
+    )
     parser.add_argument("--write", type=Path, help="page to write")
     return parser.parse_args()
 
@@ -240,7 +242,7 @@ class Study:
             return None
 
     def run(self, name: str, share: float, recipe: Recipe, folder: Path) -> dict[str | None, Row]:
-        """Converts, measures and forgets one target, once; nothing where the recipe does not fit.
+        """Converts, measures and forgets one target, once; nothing where the recipe does not fit or time is over.
 
         Returns:
             What it has by scheme of quantisation: None for whole, and those of an arm in `QUANTISED`.
@@ -251,6 +253,8 @@ class Study:
             for scheme in schemes
         }
         if not all(path.exists() for path in paths.values()):
+            if not self.has_time:
+                return {}
             started, out = time.perf_counter(), self.given.work / "target"
             shutil.rmtree(out, ignore_errors=True)
             made = self.convert(recipe, folder, out)
@@ -264,12 +268,20 @@ class Study:
             print(f"{name} at {share:g}: {time.perf_counter() - started:.0f} s", flush=True)
         return {scheme: json.loads(path.read_text()) for scheme, path in paths.items()}
 
+    def is_healed(self, name: str, share: float) -> bool:
+        """Whether every seed of an arm has been healed before."""
+        found = self._healed_folder(name, share).glob(f"*-{self.given.heal_tokens}.json")
+        return len(list(found)) >= len(self.given.seeds)
+
     def heal(self, name: str, share: float, recipe: Recipe, folder: Path) -> Row | None:
         """Heals one target with each seed, at the learning rate that short runs choose; None where it does not fit."""
-        place = self.given.work / "healed" / f"{_slug(name)}-{share:g}"
+        place = self._healed_folder(name, share)
         if not (place / "converted").exists() and self.convert(recipe, folder, place / "converted") is None:
             return None
         return self._healed(place / "converted", place)
+
+    def _healed_folder(self, name: str, share: float) -> Path:
+        return self.given.work / "healed" / f"{_slug(name)}-{share:g}"
 
     def heal_source(self) -> Row:
         return self._healed(Path(self.given.source), self.given.work / "healed" / "source")
@@ -332,7 +344,7 @@ def main() -> int:
         for name, arm in ARMS.items():
             recipe = arm.recipe(share, study.model)
             left_out = any(part in name for part in given.without)
-            if recipe is not None and study.has_time and not left_out:
+            if recipe is not None and not left_out:
                 for scheme, row in study.run(name, share, recipe, folder).items():
                     found.rows[name, share, scheme] = row
     wanted = [(given.train, tokens) for tokens in given.more_tokens]
@@ -340,7 +352,8 @@ def main() -> int:
     for text, tokens in wanted:
         for name in CALIBRATED:
             recipe = ARMS[name].recipe(given.shares[0], study.model)
-            if recipe is not None and study.has_time:
+            there = (moments_folder(given, text, tokens) / "moments.json").exists()
+            if recipe is not None and (there or study.has_time):
                 row = study.run(name, given.shares[0], recipe, moments(given, text, tokens)).get(None)
                 if row is not None:
                     found.calibrated[name, f"{tokens:,} tokens of {text.stem}"] = row
@@ -349,7 +362,7 @@ def main() -> int:
         for share in given.heal_shares:
             for name in given.heal_arms:
                 recipe = ARMS[name].recipe(share, study.model)
-                if recipe is not None and study.has_time:
+                if recipe is not None and (study.has_time or study.is_healed(name, share)):
                     row = study.heal(name, share, recipe, folder)
                     if row is not None:
                         found.healed[name, share] = row
