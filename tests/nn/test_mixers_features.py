@@ -129,3 +129,25 @@ def test_each_option_shows(make_mixer, hidden_states, change):
     lone = make_mixer("linear_attention", feature_map="elu")
     expected = attend(make_mixer("linear_attention", **{"feature_map": "elu", **change}), hidden_states)
     assert (lone.run(hidden_states) - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", [16, 30])
+@pytest.mark.parametrize("window", [0, 7, 20, 60])
+def test_long_rows_in_pieces(make_mixer, hidden_states, monkeypatch, window, size):
+    lone = make_mixer("linear_attention", window=window, **MAPS["hedgehog"])
+    resets = torch.zeros(hidden_states.shape[:2], dtype=torch.bool)
+    resets[:, 0] = resets[0, 5] = resets[0, 16] = resets[-1, 41] = True
+
+    def run() -> list[Tensor]:
+        x = hidden_states.clone().requires_grad_()
+        y = lone.mixer(x, lone.view, lone.context(x.shape[1], None, resets), {}, None)
+        y.square().sum().backward()
+        found = [y.detach(), x.grad, *(each.grad for each in lone.mixer.parameters())]
+        lone.mixer.zero_grad()
+        return [each for each in found if each is not None]
+
+    whole = run()
+    monkeypatch.setattr("refold.nn.mixers.linear_attention.TOKENS_AT_ONCE", size)
+    for piece, expected in zip(run(), whole, strict=True):
+        assert (piece - expected).abs().max() <= 2e-5 * expected.abs().max()
+    check(lone, hidden_states)

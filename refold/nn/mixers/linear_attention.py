@@ -20,6 +20,9 @@ from refold.ops.documents import number_documents
 from refold.ops.feature_maps import feature_map
 from refold.ops.window import window_sums
 
+TOKENS_AT_ONCE = 2048
+"""Tokens of a row that go from features to outputs together: a system is slower to hand out large blocks of memory than
+they are to fill."""
 SMALLEST_SUM = 1e-30
 """What weights are divided by at least: sums of a long key's random features are far below 1 and still exact."""
 
@@ -60,10 +63,7 @@ class LinearAttention(Attention):
         if self.window:
             mixed, state = self._mix_with_window(query, key, value, context, memory, vectors)
         else:
-            mapped = self.features(query, "q_map", vectors), self.features(self._widen(key), "k_map", vectors)
-            mixed, state = self._mix_features(*mapped, self._widen(value), memory.state(), context.resets)
-            if self.normalise_weights:
-                mixed = mixed[..., :-1] / mixed[..., -1:].clamp(min=SMALLEST_SUM)
+            mixed, state = self._mix_alone(query, key, value, memory.state(), context.resets, vectors)
         memory.keep_state(state)
         return self.write(mixed.to(hidden_states.dtype).flatten(-2), lora, vectors)
 
@@ -116,6 +116,28 @@ class LinearAttention(Attention):
     def _widen(self, states: Float[Tensor, "B T G K"]) -> Float[Tensor, "B T H K"]:
         return states if self.groups == 1 else states.repeat_interleave(self.groups, dim=2)
 
+    def _mix_alone(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        state: Tensor | None,
+        resets: Tensor | None,
+        vectors: OwnVectors,
+    ) -> tuple[Float[Tensor, "B T H V"], Tensor]:
+        pieces: list[Tensor] = []
+        for rows in _pieces(query.shape[1]):
+            mapped = (
+                self.features(query[:, rows], "q_map", vectors),
+                self.features(self._widen(key[:, rows]), "k_map", vectors),
+            )
+            mixed, state = self._mix_features(*mapped, self._widen(value[:, rows]), state, _of(resets, rows))
+            if self.normalise_weights:
+                mixed = mixed[..., :-1] / mixed[..., -1:].clamp(min=SMALLEST_SUM)
+            pieces.append(mixed)
+        assert state is not None
+        return _join(pieces), state
+
     def _mix_features(
         self, query: Tensor, key: Tensor, value: Tensor, state: Tensor | None, resets: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -152,17 +174,34 @@ class LinearAttention(Attention):
         past_numbers = torch.where(is_real.squeeze(-1) > 0, 0, -1)
         all_numbers = torch.cat((past_numbers, numbers), dim=1)
         seen = all_numbers[:, 1:].unfold(1, self.window, 1) == numbers.unsqueeze(-1)
-        near, near_sum = window_sums(query, keys, values, seen, self.window)
-        # The features see the token that leaves the window: keys and values `window` tokens late.
-        is_late = (all_numbers[:, :tokens] == numbers)[:, :, None, None]
-        late = self.features(keys[:, :tokens], "k_map", vectors) * is_late
-        far, state = self._mix_features(
-            self.features(query, "q_map", vectors), late, values[:, :tokens], state, context.resets
-        )
         share = self._share(vectors).view(1, 1, -1, 1)
-        summed = share * near + (1 - share) * far[..., :-1]
-        weight = share * near_sum + (1 - share) * far[..., -1:]
-        return summed / weight.clamp(min=SMALLEST_SUM), state
+        pieces: list[Tensor] = []
+        for rows in _pieces(tokens):
+            reach = slice(rows.start, rows.stop + self.window)
+            near, near_sum = window_sums(query[:, rows], keys[:, reach], values[:, reach], seen[:, rows], self.window)
+            # The features see the token that leaves the window: keys and values `window` tokens late.
+            is_late = (all_numbers[:, rows] == numbers[:, rows])[:, :, None, None]
+            late = self.features(keys[:, rows], "k_map", vectors) * is_late
+            far, state = self._mix_features(
+                self.features(query[:, rows], "q_map", vectors), late, values[:, rows], state, _of(context.resets, rows)
+            )
+            summed = share * near + (1 - share) * far[..., :-1]
+            weight = share * near_sum + (1 - share) * far[..., -1:]
+            pieces.append(summed / weight.clamp(min=SMALLEST_SUM))
+        assert state is not None
+        return _join(pieces), state
 
     def _share(self, vectors: OwnVectors) -> Tensor:
         return self.vector("blend.share", vectors).float().sigmoid()
+
+
+def _pieces(tokens: int) -> list[slice]:
+    return [slice(start, min(start + TOKENS_AT_ONCE, tokens)) for start in range(0, tokens, TOKENS_AT_ONCE)]
+
+
+def _of(resets: Tensor | None, rows: slice) -> Tensor | None:
+    return None if resets is None else resets[:, rows]
+
+
+def _join(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
