@@ -86,6 +86,8 @@ def _ways() -> dict[str, Way]:
     found["retention, all, distilled"] = Way(swap("retention"), "distil", tables=("training",))
     found["gated deltanet, aligned first"] = Way(swap("gated_deltanet"), "align-then-distil", tables=("training",))
     found["gated deltanet, distilled"] = Way(swap("gated_deltanet"), "distil", tables=("training",))
+    for name in ("hedgehog, window 32", "gated deltanet, attention at xatl's depths"):
+        found[f"{name}, aligned first"] = Way(mixers[name], "align-then-distil", tables=("training",))
     # A fold and mixers, each alone and together: what is tied, and which layers keep attention, agree where both are.
     kept = swap("gated_deltanet", **{"except": KEPT})
     found["recursive"] = Way(FOLDED, tables=("together",))
