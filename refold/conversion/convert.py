@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +19,14 @@ from refold.checkpoint.writer import ShardedWriter, count_bytes
 from refold.conversion.approximation import require_text, stored_maps
 from refold.conversion.fitted import FittedTensors
 from refold.conversion.map_fitter import MapFitter
-from refold.conversion.measured import measure_plan, measuring_steps, pack_text, reads_text, require_calibration
+from refold.conversion.measured import (
+    measure_plan,
+    measuring_steps,
+    pack_text,
+    reads_text,
+    reads_weights,
+    require_calibration,
+)
 from refold.conversion.plan import Plan, plan_model, read_influence
 from refold.conversion.sequential import SequentialFitter
 from refold.conversion.tensors import TargetBuilder
@@ -110,7 +118,7 @@ def carry_out(
     With `moments`, a folder that `keep_moments` filled, errors are weighed by those instead of by the text.
 
     Raises:
-        SourceError: The source is not the one the plan was made for, or has no weights.
+        SourceError: The source is not the one the plan was made for, or has no weights and not all start fresh.
         RecipeError: A feature map is to be fitted to text and there is none.
         DataError: The calibration text is too short, or cannot be read.
     """
@@ -118,7 +126,8 @@ def carry_out(
     require_text(maps, calibration is not None)
     require_calibration(plan, calibration is not None, moments is not None)
     used_text = calibration is not None and bool(maps or reads_text(plan))
-    if source.headers(config_only=True) is None:
+    has_weights = source.headers(config_only=True) is not None
+    if not has_weights and reads_weights(plan, calibration is not None):
         raise SourceError(f"{source.where}: safetensors weights are required (only config.json is there)")
     fingerprint = source.fingerprint()
     if plan.source.config_sha256 not in (None, fingerprint["config_sha256"]):
@@ -128,7 +137,7 @@ def carry_out(
     folder = source.fetch()
     with (
         AtomicFolder(destination, overwrite, needed_bytes=count_bytes(specs)) as out,
-        CheckpointReader(folder) as reader,
+        (CheckpointReader(folder) if has_weights else nullcontext()) as reader,
     ):
         model = read_source_model(locate(folder))
         pieces = PieceReader(model, reader)

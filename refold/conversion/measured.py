@@ -84,6 +84,11 @@ def measuring_steps(plan: Plan, has_text: bool) -> int:
     return steps + (len(list(stored_linears(plan.blueprint))) if plan.recipe.measures_ranks else 0)
 
 
+def reads_weights(plan: Plan, has_text: bool) -> bool:
+    """Whether a plan cannot be carried out on a source of which only the config is there."""
+    return plan.starts.weights == "source" or _measures_influence(plan, has_text)
+
+
 def _measures_influence(plan: Plan, has_text: bool) -> bool:
     return has_text and plan.recipe.measures_influence and plan.influence is None
 

@@ -9,9 +9,14 @@ from refold.measuring.source_model import SourceModel
 
 
 class PieceReader:
-    """Reads a source's canonical tensors, such as `mixer.q_proj.weight` of layer 3, whatever they are packed in."""
+    """Reads a source's canonical tensors, such as `mixer.q_proj.weight` of layer 3, whatever they are packed in.
 
-    def __init__(self, model: SourceModel, reader: CheckpointReader):
+    Args:
+        model: The source.
+        reader: Of its files; None where it has no weights, and nothing is asked for.
+    """
+
+    def __init__(self, model: SourceModel, reader: CheckpointReader | None):
         self.model, self.reader = model, reader
         self._shapes = canonical_tensors(model.arch)
 
@@ -23,6 +28,7 @@ class PieceReader:
         Raises:
             SourceError: Its file is damaged.
         """
+        assert self.reader is not None
         name, rule, index = self.model.locate(canonical, layer)
         packed = self.reader.read(name)
         rows = self._shapes[canonical][0]

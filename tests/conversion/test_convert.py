@@ -21,6 +21,7 @@ from refold.checkpoint.locate import locate
 from refold.checkpoint.manifest import verify
 from refold.conversion.convert import carry_out, convert
 from refold.conversion.plan import plan, read_plan
+from refold.data.readers import from_documents
 from refold.errors import FolderError, RecipeError, RefoldError, SourceError
 
 RELAXED = {"fold": {"loops": 2}, "relax": {"rank": 4, "vectors": "own"}}
@@ -168,6 +169,20 @@ DAMAGE: list[tuple[Callable[[Path], object], type[RefoldError], str]] = [
     (_retype, SourceError, r"model_type: must be one of llama, .*, phi3 \(got 'lama'\)"),
     (_config_only, SourceError, r"safetensors weights are required"),
 ]
+
+
+def test_fresh_weights_need_none_of_the_source(source, tmp_path):
+    recipe = {"weights": "fresh", "fold": {"loops": 2}, "relax": {"rank": 2}}
+    convert(source, tmp_path / "whole", recipe)
+    _config_only(source)
+    convert(source, tmp_path / "config", recipe)
+    whole, config = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "config")
+    assert whole.keys() == config.keys()
+    assert all(whole[name].equal(tensor.to(whole[name].dtype)) for name, tensor in config.items())
+    text = from_documents(["some words to read " * 40])
+    measured = {"weights": "fresh", "drop": {"block": {"count": 1, "by": "similarity"}}}
+    with pytest.raises(SourceError, match="safetensors weights are required"):
+        convert(source, tmp_path / "none", measured, calibration=text)
 
 
 @pytest.mark.parametrize(("damage", "kind", "message"), DAMAGE, ids=lambda value: getattr(value, "__name__", None))
