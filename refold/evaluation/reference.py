@@ -25,7 +25,7 @@ class _Known(NamedTuple):
 
     facts: ModelFacts
     device: torch.device
-    head: Head
+    vocab_size: int
     positions: int | None
     tokens: Mapping[str, int] | None
 
@@ -58,6 +58,8 @@ class Reference:
         self._given, self._dtype, self._to, self._left = model, dtype, device, remember
         self._states: dict[bytes, Tensor] = {}
         self._subject: Subject | None = None
+        # Of a model that was let go, in main memory.
+        self._head: Head | None = None
 
     @property
     def facts(self) -> ModelFacts:
@@ -71,19 +73,23 @@ class Reference:
 
     def predict(self, input_ids: Int64[Tensor, "B T"]) -> Predictions:
         """Returns what it predicts on some windows, where it computes; remembered if it has seen them before."""
-        head, device = self._known.head, self._known.device
+        device = self._known.device
         key = hashlib.blake2b(repr(input_ids.shape).encode() + input_ids.cpu().numpy().tobytes()).digest()
         if key not in self._states:
             model = self._open().model
             with evaluating(model):
                 states = predict(model, input_ids.to(device)).hidden
             self._keep(key, states)
-            return Predictions(states, head)
-        return Predictions(self._states[key].to(device), head)
+            return Predictions(states, head_of(model).detached())
+        head = self._head if self._subject is None else head_of(self._subject.model).detached()
+        assert head is not None
+        return Predictions(self._states[key].to(device), head.to(device))
 
     def let_go(self) -> None:
-        """Frees the model if it was loaded here; it is loaded again if it is needed."""
-        self._subject = None
+        """Frees the model if it was loaded here, all but its head; it is loaded again if it is needed."""
+        if self._subject is not None and not isinstance(self._given, PreTrainedModel):
+            self._head = head_of(self._subject.model).detached().to(torch.device("cpu"))
+            self._subject = None
 
     def check(self, subject: Subject) -> None:
         """Refuses a model whose tokens mean different texts, or that cannot be compared where it lies.
@@ -95,7 +101,7 @@ class Reference:
         devices = str(subject.model.device), str(self._known.device)
         if devices[0] != devices[1]:
             raise RefoldError(f"against: both models on one device are required (got {devices[0]} and {devices[1]})")
-        sizes = head_of(subject.model).vocab_size, self._known.head.vocab_size
+        sizes = head_of(subject.model).vocab_size, self._known.vocab_size
         got = f"{sizes[0]} and {sizes[1]} tokens"
         if sizes[0] == sizes[1]:
             tokens = None if subject.tokenizer is None else subject.tokenizer.get_vocab()
@@ -114,7 +120,7 @@ class Reference:
         return _Known(
             facts=subject.facts,
             device=subject.model.device,
-            head=head_of(subject.model).detached(),
+            vocab_size=head_of(subject.model).vocab_size,
             positions=getattr(subject.model.config, "max_position_embeddings", None),
             tokens=None if subject.tokenizer is None else subject.tokenizer.get_vocab(),
         )

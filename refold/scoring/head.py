@@ -80,6 +80,13 @@ class Head:
         return Head(self.weight.detach(), bias, self.scale, self.softcap, lora)
 
 
+    def to(self, device: torch.device) -> "Head":
+        """Returns the same head on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        lora = None if self.lora is None else (self.lora[0].to(device), self.lora[1].to(device))
+        return Head(self.weight.to(device), bias, self.scale, self.softcap, lora)
+
+
 class Predictions(NamedTuple):
     """A model's next-token predictions, kept as what its logits would be computed from.
 
