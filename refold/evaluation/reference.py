@@ -58,8 +58,9 @@ class Reference:
         self._given, self._dtype, self._to, self._left = model, dtype, device, remember
         self._states: dict[bytes, Tensor] = {}
         self._subject: Subject | None = None
-        # Of a model that was let go, in main memory.
+        # Of a model that was let go: in main memory, and where it computes.
         self._head: Head | None = None
+        self._head_there: Head | None = None
 
     @property
     def facts(self) -> ModelFacts:
@@ -81,15 +82,14 @@ class Reference:
                 states = predict(model, input_ids.to(device)).hidden
             self._keep(key, states)
             return Predictions(states, head_of(model).detached())
-        head = self._head if self._subject is None else head_of(self._subject.model).detached()
-        assert head is not None
-        return Predictions(self._states[key].to(device), head.to(device))
+        return Predictions(self._states[key].to(device), self._find_head())
 
     def let_go(self) -> None:
         """Frees the model if it was loaded here, all but its head; it is loaded again if it is needed."""
         if self._subject is not None and not isinstance(self._given, PreTrainedModel):
             self._head = head_of(self._subject.model).detached().to(torch.device("cpu"))
             self._subject = None
+        self._head_there = None
 
     def check(self, subject: Subject) -> None:
         """Refuses a model whose tokens mean different texts, or that cannot be compared where it lies.
@@ -124,6 +124,14 @@ class Reference:
             positions=getattr(subject.model.config, "max_position_embeddings", None),
             tokens=None if subject.tokenizer is None else subject.tokenizer.get_vocab(),
         )
+
+    def _find_head(self) -> Head:
+        if self._subject is not None:
+            return head_of(self._subject.model).detached()
+        if self._head_there is None:
+            assert self._head is not None
+            self._head_there = self._head.to(self._known.device)
+        return self._head_there
 
     def _open(self) -> Subject:
         if self._subject is None:
