@@ -27,6 +27,7 @@ from refold.blueprint.load import load_recipe
 from refold.blueprint.tensors import target_tensors
 from refold.conversion.convert import carry_out
 from refold.conversion.plan import Plan, plan_model
+from refold.data.readers import open_data
 from refold.evaluation.result import Evaluation
 from refold.measuring.source_model import SourceModel, read_source_model
 from refold.studies.baselines import pruned_recipe, scratch_plan
@@ -56,8 +57,16 @@ ARMS: dict[str, dict[str, Any]] = {
         "relax": {"rank": {"parameters": 0.1}, "init": "joint", "vectors": "own"},
     },
 }
+
+
+def pruned_evenly(model: SourceModel, plan: Plan) -> Plan:
+    block = {"parameters": plan.cost.target.non_embedding_parameters, "by": "even"}
+    return plan_model(model, load_recipe({"drop": {"block": block}}))
+
+
 TWINS: dict[str, Callable[[SourceModel, Plan], Plan]] = {
     "pruned to": lambda model, plan: plan_model(model, pruned_recipe(plan)),
+    "pruned evenly to": pruned_evenly,
     "from scratch:": scratch_plan,
 }
 """Rivals of any arm, by how their names begin: `pruned to strict` has at most the size of `strict`."""
@@ -85,7 +94,8 @@ def main() -> None:
         folder = arm_folder(given.work, name)
         converted = folder / "converted"
         if not converted.exists():
-            carry_out(plan, model.source, converted)
+            text = open_data([given.train]) if plan.recipe.measures_influence else None
+            carry_out(plan, model.source, converted, calibration=text)
         unhealed = measure(converted, folder / "unhealed.json", given)
         results[name] = summarise(plan, unhealed, Arm(converted, folder, partial(stages, given), given).choose())
         print(json.dumps({name: results[name]}), flush=True)
