@@ -137,7 +137,7 @@ def carry_out(
     folder = source.fetch()
     with (
         AtomicFolder(destination, overwrite, needed_bytes=count_bytes(specs)) as out,
-        (CheckpointReader(folder) if has_weights else nullcontext()) as reader,
+        CheckpointReader(folder) if has_weights else nullcontext() as reader,
     ):
         model = read_source_model(locate(folder))
         pieces = PieceReader(model, reader)

@@ -118,3 +118,8 @@ def pairwise_decay(decays: Float[Tensor, "*X C"], block: int = 16) -> Float[Tens
     within = later_left_out(sums).exp_()
     pairs.unflatten(-1, (num_blocks, block)).diagonal(dim1=-4, dim2=-2).copy_(within.movedim(-3, -1))
     return pairs.flatten(-3, -2)
+
+
+def cut(tokens: int, size: int) -> list[slice]:
+    """Returns a row's tokens in pieces of `size`, the last of what is left."""
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from refold.ops.chunking import compute_dtype
+from refold.ops.chunking import compute_dtype, cut
 from refold.ops.recurrence import loop
 
 
@@ -149,7 +149,7 @@ class _SelectiveScan(torch.autograd.Function):
         resets: Tensor | None,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
-        chunks = _cut(x.shape[1], chunk_size)
+        chunks = cut(x.shape[1], chunk_size)
         with torch.autocast(x.device.type, enabled=False):
             rows = _Rows(x, dt, a, b, c, resets)
             out = torch.empty_like(rows.x)
@@ -175,7 +175,7 @@ class _SelectiveScan(torch.autograd.Function):
             d_a = torch.zeros_like(rows.a)
             d_carried = d_state.mT
             space = rows.make_space(3, ctx.chunk_size)
-            for n, chunk in reversed(list(enumerate(_cut(x.shape[1], ctx.chunk_size)))):
+            for n, chunk in reversed(list(enumerate(cut(x.shape[1], ctx.chunk_size)))):
                 decays, states = rows.run(chunk, starts[n], space)
                 d_states = space[2, : len(states)]
                 torch.mul(d_outs[chunk, :, None], states, out=d_states)
@@ -207,7 +207,3 @@ class _SelectiveScan(torch.autograd.Function):
 
 def _tokens_first(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).transpose(0, 1).contiguous()
-
-
-def _cut(tokens: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]

@@ -79,7 +79,6 @@ class Head:
         lora = None if self.lora is None else (self.lora[0].detach(), self.lora[1].detach())
         return Head(self.weight.detach(), bias, self.scale, self.softcap, lora)
 
-
     def to(self, device: torch.device) -> "Head":
         """Returns the same head on a device."""
         bias = None if self.bias is None else self.bias.to(device)

@@ -16,6 +16,7 @@ from refold.nn.mixers.mixer import Mixer
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import scalar_decay
 from refold.ops.choice import run
+from refold.ops.chunking import cut
 from refold.ops.documents import number_documents
 from refold.ops.feature_maps import feature_map
 from refold.ops.window import window_sums
@@ -126,7 +127,7 @@ class LinearAttention(Attention):
         vectors: OwnVectors,
     ) -> tuple[Float[Tensor, "B T H V"], Tensor]:
         pieces: list[Tensor] = []
-        for rows in _pieces(query.shape[1]):
+        for rows in cut(query.shape[1], TOKENS_AT_ONCE):
             mapped = (
                 self.features(query[:, rows], "q_map", vectors),
                 self.features(self._widen(key[:, rows]), "k_map", vectors),
@@ -176,7 +177,7 @@ class LinearAttention(Attention):
         seen = all_numbers[:, 1:].unfold(1, self.window, 1) == numbers.unsqueeze(-1)
         share = self._share(vectors).view(1, 1, -1, 1)
         pieces: list[Tensor] = []
-        for rows in _pieces(tokens):
+        for rows in cut(tokens, TOKENS_AT_ONCE):
             reach = slice(rows.start, rows.stop + self.window)
             near, near_sum = window_sums(query[:, rows], keys[:, reach], values[:, reach], seen[:, rows], self.window)
             # The features see the token that leaves the window: keys and values `window` tokens late.
@@ -193,10 +194,6 @@ class LinearAttention(Attention):
 
     def _share(self, vectors: OwnVectors) -> Tensor:
         return self.vector("blend.share", vectors).float().sigmoid()
-
-
-def _pieces(tokens: int) -> list[slice]:
-    return [slice(start, min(start + TOKENS_AT_ONCE, tokens)) for start in range(0, tokens, TOKENS_AT_ONCE)]
 
 
 def _of(resets: Tensor | None, rows: slice) -> Tensor | None:
