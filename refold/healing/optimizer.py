@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from refold.blueprint.heal_stage import HealStage
 from refold.healing.groups import Trainable
+from refold.healing.muon import Muon
 from refold.modeling.depth import Depth, OwnedVectors
 from refold.nn.part import Vectors
 
@@ -66,7 +67,7 @@ def make_optimizers(model: PreTrainedModel, stage: HealStage, trainable: Trainab
             if has_muon == muon
         ]
         if groups and muon:
-            optimizers.append(torch.optim.Muon(groups, lr=stage.learning_rate, adjust_lr_fn="match_rms_adamw"))
+            optimizers.append(Muon(groups, lr=stage.learning_rate))
         elif groups:
             kinds = {parameter.device.type for group in groups for parameter in group["params"]}
             is_fused = kinds <= set(_FUSED)

@@ -25,8 +25,18 @@ def choose_precision(wish: str, device: torch.device, hidden_size: int) -> torch
         hidden_size: the student's.
     """
     if wish == "auto":
-        wish = "bfloat16" if _is_faster_in_bfloat16(device, hidden_size) else "float32"
+        pays = device.type == "cuda" or hidden_size >= SMALLEST_HIDDEN_SIZE
+        wish = "bfloat16" if pays and has_fast_bfloat16(device) else "float32"
     return torch.bfloat16 if wish == "bfloat16" else None
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products run faster in bfloat16 there: on a GPU that has it, on a CPU with matrix tiles (AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # The check is not public, and not in every version of torch.
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return device.type == "cpu" and has_tiles()
 
 
 def attend_in_float32(model: PreTrainedModel) -> None:
@@ -39,14 +49,6 @@ def attend_in_float32(model: PreTrainedModel) -> None:
         AttentionInterface.register(FLOAT32_SDPA, _float32_sdpa)
         AttentionMaskInterface.register(FLOAT32_SDPA, sdpa_mask)
         model.set_attn_implementation(FLOAT32_SDPA)
-
-
-def _is_faster_in_bfloat16(device: torch.device, hidden_size: int) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    # The check is not public, and not in every version of torch.
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return device.type == "cpu" and hidden_size >= SMALLEST_HIDDEN_SIZE and has_tiles()
 
 
 def _float32_sdpa(
