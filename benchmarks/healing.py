@@ -25,8 +25,10 @@ from arms import Arm, Chosen, arm_folder, command_lines, machine, make_parser, m
 from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.load import load_recipe
 from refold.blueprint.tensors import target_tensors
+from refold.checkpoint.locate import PLAN_NAME
 from refold.conversion.convert import carry_out
-from refold.conversion.plan import Plan, plan_model
+from refold.conversion.measured import reads_text
+from refold.conversion.plan import Plan, plan_model, read_plan
 from refold.data.readers import open_data
 from refold.evaluation.result import Evaluation
 from refold.measuring.source_model import SourceModel, read_source_model
@@ -55,6 +57,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "relaxed 10%, joint start, own norms, ends untied": {
         "fold": {"loops": 2, "prelude": 1, "coda": 1},
         "relax": {"rank": {"parameters": 0.1}, "init": "joint", "vectors": "own"},
+    },
+    "low rank, measured ranks": {"factor": {"parameters": 0.67, "split": "measured", "weight": "fisher"}},
+    "tied where it pays, low rank elsewhere": {
+        "fold": {"loops": 2, "prelude": 1, "coda": 1, "uneven": "prelude"},
+        "relax": {"rank": {"split": "measured"}, "init": "joint", "vectors": "own"},
+        "factor": {"parameters": 0.67, "split": "measured", "weight": "fisher"},
     },
 }
 
@@ -94,10 +102,11 @@ def main() -> None:
         folder = arm_folder(given.work, name)
         converted = folder / "converted"
         if not converted.exists():
-            text = open_data([given.train]) if plan.recipe.measures_influence else None
+            text = open_data([given.train]) if reads_text(plan) else None
             carry_out(plan, model.source, converted, calibration=text)
         unhealed = measure(converted, folder / "unhealed.json", given)
-        results[name] = summarise(plan, unhealed, Arm(converted, folder, partial(stages, given), given).choose())
+        made = read_plan(converted / PLAN_NAME)
+        results[name] = summarise(made, unhealed, Arm(converted, folder, partial(stages, given), given).choose())
         print(json.dumps({name: results[name]}), flush=True)
     if given.trained_source:
         source, rate = Arm(Path(given.source), given.work / "source", partial(stages, given), given), given.rates[0]

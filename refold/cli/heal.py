@@ -85,7 +85,7 @@ def command(
     if sweep not in (None, "lr"):
         raise HealError(f"--sweep: lr is required (got '{sweep}')")
     if dry_run:
-        estimate = probe(model, data, stages, teacher=teacher, device=device, quiet=True)
+        estimate = probe(model, data, stages, held_out=held_out, teacher=teacher, device=device, quiet=True)
         print_json({**vars(estimate), "line": estimate.line}) if json else print(estimate.line)
         return
     found = heal(

@@ -17,7 +17,7 @@ from refold.data.training import Data
 from refold.errors import HealError
 from refold.healing.checkpoints import NUM_KEPT
 from refold.healing.output import tensor_specs
-from refold.healing.prepared import prepare
+from refold.healing.prepared import HeldOutData, prepare
 from refold.healing.run import HealOptions, Run
 from refold.healing.team import Team
 from refold.modeling.load import choose_device, load_model, open_source
@@ -62,6 +62,7 @@ def probe(
     data: Data,
     stages: HealStage | Sequence[HealStage],
     *,
+    held_out: HeldOutData | None = None,
     teacher: str | Path | Source | None = None,
     device: str | None = None,
     quiet: bool = False,
@@ -72,6 +73,7 @@ def probe(
 
     Args:
         model, data, stages, teacher, device: as for `heal`.
+        held_out: text that `heal` would measure on the way; here it is only read.
         quiet: show no progress on stderr.
 
     Raises:
@@ -89,7 +91,7 @@ def probe(
     with tempfile.TemporaryDirectory(prefix="refold-probe-") as folder:
         work = Path(folder)
         short = [_shortened(stage) for stage in given]
-        prepared = prepare(located, student.float(), teacher, data, None, short, work, team)
+        prepared = prepare(located, student.float(), teacher, data, held_out, short, work, team)
         run = Run(prepared, student, work, work / "probe", team, HealOptions(quiet=quiet), _refuse_training)
         records = run.probe(NUM_STEPS)
         peak = _peak_memory(team.device)

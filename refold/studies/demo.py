@@ -23,6 +23,7 @@ from refold.studies.shipped import held_out_data, shipped_model, training_data
 
 HEAL_TOKENS = 100_000
 EVAL_TOKENS = 16_000
+INFLUENCE_TOKENS = 16_384
 CONTEXT = 512
 LEARNING_RATE = 1e-3
 PROMPT = "def load(path):\n"
@@ -82,14 +83,14 @@ def demo(folder: Path, *, heal_tokens: int = HEAL_TOKENS, say: Say = lambda text
             model, held_out, against=against, context=CONTEXT, stride=CONTEXT, max_tokens=EVAL_TOKENS, device="cpu"
         )
 
+    training = training_data()
     say("measuring the source")
     rows = [DemoRow("source", source, None, measure(source))]
     for name, recipe in _arms().items():
-        rows.append(_row(name, recipe, folder, source, measure, say))
+        rows.append(_row(name, recipe, folder, source, training, measure, say))
     joint = next(row for row in rows if row.name == HEALED[0])
     assert joint.plan is not None
-    rows.append(_row(HEALED[1], pruned_recipe(joint.plan), folder, source, measure, say))
-    training = training_data()
+    rows.append(_row(HEALED[1], pruned_recipe(joint.plan), folder, source, training, measure, say))
     for row in rows:
         if row.name in HEALED:
             row.after = _heal(row, folder, training, heal_tokens, measure, say)
@@ -118,11 +119,25 @@ def _arms() -> dict[str, Recipe]:
 
 
 def _row(
-    name: str, recipe: Recipe, folder: Path, source: Path, measure: Callable[[Path], Evaluation], say: Say
+    name: str,
+    recipe: Recipe,
+    folder: Path,
+    source: Path,
+    training: DataSource,
+    measure: Callable[[Path], Evaluation],
+    say: Say,
 ) -> DemoRow:
     say(f"folding: {name}")
     target = folder / _slug(name)
-    plan = convert(source, target, recipe, overwrite=True, allow_larger=True)
+    calibration = recipe.calibration.model_copy(update={"tokens": INFLUENCE_TOKENS})
+    plan = convert(
+        source,
+        target,
+        recipe.model_copy(update={"calibration": calibration}),
+        calibration=training if recipe.measures_influence else None,
+        overwrite=True,
+        allow_larger=True,
+    )
     return DemoRow(name, target, plan, measure(target))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from refold.checkpoint import provenance
 from refold.data.readers import from_documents
-from refold.errors import HealError
+from refold.errors import DataError, HealError
 from refold.healing.interruption import HealInterrupted
 from refold.healing.probe import probe
 
@@ -121,7 +121,7 @@ def test_a_teacher_is_trained_first_where_that_is_asked_for(healing, tmp_path, c
     assert plain.objectives["forward_kl"] != trained.objectives["forward_kl"]
 
 
-def test_a_probe_tells_what_a_run_takes_and_leaves_nothing(healing, documents):
+def test_a_probe_tells_what_a_run_takes_and_leaves_nothing(healing, documents, tmp_path):
     before = set(healing.destination.parent.iterdir())
     stage = healing.stage(tokens=100_000, teacher_tokens=50_000)
     found = probe(healing.model, documents, [stage, stage], device="cpu", quiet=True)
@@ -131,6 +131,8 @@ def test_a_probe_tells_what_a_run_takes_and_leaves_nothing(healing, documents):
     assert found.steps == 2 * -(-100_000 // 64)
     assert found.peak_memory_bytes > 50_000_000
     assert "300,000 tokens" in found.line
+    with pytest.raises(DataError, match=r"an existing file or folder is required"):
+        probe(healing.model, documents, stage, held_out=tmp_path / "none.txt", device="cpu", quiet=True)
 
 
 def test_what_cannot_be_is_refused_before_training(healing):
