@@ -2,8 +2,8 @@
 
     python benchmarks/depth.py MODEL --held-out TEXT [--write PAGE]
 
-A base in which two layers can go for next to nothing flatters pruning, and cannot decide what recursion is worth. All
-single layers and all pairs are tried on part of the windows; the pairs that cost least there, then on all of them.
+A base in which two layers can go for next to nothing flatters pruning, and cannot decide what recursion is worth.
+Single layers are tried on all windows, pairs on part of them; the pairs that cost least there, then on all.
 """
 
 import os
@@ -24,8 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from refold.data.packing import IGNORED
 from refold.data.readers import open_data
+from refold.data.tokens import tokenise
 from refold.modeling.load import load_model, load_tokenizer
+from refold.scoring.agreement import Scores, score
+from refold.scoring.predict import predict
 
 GATE = 0.2
 NUM_FINALISTS = 5
@@ -55,22 +59,18 @@ class Depths:
 
 def read_windows(folder: Path, held_out: Path, context: int, count: int) -> Tensor:
     """Returns `[windows, context]` token ids, evenly out of the whole text."""
-    tokenizer: Any = load_tokenizer(folder)
-    ids: list[int] = []
-    for document in open_data(held_out).documents():
-        ids += [tokenizer.eos_token_id, *tokenizer(str(document), add_special_tokens=False, verbose=False)["input_ids"]]
-    windows = torch.tensor(ids[: len(ids) // context * context]).view(-1, context)
+    tokens = tokenise(open_data(held_out), load_tokenizer(folder), budget=None, seed=None).tokens
+    windows = torch.from_numpy(tokens[: len(tokens) // context * context].astype("int64")).view(-1, context)
     return windows[:: max(1, len(windows) // count)][:count]
 
 
 @torch.no_grad()
 def nats(model: PreTrainedModel, windows: Tensor, batch: int = 16) -> float:
     """Returns the mean loss of all tokens but the first of each window."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = Scores()
     for rows in windows.split(batch):
-        logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
-        total += functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").double()
-    return (total / windows[:, 1:].numel()).item()
+        total += score(predict(model, rows), functional.pad(rows[:, 1:], (0, 1), value=IGNORED))
+    return total.nll / total.num_tokens
 
 
 def main() -> int:

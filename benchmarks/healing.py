@@ -23,7 +23,7 @@ from typing import Any
 from arms import Arm, Chosen, arm_folder, command_lines, machine, make_parser, measure
 
 from refold.blueprint.heal_stage import HealStage
-from refold.blueprint.load import load_recipe
+from refold.blueprint.load import RecipeLike, load_recipe
 from refold.blueprint.tensors import target_tensors
 from refold.checkpoint.locate import PLAN_NAME
 from refold.conversion.convert import carry_out
@@ -45,7 +45,7 @@ def relaxed(share: float, lora: str = "svd", stored: str = "average") -> dict[st
     return {"fold": {"loops": 2, "init": stored}, "relax": {"rank": {"parameters": share}, "init": lora}}
 
 
-ARMS: dict[str, dict[str, Any]] = {
+ARMS: dict[str, RecipeLike] = {
     "strict": FOLD,
     "relaxed 5%, Average + SVD": relaxed(0.05),
     "relaxed 10%, Average + SVD": relaxed(0.1),
@@ -58,12 +58,8 @@ ARMS: dict[str, dict[str, Any]] = {
         "fold": {"loops": 2, "prelude": 1, "coda": 1},
         "relax": {"rank": {"parameters": 0.1}, "init": "joint", "vectors": "own"},
     },
-    "low rank, measured ranks": {"factor": {"parameters": 0.67, "split": "measured", "weight": "fisher"}},
-    "tied where it pays, low rank elsewhere": {
-        "fold": {"loops": 2, "prelude": 1, "coda": 1, "uneven": "prelude"},
-        "relax": {"rank": {"split": "measured"}, "init": "joint", "vectors": "own"},
-        "factor": {"parameters": 0.67, "split": "measured", "weight": "fisher"},
-    },
+    "low rank, measured ranks": "lowrank",
+    "tied where it pays, low rank elsewhere": "compact",
 }
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.load import load_recipe
 from refold.blueprint.recipe import Recipe
-from refold.conversion.convert import convert
-from refold.conversion.plan import Plan
+from refold.conversion.convert import carry_out
+from refold.conversion.measured import reads_text
+from refold.conversion.plan import Plan, plan_model
 from refold.data.readers import DataSource
 from refold.engine.generate import generate
 from refold.engine.sampling import Sampling
@@ -17,6 +18,7 @@ from refold.evaluation.evaluate import evaluate
 from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation
 from refold.healing.heal import heal
+from refold.measuring.source_model import SourceModel, read_source_model
 from refold.studies.baselines import pruned_recipe
 from refold.studies.report_line import report_line
 from refold.studies.shipped import held_out_data, shipped_model, training_data
@@ -28,6 +30,7 @@ CONTEXT = 512
 LEARNING_RATE = 1e-3
 PROMPT = "def load(path):\n"
 HEALED = ("relaxed, joint start", "pruned to that size")
+PRUNED = "pruned to the strict size"
 
 Say = Callable[[str], None]
 
@@ -86,11 +89,15 @@ def demo(folder: Path, *, heal_tokens: int = HEAL_TOKENS, say: Say = lambda text
     training = training_data()
     say("measuring the source")
     rows = [DemoRow("source", source, None, measure(source))]
+    model = read_source_model(source)
     for name, recipe in _arms().items():
-        rows.append(_row(name, recipe, folder, source, training, measure, say))
-    joint = next(row for row in rows if row.name == HEALED[0])
+        rows.append(_row(name, plan_model(model, recipe, allow_larger=True), model, folder, training, measure, say))
+    by_name = {row.name: row for row in rows}
+    joint, pruned = by_name[HEALED[0]], by_name[PRUNED]
     assert joint.plan is not None
-    rows.append(_row(HEALED[1], pruned_recipe(joint.plan), folder, source, training, measure, say))
+    assert pruned.plan is not None
+    same_size = plan_model(model, pruned_recipe(joint.plan), influence=pruned.plan.influence)
+    rows.append(_row(HEALED[1], same_size, model, folder, training, measure, say))
     for row in rows:
         if row.name in HEALED:
             row.after = _heal(row, folder, training, heal_tokens, measure, say)
@@ -114,31 +121,23 @@ def _arms() -> dict[str, Recipe]:
         },
         "relaxed, full rank": load_recipe(full),
         HEALED[0]: load_recipe("joint"),
-        "pruned to the strict size": load_recipe("pruned"),
+        PRUNED: load_recipe("pruned", [f"calibration.tokens={INFLUENCE_TOKENS}"]),
     }
 
 
 def _row(
     name: str,
-    recipe: Recipe,
+    plan: Plan,
+    model: SourceModel,
     folder: Path,
-    source: Path,
     training: DataSource,
     measure: Callable[[Path], Evaluation],
     say: Say,
 ) -> DemoRow:
     say(f"folding: {name}")
     target = folder / _slug(name)
-    calibration = recipe.calibration.model_copy(update={"tokens": INFLUENCE_TOKENS})
-    plan = convert(
-        source,
-        target,
-        recipe.model_copy(update={"calibration": calibration}),
-        calibration=training if recipe.measures_influence else None,
-        overwrite=True,
-        allow_larger=True,
-    )
-    return DemoRow(name, target, plan, measure(target))
+    made = carry_out(plan, model.source, target, overwrite=True, calibration=training if reads_text(plan) else None)
+    return DemoRow(name, target, made, measure(target))
 
 
 def _heal(

@@ -49,7 +49,7 @@ def test_it_predicts_english(model: Olmo2ForCausalLM, ids: torch.Tensor) -> None
 def test_recipes_log_and_card_tell_the_same(model: Olmo2ForCausalLM) -> None:
     tokens = sum(stage.tokens for name in ("stable", "fall") for stage in load_recipe(FOLDER / f"{name}.yaml").heal)
     log = [json.loads(line) for line in (FOLDER / "training.jsonl").read_text().splitlines()]
-    assert log[-1]["tokens"] == pytest.approx(tokens, abs=8192)
+    assert log[-1]["tokens"] == tokens
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card
     assert f"{tokens / 1e6:.1f} million tokens" in card
