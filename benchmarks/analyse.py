@@ -21,7 +21,7 @@ from memory import INTERVAL, ProcessRun, run_python
 from page import Page, table
 from workplace import workplace
 
-from refold.blueprint.numbers import read_amount
+from refold.fields import read_amount
 
 ALLOWED, SAME_WITHIN = 4 * 10**9, 0.05
 MIB = 2**20

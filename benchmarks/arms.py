@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 from page import commit
 
-from refold.blueprint.heal_stage import HealStage
-from refold.blueprint.numbers import read_amount
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation, read_evaluation
+from refold.fields import read_amount
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
+from refold.recipe.heal import HealStage
 
 
 def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:

@@ -25,11 +25,11 @@ from timing import ROUNDS, Timings, interleave
 from tinyllama_shaped import LINEARS, Linear, make_checkpoint
 from workplace import workplace
 
+from refold.calibration.svd import truncated_svd
 from refold.checkpoint.atomic_file import flush
 from refold.checkpoint.locate import PLAN_NAME
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import convert
-from refold.measuring.svd import truncated_svd
 
 RANK = 64
 RELAXED = ("--recipe", "relaxed", "--set", f"relax.rank={RANK}")

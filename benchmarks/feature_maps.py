@@ -18,14 +18,13 @@ from typing import Any, NamedTuple
 
 from page import Page, table
 
-from refold.blueprint.load import load_recipe
 from refold.checkpoint.reader import CheckpointReader
-from refold.conversion.fitting import FitSettings
-from refold.conversion.map_fitter import MapFitter
-from refold.conversion.plan import plan_model
+from refold.conversion.map_fitter import FitSettings, MapFitter
 from refold.data.readers import open_data
-from refold.measuring.pieces import PieceReader
-from refold.measuring.source_model import SourceModel, read_source_model
+from refold.planning.plan import plan_model
+from refold.recipe.load import load_recipe
+from refold.sources.pieces import PieceReader
+from refold.sources.source_model import SourceModel, read_source_model
 
 RANDOM, LEARNED = ("favor", "dijiang"), ("t2r", "hedgehog")
 

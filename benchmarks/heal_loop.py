@@ -13,7 +13,6 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from refold.blueprint.heal_stage import HealStage
 from refold.conversion.convert import convert
 from refold.data.packing import PackedSequences
 from refold.healing.checkpoints import RunState
@@ -26,6 +25,7 @@ from refold.healing.schedule import Schedule
 from refold.healing.student import Teacher, TrainingModel, teacher_wants
 from refold.healing.team import Team
 from refold.modeling.load import load_model
+from refold.recipe.heal import HealStage
 
 CONTEXT = 256
 SEQUENCES = 8

@@ -22,16 +22,16 @@ from typing import Any
 
 from arms import Arm, Chosen, arm_folder, command_lines, machine, make_parser, measure
 
-from refold.blueprint.heal_stage import HealStage
-from refold.blueprint.load import RecipeLike, load_recipe
 from refold.blueprint.tensors import target_tensors
 from refold.checkpoint.locate import PLAN_NAME
 from refold.conversion.convert import carry_out
 from refold.conversion.measured import reads_text
-from refold.conversion.plan import Plan, plan_model, read_plan
 from refold.data.readers import open_data
 from refold.evaluation.result import Evaluation
-from refold.measuring.source_model import SourceModel, read_source_model
+from refold.planning.plan import Plan, plan_model, read_plan
+from refold.recipe.heal import HealStage
+from refold.recipe.load import RecipeLike, load_recipe
+from refold.sources.source_model import SourceModel, read_source_model
 from refold.studies.baselines import pruned_recipe, scratch_plan
 
 FOLD: dict[str, Any] = {"fold": {"loops": 2}}

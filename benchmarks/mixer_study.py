@@ -22,11 +22,11 @@ from typing import Any
 
 from arms import Arm, arm_folder, command_lines, make_parser, measure
 
-from refold.blueprint.heal_stage import HealStage
-from refold.blueprint.load import load_recipe
 from refold.conversion.convert import carry_out
-from refold.conversion.plan import Plan, plan_model
-from refold.measuring.source_model import SourceModel, read_source_model
+from refold.planning.plan import Plan, plan_model
+from refold.recipe.heal import HealStage
+from refold.recipe.load import load_recipe
+from refold.sources.source_model import SourceModel, read_source_model
 from refold.studies.baselines import scratch_plan
 
 ALL, XATL, NONE = "all", ["o_proj", "mlp"], []

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from refold.blueprint.recipe import Recipe
-from refold.blueprint.swaps import choose_mixers
 from refold.families.arch import ArchSpec, Layer, Norm, Rope
 from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.mixer import Mixer
 from refold.nn.mixers.registry import MIXERS
 from refold.nn.rotary import Rotary
 from refold.ops import channel_decay, delta_rule, scalar_decay, selective_scan
+from refold.planning.mixers import choose_mixers
+from refold.recipe.recipe import Recipe
 
 HEADS, HEAD_SIZE, WIDTH = 8, 64, 512
 SCAN_WIDTH, SCAN_STATE = 2 * WIDTH, 16

@@ -25,11 +25,11 @@ import torch
 from page import Page, table
 from torch import Tensor
 
-from refold.blueprint.build import build_blueprint
-from refold.blueprint.load import load_recipe
 from refold.families.arch import ArchSpec, Layer, Norm, Rope
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.model import RefoldForCausalLM
+from refold.planning.build import build_blueprint
+from refold.recipe.load import load_recipe
 
 KEYS, VALUES = 64, 64
 MARK, ASK = KEYS + VALUES, KEYS + VALUES + 1

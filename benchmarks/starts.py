@@ -27,22 +27,22 @@ from arms import Arm as HealedArm
 from page import Page
 from starts_page import Found, Row, draw, render
 
-from refold.blueprint.build import identity_blueprint
 from refold.blueprint.cost import count_parameters
-from refold.blueprint.factors import stored_share
-from refold.blueprint.heal_stage import HealStage
-from refold.blueprint.load import load_recipe
-from refold.blueprint.numbers import read_amount
 from refold.blueprint.quantisation import SCHEMES, quantised_bytes
 from refold.blueprint.schema import Blueprint
 from refold.conversion.convert import carry_out
 from refold.conversion.measured import keep_moments
-from refold.conversion.plan import Plan, plan_model
 from refold.data.readers import open_data
 from refold.errors import RecipeError
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.result import Evaluation
-from refold.measuring.source_model import SourceModel, read_source_model
+from refold.fields import read_amount
+from refold.planning.build import identity_blueprint
+from refold.planning.factors import stored_share
+from refold.planning.plan import Plan, plan_model
+from refold.recipe.heal import HealStage
+from refold.recipe.load import load_recipe
+from refold.sources.source_model import SourceModel, read_source_model
 
 SHARES = (0.67, 0.6, 0.5, 0.75, 0.45)
 NUMBER_BYTES = 2

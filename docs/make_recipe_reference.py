@@ -7,10 +7,12 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from refold.blueprint import dropping, heal_stage, recipe
-from refold.blueprint.protocols import built_in_protocols
-from refold.blueprint.specs import objectives, share_kv, swap
-from refold.blueprint.specs.tying import TYING_INITS
+from refold.mixers import placement as swap
+from refold.recipe import drop as dropping
+from refold.recipe import heal as heal_stage
+from refold.recipe import objectives, recipe, share_kv
+from refold.recipe.heal import built_in_protocols
+from refold.recipe.tying import TYING_INITS
 
 TARGET = Path(__file__).parent / "recipe-reference.md"
 SECTIONS: tuple[tuple[str, type[recipe.Section]], ...] = (
@@ -32,13 +34,13 @@ SECTIONS: tuple[tuple[str, type[recipe.Section]], ...] = (
     ("share_kv by a rule", share_kv.ShareRule),
     ("share_kv.from at a distance", share_kv.Back),
     ("share_kv as a list", share_kv.ShareEntry),
-    ("exits", recipe.Exits),
+    ("exits", recipe.ExitPlacement),
     ("ignore_tensors[]", recipe.IgnoredTensor),
     ("heal[]", heal_stage.HealStage),
-    ("heal[].objective", objectives.Objectives),
+    ("heal[].objective", objectives.StageObjectives),
     *(
         (f"heal[].objective.{name}", options)
-        for name, field in objectives.Objectives.model_fields.items()
+        for name, field in objectives.StageObjectives.model_fields.items()
         for options in get_args(field.annotation)
         if options is not type(None)
     ),

@@ -32,7 +32,7 @@ def prepare(run: Path) -> None:
     """Writes `tokenizer/`, `train.npy` and `held_out.npy` (uint16 token ids) and `corpus.json` into `run`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from refold.studies.stdlib_corpus import HELD_OUT, held_out_documents, training_documents
+    from refold.studies.shipped import HELD_OUT, held_out_documents, training_documents
 
     documents = {"train": list(training_documents()), "held_out": list(held_out_documents())}
     bpe = Tokenizer(models.BPE())

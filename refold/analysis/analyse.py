@@ -8,23 +8,22 @@ import torch
 from torch import Tensor
 
 from refold.analysis.page import write_page
+from refold.calibration.calibration import pack_calibration
+from refold.calibration.influence import measure_influence
+from refold.calibration.layers import SourceLayers
+from refold.calibration.moments import MomentStore, MomentSums
+from refold.calibration.similarity import StreamDistances, linears_of, weight_distances
+from refold.calibration.spectra import tie_spectra, tyings
 from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import Source, locate
 from refold.checkpoint.reader import CheckpointReader
 from refold.data.packing import IGNORED, PackedSequence
 from refold.data.readers import DataSource, open_data
 from refold.errors import DataError, SourceError
-from refold.measuring.calibration import pack_calibration
-from refold.measuring.influence import measure_influence
-from refold.measuring.layers import SourceLayers
-from refold.measuring.measurements import MOMENTS_NAME, MeasuredText, Measurements, MomentSummary, Similarity
-from refold.measuring.moments import MomentStore, MomentSums
-from refold.measuring.pieces import PieceReader
-from refold.measuring.similarity import StreamDistances, linears_of, weight_distances
-from refold.measuring.source_model import SourceModel, read_source_model
-from refold.measuring.source_record import record_source
-from refold.measuring.spectra import tie_spectra, tyings
 from refold.modeling.load import load_tokenizer
+from refold.sources.measurements import MOMENTS_NAME, MeasuredText, Measurements, MomentSummary, Similarity
+from refold.sources.pieces import PieceReader
+from refold.sources.source_model import SourceModel, read_source_model, record_source
 
 RANDOM_NOTE = (
     "measured on random tokens, for want of text: influence on real text differs, give some with --data for figures to "

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from refold.measuring.measurements import Matrix, Measurements
+from refold.sources.measurements import Matrix, Measurements
 
 STYLES = (("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "D"))
 """Colour and marker: no figure relies on colour alone."""

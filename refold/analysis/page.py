@@ -9,7 +9,7 @@ from matplotlib import rc_context
 
 from refold.analysis.figures import draw_all
 from refold.analysis.ranking import least_important, most_alike
-from refold.measuring.measurements import Measurements
+from refold.sources.measurements import Measurements
 
 PAGE_NAME = "index.html"
 

@@ -1,7 +1,6 @@
 """What stands out in measurements: the parts that matter least, and the layers most alike."""
 
-from refold.blueprint.influence import Influence
-from refold.measuring.measurements import Similarity
+from refold.sources.measurements import Influence, Similarity
 
 NUM_NAMED = 3
 

@@ -4,13 +4,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from refold.blueprint.contents import depth_factors, depth_linears
+from refold.blueprint.exits import count_exit_parameters, gate_flops, head_flops
 from refold.blueprint.schema import Blueprint
-from refold.blueprint.specs.exits import count_exit_parameters, gate_flops, head_flops
-from refold.blueprint.specs.part import CacheCost
-from refold.blueprint.specs.registry import MLP, find_mixer
-from refold.blueprint.tensors import target_tensors
+from refold.blueprint.tensors import depth_factors, depth_linears, target_tensors
 from refold.families.arch import Frozen
+from refold.mixers.registry import MLP, find_mixer
+from refold.mixers.spec import CacheCost
 
 STATE_BYTES = 4  # recurrent states are float32
 _OUTSIDE = ("embedding", "head", "final_norm", "exit")

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from refold.blueprint.contents import users_of
+from refold.blueprint.initialisation import Initialisation
 from refold.blueprint.schema import Blueprint, Pool
-from refold.blueprint.specs.part import Carried
-from refold.blueprint.specs.registry import find_mixer
-from refold.blueprint.starts import Starts
-from refold.blueprint.tensors import TargetTensor
+from refold.blueprint.tensors import TargetTensor, users_of
+from refold.mixers.registry import find_mixer
+from refold.mixers.spec import Carried
 
 How = Literal["copied", "averaged", "fresh", "factorised", "joint"]
 
@@ -33,7 +32,7 @@ class Origin:
     repeat: int = 1
 
 
-def carried_tensor(blueprint: Blueprint, starts: Starts, part: int, local: str) -> Carried | None:
+def carried_tensor(blueprint: Blueprint, starts: Initialisation, part: int, local: str) -> Carried | None:
     """Says how a tensor of a stored mixer is taken over from source layers; None: it is not, and starts fresh.
 
     Args:
@@ -53,7 +52,7 @@ def carried_tensor(blueprint: Blueprint, starts: Starts, part: int, local: str) 
     return found if not found.group or transfers is None or found.group in transfers else None
 
 
-def origin(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> Origin:
+def origin(blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> Origin:
     """Says how a tensor of the target starts.
 
     A LoRA whose stored weight is exactly its depth's own source starts `fresh`: its residual is zero. Fresh LoRAs have
@@ -104,7 +103,7 @@ def part_of(blueprint: Blueprint, tensor: TargetTensor) -> int:
     return part
 
 
-def _carried(blueprint: Blueprint, starts: Starts, pool: Pool, part: int, local: str) -> Carried | None:
+def _carried(blueprint: Blueprint, starts: Initialisation, pool: Pool, part: int, local: str) -> Carried | None:
     return carried_tensor(blueprint, starts, part, local) if pool == "mixer" else Carried(f"{pool}.{local}")
 
 
@@ -132,13 +131,13 @@ def sources_of(blueprint: Blueprint, pool: Pool, part: int, local: str) -> tuple
     return tuple(layer for layer in sources if layer in used) or sources
 
 
-def _exit_origin(starts: Starts, tensor: TargetTensor) -> Origin:
+def _exit_origin(starts: Initialisation, tensor: TargetTensor) -> Origin:
     if tensor.local.startswith("norm."):
         return Origin("fresh" if starts.weights == "fresh" else "copied", tensor.local)
     return Origin("fresh", "lm_head.weight" if tensor.local.startswith("lora.") else tensor.local)
 
 
-def _lora_origin(blueprint: Blueprint, starts: Starts, tensor: TargetTensor) -> Origin:
+def _lora_origin(blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> Origin:
     assert tensor.pool is not None
     assert tensor.depth is not None
     part = part_of(blueprint, tensor)

@@ -42,7 +42,7 @@ class MlpPart(Part):
 class Exit(Frozen):
     """A place where the stack may be left early, through a norm and the head all depths share.
 
-    `refold.blueprint.specs.exits` says which tensors are an exit's own.
+    `refold.blueprint.exits` says which tensors are an exit's own.
     """
 
     norm: Literal["shared", "own"] = "shared"
@@ -77,7 +77,7 @@ class KvRead(Frozen):
         return f"{self.depth}" if len(self.heads) == num_heads else f"{self.depth} (heads {listed})"
 
 
-class Depth(Frozen):
+class DepthSpec(Frozen):
     """One executed layer."""
 
     source: Index
@@ -105,7 +105,7 @@ class Blueprint(Frozen):
     arch: ArchSpec
     mixers: tuple[MixerPart, ...]
     mlps: tuple[MlpPart, ...]
-    depths: tuple[Depth, ...]
+    depths: tuple[DepthSpec, ...]
 
     @property
     def num_depths(self) -> int:

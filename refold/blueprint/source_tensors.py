@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from refold.blueprint.specs import attention, mlp
-from refold.blueprint.specs.part import Shape, norm_vectors
 from refold.families.arch import ArchSpec
 from refold.families.family import Family, TensorRule
+from refold.mixers import attention, mlp
+from refold.mixers.spec import Shape, norm_vectors
 
 
 @dataclass(frozen=True)

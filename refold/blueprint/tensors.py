@@ -1,19 +1,111 @@
-"""Every tensor of a folded model, by name: what the cost counts, the converter writes and the model loads."""
+"""Every tensor of a folded model, by name: what each part and depth holds, in the order it is stored."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from refold.blueprint.contents import (
-    depth_coefficients,
-    depth_linears,
-    depth_vectors,
-    part_linears,
-    part_vectors,
-)
+from refold.blueprint.exits import exit_tensors
 from refold.blueprint.schema import POOLS, Blueprint, Pool
-from refold.blueprint.specs.exits import exit_tensors
-from refold.blueprint.specs.part import Shape, norm_vectors
+from refold.mixers.registry import MLP, find_mixer
+from refold.mixers.spec import PartSpec, Shape, norm_vectors
+
+Linears = dict[str, tuple[int, int]]
+"""Linear name to `(out, in)`."""
+
+
+def part_linears(blueprint: Blueprint, pool: Pool, part: int) -> Linears:
+    """Returns the linears a stored part holds, without those that none of its depths runs."""
+    spec, options = _spec(blueprint, pool, part)
+    unused = unused_names(blueprint, pool, part)
+    return {name: shape for name, shape in spec.linears(blueprint.arch, options).items() if name not in unused}
+
+
+def part_vectors(blueprint: Blueprint, pool: Pool, part: int) -> dict[str, Shape]:
+    """Returns the norms and biases of a stored part, wherever they are kept, without those that no depth uses."""
+    spec, options = _spec(blueprint, pool, part)
+    return _without(spec.vectors(blueprint.arch, options), unused_names(blueprint, pool, part))
+
+
+def depth_linears(blueprint: Blueprint, index: int) -> Linears:
+    """Returns every linear a depth runs. Names of mixer and MLP linears never meet."""
+    depth = blueprint.depths[index]
+    found: Linears = {}
+    if depth.mixer is not None:
+        spec, options = _spec(blueprint, "mixer", depth.mixer)
+        idle = idle_names(blueprint, index)
+        found |= {name: shape for name, shape in spec.linears(blueprint.arch, options).items() if name not in idle}
+    if depth.mlp is not None:
+        found |= MLP.linears(blueprint.arch, {})
+    return found
+
+
+def depth_factors(blueprint: Blueprint, index: int) -> dict[str, int]:
+    """Returns the rank of each linear a depth runs as two factors, wherever those are kept."""
+    depth = blueprint.depths[index]
+    mixer = {} if depth.mixer is None else blueprint.mixers[depth.mixer].factors
+    mlp = {} if depth.mlp is None else blueprint.mlps[depth.mlp].factors
+    return {**mixer, **mlp, **depth_coefficients(blueprint, index)}
+
+
+def depth_coefficients(blueprint: Blueprint, index: int) -> dict[str, int]:
+    """Returns the rank of each linear a depth runs of which only a basis is stored, the coefficients being its own."""
+    depth = blueprint.depths[index]
+    mixer = {} if depth.mixer is None else blueprint.mixers[depth.mixer].bases
+    bases = {**mixer, **({} if depth.mlp is None else blueprint.mlps[depth.mlp].bases)}
+    run = depth_linears(blueprint, index) if bases else {}
+    return {name: rank for name, rank in bases.items() if name in run}
+
+
+def depth_vectors(blueprint: Blueprint, index: int, pool: Pool) -> dict[str, Shape]:
+    """Returns the norms and biases a depth uses of its mixer, or of its MLP."""
+    depth = blueprint.depths[index]
+    part = getattr(depth, pool)
+    if part is None:
+        return {}
+    spec, options = _spec(blueprint, pool, part)
+    return _without(spec.vectors(blueprint.arch, options), idle_names(blueprint, index) if pool == "mixer" else ())
+
+
+def unused_names(blueprint: Blueprint, pool: Pool, part: int) -> frozenset[str]:
+    """Returns the linears and norms of a stored part that none of its depths runs, so that they are not stored."""
+    if pool == "mlp":
+        return frozenset()
+    idle = [idle_names(blueprint, user) for user in blueprint.users("mixer", part)]
+    return frozenset.intersection(*idle)
+
+
+def users_of(blueprint: Blueprint, pool: Pool, part: int, name: str) -> tuple[int, ...]:
+    """Returns the depths that use one linear, norm or bias of a stored part, top to bottom.
+
+    Args:
+        blueprint: The stack.
+        pool: Of the part.
+        part: Its index.
+        name: As in the part, such as `k_proj.weight`.
+    """
+    owner = name.split(".", 1)[0]
+    users = blueprint.users(pool, part)
+    return users if pool == "mlp" else tuple(user for user in users if owner not in idle_names(blueprint, user))
+
+
+def _spec(blueprint: Blueprint, pool: Pool, part: int) -> tuple[PartSpec, Mapping[str, Any]]:
+    if pool == "mlp":
+        return MLP, {}
+    mixer = blueprint.mixers[part]
+    return find_mixer(mixer.type), mixer.options
+
+
+def idle_names(blueprint: Blueprint, index: int) -> frozenset[str]:
+    """Returns the linears and norms of its mixer that a depth does not run, because it makes no keys and values."""
+    mixer = blueprint.depths[index].mixer
+    if mixer is None or blueprint.made_heads(index):
+        return frozenset()
+    return _spec(blueprint, "mixer", mixer)[0].key_value_names
+
+
+def _without(vectors: Mapping[str, Shape], owners: frozenset[str] | tuple[()]) -> dict[str, Shape]:
+    return {name: shape for name, shape in vectors.items() if name.split(".", 1)[0] not in owners}
+
 
 Role = Literal[
     "embedding",

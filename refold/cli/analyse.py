@@ -10,7 +10,7 @@ from refold.cli.show import print_json, progress
 
 
 def command(
-    source: options.Source,
+    source: options.SourceOption,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", "-d", help="Text, jsonl or parquet, or folders of them. Left out: random tokens."),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from refold.analysis.ranking import least_important, most_alike
 from refold.cli.show import note, print_table
-from refold.measuring.measurements import Measurements
+from refold.sources.measurements import Measurements
 
 
 def print_measurements(found: Measurements, source: str, out: Path | None) -> None:

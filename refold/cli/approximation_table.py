@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from refold.cli.show import print_table
-from refold.conversion.approximation import Approximation
+from refold.planning.approximation import Approximation
 
 
 def print_approximation(found: Mapping[str, Approximation]) -> None:

@@ -9,15 +9,15 @@ from refold.cli.show import note, print_json, progress
 
 
 def command(
-    source: options.Source,
+    source: options.SourceOption,
     out: options.Out,
-    recipe: options.Recipe = None,
+    recipe: options.RecipeOption = None,
     set_: options.Set = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(help="Text, jsonl or parquet: what fits are weighed by and drops measured on. Repeatable."),
     ] = None,
-    measurements: options.Measurements = None,
+    measurements: options.MeasurementsOption = None,
     device: options.Device = "cpu",
     overwrite: options.Overwrite = False,
     allow_larger: options.AllowLarger = False,

@@ -11,7 +11,7 @@ from refold.cli.show import print_json, progress
 
 def command(
     model: options.Model,
-    data: options.Data,
+    data: options.DataOption,
     against: Annotated[
         str | None, typer.Option(help="Also compare with this model: agreement, KL, difference.")
     ] = None,

@@ -39,10 +39,10 @@ def command(
     dtype: options.Dtype = None,
 ) -> None:
     """Continue a prompt with a folded model, or with a source."""
-    from refold.engine.generate import TextGenerator
-    from refold.engine.sampling import Sampling
-    from refold.engine.state import require_free
     from refold.errors import RefoldError
+    from refold.generation.generate import TextGenerator
+    from refold.generation.sampling import Sampling
+    from refold.generation.state import require_free
     from refold.modeling.adapters import load_adapters
 
     if prompt is None and state is None:

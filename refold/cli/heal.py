@@ -12,7 +12,7 @@ from refold.cli.show import note, print_json
 def command(
     model: options.Model,
     out: options.Out,
-    data: options.TrainingData,
+    data: options.TrainingDataOption,
     tokens: Annotated[
         str | None, typer.Option("--tokens", "-t", help="Training tokens of all stages, such as 20M.")
     ] = None,
@@ -60,12 +60,12 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Train a folded model, or any model, stage by stage. Interrupted, the same command goes on where it was."""
-    from refold.blueprint.heal_choice import choose_stages
     from refold.errors import HealError
     from refold.healing.heal import heal
     from refold.healing.probe import probe
     from refold.healing.run import HealOptions
     from refold.healing.team import is_first_process
+    from refold.recipe.stages import choose_stages
 
     changes: dict[str, Any] = {
         "objective": objective,

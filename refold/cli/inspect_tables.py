@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from refold.blueprint.contents import depth_coefficients
-from refold.blueprint.schema import Blueprint, Depth
+from refold.blueprint.schema import Blueprint, DepthSpec
+from refold.blueprint.tensors import depth_coefficients
 from refold.cli.approximation_table import print_approximation
 from refold.cli.show import format_bytes, format_count, print_table
 from refold.conversion.inspect import Inspection
@@ -68,7 +68,7 @@ def _span(ranks: Iterable[int]) -> str:
     return f"{least}..{others[-1]}" if others else str(least)
 
 
-def _keys(depth: Depth, num_heads: int) -> str:
+def _keys(depth: DepthSpec, num_heads: int) -> str:
     """Whose keys and values a depth looks at."""
     if depth.mixer is None:
         return "-"

@@ -7,19 +7,21 @@ from typing import Annotated
 
 import typer
 
-Source = Annotated[str, typer.Argument(help="Folder of a transformers checkpoint, or hub id `org/name[@revision]`.")]
+SourceOption = Annotated[
+    str, typer.Argument(help="Folder of a transformers checkpoint, or hub id `org/name[@revision]`.")
+]
 Model = Annotated[str, typer.Argument(help="A folded model's folder; a source's folder or hub id works too.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write. It is there whole afterwards, or not at all.")]
-Recipe = Annotated[
+RecipeOption = Annotated[
     str | None, typer.Option("--recipe", "-r", help="Built-in name (see `refold recipes`) or YAML file.")
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe key: `fold.loops=3`.")
 ]
-Data = Annotated[
+DataOption = Annotated[
     list[str], typer.Option("--data", "-d", help="Text, jsonl or parquet files, or folders of them. Repeatable.")
 ]
-TrainingData = Annotated[
+TrainingDataOption = Annotated[
     list[str],
     typer.Option(
         "--data",
@@ -31,7 +33,7 @@ Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Left out: th
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Left out: as stored, or float32 where that is slow.")
 ]
-Measurements = Annotated[
+MeasurementsOption = Annotated[
     str | None, typer.Option(help="What `refold analyse` wrote of the source: what to drop by similarity follows it.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if refold wrote it.")]
@@ -54,7 +56,7 @@ def parse_amount(text: str | None) -> int | None:
     """
     if text is None:
         return None
-    from refold.blueprint.numbers import read_amount
+    from refold.fields import read_amount
 
     try:
         return read_amount(text)

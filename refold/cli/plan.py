@@ -9,10 +9,10 @@ from refold.cli.show import print_json
 
 
 def command(
-    source: options.Source,
-    recipe: options.Recipe = None,
+    source: options.SourceOption,
+    recipe: options.RecipeOption = None,
     set_: options.Set = None,
-    measurements: options.Measurements = None,
+    measurements: options.MeasurementsOption = None,
     context: Annotated[int, typer.Option(help="Context length at which cache and FLOPs are counted.")] = 8192,
     lines: Annotated[bool, typer.Option("--lines", help="Also say how every tensor group is made.")] = False,
     allow_larger: options.AllowLarger = False,
@@ -23,7 +23,7 @@ def command(
     Without --recipe and --set all built-in recipes stand side by side. A folder with only config.json can be planned.
     """
     from refold.cli.plan_tables import as_json, print_all, print_plan
-    from refold.conversion.plan import plan, plan_all
+    from refold.planning.plan import plan, plan_all
 
     if recipe is None and not set_:
         planned = plan_all(source, measurements)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from refold.cli.show import format_bytes, format_count, print_table
-from refold.conversion.memory import compare_memory
-from refold.conversion.plan import Plan, PlannedRecipe
+from refold.planning.lines import compare_memory
+from refold.planning.plan import Plan, PlannedRecipe
 
 LABELS = {
     "parameters": "parameters",

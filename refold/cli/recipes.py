@@ -17,8 +17,8 @@ def command(
     json: Json = False,
 ) -> None:
     """List the built-in recipes or healing protocols, or print one recipe."""
-    from refold.blueprint.load import built_in_recipes, load_recipe
-    from refold.blueprint.protocols import built_in_protocols
+    from refold.recipe.heal import built_in_protocols
+    from refold.recipe.load import built_in_recipes, load_recipe
 
     if protocols:
         listed = built_in_protocols()

@@ -10,9 +10,9 @@ from refold.cli.show import note, print_json
 
 
 def command(
-    source: options.Source,
+    source: options.SourceOption,
     out: Annotated[Path, typer.Argument(help="Run folder. The same command again goes on where it was interrupted.")],
-    data: options.Data,
+    data: options.DataOption,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Built-in name or YAML file.")] = "relaxed",
     set_: options.Set = None,
     tokens: Annotated[

@@ -10,15 +10,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from refold.blueprint.alignment import Align, aligned_groups
 from refold.blueprint.schema import Blueprint, Pool
-from refold.blueprint.specs import attention
-from refold.blueprint.specs.registry import MLP
+from refold.calibration.frames import HeadFrame, LayerFrame, assign
 from refold.errors import SourceError
 from refold.families.arch import ArchSpec
-from refold.measuring.assignment import assign
-from refold.measuring.frames import HeadFrame, LayerFrame
-from refold.measuring.pieces import PieceReader
+from refold.mixers import attention
+from refold.mixers.registry import MLP
+from refold.planning.fold import Align, aligned_groups
+from refold.sources.pieces import PieceReader
 
 Weights = Mapping[str, Tensor]
 """Of one layer's attention or MLP, by linear."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from refold.blueprint.load import RecipeLike, load_recipe
 from refold.blueprint.tensors import target_tensors
+from refold.calibration.layers import SourceLayers
 from refold.checkpoint import provenance
 from refold.checkpoint.card import read_licence, write_card
 from refold.checkpoint.companions import copy_companions
@@ -16,8 +16,6 @@ from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import PLAN_NAME, Source, locate
 from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.writer import ShardedWriter, count_bytes
-from refold.conversion.approximation import require_text, stored_maps
-from refold.conversion.fitted import FittedTensors
 from refold.conversion.map_fitter import MapFitter
 from refold.conversion.measured import (
     measure_plan,
@@ -27,16 +25,17 @@ from refold.conversion.measured import (
     reads_weights,
     require_calibration,
 )
-from refold.conversion.plan import Plan, plan_model, read_influence
-from refold.conversion.sequential import SequentialFitter
-from refold.conversion.tensors import TargetBuilder
+from refold.conversion.sequential import FittedTensors, SequentialFitter
+from refold.conversion.target_tensors import TargetBuilder
 from refold.data.readers import DataSource, open_data
 from refold.errors import RecipeError, SourceError
-from refold.measuring.layers import SourceLayers
-from refold.measuring.measurements import stored_moments
-from refold.measuring.pieces import PieceReader
-from refold.measuring.source_model import read_source_model
 from refold.modeling.configuration import RefoldConfig
+from refold.planning.approximation import require_text, stored_maps
+from refold.planning.plan import Plan, plan_model, read_influence
+from refold.recipe.load import RecipeLike, load_recipe
+from refold.sources.measurements import stored_moments
+from refold.sources.pieces import PieceReader
+from refold.sources.source_model import read_source_model
 
 SCRATCH_NAME = "measured"
 """Folder for what is measured, inside the one that is being made, so that a kill leaves nothing behind."""

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from refold.blueprint.build import identity_blueprint
 from refold.blueprint.cost import cost
 from refold.blueprint.schema import Blueprint
 from refold.checkpoint import provenance
@@ -12,12 +11,13 @@ from refold.checkpoint.folder import settle
 from refold.checkpoint.headers import read_headers
 from refold.checkpoint.locate import PLAN_NAME, locate
 from refold.checkpoint.manifest import verify as verify_files
-from refold.conversion.approximation import Approximation
-from refold.conversion.memory import Memory, compare_memory
-from refold.conversion.plan import CostPair, read_plan
 from refold.errors import FolderError
 from refold.families.arch import Frozen
-from refold.measuring.source_model import DTYPE_BYTES
+from refold.planning.approximation import Approximation
+from refold.planning.build import identity_blueprint
+from refold.planning.lines import MemoryNeeds, compare_memory
+from refold.planning.plan import CostPair, read_plan
+from refold.sources.source_model import DTYPE_BYTES
 
 
 class Inspection(Frozen):
@@ -26,7 +26,7 @@ class Inspection(Frozen):
     path: str
     blueprint: Blueprint
     cost: CostPair
-    memory: Memory
+    memory: MemoryNeeds
     dtype: str
     num_files: int
     """Weight files, or with `verify` all files that were hashed."""

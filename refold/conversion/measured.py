@@ -6,27 +6,27 @@ from typing import NamedTuple
 
 import torch
 
-from refold.blueprint.allocation import Choice, allocate, keep_energy
-from refold.blueprint.build import UNMEASURED, identity_blueprint
-from refold.blueprint.factors import linear_budget, lora_parameters, stored_linears, stored_parameters
-from refold.blueprint.load import RecipeLike, load_recipe
-from refold.blueprint.recipe import RankEnergy, RankShare, Recipe
 from refold.blueprint.schema import Blueprint
+from refold.calibration.calibration import pack_calibration
+from refold.calibration.curves import LinearSources, linear_sources, measure_linears
+from refold.calibration.frames import FramedMoments, FramedPieces
+from refold.calibration.influence import measure_influence
+from refold.calibration.layers import SourceLayers
+from refold.calibration.moments import MomentStore, measure_moments
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.alignment import align_layers
-from refold.conversion.plan import Plan, plan_model, replan
 from refold.data.packing import PackedSequence
 from refold.data.readers import DataSource
 from refold.errors import FolderError, RecipeError
-from refold.measuring.calibration import pack_calibration
-from refold.measuring.curves import LinearSources, linear_sources, measure_linears
-from refold.measuring.frames import FramedMoments, FramedPieces
-from refold.measuring.influence import measure_influence
-from refold.measuring.layers import SourceLayers
-from refold.measuring.moments import MomentStore, measure_moments
-from refold.measuring.pieces import PieceReader
-from refold.measuring.source_model import SourceModel, read_source_model
 from refold.modeling.load import load_tokenizer
+from refold.planning.allocation import Choice, allocate, keep_energy
+from refold.planning.build import UNMEASURED, identity_blueprint
+from refold.planning.factors import linear_budget, lora_parameters, stored_linears, stored_parameters
+from refold.planning.plan import Plan, plan_model, replan
+from refold.recipe.load import RecipeLike, load_recipe
+from refold.recipe.recipe import RankEnergy, RankShare, Recipe
+from refold.sources.pieces import PieceReader
+from refold.sources.source_model import SourceModel, read_source_model
 
 Report = Callable[[int], None]
 

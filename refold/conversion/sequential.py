@@ -1,24 +1,135 @@
-"""Linears fitted one after the other, top to bottom: each by what it sees in the model that is folded so far, aimed at
-what the source gives, as GPTQ quantises (arXiv 2210.17323)."""
+"""Fits depths in sequence, each on the stream that the folded depths before it make."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from torch import Tensor, nn
 
-from refold.blueprint.contents import depth_linears, part_linears
-from refold.blueprint.schema import Pool
-from refold.blueprint.tensors import TargetTensor, target_tensors
-from refold.conversion.fitted import FittedTensors
-from refold.conversion.plan import Plan
-from refold.conversion.stack import TargetStack
+from refold.blueprint.schema import Blueprint, Pool
+from refold.blueprint.tensors import TargetTensor, depth_linears, part_linears, target_tensors
+from refold.calibration.curves import LinearSources, linear_sources
+from refold.calibration.layers import SourceLayer, SourceLayers, reach_input
+from refold.calibration.weighting import Drift, aimed_weight, drift_between
+from refold.checkpoint.tensor_file import write_tensors
 from refold.conversion.starts.group import LinearGroup
-from refold.conversion.tensors import FITTED_ROLES, TargetBuilder, stored_name
+from refold.conversion.target_tensors import FITTED_ROLES, TargetBuilder, stored_name
 from refold.data.packing import PackedSequence
-from refold.measuring.curves import LinearSources, linear_sources
-from refold.measuring.layers import SourceLayer, SourceLayers
-from refold.measuring.targets import Drift, aimed_weight, drift_between
+from refold.modeling.configuration import RefoldConfig
+from refold.modeling.depth import Lent
+from refold.modeling.model import RefoldModel
+from refold.nn.rotary import Rotary
+from refold.planning.plan import Plan
+
+
+class TargetStack:
+    """A target in float32 whose tensors are put in where they are needed, and taken out behind the last depth that
+    runs them.
+
+    Args:
+        blueprint: The target.
+        positions: Of every token within its document.
+        device: Where depths compute; results come back to the CPU.
+        rows_at_once: How many sequences a depth computes at once.
+
+    Attributes:
+        rows: Which sequences are computed together.
+    """
+
+    def __init__(self, blueprint: Blueprint, positions: Int[Tensor, "B T"], device: str = "cpu", rows_at_once: int = 4):
+        self._blueprint, self._positions, self._device = blueprint, positions, device
+        self.rows = [slice(first, first + rows_at_once) for first in range(0, len(positions), rows_at_once)]
+        # Keys and values that later depths read, for each run of rows.
+        self._lent: list[Lent] = [{} for _ in self.rows]
+        # Neither embedding nor head is asked for anything.
+        small = blueprint.arch.model_copy(update={"vocab_size": 1})
+        config = RefoldConfig(blueprint=blueprint.model_copy(update={"arch": small}).model_dump(mode="json"))
+        with torch.device("meta"):
+            self._model = RefoldModel(config).eval()
+        for rotary in self._model.rotaries:
+            cast("Rotary", rotary.to_empty(device=device)).reset()
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Puts a tensor in, by its name in the target."""
+        owner, kind = self._place(name)
+        setattr(owner, kind, nn.Parameter(value.float().to(self._device), requires_grad=False))
+
+    def take_out(self, names: Iterable[str]) -> None:
+        """Lets tensors go."""
+        for name in names:
+            owner, kind = self._place(name)
+            setattr(owner, kind, nn.Parameter(getattr(owner, kind).to("meta"), requires_grad=False))
+
+    @torch.no_grad()
+    def input_of(
+        self, depth: int, linear: str, rows: slice, hidden_states: Float[Tensor, "B T D"]
+    ) -> Float[Tensor, "B T in"]:
+        """Returns what a linear sees at a depth, where the depth computes; what runs later need not be there.
+
+        Args:
+            depth: Which depth.
+            linear: `q_proj`, `down_proj`, ...
+            rows: One of `rows`.
+            hidden_states: The stream of those before the depth.
+        """
+        spec = self._blueprint.depths[depth]
+        parts = [] if spec.mixer is None else [self._model.mixers[spec.mixer]]
+        parts += [] if spec.mlp is None else [self._model.mlps[spec.mlp]]
+        found = next(part.get_submodule(linear) for part in parts if hasattr(part, linear))
+        return reach_input(found, lambda: self._run(depth, rows, hidden_states))
+
+    @torch.no_grad()
+    def run(self, depth: int, hidden_states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Returns the stream after a depth."""
+        return torch.cat([self._run(depth, rows, hidden_states[rows]).cpu() for rows in self.rows])
+
+    def _run(self, depth: int, rows: slice, hidden_states: Tensor) -> Tensor:
+        states = hidden_states.to(self._device)
+        contexts = self._model.contexts(states, position_ids=self._positions[rows].to(self._device))
+        return self._model.run_depth(depth, states, contexts, lent=self._lent[self.rows.index(rows)])
+
+    def _place(self, name: str) -> tuple[nn.Module, str]:
+        owner, _, kind = name.removeprefix("model.").rpartition(".")
+        return self._model.get_submodule(owner), kind
+
+
+class FittedTensors(Mapping[str, Tensor]):
+    """Tensors of a target that are there already, by name: most of them on disk, and read anew each time.
+
+    Args:
+        folder: An existing folder, for those that are written.
+        given: Those that are there at first.
+    """
+
+    def __init__(self, folder: Path, given: Mapping[str, Tensor] | None = None):
+        self._folder, self._given = folder, dict(given or {})
+        self._paths: dict[str, Path] = {}
+
+    def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Stores tensors under a key; of the same name the last ones count."""
+        path = self._folder / f"{key}.safetensors"
+        write_tensors(path, tensors, {})
+        self._paths |= dict.fromkeys(tensors, path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._paths:
+            return self._given[name]
+        with safe_open(self._paths[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._paths or name in self._given
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._given, **self._paths})
+
+    def __len__(self) -> int:
+        return len({**self._given, **self._paths})
+
 
 STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Linears of attention and MLP that see the same, in the order they run."""

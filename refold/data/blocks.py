@@ -1,18 +1,74 @@
-"""Parts of the data that can be read alone, so that a shuffled order needs no reading of everything."""
+"""Blocks of documents: a text column read in pieces, and the fields that hold text or conversations."""
 
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from refold.data.field import Document, Field
+from refold.data.chat import Conversation, read_conversation
 from refold.errors import DataError
+from refold.suggest import did_you_mean
+
+Form = Literal["text", "chat"]
+Document = str | Conversation
+DEFAULT_NAMES: dict[Form, str] = {"text": "text", "chat": "messages"}
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where a row's document is.
+
+    Attributes:
+        name: of the jsonl field, or of the parquet or data set column.
+        form: `text`, a string; `chat`, a list of messages.
+        noun: what messages call it.
+    """
+
+    name: str
+    form: Form = "text"
+    noun: str = "field"
+
+    @classmethod
+    def of(cls, name: str | None, form: Form) -> "Field":
+        """Returns the field of a name; None: the form's usual one."""
+        return cls(name or DEFAULT_NAMES[form], form)
+
+    def read_row(self, row: Mapping[str, Any], where: str) -> Document:
+        """Returns the document of a row.
+
+        Raises:
+            DataError: the row lacks the field, or `read` refuses it.
+        """
+        if self.name not in row:
+            hint = did_you_mean(self.name, row)
+            raise DataError(f"{where}: {self.noun} '{self.name}' is required (got {sorted(row)}){hint}")
+        return self.read(row[self.name], where)
+
+    def read(self, value: object, where: str) -> Document:
+        """Returns the document that a value of the field is.
+
+        Raises:
+            DataError: it is not a string of Unicode text, or not a conversation.
+        """
+        if self.form == "chat":
+            return read_conversation(value, f"{where}: {self.noun} '{self.name}'")
+        if not isinstance(value, str):
+            got = "null" if value is None else type(value).__name__
+            raise DataError(f"{where}: {self.noun} '{self.name}' must be a string (got {got})")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: {self.noun} '{self.name}' must be Unicode text (got a lone surrogate)"
+            ) from error
+        return value
+
 
 D = TypeVar("D", covariant=True)
 """What the documents are: texts or conversations."""

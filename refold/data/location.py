@@ -1,19 +1,16 @@
-"""How data is named in one string: where it is, which of its fields, and its weight in a mixture.
+"""Where data lies: paths, datasets on disk, and hub datasets."""
 
-    books.parquet                         a file or folder
-    books.parquet=0.7                     with a weight
-    chat.jsonl?field=turns                a field of another name
-    hf://org/name                         a data set of the hub, its split `train`
-    hf://org/name@revision:config#split?field=body
-    hf-stream://org/name                  the same, streamed as training advances instead of downloaded first
-
-What exists as a file under the whole string is that file, whatever `=` and `?` it has.
-"""
-
+import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from refold.data.blocks import Block, Document, Field, first_line
+from refold.data.readers import BLOCK_BYTES, DataSource
+from refold.data.streams import DatasetStream
 from refold.errors import DataError
 from refold.suggest import did_you_mean
 
@@ -96,3 +93,110 @@ def _hub_name(text: str) -> HubName:
     return HubName(
         found["name"], found["revision"], found["config"], found["split"] or "train", _SCHEMES[found["scheme"]]
     )
+
+
+@dataclass(frozen=True)
+class DatasetBlock(Block[Document]):
+    """Rows of a `datasets.Dataset`; one document per row."""
+
+    dataset: Any
+    start: int
+    stop: int
+    field: Field
+    name: str
+
+    def documents(self) -> Sequence[Document]:
+        """Returns the column's documents.
+
+        Raises:
+            DataError: a row holds no document.
+        """
+        values = self.dataset[self.start : self.stop][self.field.name]
+        return [self.field.read(value, f"{self.name}: row {self.start + row}") for row, value in enumerate(values)]
+
+
+def open_dataset(dataset: Any, field: Field, name: str, block_bytes: int = BLOCK_BYTES) -> DataSource[Document]:
+    """Makes a data source of a `datasets.Dataset`.
+
+    Args:
+        dataset: one split, memory-mapped or in memory.
+        field: which column holds the document.
+        name: for messages.
+        block_bytes: nominal size of a block.
+
+    Raises:
+        DataError: the column is missing, or there are no rows.
+    """
+    column = replace(field, noun="column")
+    if column.name not in dataset.column_names:
+        hint = did_you_mean(column.name, dataset.column_names)
+        raise DataError(f"{name}: column '{column.name}' is required (got {dataset.column_names}){hint}")
+    if not len(dataset):
+        raise DataError(f"data: at least one document is required (got none in {name})")
+    rows = max(1, math.ceil(len(dataset) * block_bytes / max(1, dataset.data.nbytes)))
+    blocks = tuple(
+        DatasetBlock(dataset, start, min(start + rows, len(dataset)), column, name)
+        for start in range(0, len(dataset), rows)
+    )
+    # A fingerprint changes with every transformation and with the files a data set was loaded from.
+    return DataSource(blocks, f"{dataset._fingerprint} {column.name} {column.form} {rows}", name)
+
+
+def open_hub(wanted: HubName, field: Field) -> DataSource[Document] | DatasetStream:
+    """Opens a data set of the hub; code in it is never run.
+
+    Args:
+        wanted: which one.
+        field: which column holds the document.
+
+    Raises:
+        DataError: there is no such data set, revision, configuration, split or column, or the hub cannot be reached.
+    """
+    import datasets
+
+    name = f"hf://{wanted.name}" + (f"@{wanted.revision}" if wanted.revision else "")
+    with _explained(name):
+        revision = _resolve(wanted)
+        loaded: Any = datasets.load_dataset(
+            wanted.name, wanted.config, split=wanted.split, revision=revision, streaming=wanted.is_streamed
+        )
+    if not wanted.is_streamed:
+        return open_dataset(loaded, field, name)
+    identity = f"{wanted.name}@{revision} {wanted.config} {wanted.split} {field.name} {field.form}"
+    return DatasetStream(loaded, field, name, identity)
+
+
+def _resolve(wanted: HubName) -> str | None:
+    """Returns the commit; offline the revision as it was named, which `datasets` then looks for in its cache."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE and not wanted.is_streamed:
+        return wanted.revision
+    return HfApi().dataset_info(wanted.name, revision=wanted.revision, timeout=30).sha
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns errors of the hub client and of `datasets` into one line each."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise DataError(f"{name}: gated on the hub: access is required; ask there, then `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise DataError(f"{name}: no such revision on the hub; check the part after @") from None
+    except errors.RepositoryNotFoundError:
+        raise DataError(f"{name}: no such data set on the hub (or a private one); check the name") from None
+    except errors.HFValidationError as error:
+        raise DataError(f"{name}: a hub id org/name is required ({first_line(error)})") from None
+    except errors.HfHubHTTPError as error:
+        raise DataError(f"{name}: the hub refused ({first_line(error)}); try again later") from None
+    except (errors.OfflineModeIsEnabled, ConnectionError, TimeoutError, errors.HTTPError) as error:
+        raise DataError(
+            f"{name}: a network is required, or with HF_HUB_OFFLINE=1 a copy in the cache ({first_line(error)}); go "
+            f"online, or give files"
+        ) from None
+    except (DatasetsError, ValueError, OSError) as error:
+        raise DataError(f"{name}: a readable data set is required ({first_line(error)})") from None

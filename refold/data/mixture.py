@@ -1,13 +1,104 @@
-"""Several sources read in fixed proportions."""
+"""Weighted mixtures of training data, interleaved so that every prefix has the asked shares."""
 
 import hashlib
+import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
-from refold.data.interleave import Interleave
+import numpy as np
+
 from refold.data.packing import PackedSequence
 from refold.data.training_data import TrainingData
+from refold.errors import DataError
+
+MAX_PERIOD = 2**16
+
+
+class Interleave:
+    """Deals positions to sources in proportion to their weights.
+
+    Of the first n positions a source has n times its share, give or take less than one (the quota condition of Balinski
+    and Young 1975, met by earliest deadline as in Steiner and Yeomans 1993): its j-th position (from 0) may be among
+    the first n as soon as `n * share > j`, and must be once `n * share >= j + 1`. The order repeats after the smallest
+    n at which all quotas are whole numbers, so a position is looked up.
+
+    Attributes:
+        shares: of every source, adding up to 1. Weights whose common denominator is above 65,536 are rounded to it.
+    """
+
+    def __init__(self, weights: Sequence[float | int]) -> None:
+        """Makes one period of the order.
+
+        Args:
+            weights: in any unit, of every source.
+
+        Raises:
+            DataError: a weight is not a positive number, or too small beside the others.
+        """
+        for weight in weights:
+            if not (math.isfinite(weight) and weight > 0):
+                raise DataError(f"data: weights above 0 are required (got {weight:g}); leave out what is not wanted")
+        counts = _counts(weights)
+        self._period = sum(counts)
+        self.shares = tuple(Fraction(count, self._period) for count in counts)
+        self._sources = _deal(counts)
+        self._ranks = np.zeros(self._period, dtype=np.int64)
+        for source in range(len(counts)):
+            places = self._sources == source
+            self._ranks[places] = np.arange(counts[source])
+        self._counts = counts
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Returns which source a position reads, and how many positions before it that source had."""
+        period, place = divmod(position, self._period)
+        source = int(self._sources[place])
+        return source, period * self._counts[source] + int(self._ranks[place])
+
+    def most(self, source: int, num_positions: int) -> int:
+        """Returns a bound on the positions a source has among the first so many."""
+        return min(num_positions, math.ceil(num_positions * self.shares[source]) + 1)
+
+
+def _counts(weights: Sequence[float | int]) -> list[int]:
+    """Returns the positions of each source in one period."""
+    # As written: 0.1 is a tenth, not the nearest binary fraction.
+    exact = [Fraction(repr(float(weight))) for weight in weights]
+    total = sum(exact)
+    shares = [weight / total for weight in exact]
+    period = math.lcm(*(share.denominator for share in shares))
+    if period <= MAX_PERIOD:
+        return [int(share * period) for share in shares]
+    counts = [math.floor(share * MAX_PERIOD) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda source: counts[source] - shares[source] * MAX_PERIOD)
+    for source in by_remainder[: MAX_PERIOD - sum(counts)]:
+        counts[source] += 1
+    if 0 in counts:
+        weight = weights[counts.index(0)]
+        raise DataError(f"data: weights of at least 1/{MAX_PERIOD} of their sum are required (got {weight:g})")
+    return counts
+
+
+def _deal(counts: Sequence[int]) -> np.ndarray:
+    """Returns the source of every position of one period."""
+    period = sum(counts)
+    waiting = [(0, source, 0) for source in range(len(counts))]  # first place, source, how many it had
+    ready: list[tuple[int, int, int]] = []  # last place, source, how many it had
+    order = np.empty(period, dtype=np.int32)
+    for place in range(period):
+        while waiting and waiting[0][0] <= place:
+            _, source, had = heapq.heappop(waiting)
+            # The had + 1st is due when the quota reaches had + 1.
+            heapq.heappush(ready, (-(-(had + 1) * period // counts[source]), source, had))
+        deadline, source, had = heapq.heappop(ready)
+        assert place < deadline
+        order[place] = source
+        if had + 1 < counts[source]:
+            # The next may come once the quota has passed had + 1.
+            heapq.heappush(waiting, ((had + 1) * period // counts[source], source, had + 1))
+    return order
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from refold.data.blocks import Block, D, JsonLinesBlock, MemoryBlock, ParquetBlock, TextBlock, first_line
-from refold.data.field import Field, Form
+from refold.data.blocks import Block, D, Field, Form, JsonLinesBlock, MemoryBlock, ParquetBlock, TextBlock, first_line
 from refold.errors import DataError
 from refold.suggest import did_you_mean
 

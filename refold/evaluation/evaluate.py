@@ -1,9 +1,10 @@
-"""Evaluates a model on text: bits per byte, perplexity, accuracy, and how like another model it predicts."""
+"""Evaluates a model on held-out text, alone or beside its source."""
 
 import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +12,59 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refold.blueprint.quantisation import find_scheme
+from refold.checkpoint.manifest import hash_file
 from refold.checkpoint.provenance import Stage
 from refold.data.readers import DataSource, open_data
-from refold.data.text_bytes import scored_bytes
-from refold.data.tokens import tokenise
+from refold.data.tokens import scored_bytes, tokenise
 from refold.errors import DataError, RefoldError
-from refold.evaluation.data_files import describe_data
 from refold.evaluation.document_sums import DocumentCounts, ratio_error
-from refold.evaluation.quantised import quantise_subject
 from refold.evaluation.reference import Reference
-from refold.evaluation.result import Comparison, Evaluation, ExitScores, Machine, ModelFacts, Seconds
-from refold.evaluation.stopwatch import Stopwatch
-from refold.evaluation.subject import ModelLike, open_subject, require_tokenizer
-from refold.evaluation.window_pass import Progress, WindowPass
+from refold.evaluation.result import Comparison, DataFile, Evaluation, ExitScores, Machine, ModelFacts, Seconds
+from refold.evaluation.subject import ModelLike, Subject, open_subject, require_tokenizer
+from refold.evaluation.window_pass import Progress, Stopwatch, WindowPass
+from refold.modeling.quantise import quantise_linears
+
+
+def describe_data(source: DataSource) -> tuple[DataFile, ...]:
+    """Hashes the files of a data source; documents in memory go by their name and digest.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    paths: dict[Path, None] = {}
+    num_bytes = 0
+    for block in source.blocks:
+        path = getattr(block, "path", None)
+        if path is None:
+            num_bytes += sum(len(text.encode()) for text in block.documents())
+        else:
+            paths[path] = None
+    if not paths:
+        return (DataFile(name=source.name, bytes=num_bytes, sha256=source.identity),)
+    try:
+        return tuple(DataFile(name=str(path), bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths)
+    except OSError as error:
+        raise DataError(f"data: readable files are required ({error.filename}: {error.strerror})") from error
+
+
+def quantise_subject(subject: Subject, name: str) -> Subject:
+    """Rounds the weights of a subject's linears in place, and counts their bytes as integers with scales.
+
+    Args:
+        subject: Loaded for this evaluation.
+        name: Of the scheme.
+
+    Raises:
+        RefoldError: There is no such scheme.
+    """
+    scheme, facts = find_scheme(name), subject.facts
+    weights = quantise_linears(subject.model, scheme)
+    stored = getattr(torch, facts.dtype).itemsize
+    before = sum(weight.numel() * min(weight.element_size(), stored) for weight in weights)
+    after = sum(scheme.num_bytes(*weight.shape) for weight in weights)
+    changes = {"quantised": name, "weight_bytes": facts.weight_bytes - before + after}
+    return replace(subject, facts=facts.model_copy(update=changes))
+
 
 DEFAULT_CONTEXT = 1024
 """Tokens in a window where neither the caller nor the model's positions ask for fewer."""

@@ -1,6 +1,9 @@
-"""The windows of all documents through one or two models, each token scored once."""
+"""Runs a model over windows and times each part."""
 
-from collections.abc import Callable
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Int64
@@ -13,12 +16,36 @@ from refold.data.windows import window_batches, window_spans
 from refold.errors import DataError
 from refold.evaluation.document_sums import DocumentSums
 from refold.evaluation.reference import Reference
-from refold.evaluation.stopwatch import Stopwatch
 from refold.evaluation.subject import evaluating
 from refold.modeling.model import RefoldForCausalLM
 from refold.scoring.agreement import token_scores
 from refold.scoring.head import Predictions
 from refold.scoring.predict import ExitPredictions, predict, predict_exits
+
+
+class Stopwatch:
+    """Adds up wall-clock seconds under names.
+
+    Attributes:
+        seconds: By name.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def measure(self, name: str, device: torch.device | None = None) -> Iterator[None]:
+        """Counts the body's seconds; with a CUDA or MPS device until it has finished its work."""
+        start = time.perf_counter()
+        try:
+            yield
+            if device is not None and device.type == "cuda":
+                torch.cuda.synchronize(device)
+            elif device is not None and device.type == "mps":
+                torch.mps.synchronize()
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
 
 Progress = Callable[[int, int], None]
 """Called with windows done and windows in all."""

@@ -1,25 +1,45 @@
-"""Dense export: the stack unrolled into a stock transformers checkpoint of the source's family."""
+"""Canonical tensors put together as a family's checkpoints hold them: the inverse of reading pieces out of a source."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from refold.blueprint.schema import Blueprint, Depth
+import torch
+from torch import Tensor
+
+from refold.blueprint.schema import Blueprint, DepthSpec
 from refold.blueprint.source_tensors import SourceTensor, source_tensors
-from refold.blueprint.specs.registry import find_mixer
 from refold.blueprint.tensors import target_tensors
 from refold.checkpoint.card import STOCK_USAGE
 from refold.checkpoint.locate import CONFIG_NAME
 from refold.checkpoint.writer import ShardedWriter
 from refold.errors import ExportError, SourceError
 from refold.exporting.merging import DepthWeights
-from refold.exporting.packing import pack_pieces
 from refold.exporting.target import ExportJob, ExportTarget
 from refold.families.arch import ArchSpec, Layer
-from refold.families.family import Family
+from refold.families.family import Family, Layout
 from refold.families.registry import find_family
+from refold.mixers.registry import find_mixer
+
+
+def pack_pieces(layout: Layout, pieces: Sequence[Tensor], head_dim: int) -> Tensor:
+    """Packs the canonical pieces of one source tensor.
+
+    Args:
+        layout: How the source tensor holds them.
+        pieces: In the rule's order, weights `[rows, columns]` or biases `[rows]`.
+        head_dim: Rows of one head, for `heads`.
+    """
+    if layout == "whole":
+        (piece,) = pieces
+        return piece
+    if layout == "rows":
+        return torch.cat(tuple(pieces))
+    # [heads, pieces, head_dim] by rows, as GPT-NeoX packs query, key and value.
+    return torch.stack([piece.unflatten(0, (-1, head_dim)) for piece in pieces], dim=1).flatten(0, 2)
+
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -110,7 +130,7 @@ def count_dense_bytes(blueprint: Blueprint, number_bytes: int) -> int:
     return number_bytes * sum(math.prod(each.shape) for each in tensors)
 
 
-def _layer(depth: Depth) -> Layer:
+def _layer(depth: DepthSpec) -> Layer:
     return Layer(window=depth.window, rope=depth.rope)
 
 

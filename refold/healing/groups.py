@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from refold.blueprint.contents import users_of
-from refold.blueprint.heal_stage import GROUPS, HealStage
+from refold.blueprint.initialisation import Initialisation
 from refold.blueprint.origins import origin
 from refold.blueprint.schema import Blueprint
-from refold.blueprint.starts import Starts
-from refold.blueprint.tensors import ADAPTER_ROLES, TargetTensor, target_tensors
+from refold.blueprint.tensors import ADAPTER_ROLES, TargetTensor, target_tensors, users_of
 from refold.checkpoint.locate import PLAN_NAME
 from refold.errors import HealError
 from refold.modeling.model import RefoldForCausalLM
+from refold.recipe.heal import GROUPS, HealStage
 from refold.suggest import did_you_mean
 
 
@@ -93,7 +92,7 @@ class Trainable:
             self.factors |= dict.fromkeys(groups.find(wish, "rates"), factor)
 
 
-def _of_blueprint(blueprint: Blueprint, starts: Starts | None) -> dict[str, frozenset[str]]:
+def _of_blueprint(blueprint: Blueprint, starts: Initialisation | None) -> dict[str, frozenset[str]]:
     tensors = list(target_tensors(blueprint))
     groups = {name: frozenset(each.name for each in tensors if fits(each)) for name, fits in _RULES.items()}
     groups["shared"] = frozenset(each.name for each in tensors if _is_shared(blueprint, each))
@@ -130,11 +129,11 @@ def _of_source(student: nn.Module) -> dict[str, frozenset[str]]:
     }
 
 
-def _read_starts(folder: Path | None) -> Starts | None:
+def _read_starts(folder: Path | None) -> Initialisation | None:
     path = None if folder is None else folder / PLAN_NAME
     if path is None or not path.exists():
         return None
     try:
-        return Starts.model_validate(json.loads(path.read_text(encoding="utf-8"))["starts"])
+        return Initialisation.model_validate(json.loads(path.read_text(encoding="utf-8"))["starts"])
     except (OSError, ValueError, KeyError) as error:
         raise HealError(f"{path}: a readable plan is required ({str(error)[:80]}); convert the source again") from None

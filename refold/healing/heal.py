@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from refold.blueprint.heal_stage import HealStage
 from refold.checkpoint import provenance
 from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import Source
 from refold.checkpoint.writer import count_bytes
-from refold.data.training import Data
+from refold.data.opening import DataArgument
 from refold.healing.log import LOG_NAME
 from refold.healing.output import describe, tensor_specs, write_healed
 from refold.healing.prepared import HeldOutData, prepare
 from refold.healing.run import CHECKPOINTS_NAME, HealOptions, Run
 from refold.healing.team import ShardedTeam, Team
 from refold.modeling.load import choose_device, load_model, open_source
+from refold.recipe.heal import HealStage
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class HealResult:
 def heal(
     model: str | Path | Source,
     destination: str | Path,
-    data: Data,
+    data: DataArgument,
     stages: HealStage | Sequence[HealStage],
     *,
     held_out: HeldOutData | None = None,

@@ -6,8 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refold.data.readers import DataSource
-from refold.data.text_bytes import scored_bytes
-from refold.data.tokens import tokenise
+from refold.data.tokens import scored_bytes, tokenise
 from refold.data.windows import window_batches
 from refold.scoring.agreement import Scores, score
 from refold.scoring.predict import predict

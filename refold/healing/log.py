@@ -1,15 +1,24 @@
-"""`train.jsonl`: one line for each optimizer step."""
+"""The training log: rows, display in the terminal, and trackers."""
 
 import json
 import math
 import os
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from accelerate.tracking import filter_trackers, get_available_trackers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
 from refold.checkpoint.atomic_file import write_text
+from refold.errors import HealError
+from refold.healing.team import Team
+from refold.suggest import did_you_mean
 
 LOG_NAME = "train.jsonl"
 
@@ -96,3 +105,117 @@ def _whole_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Display:
+    """Shows step records on stderr while the `with` body runs.
+
+    Args:
+        tokens: training tokens of the whole run.
+        quiet: shows nothing but `tell`'s lines.
+    """
+
+    def __init__(self, tokens: int, quiet: bool = False):
+        self._tokens, self._first, self._quiet = tokens, 0, quiet
+        self._start = self._last_line = time.monotonic()
+        console = Console(stderr=True)
+        self._bar = None
+        if console.is_terminal and not quiet:
+            columns = (
+                TextColumn("heal"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("heal", total=tokens, facts="")
+
+    def __enter__(self) -> "Display":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def start_at(self, tokens: int) -> None:
+        """Says how many tokens an earlier run has seen already."""
+        self._first = tokens
+        self._start = self._last_line = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=tokens)
+
+    def show(self, record: StepRecord) -> None:
+        """Shows where the run stands after a step."""
+        now = time.monotonic()
+        speed = (record.tokens - self._first) / max(now - self._start, 1e-9)
+        facts = f"loss {record.loss:.3f}  {speed:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record.tokens, facts=facts)
+        elif not self._quiet and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            left = (self._tokens - record.tokens) / max(speed, 1e-9)
+            self.tell(f"{record.tokens:,} of {self._tokens:,} tokens  {facts}  {left:,.0f} s left")
+
+    def tell(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(f"heal: {line}", file=sys.stderr, flush=True)
+
+
+KNOWN = ("tensorboard", "wandb", "trackio")
+
+
+class Trackers:
+    """The trackers of a run, on its first process.
+
+    Args:
+        names: which ones; none: nothing is sent anywhere.
+        project: folder that is healed; its name is the run's.
+        config: what the run is made of, as plain data.
+        team: the processes of the run.
+
+    Raises:
+        HealError: an unknown tracker, or one that is not installed.
+    """
+
+    def __init__(self, names: Sequence[str], project: Path, config: dict[str, Any], team: Team):
+        self._accelerator: Any = None
+        for name in names:
+            if name not in KNOWN:
+                raise HealError(
+                    f"report_to: one of {', '.join(KNOWN)} is required (got '{name}'){did_you_mean(name, KNOWN)}"
+                )
+            if name not in {str(known) for known in get_available_trackers()}:
+                raise HealError(f"report_to: {name} is required (not installed); pip install {name}")
+        if names:
+            folder = project.parent / "trackers"
+            self._accelerator = team.accelerator
+            self._accelerator.project_configuration.set_directories(str(folder))
+            self._accelerator.log_with = filter_trackers(list(names), folder)
+            self._accelerator.init_trackers(project.name, config)
+
+    def send(self, record: StepRecord) -> None:
+        """Sends one step."""
+        if self._accelerator is None:
+            return
+        values: dict[str, Any] = {"loss": record.loss, **record.objectives}
+        values |= {"learning_rate": record.learning_rate, "grad_norm": record.grad_norm, "tokens": record.tokens}
+        if record.held_out is not None:
+            values["held_out_bits_per_byte"] = record.held_out
+        self._accelerator.log(values, step=record.step)
+
+    def close(self) -> None:
+        """Ends the run in all of them."""
+        if self._accelerator is not None:
+            self._accelerator.end_training()
+            self._accelerator = None

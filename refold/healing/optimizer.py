@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from refold.blueprint.heal_stage import HealStage
 from refold.healing.groups import Trainable
 from refold.healing.muon import Muon
 from refold.modeling.depth import Depth, OwnedVectors
 from refold.nn.part import Vectors
+from refold.recipe.heal import HealStage
 
 BETAS = (0.9, 0.95)
 _FUSED = ("cpu", "cuda", "mps")

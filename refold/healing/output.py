@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from refold.blueprint.heal_stage import HealStage
 from refold.checkpoint import provenance
 from refold.checkpoint.card import CARD_NAME, FOLDED_USAGE, STOCK_USAGE, read_licence, write_card
 from refold.checkpoint.companions import copy_companions
@@ -16,6 +15,7 @@ from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import CONFIG_NAME, PLAN_NAME, Source
 from refold.checkpoint.writer import ShardedWriter, TensorSpecs
 from refold.healing.log import LOG_NAME
+from refold.recipe.heal import HealStage
 
 _ROW = re.compile(r"^\| ([^|]+) \| ([^|]*) \|$", re.MULTILINE)
 

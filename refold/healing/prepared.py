@@ -1,4 +1,4 @@
-"""A run with everything its stages ask for found, checked and decided."""
+"""Prepares a healing run: model, data, micro-batches, held-out text and objectives."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -9,18 +9,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from refold.blueprint.heal_stage import HealStage
 from refold.checkpoint import provenance
 from refold.checkpoint.companions import has_tokenizer
 from refold.checkpoint.locate import Source, locate
 from refold.checkpoint.manifest import content_hash
+from refold.data.opening import DataArgument, open_training_data
 from refold.data.readers import DataSource, open_data
-from refold.data.training import Data, open_training_data
 from refold.data.training_data import TrainingData
 from refold.errors import HealError, SourceError
 from refold.healing.groups import Trainable, WeightGroups
 from refold.healing.held_out import HeldOut
-from refold.healing.micro_batch import choose_micro_batch
 from refold.healing.objectives.objective import Objective
 from refold.healing.objectives.registry import make_objectives
 from refold.healing.precision import choose_precision
@@ -29,7 +27,35 @@ from refold.healing.student import teacher_wants
 from refold.healing.team import Team
 from refold.modeling.configuration import MODEL_TYPE
 from refold.modeling.load import load_tokenizer
+from refold.recipe.heal import HealStage
 from refold.scoring.predict import head_of
+
+CPU_BYTES = 1 << 30
+"""Activations on a CPU: beyond what a pass needs to keep the cores busy, more only misses the caches."""
+GPU_SHARE = 0.25
+"""Of a GPU's memory: weights, gradients and the optimizer's state need the rest."""
+
+
+def choose_micro_batch(wish: int | None, context: int, config: Any, device: torch.device) -> int:
+    """Returns the sequences of one forward pass.
+
+    It does not look at the memory that happens to be free, so a run resumes with what it began with.
+
+    Args:
+        wish: what the stage asks for; None: what fits, by a rough count of the activations kept for the backward pass.
+        context: tokens of one sequence.
+        config: the student's, for its sizes.
+        device: where it is.
+    """
+    if wish is not None:
+        return wish
+    budget = CPU_BYTES
+    if device.type == "cuda":
+        budget = int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    # In float32: norms, attention's inputs and outputs and residuals, then the MLP's inner states.
+    per_token = 4 * config.num_hidden_layers * (16 * config.hidden_size + 5 * config.intermediate_size)
+    return max(1, budget // (per_token * context))
+
 
 DEFAULT_CONTEXT = 1024
 HeldOutData = str | Path | Sequence[str | Path] | DataSource
@@ -105,7 +131,7 @@ def prepare(
     model: Source,
     student: PreTrainedModel,
     teacher: str | Path | Source | None,
-    data: Data,
+    data: DataArgument,
     held_out: HeldOutData | None,
     stages: Sequence[HealStage],
     work: Path,

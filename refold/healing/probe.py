@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from refold.blueprint.heal_stage import HealStage
 from refold.checkpoint.locate import Source
 from refold.checkpoint.writer import count_bytes
-from refold.data.training import Data
+from refold.data.opening import DataArgument
 from refold.errors import HealError
 from refold.healing.checkpoints import NUM_KEPT
 from refold.healing.output import tensor_specs
@@ -21,6 +20,7 @@ from refold.healing.prepared import HeldOutData, prepare
 from refold.healing.run import HealOptions, Run
 from refold.healing.team import Team
 from refold.modeling.load import choose_device, load_model, open_source
+from refold.recipe.heal import HealStage
 
 NUM_STEPS = 10
 
@@ -59,7 +59,7 @@ class Estimate:
 
 def probe(
     model: str | Path | Source,
-    data: Data,
+    data: DataArgument,
     stages: HealStage | Sequence[HealStage],
     *,
     held_out: HeldOutData | None = None,

@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refold.blueprint.heal_stage import HealStage
 from refold.checkpoint.atomic_file import write_json
 from refold.errors import HealError
 from refold.healing import training_state
 from refold.healing.checkpoints import Checkpoints, RunState
-from refold.healing.display import Display
-from refold.healing.log import LOG_NAME, StepRecord, TrainLog, read_log
+from refold.healing.log import LOG_NAME, Display, StepRecord, Trackers, TrainLog, read_log
 from refold.healing.loop import Loop
 from refold.healing.optimizer import make_optimizers
 from refold.healing.precision import attend_in_float32
@@ -27,7 +25,7 @@ from refold.healing.sweep import FACTORS, Trial, try_rates
 from refold.healing.teachers import Teachers, TrainTeacher
 from refold.healing.team import ShardedTeam, Team
 from refold.healing.thaw import ThawRule
-from refold.healing.trackers import Trackers
+from refold.recipe.heal import HealStage
 
 CHECKPOINT_SECONDS = 300.0
 MEASUREMENTS = 10

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from refold.blueprint.heal_stage import HealStage
 from refold.checkpoint.locate import Source
 from refold.healing.precision import attend_in_float32
 from refold.healing.prepared import PreparedStage
@@ -13,6 +12,7 @@ from refold.healing.student import Teacher, teacher_wants
 from refold.healing.teacher_store import StoreContents, TeacherStore
 from refold.healing.team import Team
 from refold.modeling.load import load_model
+from refold.recipe.heal import HealStage
 
 TrainTeacher = Callable[[Source, Path, HealStage], None]
 """Trains a source for a stage and writes it into a folder."""

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from refold.blueprint.heal_stage import Thaw
+from refold.recipe.heal import Thaw
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from refold.blueprint.schema import Blueprint, Depth
-from refold.blueprint.specs.registry import find_mixer
+from refold.blueprint.schema import Blueprint, DepthSpec
 from refold.errors import RecipeError
+from refold.mixers.registry import find_mixer
 from refold.modeling.registration import register, register_model_if_loaded
 
 MODEL_TYPE = "refold"
@@ -101,7 +101,7 @@ def layer_types(blueprint: Blueprint) -> list[str]:
     return types
 
 
-def _layer_type(blueprint: Blueprint, depth: Depth) -> str:
+def _layer_type(blueprint: Blueprint, depth: DepthSpec) -> str:
     assert depth.mixer is not None
     if find_mixer(blueprint.mixers[depth.mixer].type).is_recurrent:
         return RECURRENT

@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from refold.blueprint.contents import depth_coefficients, depth_linears, depth_vectors
 from refold.blueprint.schema import Blueprint
-from refold.blueprint.specs.part import Fill, Shape
-from refold.blueprint.specs.registry import find_mixer
+from refold.blueprint.tensors import depth_coefficients, depth_linears, depth_vectors
 from refold.families.arch import Norm
+from refold.mixers.registry import find_mixer
+from refold.mixers.spec import Fill, Shape
 from refold.modeling.configuration import RefoldConfig
 from refold.nn.fills import make_fill
 from refold.nn.lora import LoraPair, Own

@@ -10,11 +10,10 @@ from transformers.generation import GenerationMixin, MaxLengthCriteria, Stopping
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from refold.blueprint.contents import unused_names
-from refold.blueprint.schema import Blueprint
-from refold.blueprint.schema import Depth as DepthSpec
-from refold.blueprint.specs.registry import find_mixer
+from refold.blueprint.schema import Blueprint, DepthSpec
+from refold.blueprint.tensors import unused_names
 from refold.errors import RefoldError
+from refold.mixers.registry import find_mixer
 from refold.modeling.cache_name import CACHE_NAME, one_cache
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.depth import Depth, Lent

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from refold.blueprint.specs.part import Fill, Shape
+from refold.mixers.spec import Fill, Shape
 
 
 def make_fill(fill: Fill, shape: Shape, generator: torch.Generator | None = None) -> Tensor:

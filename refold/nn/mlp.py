@@ -5,8 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from refold.blueprint.specs import mlp as spec
 from refold.families.arch import ArchSpec
+from refold.mixers import mlp as spec
 from refold.nn.part import Lora, OwnVectors, StoredPart
 
 

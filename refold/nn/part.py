@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from refold.blueprint.specs.part import Fill, Shape
 from refold.families.arch import Norm
+from refold.mixers.spec import Fill, Shape
 from refold.nn.factored import BasisLinear, FactoredLinear
 from refold.nn.fills import make_fill
 from refold.nn.lora import Own, relax

@@ -1,1 +1,1 @@
-"""The built-in recipes, one YAML file each; `refold.blueprint.load` reads them."""
+"""The built-in recipes, one YAML file each; `refold.recipe.load` reads them."""

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refold.blueprint.build import identity_blueprint
-from refold.blueprint.dropping import BlockDrop, Drop
-from refold.blueprint.factors import stored_share
-from refold.blueprint.heal_stage import HealStage
 from refold.blueprint.quantisation import SCHEMES, quantised_bytes
-from refold.blueprint.recipe import Factor, LoraRelax, RankEnergy, Recipe
 from refold.checkpoint.locate import Source
-from refold.conversion.plan import Plan, plan_model, replan
 from refold.errors import RecipeError
-from refold.measuring.source_model import SourceModel
+from refold.planning.build import identity_blueprint
+from refold.planning.factors import stored_share
+from refold.planning.plan import Plan, plan_model, replan
+from refold.recipe.drop import BlockDrop, Drop
+from refold.recipe.heal import HealStage
+from refold.recipe.recipe import Factor, LoraRelax, RankEnergy, Recipe
+from refold.sources.source_model import SourceModel
 from refold.suggest import must_be_one_of
 
 ALIGNMENTS = frozenset({"mixer_outputs", "hidden_states", "attention_matrices"})

@@ -5,22 +5,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from refold.blueprint.heal_stage import HealStage
-from refold.blueprint.load import load_recipe
-from refold.blueprint.recipe import Recipe
 from refold.conversion.convert import carry_out
 from refold.conversion.measured import reads_text
-from refold.conversion.plan import Plan, plan_model
 from refold.data.readers import DataSource
-from refold.engine.generate import generate
-from refold.engine.sampling import Sampling
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation
+from refold.generation.generate import generate
+from refold.generation.sampling import Sampling
 from refold.healing.heal import heal
-from refold.measuring.source_model import SourceModel, read_source_model
+from refold.planning.plan import Plan, plan_model
+from refold.recipe.heal import HealStage
+from refold.recipe.load import load_recipe
+from refold.recipe.recipe import Recipe
+from refold.sources.source_model import SourceModel, read_source_model
 from refold.studies.baselines import pruned_recipe
-from refold.studies.report_line import report_line
+from refold.studies.run import report_line
 from refold.studies.shipped import held_out_data, shipped_model, training_data
 
 HEAL_TOKENS = 100_000

@@ -1,21 +1,16 @@
-"""The whole way in one resumable go: plan, convert, heal, evaluate, beside baselines treated alike."""
+"""The one line one would forward to a colleague."""
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from refold.blueprint.heal_stage import HealStage
-from refold.blueprint.load import RecipeLike, load_recipe
-from refold.blueprint.protocols import scale_stages
-from refold.blueprint.recipe import Recipe
 from refold.checkpoint.atomic_file import is_unfinished, write_json
 from refold.checkpoint.folder import settle
 from refold.checkpoint.locate import PLAN_NAME, Source, locate
 from refold.checkpoint.lock import FolderLock
 from refold.checkpoint.manifest import check, is_refold_folder
 from refold.conversion.convert import carry_out
-from refold.conversion.plan import Plan, plan_model, read_plan
 from refold.data.readers import DataSource, open_data
 from refold.data.split import split
 from refold.errors import FolderError, RecipeError
@@ -24,7 +19,11 @@ from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation, read_evaluation
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
-from refold.measuring.source_model import SourceModel, read_source_model
+from refold.planning.plan import Plan, plan_model, read_plan
+from refold.recipe.heal import HealStage, scale_stages
+from refold.recipe.load import RecipeLike, load_recipe
+from refold.recipe.recipe import Recipe
+from refold.sources.source_model import SourceModel, read_source_model
 from refold.studies.baselines import (
     BASELINES,
     BaselineJob,
@@ -32,7 +31,45 @@ from refold.studies.baselines import (
     require_baseline,
     whole_model_stages,
 )
-from refold.studies.report_line import describe_size, report_line
+
+
+def describe_size(ratio: float) -> str:
+    """`48% smaller`, `12% larger` or `the same size`."""
+    change = round(abs(1 - ratio) * 100)
+    return "the same size" if change == 0 else f"{change}% {'smaller' if ratio < 1 else 'larger'}"
+
+
+def describe_loss(difference: float, error: float | None = None) -> str:
+    """`+0.041`, with its standard error where one is known and it matters."""
+    certain = error is None or abs(difference) >= 2 * error
+    return f"{difference:+.3f}" + ("" if certain else f" ± {error:.3f}")
+
+
+def report_line(
+    name: str,
+    plan: Plan,
+    difference: float,
+    difference_error: float | None,
+    baselines: dict[str, float],
+    context: int,
+) -> str:
+    """Says what was saved and what it cost.
+
+    Args:
+        name: Of the recipe.
+        plan: Carried out.
+        difference: Bits per byte above the source.
+        difference_error: Its standard error.
+        baselines: What a rival costs in bits per byte above the source, by description.
+        context: Tokens at which cache and FLOPs are compared.
+    """
+    rows = {row.quantity: row.ratio for row in plan.summary(context)}
+    rivals = ", ".join(f"{rival}: {describe_loss(lost)}" for rival, lost in baselines.items())
+    size = describe_size(rows["weight_bytes"] or 1.0)
+    loss = f"{describe_loss(difference, difference_error)} bits per byte to the source"
+    cache, compute = (1.0 if rows[key] is None else rows[key] for key in ("cache_bytes", "flops"))
+    return f"{name}: {size}, {loss}{f' ({rivals})' if rivals else ''}, cache {cache:.2f}x, compute {compute:.2f}x"
+
 
 RUN_NAME = "run.json"
 SUMMARY_NAME = "summary.json"

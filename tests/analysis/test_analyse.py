@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 import refold
 from refold.analysis.analyse import AnalysisSettings
 from refold.analysis.ranking import least_important, most_alike
+from refold.calibration.moments import MomentStore
 from refold.data.readers import from_documents
 from refold.errors import DataError, FolderError, RecipeError
-from refold.measuring.moments import MomentStore
 
 TEXT = from_documents(
     [f"Chapter {number}: the sea was calm, and {number * 7} ships lay on it." for number in range(99)]

@@ -2,10 +2,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refold.blueprint.build import build_blueprint, identity_blueprint
 from refold.blueprint.cost import Cost, cost, smaller_from
-from refold.blueprint.load import load_recipe
-from refold.blueprint.specs.part import CacheCost
+from refold.mixers.spec import CacheCost
+from refold.planning.build import build_blueprint, identity_blueprint
+from refold.recipe.load import load_recipe
 
 # The architecture of conftest: hidden 32, 4 heads and 2 key-value heads of 8, MLP 80, vocabulary 96.
 ATTENTION, MLP, EMBEDDING = 32 * 32 + 2 * 16 * 32 + 32 * 32, 3 * 80 * 32, 96 * 32

@@ -1,7 +1,7 @@
-from refold.blueprint.build import build_blueprint
-from refold.blueprint.load import load_recipe
 from refold.blueprint.origins import Origin, origin
 from refold.blueprint.tensors import target_tensors
+from refold.planning.build import build_blueprint
+from refold.recipe.load import load_recipe
 
 
 def _origins(arch, sections) -> dict[str, Origin]:

@@ -2,11 +2,11 @@
 
 import pytest
 
-from refold.blueprint.build import build_blueprint, identity_blueprint
 from refold.blueprint.cost import cost
-from refold.blueprint.load import load_recipe
 from refold.families.arch import ArchSpec
 from refold.families.registry import read_arch
+from refold.planning.build import build_blueprint, identity_blueprint
+from refold.recipe.load import load_recipe
 
 TINYLLAMA = read_arch(
     {

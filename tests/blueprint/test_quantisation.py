@@ -2,10 +2,10 @@
 
 import pytest
 
-from refold.blueprint.build import identity_blueprint
 from refold.blueprint.quantisation import SCHEMES, find_scheme, quantised_bytes
 from refold.errors import RefoldError
-from refold.measuring.source_model import read_source_model
+from refold.planning.build import identity_blueprint
+from refold.sources.source_model import read_source_model
 
 
 @pytest.mark.parametrize(

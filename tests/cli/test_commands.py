@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from refold.blueprint.heal_stage import HealStage
 from refold.cli import main
 from refold.cli.app import app
 from refold.errors import HealError
+from refold.recipe.heal import HealStage
 
 FLAGS = {
     "demo": {"--out", "--heal-tokens", "--json"},

@@ -10,21 +10,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from refold.blueprint.build import identity_blueprint
-from refold.blueprint.load import load_recipe
+from refold.calibration.frames import FramedPieces, HeadFrame, LayerFrame
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.alignment import align_layers
 from refold.conversion.convert import convert
-from refold.conversion.plan import plan, plan_model
-from refold.conversion.tensors import TargetBuilder
+from refold.conversion.target_tensors import TargetBuilder
 from refold.errors import RecipeError, SourceError
 from refold.families.arch import ArchSpec
-from refold.measuring.frames import FramedPieces, HeadFrame, LayerFrame
-from refold.measuring.pieces import PieceReader
-from refold.measuring.source_model import read_source_model
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.load import load_model
 from refold.modeling.model import RefoldForCausalLM
+from refold.planning.build import identity_blueprint
+from refold.planning.plan import plan, plan_model
+from refold.recipe.load import load_recipe
+from refold.sources.pieces import PieceReader
+from refold.sources.source_model import read_source_model
 
 VARIANTS = ("llama", "llama-mha-bias", "llama-mqa-mlp-bias", "gpt_neox", "gemma2", "olmo2-bias", "qwen3", "phi3")
 IDS = torch.arange(3, 40)[None]

@@ -20,9 +20,9 @@ from refold.checkpoint.folder import settle
 from refold.checkpoint.locate import locate
 from refold.checkpoint.manifest import verify
 from refold.conversion.convert import carry_out, convert
-from refold.conversion.plan import plan, read_plan
 from refold.data.readers import from_documents
 from refold.errors import FolderError, RecipeError, RefoldError, SourceError
+from refold.planning.plan import plan, read_plan
 
 RELAXED = {"fold": {"loops": 2}, "relax": {"rank": 4, "vectors": "own"}}
 

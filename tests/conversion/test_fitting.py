@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from refold.blueprint.specs import linear_attention as spec
-from refold.conversion.fitting import LEARNED, FitSettings, MapFit
+from refold.calibration.layers import AttentionSample
+from refold.conversion.map_fitter import LEARNED, FitSettings, MapFit
 from refold.families.arch import ArchSpec
 from refold.families.registry import read_arch
-from refold.measuring.layers import AttentionSample
+from refold.mixers import linear_attention as spec
 from refold.nn.fills import make_fill
 
 QUICK = FitSettings(steps=80)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from refold.blueprint.tensors import Role, TargetTensor
-from refold.conversion.fresh import fresh_tensor, tensor_seed
+from refold.conversion.target_tensors import fresh_tensor, tensor_seed
 from refold.families.arch import ArchSpec, Norm
 from refold.families.registry import read_arch
 

@@ -9,20 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from refold.calibration.layers import SourceLayers
 from refold.checkpoint.reader import CheckpointReader
-from refold.conversion.approximation import stored_maps
 from refold.conversion.convert import convert
-from refold.conversion.fitting import FitSettings
 from refold.conversion.inspect import inspect
-from refold.conversion.map_fitter import MapFitter
-from refold.conversion.plan import plan, read_plan
+from refold.conversion.map_fitter import FitSettings, MapFitter
 from refold.data.packing import PackedSequence
 from refold.data.readers import DataSource, from_documents
 from refold.errors import DataError, RecipeError
-from refold.measuring.layers import SourceLayers
-from refold.measuring.pieces import PieceReader
-from refold.measuring.source_model import read_source_model
 from refold.modeling.load import load_model
+from refold.planning.approximation import stored_maps
+from refold.planning.plan import plan, read_plan
+from refold.sources.pieces import PieceReader
+from refold.sources.source_model import read_source_model
 
 SMALL = FitSettings(sequence_length=64, fit_sequences=8, held_out_sequences=4, steps=100)
 NAMES = ("q_map.weight", "k_map.weight")

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from refold.blueprint.build import UNMEASURED, identity_blueprint
-from refold.blueprint.factors import linear_budget, lora_parameters, stored_linears
 from refold.conversion.convert import SCRATCH_NAME, convert
-from refold.conversion.plan import plan, read_plan
 from refold.errors import DataError, RecipeError
 from refold.modeling.load import load_model
+from refold.planning.build import UNMEASURED, identity_blueprint
+from refold.planning.factors import linear_budget, lora_parameters, stored_linears
+from refold.planning.plan import plan, read_plan
 
 SMALL = {"calibration": {"tokens": 512, "context": 32}}
 LOWRANK = {**SMALL, "factor": {"parameters": 0.7, "split": "measured", "weight": "fisher"}}

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import refold
-from refold.conversion.plan import Plan, plan_all, read_plan
 from refold.data.readers import from_documents
 from refold.errors import RecipeError
+from refold.planning.plan import Plan, plan_all, read_plan
 
 TEXT = from_documents(
     [f"Chapter {number}: the sea was calm, and {number * 7} ships lay on it." for number in range(99)]

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from refold.checkpoint.locate import locate
 from refold.conversion.convert import SCRATCH_NAME, carry_out, convert
 from refold.conversion.measured import keep_moments, pack_text
-from refold.conversion.plan import plan
 from refold.data.packing import PackedSequence
 from refold.data.readers import open_data
 from refold.errors import RecipeError
-from refold.measuring.source_model import read_source_model
 from refold.modeling.load import load_model
+from refold.planning.plan import plan
+from refold.sources.source_model import read_source_model
 
 CALIBRATION = {"tokens": 512, "context": 32, "order": "sequential"}
 AT_ONCE = {**CALIBRATION, "order": "at_once"}

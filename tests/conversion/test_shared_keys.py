@@ -5,7 +5,7 @@ import torch
 
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import convert
-from refold.conversion.plan import plan
+from refold.planning.plan import plan
 
 FIRST = {"fold": {"loops": 2, "init": "average"}, "share_kv": {"from": "first_loop"}}
 

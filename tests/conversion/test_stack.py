@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from refold.blueprint.tensors import target_tensors
 from refold.conversion.convert import convert
-from refold.conversion.stack import TargetStack
+from refold.conversion.sequential import TargetStack
 from refold.modeling.load import load_model
 
 RECIPES = {

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from refold.conversion.convert import convert
-from refold.conversion.plan import Plan
-from refold.conversion.plan import plan as make_plan
 from refold.errors import RecipeError
 from refold.modeling.load import load_model
+from refold.planning.plan import Plan
+from refold.planning.plan import plan as make_plan
 
 Converted = tuple[Plan, dict[str, Tensor], dict[str, Tensor]]
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from refold.conversion.convert import convert
-from refold.conversion.plan import plan
 from refold.errors import SourceError
 from refold.exporting.export import export
 from refold.modeling.load import load_model
+from refold.planning.plan import plan
 
 TEXT = {
     "vocab_size": 96,

@@ -4,8 +4,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from refold.data.chat_encoder import ChatEncoder
-from refold.data.conversation import Conversation
+from refold.data.chat import ChatEncoder, Conversation
 from refold.data.encoder import EncodedDocument
 from refold.errors import DataError
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from refold.data.conversation import read_conversation
+from refold.data.chat import read_conversation
 from refold.data.readers import open_data
 from refold.data.split import split
 from refold.errors import DataError

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from refold.data.encoder import TextEncoder
-from refold.data.encoding import Encoding, default_workers
+from refold.data.encoder import Encoding, TextEncoder, default_workers
 
 TEXTS = [f"The cat number {index} said hello {'dog ' * (index % 9)}" for index in range(80)]
 

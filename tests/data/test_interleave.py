@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refold.data.interleave import Interleave
+from refold.data.mixture import Interleave
 from refold.errors import DataError
 
 WEIGHTS = st.lists(st.integers(1, 12), min_size=1, max_size=6)

@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refold.data import shard_writer
+from refold.data import shards as shard_writer
 from refold.data.encoder import EncodedDocument
-from refold.data.shard_writer import ShardWriter, cached
-from refold.data.shards import TokenShards
+from refold.data.shards import ShardWriter, TokenShards, cached
 from refold.errors import DataError
 
 LENGTHS = [3, 0, 1, 17, 5, 40, 2]

@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from refold.data.blocks import Field
 from refold.data.encoder import TextEncoder
-from refold.data.field import Field
 from refold.data.packing import IGNORED
-from refold.data.streamed_data import StreamedData
 from refold.data.streams import DatasetStream, DocumentStream, IterableStream
+from refold.data.training_data import StreamedData
 from refold.errors import DataError
 
 CONTEXT, WINDOW = 16, 64
@@ -184,8 +184,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from refold.data.encoder import TextEncoder
-from refold.data.field import Field
-from refold.data.streamed_data import StreamedData
+from refold.data.blocks import Field
+from refold.data.training_data import StreamedData
 from refold.data.streams import IterableStream
 os.fsync = lambda _: None
 folder = Path(sys.argv[1])

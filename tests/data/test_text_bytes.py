@@ -3,8 +3,7 @@ from typing import Any
 import pytest
 
 from refold.data.readers import from_documents
-from refold.data.text_bytes import scored_bytes
-from refold.data.tokens import tokenise
+from refold.data.tokens import scored_bytes, tokenise
 from refold.modeling.load import load_tokenizer
 
 

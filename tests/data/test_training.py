@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from refold.data.field import Field
+from refold.data.blocks import Field
 from refold.data.mixture import Mixture
+from refold.data.opening import open_training_data
 from refold.data.packing import IGNORED, PackedSequences
 from refold.data.readers import from_documents, open_data
 from refold.data.streams import IterableStream
 from refold.data.tokens import tokenise
-from refold.data.training import open_training_data
 from refold.errors import DataError
 
 TEXTS = [f"The cat number {index} said hello {'dog ' * (index % 9)}" for index in range(60)]
@@ -258,7 +258,7 @@ def test_tokens_above_the_vocabulary_are_refused(open_tiny: Callable[..., Any]):
 
 def test_tokens_are_made_once(monkeypatch: pytest.MonkeyPatch, open_tiny: Callable[..., Any]):
     first = open_tiny(from_documents(TEXTS))
-    monkeypatch.setattr("refold.data.stored_data.Encoding", lambda *_, **__: pytest.fail("tokenised twice"))
+    monkeypatch.setattr("refold.data.training_data.Encoding", lambda *_, **__: pytest.fail("tokenised twice"))
     for options in ({}, {"seed": 4}, {"context": 32}):
         again = open_tiny(from_documents(TEXTS), **options)
         assert again.tokens_per_epoch == first.tokens_per_epoch
@@ -279,7 +279,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from refold.data.readers import open_data
-from refold.data.training import open_training_data
+from refold.data.opening import open_training_data
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
 backend = Tokenizer.from_str((folder / "tokenizer.json").read_text())
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")

@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from refold.blueprint.build import identity_blueprint
 from refold.blueprint.quantisation import SCHEMES, quantised_bytes
 from refold.conversion.convert import convert
 from refold.data.readers import from_documents
 from refold.errors import DataError, RefoldError, SourceError
 from refold.evaluation.evaluate import DEFAULT_CONTEXT, evaluate
 from refold.evaluation.result import Evaluation
-from refold.measuring.source_model import read_source_model
 from refold.modeling import load
 from refold.modeling.load import load_model, load_tokenizer
 from refold.modeling.quantise import quantise_linears
+from refold.planning.build import identity_blueprint
+from refold.sources.source_model import read_source_model
 
 LORA = {"type": "lora", "rank": 5}
 

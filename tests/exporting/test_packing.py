@@ -7,11 +7,11 @@ from safetensors.torch import save_file
 
 from refold.checkpoint.locate import locate
 from refold.checkpoint.reader import CheckpointReader
-from refold.exporting.packing import pack_pieces
+from refold.exporting.dense import pack_pieces
 from refold.families.family import Layout, TensorRule
 from refold.families.registry import find_family, read_arch
-from refold.measuring.pieces import PieceReader
-from refold.measuring.source_model import SourceModel
+from refold.sources.pieces import PieceReader
+from refold.sources.source_model import SourceModel
 
 NAMES = tuple(f"mixer.{name}.{{kind}}" for name in ("q_proj", "k_proj", "v_proj"))
 

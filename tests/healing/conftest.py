@@ -9,13 +9,13 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from refold.blueprint.heal_stage import HealStage
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import convert
 from refold.data.readers import DataSource, from_documents
 from refold.healing.heal import HealResult, heal
 from refold.healing.log import StepRecord
 from refold.healing.run import HealOptions
+from refold.recipe.heal import HealStage
 
 RELAXED = {"fold": {"loops": 2, "init": "average"}, "relax": {"rank": 2, "init": "svd", "vectors": "own"}}
 LETTERS = "\n" + string.ascii_letters + " .,?!"

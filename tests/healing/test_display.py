@@ -1,6 +1,5 @@
-from refold.healing import display as module
-from refold.healing.display import Display
-from refold.healing.log import StepRecord
+from refold.healing import log as module
+from refold.healing.log import Display, StepRecord
 
 
 def _record(tokens):

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import torch
 
-from refold.healing.micro_batch import CPU_BYTES, choose_micro_batch
+from refold.healing.prepared import CPU_BYTES, choose_micro_batch
 
 CPU = torch.device("cpu")
 

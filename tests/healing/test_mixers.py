@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from refold.blueprint.heal_stage import HealStage
-from refold.blueprint.load import load_recipe
 from refold.conversion.convert import convert
 from refold.healing.groups import Trainable, WeightGroups
 from refold.healing.optimizer import make_optimizers
 from refold.modeling.adapters import load_adapters
 from refold.modeling.load import load_model
+from refold.recipe.heal import HealStage
+from refold.recipe.load import load_recipe
 
 SMALL = {"context": 16, "batch_tokens": 64, "micro_batch": 4}
 LOLCATS = {

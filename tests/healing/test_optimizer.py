@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from refold.blueprint.heal_stage import HealStage
 from refold.errors import HealError
 from refold.healing.groups import Trainable, WeightGroups
 from refold.healing.optimizer import freeze, make_optimizers, set_rates
 from refold.modeling.load import load_model
+from refold.recipe.heal import HealStage
 
 
 @pytest.fixture

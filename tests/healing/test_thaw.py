@@ -3,8 +3,8 @@ from dataclasses import asdict
 
 import pytest
 
-from refold.blueprint.heal_stage import Thaw
 from refold.healing.thaw import ThawRule, ThawState
+from refold.recipe.heal import Thaw
 
 
 def _run(rule, losses, norms=None):

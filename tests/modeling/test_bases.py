@@ -4,17 +4,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from refold.blueprint.allocation import with_ranks
-from refold.blueprint.build import identity_blueprint
 from refold.blueprint.cost import cost
-from refold.blueprint.factors import linear_budget
 from refold.blueprint.schema import Pool
 from refold.checkpoint.locate import locate
 from refold.conversion.convert import carry_out, convert
-from refold.conversion.plan import plan, read_plan, replan
-from refold.measuring.source_model import read_source_model
 from refold.modeling.load import load_model
 from refold.nn.factored import BasisLinear
+from refold.planning.allocation import with_ranks
+from refold.planning.build import identity_blueprint
+from refold.planning.factors import linear_budget
+from refold.planning.plan import plan, read_plan, replan
+from refold.sources.source_model import read_source_model
 
 FACTOR = {"parameters": 0.6, "weight": "none", "share": "basis"}
 RECIPES = {

@@ -12,8 +12,8 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 import refold
-from refold.blueprint.build import build_blueprint
-from refold.blueprint.recipe import Recipe
+from refold.planning.build import build_blueprint
+from refold.recipe.recipe import Recipe
 from refold.families.registry import read_arch
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.model import RefoldForCausalLM

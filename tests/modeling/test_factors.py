@@ -4,15 +4,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from refold.blueprint.allocation import with_ranks
-from refold.blueprint.factors import stored_linears
 from refold.blueprint.schema import Blueprint
 from refold.checkpoint.locate import locate
 from refold.conversion.convert import carry_out, convert
-from refold.conversion.plan import plan, read_plan, replan
-from refold.measuring.source_model import read_source_model
 from refold.modeling.load import load_model
 from refold.nn.factored import FactoredLinear
+from refold.planning.allocation import with_ranks
+from refold.planning.factors import stored_linears
+from refold.planning.plan import plan, read_plan, replan
+from refold.sources.source_model import read_source_model
 
 FACTOR = {"parameters": 0.5, "weight": "none"}
 FOLD = {"loops": 2}

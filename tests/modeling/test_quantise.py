@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from refold.blueprint.allocation import with_ranks
 from refold.blueprint.quantisation import SCHEMES, Scheme, quantised_bytes
 from refold.checkpoint.locate import locate
 from refold.conversion.convert import carry_out, convert
-from refold.conversion.plan import plan, replan
-from refold.measuring.source_model import read_source_model
 from refold.modeling.load import load_model
 from refold.modeling.quantise import quantise_linears, round_to_nearest
+from refold.planning.allocation import with_ranks
+from refold.planning.plan import plan, replan
+from refold.sources.source_model import read_source_model
 
 INT8, INT4 = SCHEMES["int8"], SCHEMES["int4"]
 

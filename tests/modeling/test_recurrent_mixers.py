@@ -13,8 +13,8 @@ from transformers import DynamicCache
 from transformers.generation import stopping_criteria
 
 from refold.blueprint.cost import cost
-from refold.blueprint.specs.registry import MIXERS
 from refold.errors import RefoldError
+from refold.mixers.registry import MIXERS
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.load import load_model
 from refold.modeling.model import RefoldForCausalLM

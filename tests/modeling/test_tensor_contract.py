@@ -5,13 +5,13 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from refold.blueprint.build import build_blueprint
-from refold.blueprint.recipe import Recipe
 from refold.blueprint.tensors import target_tensors
 from refold.errors import RecipeError
 from refold.families.registry import read_arch
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.model import RefoldForCausalLM
+from refold.planning.build import build_blueprint
+from refold.recipe.recipe import Recipe
 
 LINEARS = ("q_proj", "o_proj", "up_proj", "down_proj", "mixer", "mlp", "all")
 CONFIG = {

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from refold.blueprint.recipe import Recipe
-from refold.blueprint.swaps import choose_mixers
 from refold.families.arch import ArchSpec, Layer, Norm, Rope
 from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.mixer import Mixer
 from refold.nn.mixers.registry import MIXERS
 from refold.nn.rotary import Rotary
+from refold.planning.mixers import choose_mixers
+from refold.recipe.recipe import Recipe
 
 
 @dataclass

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from refold.blueprint.specs.part import Fill
+from refold.mixers.spec import Fill
 from refold.nn.fills import make_fill
 
 

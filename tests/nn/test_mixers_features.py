@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refold.blueprint.specs.part import Fill
+from refold.mixers.spec import Fill
 from refold.nn.fills import make_fill
 
 GROUPS = 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refold.nn.mixers.attention import Attention
+from refold.nn.mixers.attention import AttentionMixer
 from refold.nn.mixers.headed import HeadedMixer
 from refold.nn.mixers.memory import Memory
 from refold.nn.mixers.registry import MIXERS
@@ -41,7 +41,7 @@ def mix_by_matrix(lone: Any, x: Tensor, resets: Tensor | None) -> Tensor:
             value = mixer.widen(mixer.read(normed, context, Memory(None, 0), {}, None)[2])
             mixed = mixer.finish(normed, torch.einsum("bhts,bshv->bthv", matrix, value), {}, None)
         else:
-            assert isinstance(mixer, Attention)
+            assert isinstance(mixer, AttentionMixer)
             value = mixer.read(x, context.rotation, {}, None)[2]
             value = value.repeat_interleave(matrix.shape[1] // value.shape[2], dim=2)
             mixed = torch.einsum("bhts,bshv->bthv", matrix, value).flatten(-2)

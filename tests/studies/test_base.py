@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, Olmo2ForCausalLM
 
 import refold
-from refold.blueprint.load import load_recipe
+from refold.recipe.load import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "books-12l"
 PASSAGE = (

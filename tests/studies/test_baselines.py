@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 
-from refold.blueprint.build import identity_blueprint
-from refold.blueprint.factors import stored_share
-from refold.blueprint.heal_stage import HealStage
-from refold.blueprint.load import load_recipe
-from refold.blueprint.recipe import Recipe
 from refold.checkpoint.locate import PLAN_NAME, locate
 from refold.checkpoint.provenance import read as read_provenance
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import carry_out
-from refold.conversion.plan import plan_model, read_plan
 from refold.data.readers import from_documents
 from refold.errors import RecipeError
-from refold.measuring.source_model import read_source_model
+from refold.planning.build import identity_blueprint
+from refold.planning.factors import stored_share
+from refold.planning.plan import plan_model, read_plan
+from refold.recipe.heal import HealStage
+from refold.recipe.load import load_recipe
+from refold.recipe.recipe import Recipe
+from refold.sources.source_model import read_source_model
 from refold.studies.baselines import (
     BASELINES,
     BaselineJob,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from refold.studies.report_line import describe_loss, describe_size
+from refold.studies.run import describe_loss, describe_size
 
 
 @pytest.mark.parametrize(

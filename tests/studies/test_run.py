@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from refold.blueprint.heal_stage import HealStage
-from refold.blueprint.recipe import Recipe
 from refold.data.readers import from_documents
 from refold.errors import FolderError
+from refold.recipe.heal import HealStage
+from refold.recipe.recipe import Recipe
 from refold.studies.run import RunSettings, run
 
 TEXTS = [f"def number_{index}():\n    return {index} * {index % 7}\n" for index in range(600)]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import refold.errors
-from refold.studies.stdlib_corpus import HELD_OUT, held_out_documents
+from refold.studies.shipped import HELD_OUT, held_out_documents
 
 FOLDER = Path(str(refold.errors.__file__)).parent / "shipped" / "stdlib-5m"
 

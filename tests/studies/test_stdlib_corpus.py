@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from refold.errors import DataError
-from refold.studies.stdlib_corpus import HELD_OUT, held_out_documents, training_documents
+from refold.studies.shipped import HELD_OUT, held_out_documents, training_documents
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from refold.calibration.curves import GroupWeightings
+from refold.calibration.svd import SvdMode, Truncated, truncated_svd
+from refold.calibration.weighting import Weighting
 from refold.conversion.starts.group import Basis, FittedBasis, LinearGroup
 from refold.conversion.starts.zero import zero_pair
-from refold.measuring.curves import GroupWeightings
-from refold.measuring.svd import SvdMode, Truncated, truncated_svd
-from refold.measuring.weighting import Weighting
 
 ROUNDS = 4
 """Of coefficients and basis in turn; further ones lower the error by less than a percent each."""
@@ -31,7 +31,7 @@ TURNS = 4
 """Of basis and LoRAs where they are fitted jointly."""
 RIDGE = 1e-10
 """Share of the mean variance of a basis's outputs, so that a direction without any can be inverted."""
-Inputs = Mapping[int, Float[Tensor, "in in"]]
+BasisInputs = Mapping[int, Float[Tensor, "in in"]]
 """C_b by depth."""
 
 
@@ -94,7 +94,7 @@ def _share(
     )
 
 
-def _coefficients(seen: Mapping[int, Tensor], moments: Inputs, a: Float[Tensor, "rank in"]) -> dict[int, Tensor]:
+def _coefficients(seen: Mapping[int, Tensor], moments: BasisInputs, a: Float[Tensor, "rank in"]) -> dict[int, Tensor]:
     """The best B_b for a basis, from W_b C_b."""
     found = {}
     for depth, each in seen.items():
@@ -106,7 +106,7 @@ def _coefficients(seen: Mapping[int, Tensor], moments: Inputs, a: Float[Tensor, 
 
 def _basis(
     seen: Mapping[int, Tensor],
-    moments: Inputs,
+    moments: BasisInputs,
     outputs: Mapping[int, Float[Tensor, "out out"] | None],
     coefficients: Mapping[int, Tensor],
     a: Float[Tensor, "rank in"],

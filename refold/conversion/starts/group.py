@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refold.measuring.curves import GroupWeightings
-from refold.measuring.svd import SvdMode
-from refold.measuring.weighting import Weighting
+from refold.calibration.curves import GroupWeightings
+from refold.calibration.svd import SvdMode
+from refold.calibration.weighting import Weighting
 from refold.nn.lora import Pair
 
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from refold.calibration.svd import SvdMode, Truncated
+from refold.calibration.weighting import Weighting
 from refold.conversion.starts.group import Fitted, LinearGroup, Member, Stored
 from refold.conversion.starts.zero import mean_weight, zero_pair
-from refold.measuring.svd import SvdMode, Truncated
-from refold.measuring.weighting import Weighting
 
 ROUNDS = 6
 """Alternating rounds for three and more members; further ones change the loss by less than a percent."""

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+from refold.calibration.svd import SvdMode
 from refold.conversion.starts.basis import fit_basis
 from refold.conversion.starts.group import Fitted, FittedBasis, LinearGroup
 from refold.conversion.starts.joint import fit_joint
 from refold.conversion.starts.svd import fit_svd
 from refold.conversion.starts.zero import fit_zero
-from refold.measuring.svd import SvdMode
 
 STARTS: Mapping[str, Callable[[LinearGroup, SvdMode], Fitted]] = {
     "zero": fit_zero,

@@ -2,9 +2,9 @@
 
 import torch
 
+from refold.calibration.svd import SvdMode, Truncated
 from refold.conversion.starts.group import Fitted, LinearGroup
 from refold.conversion.starts.zero import mean_weight, zero_pair
-from refold.measuring.svd import SvdMode, Truncated
 
 
 def fit_svd(group: LinearGroup, svd: SvdMode) -> Fitted:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from refold.calibration.svd import SvdMode
 from refold.conversion.starts.group import Fitted, LinearGroup
-from refold.measuring.svd import SvdMode
 from refold.nn.lora import Pair
 
 

@@ -16,11 +16,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refold.blueprint.specs import objectives as specs
 from refold.errors import HealError
 from refold.healing.activations import Activations, mixing_layers, num_source_layers, source_layers
 from refold.healing.objectives.objective import Loss, Objective, Step
 from refold.modeling.model import RefoldForCausalLM
+from refold.recipe import objectives as specs
 from refold.scoring.head import scored_positions
 
 SMALLEST_MEAN_SQUARE = 1e-8

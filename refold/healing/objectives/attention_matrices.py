@@ -7,16 +7,16 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refold.blueprint.specs import objectives as specs
 from refold.errors import HealError
 from refold.healing.activations import Want, attention_layers, folded_depths, require_eager, source_layers
 from refold.healing.objectives.alignment import Alignment, teacher_layer_of, teacher_of
 from refold.healing.objectives.objective import Step
 from refold.modeling.model import Contexts, RefoldForCausalLM
 from refold.nn.mixers.mixer import Mixer
+from refold.recipe import objectives as specs
 
 
-class AttentionMatrices(Alignment[specs.AttentionMatrices]):
+class AttentionMatrices(Alignment[specs.AttentionMatricesOptions]):
     """Matrix orientation (MOHAWK, arXiv 2408.10189, stage 1).
 
     Each depth's mixer reads the teacher's stream before the source layer it stands for and writes its token-mixing

@@ -1,11 +1,11 @@
 """Cross-entropy and a divergence from a teacher's distribution."""
 
-from refold.blueprint.specs import objectives as specs
 from refold.healing.objectives.objective import Loss, Objective, Step
+from refold.recipe import objectives as specs
 from refold.scoring.chunked import Objectives, chunked_loss
 
 
-class Distil(Objective[specs.Distil]):
+class Distil(Objective[specs.DistilOptions]):
     """`cross_entropy * CE + divergence_weight * temperature^2 * D(teacher, student)`.
 
     The teacher runs along, or its likeliest tokens are read from disk. Forward KL is the divergence RRT settles on
@@ -14,7 +14,7 @@ class Distil(Objective[specs.Distil]):
 
     student_wants = frozenset({"predictions"})
 
-    def __init__(self, options: specs.Distil):
+    def __init__(self, options: specs.DistilOptions):
         super().__init__(options)
         if options.top_k is None:
             self.teacher_wants = frozenset({"predictions"})

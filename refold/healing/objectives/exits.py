@@ -6,18 +6,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from refold.blueprint.specs import objectives as specs
 from refold.errors import HealError
 from refold.healing.activations import Want
 from refold.healing.objectives.objective import Loss, Objective, Step
 from refold.modeling.model import RefoldForCausalLM
+from refold.recipe import objectives as specs
 from refold.scoring.agreement import likeliest_tokens
 from refold.scoring.chunked import ChunkedLoss, Objectives, chunked_loss
 from refold.scoring.head import Predictions
 from refold.scoring.predict import ExitPredictions
 
 
-class Exits(Objective[specs.Exits]):
+class Exits(Objective[specs.ExitsOptions]):
     """`c_n CE(final) + sum over exits c_i L_i + gate_weight * sum over gates BCE_i` (arXiv 2410.20672, section 3.7).
 
     L_i is `KL(final || exit i)` with the final distribution detached, or the cross-entropy with the text. `aggressive`

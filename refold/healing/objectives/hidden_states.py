@@ -6,16 +6,16 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refold.blueprint.specs import objectives as specs
 from refold.errors import HealError
 from refold.healing.activations import Want, folded_depths, source_layers
 from refold.healing.objectives.alignment import Alignment, distance, teacher_layer_of, teacher_of
 from refold.healing.objectives.objective import Step
 from refold.modeling.depth import Lent
 from refold.modeling.model import RefoldForCausalLM
+from refold.recipe import objectives as specs
 
 
-class HiddenStates(Alignment[specs.HiddenStates]):
+class HiddenStates(Alignment[specs.HiddenStatesOptions]):
     """Block-output matching (MOHAWK, arXiv 2408.10189, stage 2), for stacks of any depth.
 
     The source's layers are cut where depths begin: a depth takes the stream from the start of the layer it stands for
@@ -26,7 +26,7 @@ class HiddenStates(Alignment[specs.HiddenStates]):
     name = "hidden_states"
     teacher_wants = frozenset[Want]({"streams"})
 
-    def __init__(self, options: specs.HiddenStates):
+    def __init__(self, options: specs.HiddenStatesOptions):
         super().__init__(options)
         self.student_wants = frozenset[Want]({"streams"}) if options.inputs == "student" else frozenset[Want]()
 

@@ -3,15 +3,15 @@
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from refold.blueprint.specs import objectives as specs
 from refold.healing.activations import Want
 from refold.healing.objectives.alignment import Alignment, distance, teacher_layer_of, teacher_of
 from refold.healing.objectives.objective import Step
 from refold.modeling.depth import Lent
 from refold.modeling.model import RefoldForCausalLM
+from refold.recipe import objectives as specs
 
 
-class MixerOutputs(Alignment[specs.MixerOutputs]):
+class MixerOutputs(Alignment[specs.MixerOutputsOptions]):
     """Attention-output transfer (LoLCATs, arXiv 2410.10254, section 3.2; RADLADS, arXiv 2505.03005, stage 1).
 
     Each depth with a mixer is compared with the mixer of the source layer it stands for. With the teacher's inputs it
@@ -20,7 +20,7 @@ class MixerOutputs(Alignment[specs.MixerOutputs]):
 
     name = "mixer_outputs"
 
-    def __init__(self, options: specs.MixerOutputs):
+    def __init__(self, options: specs.MixerOutputsOptions):
         super().__init__(options)
         reads_teacher = options.inputs == "teacher"
         self.student_wants = frozenset[Want]() if reads_teacher else frozenset[Want]({"mixers"})

@@ -1,11 +1,11 @@
 """Cross-entropy with the next token."""
 
-from refold.blueprint.specs import objectives as specs
 from refold.healing.objectives.objective import Loss, Objective, Step
+from refold.recipe import objectives as specs
 from refold.scoring.chunked import chunked_loss
 
 
-class NextToken(Objective[specs.NextToken]):
+class NextToken(Objective[specs.NextTokenOptions]):
     """`CE`: what the source was trained with."""
 
     student_wants = frozenset({"predictions"})

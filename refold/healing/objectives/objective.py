@@ -8,8 +8,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refold.blueprint.specs.objectives import ObjectiveOptions
 from refold.healing.activations import Activations, Want
+from refold.recipe.objectives import ObjectiveOptions
 from refold.scoring.stored import StoredPredictions
 
 OptionsType = TypeVar("OptionsType", bound=ObjectiveOptions)

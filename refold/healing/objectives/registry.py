@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from refold.blueprint.specs.objectives import Objectives
 from refold.healing.objectives.attention_matrices import AttentionMatrices
 from refold.healing.objectives.distil import Distil
 from refold.healing.objectives.exits import Exits
@@ -10,6 +9,7 @@ from refold.healing.objectives.hidden_states import HiddenStates
 from refold.healing.objectives.mixer_outputs import MixerOutputs
 from refold.healing.objectives.next_token import NextToken
 from refold.healing.objectives.objective import Objective
+from refold.recipe.objectives import StageObjectives
 
 OBJECTIVES: Mapping[str, type[Objective]] = {
     "next_token": NextToken,
@@ -21,6 +21,6 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
 }
 
 
-def make_objectives(chosen: Objectives) -> dict[str, Objective]:
+def make_objectives(chosen: StageObjectives) -> dict[str, Objective]:
     """Makes the objectives of a stage, by name."""
     return {name: OBJECTIVES[name](options) for name, options in chosen.chosen().items()}

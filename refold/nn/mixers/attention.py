@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from refold.blueprint.specs import attention as spec
 from refold.families.arch import ArchSpec
+from refold.mixers import attention as spec
 from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.key_values import KeyValue
 from refold.nn.mixers.mixer import Mixer
@@ -99,11 +99,11 @@ class AttentionView(nn.Module):
         return f"layer_idx={self.layer_idx}, window={self.sliding_window}"
 
 
-class Attention(Mixer):
+class AttentionMixer(Mixer):
     """Attention weights with their norms, run by one or more depths (arXiv 1706.03762; grouped queries: 2305.13245)."""
 
     @classmethod
-    def create(cls, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool) -> "Attention":
+    def create(cls, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool) -> "AttentionMixer":
         return cls(arch, options, stores_vectors)
 
     @classmethod

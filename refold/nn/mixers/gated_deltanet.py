@@ -11,7 +11,7 @@ from refold.ops.choice import run
 UNIT_EPS = 1e-6
 
 
-class GatedDeltanet(HeadedMixer):
+class GatedDeltanetMixer(HeadedMixer):
     """Gated DeltaNet's weights with their norms."""
 
     spec_name = "gated_deltanet"

@@ -9,7 +9,7 @@ from refold.ops import channel_decay
 from refold.ops.choice import run
 
 
-class Gla(HeadedMixer):
+class GlaMixer(HeadedMixer):
     """Gated linear attention's weights with their norms."""
 
     spec_name = "gla"

@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from refold.blueprint.specs.heads import Heads
-from refold.blueprint.specs.registry import find_mixer
 from refold.families.arch import ArchSpec
+from refold.mixers.heads import Heads
+from refold.mixers.registry import find_mixer
 from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.memory import Memory, StateView
 from refold.nn.mixers.mixer import Mixer

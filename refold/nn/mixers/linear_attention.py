@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from refold.blueprint.specs import linear_attention as spec
 from refold.families.arch import ArchSpec
-from refold.nn.mixers.attention import Attention
+from refold.mixers import linear_attention as spec
+from refold.nn.mixers.attention import AttentionMixer
 from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.memory import Memory, StateView
 from refold.nn.mixers.mixer import Mixer
@@ -28,11 +28,11 @@ SMALLEST_SUM = 1e-30
 """What weights are divided by at least: sums of a long key's random features are far below 1 and still exact."""
 
 
-class LinearAttention(Attention):
+class LinearAttentionMixer(AttentionMixer):
     """Attention's weights with a feature map for queries and one for keys."""
 
     @classmethod
-    def create(cls, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool) -> "LinearAttention":
+    def create(cls, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool) -> "LinearAttentionMixer":
         return cls(arch, options, stores_vectors)
 
     @classmethod

@@ -10,7 +10,7 @@ from refold.ops import selective_scan
 from refold.ops.choice import is_single
 
 
-class Mamba(RecurrentMixer):
+class MambaMixer(RecurrentMixer):
     """Mamba's weights with the norms around them."""
 
     spec_name = "mamba"

@@ -9,7 +9,7 @@ from refold.ops import scalar_decay
 from refold.ops.choice import run
 
 
-class Mamba2(HeadedMixer):
+class Mamba2Mixer(HeadedMixer):
     """Mamba-2 weights with their norms: queries, keys and values are the paper's C, B and x."""
 
     spec_name = "mamba2"

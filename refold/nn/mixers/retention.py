@@ -26,7 +26,7 @@ def log_decays(kind: str, heads: int, scale: float) -> list[float]:
     return [-scale * 2.0 ** (-8.0 * (head + 1) / heads) for head in range(heads)]
 
 
-class Retention(HeadedMixer):
+class RetentionMixer(HeadedMixer):
     """Retention weights with their norms; with slopes, activations and a full norm this is lightning attention."""
 
     spec_name = "retention"

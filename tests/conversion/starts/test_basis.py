@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from refold.calibration.curves import GroupWeightings
 from refold.conversion.starts import basis as module
 from refold.conversion.starts.basis import fit_basis
 from refold.conversion.starts.group import FittedBasis, LinearGroup, Member
 from refold.conversion.starts.registry import STARTS
-from refold.measuring.curves import GroupWeightings
 
 ROWS, COLUMNS = 14, 10
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from refold.calibration.curves import GroupWeightings
 from refold.conversion.starts.group import Fitted, LinearGroup, Member
 from refold.conversion.starts.joint import _alternate, fit_joint
 from refold.conversion.starts.registry import STARTS
 from refold.conversion.starts.svd import fit_svd
-from refold.measuring.curves import GroupWeightings
 
 
 def weights(count: int, rows: int = 14, columns: int = 10) -> list[Tensor]:

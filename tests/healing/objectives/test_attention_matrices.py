@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from refold.blueprint.specs import objectives as specs
 from refold.errors import HealError
 from refold.healing.activations import Want, observe
 from refold.healing.objectives.attention_matrices import AttentionMatrices, write_matrix
+from refold.recipe import objectives as specs
 
 STRICT = {"fold": {"loops": 2, "init": "stepwise"}}
 STORED = [0, 3, 0, 3]
@@ -14,7 +14,7 @@ VARIANTS = ["llama", "llama-mqa-mlp-bias", "gpt_neox", "mistral-window"]
 
 
 def objective() -> AttentionMatrices:
-    return AttentionMatrices(specs.AttentionMatrices())
+    return AttentionMatrices(specs.AttentionMatricesOptions())
 
 
 def expected(source, depths):

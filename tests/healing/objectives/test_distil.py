@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from refold.blueprint.specs import objectives as specs
 from refold.healing.activations import Want, observe
 from refold.healing.objectives.distil import Distil
 from refold.healing.objectives.objective import Step
+from refold.recipe import objectives as specs
 from refold.scoring.stored import likeliest
 
 STRICT = {"fold": {"loops": 2, "init": "stepwise"}}
@@ -24,14 +24,14 @@ def make_step(student, teacher, documents, k=None) -> Step:
 
 
 def test_it_asks_for_a_teacher_or_for_what_is_stored_of_it():
-    along, stored = Distil(specs.Distil()), Distil(specs.Distil(top_k=4))
+    along, stored = Distil(specs.DistilOptions()), Distil(specs.DistilOptions(top_k=4))
     assert (along.student_wants, along.teacher_wants, along.stored_top_k) == (PREDICTIONS, PREDICTIONS, None)
     assert (stored.student_wants, stored.teacher_wants, stored.stored_top_k) == (PREDICTIONS, frozenset(), 4)
 
 
 def test_the_loss_is_that_of_full_logits(fold, load_source, documents):
     student, teacher = fold(recipe=STRICT), load_source(attn="sdpa")
-    options = specs.Distil(cross_entropy=0.3, divergence_weight=0.7)
+    options = specs.DistilOptions(cross_entropy=0.3, divergence_weight=0.7)
     found = Distil(options).loss(make_step(student, teacher, documents))
     mask = {"attention_mask": documents.mask, "use_cache": False, "position_ids": documents.position_ids}
     logits, target = (model(documents.input_ids, **mask).logits[documents.scored] for model in (student, teacher))
@@ -47,7 +47,7 @@ def test_stored_predictions_stand_in_for_the_teacher(fold, load_source, document
     losses, gradients = [], []
     for stored in (None, k):
         student = fold(recipe=STRICT)
-        loss = Distil(specs.Distil(top_k=stored)).loss(make_step(student, teacher, documents, stored))
+        loss = Distil(specs.DistilOptions(top_k=stored)).loss(make_step(student, teacher, documents, stored))
         loss.total.backward()
         losses.append(loss.total.detach())
         gradients.append(student.model.mixers[0].q_proj.weight.grad)

@@ -9,7 +9,6 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from refold.blueprint.specs import objectives as specs
 from refold.conversion.convert import convert
 from refold.errors import HealError
 from refold.healing.activations import observe
@@ -17,6 +16,7 @@ from refold.healing.objectives import exits as module
 from refold.healing.objectives.exits import Exits
 from refold.healing.objectives.objective import Loss, Step
 from refold.modeling.load import load_model
+from refold.recipe import objectives as specs
 from refold.scoring.chunked import chunked_loss
 
 OWN = {"norm": "own", "head_rank": 3, "gate": True}
@@ -111,7 +111,7 @@ def test_loss_and_gradients_are_those_of_full_logits(
 
     monkeypatch.setattr(module, "chunked_loss", small_chunks)
     model = make_model(name)
-    options = specs.Exits.model_validate(options)
+    options = specs.ExitsOptions.model_validate(options)
     found = run(Exits(options), model, rows)
     expected = naive(model, rows, coefficients, options.target, gates)
     torch.testing.assert_close(found.total, expected)
@@ -125,7 +125,7 @@ def test_loss_and_gradients_are_those_of_full_logits(
 def test_the_parts_are_told_unweighted(make_model, rows):
     tokens, labels = rows
     model = make_model()
-    found = run(Exits(specs.Exits(coefficient=0.3)), model, rows)
+    found = run(Exits(specs.ExitsOptions(coefficient=0.3)), model, rows)
     assert set(found.means) == {
         "cross_entropy",
         *(f"exit_{depths}_{part}" for depths in (1, 3) for part in ("cross_entropy", "forward_kl", "agreement")),
@@ -144,7 +144,7 @@ def test_the_parts_are_told_unweighted(make_model, rows):
 def test_the_exits_pull_does_not_reach_the_final_distribution(make_model, rows):
     """Depth 3 and the final norm come after the last exit: an exit's loss must not move them."""
     model = make_model()
-    alone = gradients(run(Exits(specs.Exits(cross_entropy=0, coefficient=1)), model, rows).total, model)
+    alone = gradients(run(Exits(specs.ExitsOptions(cross_entropy=0, coefficient=1)), model, rows).total, model)
     after = ["model.norm.weight", *(name for name in alone if name.startswith("model.depths.3."))]
     assert len(after) > 10
     assert not any(alone[name].any() for name in after)
@@ -158,7 +158,7 @@ def test_the_exits_pull_does_not_reach_the_final_distribution(make_model, rows):
 
 
 def test_micro_batches_add_up(make_model, rows):
-    model, objective = make_model(), Exits(specs.Exits())
+    model, objective = make_model(), Exits(specs.ExitsOptions())
     count = int((rows[1] != -100).sum())
     whole = run(objective, model, rows)
     parts = [run(objective, model, (rows[0][row : row + 1], rows[1][row : row + 1]), count) for row in range(2)]
@@ -169,10 +169,10 @@ def test_micro_batches_add_up(make_model, rows):
 
 def test_gates_may_train_alone(make_model, rows):
     model = make_model()
-    found = run(Exits(specs.Exits(cross_entropy=0, coefficient=0)), model, rows)
+    found = run(Exits(specs.ExitsOptions(cross_entropy=0, coefficient=0)), model, rows)
     moved = {name for name, gradient in gradients(found.total, model).items() if gradient.any()}
     assert moved == {f"model.exits.{index}.gate.{kind}" for index in (0, 2) for kind in ("weight", "bias")}
-    found = run(Exits(specs.Exits(gate_weight=0)), model, rows)
+    found = run(Exits(specs.ExitsOptions(gate_weight=0)), model, rows)
     assert not any(name.startswith("gate") for name in found.means)
 
 
@@ -189,14 +189,14 @@ def train(objective: Exits, model: Any, rows: tuple[Tensor, Tensor], steps: int,
 
 
 def test_training_lowers_the_losses_of_exits(make_model, rows):
-    losses = train(Exits(specs.Exits(coefficient=0.5)), make_model(visible=False).float(), rows, 25, 3e-3)
+    losses = train(Exits(specs.ExitsOptions(coefficient=0.5)), make_model(visible=False).float(), rows, 25, 3e-3)
     for name in ("cross_entropy", "exit_1_forward_kl", "exit_1_cross_entropy", "exit_3_forward_kl"):
         assert losses[-1][name] < 0.8 * losses[0][name]
 
 
 def test_trained_gates_tell_where_an_exit_agrees(make_model, rows):
     model = make_model(visible=False).float()
-    losses = train(Exits(specs.Exits(cross_entropy=0, coefficient=0)), model, rows, 60, 0.1)
+    losses = train(Exits(specs.ExitsOptions(cross_entropy=0, coefficient=0)), model, rows, 60, 0.1)
     assert losses[0]["gate_3"] == pytest.approx(0.6931, abs=1e-3)
     share = losses[0]["exit_3_agreement"]
     assert 0 < share < 1
@@ -207,11 +207,11 @@ def test_trained_gates_tell_where_an_exit_agrees(make_model, rows):
 
 def test_a_model_without_exits_is_refused(make_model, rows):
     with pytest.raises(HealError, match="objective exits: a model with exits is required"):
-        run(Exits(specs.Exits()), make_model("none"), rows)
+        run(Exits(specs.ExitsOptions()), make_model("none"), rows)
 
 
 def test_nothing_to_learn_is_refused(make_model, rows):
-    nothing = Exits(specs.Exits(cross_entropy=0, coefficient=0))
+    nothing = Exits(specs.ExitsOptions(cross_entropy=0, coefficient=0))
     nothing.check(make_model("own"), None)
     with pytest.raises(HealError, match=r"objective exits: something to learn is required \(coefficient and"):
         run(nothing, make_model("shared"), rows)
@@ -219,5 +219,5 @@ def test_nothing_to_learn_is_refused(make_model, rows):
 
 def test_a_coefficient_that_is_not_used_is_refused():
     with pytest.raises(ValidationError, match=r"coefficient: requires weights aggressive \(got 0.2 with weighted\)"):
-        specs.Exits(weights="weighted", coefficient=0.2)
-    assert specs.Exits.model_validate(specs.Exits(weights="weighted").model_dump()).weights == "weighted"
+        specs.ExitsOptions(weights="weighted", coefficient=0.2)
+    assert specs.ExitsOptions.model_validate(specs.ExitsOptions(weights="weighted").model_dump()).weights == "weighted"

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from refold.blueprint.specs import objectives as specs
 from refold.errors import HealError
 from refold.healing.objectives.hidden_states import HiddenStates
+from refold.recipe import objectives as specs
 
 STRICT = {"fold": {"loops": 2, "init": "stepwise"}}
 STORED = [0, 3, 0, 3]
@@ -14,7 +14,7 @@ VARIANTS = ["llama", "gpt_neox", "gpt_neox-sequential", "mistral-window"]
 
 
 def objective(**options) -> HiddenStates:
-    return HiddenStates(specs.HiddenStates(**options))
+    return HiddenStates(specs.HiddenStatesOptions(**options))
 
 
 def distance(ours, target, scored):

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from refold.blueprint.specs import objectives as specs
 from refold.errors import HealError
 from refold.healing.objectives.mixer_outputs import MixerOutputs
+from refold.recipe import objectives as specs
 
 PRUNED = {"drop": {"block": {"layers": [0, 2]}}}
 STRICT = {"fold": {"loops": 2, "init": "stepwise"}}
@@ -16,7 +16,7 @@ VARIANTS = ["llama", "gpt_neox", "gpt_neox-sequential", "mistral-window"]
 
 
 def objective(**options) -> MixerOutputs:
-    return MixerOutputs(specs.MixerOutputs(**options))
+    return MixerOutputs(specs.MixerOutputsOptions(**options))
 
 
 def distance(ours, target, scored, kind):

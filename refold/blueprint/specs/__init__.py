@@ -1,1 +1,0 @@
-"""Torch-free halves of the plug points: which tensors a part has, what it costs, what can be transferred to it."""

@@ -1,0 +1,1 @@
+"""A source run layer by layer on text: moments, weightings, curves and similarities."""

@@ -1,0 +1,174 @@
+"""Permutations and rotations that align tied layers, and the assignment problem behind them."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from refold.calibration.moments import MomentStore
+from refold.calibration.weighting import Moments
+from refold.sources.pieces import PieceReader
+
+FIRST, LAST, STEP = 0.25, 1e-4, 5.0
+"""Least raise of a bid, as a share of the scores' spread: at first, in the end, and what it is divided by between."""
+BIDDERS = 1024
+"""So many rows bid at once, which bounds what is in memory beside the scores."""
+
+
+def assign(scores: Float[Tensor, "n n"]) -> Int[Tensor, " n"]:
+    """Returns for each row its column, each column once, so that the scores' sum is largest.
+
+    Bertsekas's auction (Annals of Operations Research 14, 1988): rows that have none bid for columns, many at once, and
+    each bid raises a price by the gain over the second best and a little more. The sum is within `LAST` of the spread
+    for each row of the largest there is. The same scores give the same assignment.
+    """
+    size = len(scores)
+    spread = float(scores.max() - scores.min())
+    assert math.isfinite(spread), "no bid is the highest among others that are no numbers: the auction would not end"
+    if size == 1 or spread == 0:
+        return torch.arange(size, device=scores.device)
+    prices = torch.zeros(size, dtype=torch.float64, device=scores.device)
+    raise_ = FIRST
+    while True:
+        found = _auction(scores, prices, raise_ * spread)
+        if raise_ <= LAST:
+            return found
+        raise_ = max(LAST, raise_ / STEP)
+
+
+def _auction(scores: Tensor, prices: Tensor, least: float) -> Tensor:
+    """Assigns all rows; prices are raised in place."""
+    size = len(scores)
+    column_of, owner_of = (torch.full((size,), -1, dtype=torch.long, device=scores.device) for _ in range(2))
+    while len(rows := (column_of < 0).nonzero().flatten()[:BIDDERS]):
+        best = (scores[rows] - prices).topk(2, dim=1)
+        wanted, bids = best.indices[:, 0], best.values[:, 0] - best.values[:, 1] + least
+        highest = torch.full_like(prices, -torch.inf).scatter_reduce(0, wanted, bids, "amax")
+        is_highest = bids == highest[wanted]
+        winner = torch.full_like(owner_of, size).scatter_reduce(0, wanted[is_highest], rows[is_highest], "amin")
+        sold = (winner < size).nonzero().flatten()
+        ousted = owner_of[sold]
+        column_of[ousted[ousted >= 0]] = -1
+        owner_of[sold] = winner[sold]
+        column_of[winner[sold]] = sold
+        prices[sold] += highest[sold]
+    return column_of
+
+
+@dataclass(frozen=True)
+class HeadFrame:
+    """Another order of a layer's heads, and other axes for the values of each key-value head.
+
+    Attributes:
+        queries: Which query head stands at each place; heads that read one key-value head stay together.
+        key_values: Which key-value head does.
+        turns: For each place an orthogonal matrix that values are multiplied by.
+    """
+
+    queries: Int[Tensor, " H"]
+    key_values: Int[Tensor, " G"]
+    turns: Float[Tensor, "G K K"]
+
+    def order_queries(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (len(self.queries), -1))[self.queries].flatten(0, 1)
+
+    def order_keys(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (len(self.key_values), -1))[self.key_values].flatten(0, 1)
+
+    def turn_values(self, rows: Tensor) -> Tensor:
+        return self._turn(self.order_keys(rows), self.turns)
+
+    def turn_outputs(self, rows: Tensor) -> Tensor:
+        """Brings what heads give into the frame, as the output projection reads it."""
+        groups = len(self.queries) // len(self.key_values)
+        return self._turn(self.order_queries(rows), self.turns.repeat_interleave(groups, dim=0))
+
+    @staticmethod
+    def _turn(rows: Tensor, turns: Tensor) -> Tensor:
+        heads = rows.unflatten(0, (len(turns), -1)).flatten(2) if rows.ndim > 1 else rows.view(len(turns), -1, 1)
+        return torch.bmm(turns.to(rows), heads).flatten(0, 1).view(rows.shape)
+
+
+@dataclass(frozen=True)
+class LayerFrame:
+    """What a layer's inner numbers are called after it has been brought into another layer's frame.
+
+    Attributes:
+        neurons: Which of the MLP's neurons stands at each place; None: as they were.
+        heads: The attention's; None: as they were.
+    """
+
+    neurons: Int[Tensor, " I"] | None = None
+    heads: HeadFrame | None = None
+
+    def outputs(self, owner: str, rows: Float[Tensor, "out *rest"]) -> Float[Tensor, "out *rest"]:
+        """Brings what a linear or a norm gives, the first axis of `rows`, into the frame."""
+        if owner in ("gate_proj", "up_proj") and self.neurons is not None:
+            return rows[self.neurons]
+        if self.heads is None:
+            return rows
+        if owner in ("q_proj", "k_proj"):
+            return self.heads.order_queries(rows) if owner == "q_proj" else self.heads.order_keys(rows)
+        if owner == "v_proj":
+            return self.heads.turn_values(rows)
+        # A norm over single heads has the same weight for all.
+        head = self.heads.turns.shape[-1]
+        if owner == "q_norm" and len(rows) != head:
+            return self.heads.order_queries(rows)
+        return self.heads.order_keys(rows) if owner == "k_norm" and len(rows) != head else rows
+
+    def weight(self, linear: str, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Brings a linear's weight into the frame."""
+        return self.inputs(linear, self.outputs(linear, weight).T).T.contiguous()
+
+    def inputs(self, linear: str, rows: Float[Tensor, "in *rest"]) -> Float[Tensor, "in *rest"]:
+        """Brings what a linear sees, the first axis of `rows`, into the frame."""
+        if linear == "down_proj" and self.neurons is not None:
+            return rows[self.neurons]
+        return self.heads.turn_outputs(rows) if linear == "o_proj" and self.heads is not None else rows
+
+
+class FramedPieces(PieceReader):
+    """Reads a source some of whose layers have been brought into other frames; what it computes is the source's.
+
+    Args:
+        pieces: Reads it as it is.
+        frames: By layer.
+    """
+
+    def __init__(self, pieces: PieceReader, frames: dict[int, LayerFrame]):
+        super().__init__(pieces.model, pieces.reader)
+        self._frames = frames
+
+    def read(self, canonical: str, layer: int | None, dtype: torch.dtype, repeat: int = 1) -> Tensor:
+        frame = None if layer is None else self._frames.get(layer)
+        if frame is None:
+            return super().read(canonical, layer, dtype, repeat)
+        _, owner, kind = canonical.split(".")
+        found = super().read(canonical, layer, torch.float32, repeat)
+        is_linear = kind == "weight" and found.ndim == 2
+        return (frame.weight(owner, found) if is_linear else frame.outputs(owner, found)).to(dtype)
+
+
+class FramedMoments(MomentStore):
+    """Moments of a source's layers, in other frames.
+
+    Args:
+        store: The source's own.
+        frames: By layer.
+    """
+
+    def __init__(self, store: MomentStore, frames: dict[int, LayerFrame]):
+        super().__init__(store.folder)
+        self._frames = frames
+
+    def read(self, layer: int, linear: str) -> Moments:
+        found, frame = super().read(layer, linear), self._frames.get(layer)
+        if frame is None:
+            return found
+        outputs = found.outputs
+        if outputs is not None:
+            outputs = frame.outputs(linear, frame.outputs(linear, outputs).T).T.contiguous()
+        return Moments(frame.inputs(linear, frame.inputs(linear, found.inputs).T).T.contiguous(), outputs)

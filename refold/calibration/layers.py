@@ -1,0 +1,290 @@
+"""A source run layer by layer, one in memory at a time: what its attention and each of its linears see."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from refold.blueprint.schema import POOLS, Blueprint, Pool
+from refold.data.packing import PackedSequence
+from refold.families.arch import ArchSpec
+from refold.modeling.configuration import RefoldConfig
+from refold.modeling.model import Contexts, RefoldModel
+from refold.nn.mixers.attention import AttentionMixer
+from refold.nn.norms import StackNorm
+from refold.nn.rotary import Rotary
+from refold.planning.build import identity_blueprint
+from refold.scoring.head import Head
+from refold.sources.pieces import PieceReader
+from refold.sources.source_model import SourceModel
+
+EMBEDDING = "embed_tokens.weight"
+
+Watch = Callable[[int, str, Tensor], None]
+"""Called with a layer's index, a linear's name (`q_proj`, `down_proj`) and its inputs `[B, T, in]`, where the layer
+computes; of gradients with those of its outputs `[B, T, out]`."""
+
+WatchPart = Callable[[int, Pool, Tensor, Tensor], None]
+"""Called with a layer's index, a pool, the stream `[B, T, D]` its part reads, and what the part adds to it."""
+
+
+class AttentionSample(NamedTuple):
+    """Attention of one source layer on some sequences, in float32.
+
+    Attributes:
+        query: Normed and rotated, times the square root of the attention's scale.
+        key: Likewise, key-value heads repeated for all query heads.
+        weights: The softmax itself, with the layer's window, soft-cap and documents.
+        resets: True where a document begins.
+    """
+
+    query: Float[Tensor, "B T H K"]
+    key: Float[Tensor, "B T H K"]
+    weights: Float[Tensor, "B H T T"]
+    resets: Bool[Tensor, "B T"]
+
+    def rows(self, chosen: Sequence[int] | slice) -> "AttentionSample":
+        """Returns some of the sequences."""
+        return AttentionSample(*(part[chosen] for part in self))
+
+
+class _Reached(Exception):
+    """Ends a forward pass once what it was run for has been seen."""
+
+
+def reach_input(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """Runs until a module is called, and returns its input."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        raise _Reached
+
+    hook = module.register_forward_pre_hook(stop)
+    try:
+        run()
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+class SourceLayer:
+    """One layer of a source, loaded in float32.
+
+    Args:
+        model: A stack of this layer alone, without a usable embedding.
+        index: Which of the source's layers it is.
+        arch: The source's architecture.
+        device: Where it computes; results come back to the CPU.
+        rows_at_once: How many sequences it computes at once.
+    """
+
+    def __init__(self, model: RefoldModel, index: int, arch: ArchSpec, device: str, rows_at_once: int):
+        self.index = index
+        self._model, self._arch, self._device, self._rows_at_once = model, arch, device, rows_at_once
+
+    @torch.no_grad()
+    def run(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        positions: Int[Tensor, "B T"] | None,
+        watch: Watch | None = None,
+        watch_part: WatchPart | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Returns the stream after the layer.
+
+        Args:
+            hidden_states: The stream before it.
+            positions: Within each document; None: every row is one.
+            watch: Told the inputs of every linear of the layer, some sequences at a time.
+            watch_part: Told what attention and MLP read and add, norms included, some sequences at a time.
+        """
+        hooks = [] if watch is None else self._watch(watch)
+        hooks += [] if watch_part is None else self._watch_parts(watch_part)
+        try:
+            parts = [
+                self._model.run_depth(0, states, contexts).cpu()
+                for states, contexts in self._pieces(hidden_states, positions)
+            ]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def input_of(
+        self, linear: str, hidden_states: Float[Tensor, "B T D"], positions: Int[Tensor, "B T"] | None
+    ) -> Float[Tensor, "B T in"]:
+        """Returns what a linear of the layer sees, where the layer computes; what comes later does not run.
+
+        Args:
+            linear: `q_proj`, `down_proj`, ...
+            hidden_states: The stream before the layer, of no more sequences than are computed at once.
+            positions: Within each document; None: every row is one.
+        """
+        ((states, contexts),) = self._pieces(hidden_states, positions)
+        return reach_input(dict(self._linears())[linear], lambda: self._model.run_depth(0, states, contexts))
+
+    @torch.enable_grad()
+    def run_back(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        positions: Int[Tensor, "B T"] | None,
+        gradient: Float[Tensor, "B T D"],
+        watch: Watch,
+        watch_gradient: Watch,
+    ) -> Float[Tensor, "B T D"]:
+        """Returns the loss's gradient with respect to the stream before the layer; weights get none.
+
+        Args:
+            hidden_states: The stream before the layer.
+            positions: Within each document; None: every row is one.
+            gradient: With respect to the stream after the layer.
+            watch: Told the inputs of every linear.
+            watch_gradient: Told the gradients with respect to every linear's outputs.
+        """
+        hooks = self._watch(watch)
+        hooks += self._watch_gradients(watch_gradient, hooks)
+        found, first = [], 0
+        try:
+            for states, contexts in self._pieces(hidden_states, positions):
+                states = states.detach().requires_grad_()
+                after = self._model.run_depth(0, states, contexts)
+                after.backward(gradient[first : first + len(states)].to(after.device))
+                assert states.grad is not None
+                found.append(states.grad.cpu())
+                first += len(states)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def attention(self, hidden_states: Float[Tensor, "B T D"], positions: Int[Tensor, "B T"] | None) -> AttentionSample:
+        """Returns queries, keys and the softmax of the layer's attention; arguments as for `run`."""
+        mixer, depth = cast("AttentionMixer", self._model.mixers[0]), self._model.depths[0]
+        root_scale = self._arch.attention_scale**0.5
+        groups = self._arch.num_attention_heads // self._arch.num_key_value_heads
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for states, contexts in self._pieces(hidden_states, positions):
+            (context,) = contexts.values()
+            query, key, _ = mixer.read(states, context.rotation, {}, None)
+            weights = mixer.matrix(states, cast("nn.Module", depth.view), context, {}, None)
+            wide = key.repeat_interleave(groups, dim=2)
+            found.append((query.cpu() * root_scale, wide.cpu() * root_scale, weights.cpu()))
+        resets = torch.zeros(hidden_states.shape[:2], dtype=torch.bool) if positions is None else positions == 0
+        query, key, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return AttentionSample(query, key, weights, resets)
+
+    def _pieces(self, hidden_states: Tensor, positions: Tensor | None) -> Iterator[tuple[Tensor, Contexts]]:
+        for first in range(0, len(hidden_states), self._rows_at_once):
+            rows = slice(first, first + self._rows_at_once)
+            states = hidden_states[rows].to(self._device)
+            places = None if positions is None else positions[rows].to(self._device)
+            yield states, self._model.contexts(states, position_ids=places)
+
+    def _linears(self) -> list[tuple[str, nn.Linear]]:
+        parts = (*self._model.mixers, *self._model.mlps)
+        return [(name, each) for part in parts for name, each in part.named_children() if isinstance(each, nn.Linear)]
+
+    def _watch(self, watch: Watch) -> list[torch.utils.hooks.RemovableHandle]:
+        def tell(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda module, inputs: watch(self.index, name, inputs[0])
+
+        return [linear.register_forward_pre_hook(tell(name)) for name, linear in self._linears()]
+
+    def _watch_parts(self, watch: WatchPart) -> list[torch.utils.hooks.RemovableHandle]:
+        def tell(pool: Pool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            return lambda module, inputs, update: watch(self.index, pool, inputs[0], update)
+
+        pools: tuple[tuple[Pool, nn.ModuleList], ...] = (("mixer", self._model.mixers), ("mlp", self._model.mlps))
+        return [part.register_forward_hook(tell(pool)) for pool, parts in pools for part in parts]
+
+    def _watch_gradients(
+        self, watch: Watch, hooks: list[torch.utils.hooks.RemovableHandle]
+    ) -> list[torch.utils.hooks.RemovableHandle]:
+        """Adds the hooks on outputs to `hooks` as they come: one that stays would hold layer and watcher."""
+
+        def tell(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                hooks.append(output.register_hook(lambda gradient: watch(self.index, name, gradient)))
+
+            return hook
+
+        return [linear.register_forward_hook(tell(name)) for name, linear in self._linears()]
+
+
+class SourceLayers:
+    """Loads a source's layers one by one, and runs sequences through them.
+
+    Args:
+        model: The source.
+        pieces: Reads its weights.
+        device: Where layers compute.
+        rows_at_once: How many sequences a layer computes at once.
+    """
+
+    def __init__(self, model: SourceModel, pieces: PieceReader, device: str = "cpu", rows_at_once: int = 4):
+        self._source, self._pieces, self._device, self._rows_at_once = model, pieces, device, rows_at_once
+        self.arch = model.arch
+
+    def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """Returns the stream before the first layer."""
+        # In the dtype of the file, of which only the rows asked for are then read.
+        table = self._pieces.read(EMBEDDING, None, getattr(torch, self._source.dtype))
+        return table[input_ids].float() * self.arch.embedding_scale
+
+    def load(self, index: int, pools: Sequence[Pool] = POOLS) -> SourceLayer:
+        """Loads one layer; with `pools=("mixer",)` only its attention, which then is all that `run` adds."""
+        blueprint = _lone_layer(self.arch, index, has_mlp="mlp" in pools)
+        # No memory for an embedding nobody asks, no time for weights that are replaced at once.
+        with torch.device("meta"):
+            model = RefoldModel(RefoldConfig(blueprint=blueprint.model_dump(mode="json"))).eval()
+        for pool, parts in (("mixer", model.mixers), ("mlp", model.mlps)):
+            for part in parts:
+                read = {name: self._pieces.read(f"{pool}.{name}", index, torch.float32) for name in part.state_dict()}
+                part.load_state_dict({name: each.to(self._device) for name, each in read.items()}, assign=True)
+        for rotary in model.rotaries:
+            cast("Rotary", rotary.to_empty(device=self._device)).reset()
+        model.requires_grad_(False)
+        return SourceLayer(model, index, self.arch, self._device, self._rows_at_once)
+
+    def load_ending(self) -> Callable[[Float[Tensor, "*M D"]], Float[Tensor, "*M N"]]:
+        """Loads final norm and head, and returns the function from the last stream to float32 logits."""
+        arch = self.arch
+        norm = StackNorm(arch.norm, arch.hidden_size)
+        read = {name: self._pieces.read(f"norm.{name}", None, torch.float32) for name in norm.state_dict()}
+        norm.load_state_dict(read, assign=True)
+        norm.requires_grad_(False).to(self._device)
+        weight = self._pieces.read(EMBEDDING if arch.tied_head else "lm_head.weight", None, torch.float32)
+        head = Head(weight.to(self._device), softcap=arch.logit_softcap)
+        return lambda states: head.logits(norm(states.to(self._device))).to(states.device)
+
+    def walk(
+        self, sequences: PackedSequence, num_layers: int | None = None, watch: Watch | None = None
+    ) -> Iterator[tuple[SourceLayer, Float[Tensor, "B T D"]]]:
+        """Yields each layer with the stream before it, top to bottom.
+
+        Args:
+            sequences: Packed tokens, a batch.
+            num_layers: Stop behind so many; None: all.
+            watch: Told the inputs of every linear, of a layer once the next is asked for.
+        """
+        hidden_states = self.embed(sequences.input_ids)
+        last = (self.arch.num_layers if num_layers is None else num_layers) - 1
+        for index in range(last + 1):
+            layer = self.load(index)
+            yield layer, hidden_states
+            if index < last or watch is not None:
+                hidden_states = layer.run(hidden_states, sequences.position_ids, watch)
+
+
+def _lone_layer(arch: ArchSpec, index: int, has_mlp: bool) -> Blueprint:
+    alone = identity_blueprint(arch.model_copy(update={"layers": (arch.layers[index],), "vocab_size": 1}))
+    if has_mlp:
+        return alone
+    return alone.model_copy(update={"mlps": (), "depths": (alone.depths[0].model_copy(update={"mlp": None}),)})

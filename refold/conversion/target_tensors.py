@@ -1,0 +1,208 @@
+"""Builds each tensor of the target from the source, or fresh."""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from refold.blueprint.origins import origin, part_of
+from refold.blueprint.schema import Blueprint
+from refold.blueprint.tensors import TargetTensor, target_tensors
+from refold.calibration.curves import LinearSources, linear_sources, read_weightings
+from refold.calibration.moments import MomentStore
+from refold.conversion.starts.group import FittedBasis, LinearGroup, Member
+from refold.conversion.starts.registry import fit
+from refold.families.arch import ArchSpec
+from refold.mixers.registry import find_mixer
+from refold.mixers.spec import Fill
+from refold.nn.fills import make_fill
+from refold.planning.plan import Plan
+from refold.sources.pieces import PieceReader
+
+_ZERO_AT_EXITS = ("lora.lm_head.b", "gate.weight", "gate.bias")
+
+
+def tensor_seed(seed: int, name: str) -> int:
+    """A seed of its own for each tensor, so that the order of writing does not matter."""
+    return seed * 1_000_003 + zlib.crc32(name.encode())
+
+
+def fill_of(blueprint: Blueprint, tensor: TargetTensor) -> Fill | None:
+    """Returns what a mixer's spec asks for in a fresh vector; None for all other tensors."""
+    if tensor.role != "vector" or tensor.pool != "mixer":
+        return None
+    part = blueprint.mixers[part_of(blueprint, tensor)]
+    return find_mixer(part.type).fills(blueprint.arch, part.options).get(tensor.local)
+
+
+def fresh_tensor(tensor: TargetTensor, arch: ArchSpec, seed: int, fill: Fill | None = None) -> Tensor:
+    """Returns float32 start values.
+
+    Normal weights and prefixes, unit norms, zero biases and gates; Gaussian A and zero B of LoRAs.
+
+    Args:
+        tensor: What is to be filled.
+        arch: Gives the standard deviation and the norm's offset.
+        seed: The conversion's seed.
+        fill: What its mixer's spec asks for, from `fill_of`.
+    """
+    if fill is not None:
+        # Random features estimate exp(q . k) only where queries and keys have the same directions.
+        name = tensor.name.replace("q_map.", "k_map.")
+        return make_fill(fill, tensor.shape, torch.Generator().manual_seed(tensor_seed(seed, name)))
+    if tensor.role == "lora_b" or tensor.local in _ZERO_AT_EXITS:
+        return torch.zeros(tensor.shape)
+    is_exit_norm = tensor.role == "exit" and tensor.local.startswith("norm.")
+    if tensor.role in ("vector", "final_norm") or is_exit_norm:
+        scales = tensor.local.endswith("norm.weight")
+        return torch.full(tensor.shape, 1.0 - arch.norm.offset if scales else 0.0)
+    generator = torch.Generator().manual_seed(tensor_seed(seed, tensor.name))
+    std = tensor.shape[1] ** -0.5 if tensor.role in ("lora_a", "exit") else arch.initializer_range
+    if tensor.role == "factor_a":
+        # So that the product of two fresh factors varies as a fresh matrix does.
+        std = tensor.shape[0] ** -0.5
+    return torch.randn(tensor.shape, generator=generator) * std
+
+
+FITTED_ROLES = ("linear", "factor_a", "factor_b", "coefficients", "lora_a", "lora_b")
+
+
+class TargetBuilder:
+    """Computes a plan's target tensor by tensor.
+
+    Residuals, means and decompositions are float32 from the source's own weights; what is only copied stays as it is.
+
+    Args:
+        plan: The conversion.
+        pieces: Reads the source's weights.
+        dtype: Of the target.
+        device: Where linears are fitted.
+        fitted: Tensors that are there already, by name.
+        store: Moments that errors are weighed by, where the plan weighs them.
+
+    Attributes:
+        kept_energy: After `build`, by `depths.<d>.<linear>`: the share of what tying lost that the LoRA holds.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        pieces: PieceReader,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        fitted: Mapping[str, Tensor] | None = None,
+        store: MomentStore | None = None,
+    ):
+        self._plan, self._pieces, self._dtype, self._device = plan, pieces, dtype, device
+        self._fitted: Mapping[str, Tensor] = {} if fitted is None else fitted
+        self._store = store
+        self.kept_energy: dict[str, float] = {}
+
+    def build(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields name and value of every target tensor once, in the dtype of the target."""
+        fitted: set[str] = set()
+        for tensor in target_tensors(self._plan.blueprint):
+            if tensor.name in fitted:
+                continue
+            group = None if tensor.name in self._fitted else self._group_of(tensor)
+            if group is not None:
+                for name, value in self.fit(group, self.linear_group(group)):
+                    fitted.add(name)
+                    yield name, value.to(self._dtype)
+            else:
+                yield tensor.name, self.make(tensor)
+
+    def make(self, tensor: TargetTensor) -> Tensor:
+        """Returns a tensor that is there already, fresh, averaged or copied, in the dtype of the target."""
+        if tensor.name in self._fitted:
+            return self._fitted[tensor.name].to(self._dtype)
+        blueprint, starts = self._plan.blueprint, self._plan.starts
+        made = origin(blueprint, starts, tensor)
+        if made.how == "fresh":
+            return fresh_tensor(tensor, blueprint.arch, starts.seed, fill_of(blueprint, tensor)).to(self._dtype)
+        if made.how == "averaged":
+            layers = [self._pieces.read(made.canonical, layer, torch.float32, made.repeat) for layer in made.layers]
+            is_scaled = starts.scale == "norm" and tensor.role == "linear"
+            return (norm_matched(layers) if is_scaled else torch.stack(layers).mean(dim=0)).to(self._dtype)
+        layer = made.layers[0] if made.layers else None
+        return self._pieces.read(made.canonical, layer, self._dtype, made.repeat)
+
+    def _group_of(self, tensor: TargetTensor) -> LinearSources | None:
+        """The stored linear that a tensor is fitted with; None where it is only copied, averaged or fresh."""
+        if tensor.role not in FITTED_ROLES:
+            return None
+        blueprint = self._plan.blueprint
+        assert tensor.pool is not None
+        part = part_of(blueprint, tensor)
+        group = linear_sources(blueprint, self._plan.starts, tensor.pool, part, tensor.linear)
+        return group if group is not None and self.is_fitted(group) else None
+
+    def is_fitted(self, group: LinearSources) -> bool:
+        """Says whether a stored linear is more than copied or averaged."""
+        blueprint = self._plan.blueprint
+        is_tied = len(group.users) > 1 and self._store is not None and group.is_native
+        relaxed = any(group.linear in blueprint.depths[depth].ranks for depth in group.users)
+        kept = blueprint.pool(group.pool)[group.part]
+        is_factored = group.linear in kept.factors or group.linear in kept.bases
+        # A weighted mean is fitted too, where stored weights start from all layers tied to them.
+        return relaxed or is_factored or (is_tied and len(group.sources) == len(group.users))
+
+    def linear_group(self, group: LinearSources) -> LinearGroup:
+        """Reads what a stored linear is fitted from."""
+        blueprint, starts = self._plan.blueprint, self._plan.starts
+        wanted = dict.fromkeys((*group.sources, *group.users.values()))
+        weights = {
+            layer: self._pieces.read(group.carried.canonical, layer, torch.float32, group.carried.repeat).to(
+                self._device
+            )
+            for layer in wanted
+        }
+        weightings, kept = None, blueprint.pool(group.pool)[group.part]
+        if self._store is not None and group.is_native:
+            weightings = read_weightings(starts.weight, group, self._store, self._device)
+        sources = tuple(weights[layer] for layer in group.sources)
+        if starts.scale == "norm" and len(sources) > 1:
+            sources = (norm_matched(sources),)
+        return LinearGroup(
+            sources=sources,
+            members={
+                depth: Member(weights[layer], blueprint.depths[depth].ranks.get(group.linear, 0))
+                for depth, layer in group.users.items()
+            },
+            weightings=weightings,
+            stored_rank=kept.factors.get(group.linear),
+            basis_rank=kept.bases.get(group.linear),
+            seed=tensor_seed(starts.seed, f"{stored_name(group)}.weight") % 2**31,
+        )
+
+    def fit(self, group: LinearSources, given: LinearGroup) -> Iterator[tuple[str, Tensor]]:
+        """Yields name and float32 value of every tensor of a stored linear and its LoRAs, fitted together."""
+        starts, prefix = self._plan.starts, stored_name(group)
+        found = fit(given, starts.lora or "svd", starts.svd)
+        if isinstance(found, FittedBasis):
+            yield f"{prefix}.a.weight", found.a.cpu()
+            for depth, coefficients in found.coefficients.items():
+                yield f"model.depths.{depth}.coefficients.{group.linear}", coefficients.cpu()
+        elif found.stored.factors is None:
+            yield f"{prefix}.weight", found.stored.weight.cpu()
+        elif found.stored.factors:
+            a, b = found.stored.factors
+            yield f"{prefix}.a.weight", a.cpu()
+            yield f"{prefix}.b.weight", b.cpu()
+        for depth, (a, b) in found.pairs.items():
+            self.kept_energy[f"depths.{depth}.{group.linear}"] = round(found.kept[depth], 6)
+            yield f"model.depths.{depth}.lora.{group.linear}.a", a.cpu()
+            yield f"model.depths.{depth}.lora.{group.linear}.b", b.cpu()
+
+
+def norm_matched(weights: Sequence[Tensor]) -> Tensor:
+    """Returns the mean of matrices, scaled to the mean of their Frobenius norms."""
+    stacked = torch.stack(list(weights))
+    mean, norm = stacked.mean(dim=0), torch.linalg.matrix_norm(stacked).mean()
+    return mean * (norm / torch.linalg.matrix_norm(mean).clamp(min=torch.finfo(mean.dtype).tiny))
+
+
+def stored_name(group: LinearSources) -> str:
+    """Returns what the names of a stored linear's tensors begin with."""
+    return f"model.{group.pool}s.{group.part}.{group.linear}"

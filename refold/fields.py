@@ -1,0 +1,61 @@
+"""Field types and the base class of recipe sections."""
+
+import re
+from decimal import Decimal
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of all recipe sections: immutable, unknown keys refused, fields documented where they stand."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_WRITTEN = re.compile(r"(?P<number>\d[\d_]*(\.\d+)?(e\+?\d+)?)\s*(?P<suffix>[kmbgt]?)", re.IGNORECASE)
+
+
+def read_amount(value: Any) -> Any:
+    """Reads a count with an optional suffix: `20M` is 20,000,000; other types are left for the field to refuse.
+
+    Raises:
+        ValueError: A string that is no number, or not a whole one.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    match = _WRITTEN.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"must be a whole number such as 20000000, 20M or 1.5k (got {value!r})")
+    amount = Decimal(match["number"].replace("_", "")) * SUFFIXES[match["suffix"].lower()]
+    if amount != int(amount):
+        raise ValueError(f"must be a whole number (got {value!r}, which is {amount})")
+    return int(amount)
+
+
+def refuse_repeats(values: tuple) -> tuple:
+    """Lets a list through whose entries differ.
+
+    Raises:
+        ValueError: One stands twice.
+    """
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"each may stand only once (got {value!r} {values.count(value)} times)")
+    return values
+
+
+def _refuse_booleans(value: Any) -> Any:
+    # `true` would quietly become 1.0; strings stay welcome because YAML reads 5e-4 as one.
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number (got {str(value).lower()})")
+    return value
+
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+LayerIndex = Annotated[int, Field(strict=True, ge=0)]
+Amount = Annotated[int, BeforeValidator(read_amount), Field(strict=True, ge=1)]
+Real = Annotated[float, BeforeValidator(_refuse_booleans), Field(allow_inf_nan=False)]

@@ -1,0 +1,350 @@
+"""Text from a model, folded or not, through transformers' `generate`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from refold.checkpoint.locate import Source
+from refold.errors import RefoldError
+from refold.generation.prompts import Messages, encode_continuation, encode_prompt, pad_left
+from refold.generation.sampling import DEFAULT_NEW_TOKENS, Sampling
+from refold.generation.state import PromptState, load_state, read_state
+from refold.generation.stream import Detokeniser, TokenStream
+from refold.mixers.registry import find_mixer
+from refold.modeling.cache_name import CACHE_NAME
+from refold.modeling.configuration import MODEL_TYPE, RefoldConfig
+from refold.modeling.load import load_model, load_tokenizer
+
+Prompt = str | Messages
+ModelLike = str | Path | Source | PreTrainedModel
+
+
+class TextGenerator:
+    """A model with its tokenizer, ready to continue prompts.
+
+    Args:
+        model: Folder, hub id, or a loaded model.
+        tokenizer: Needed with a loaded model; else the folder's own.
+        dtype: Of the weights of a model that is loaded here; None: as stored, or float32 where that is slow.
+        device: Where it is loaded to; None: the best there is.
+
+    Raises:
+        SourceError: The model or its tokenizer is missing or broken.
+        FolderError: The folder is torn.
+        RefoldError: No such device or dtype, or a loaded model without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: ModelLike,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ):
+        if isinstance(model, PreTrainedModel):
+            if tokenizer is None:
+                raise RefoldError("tokenizer: one is required with a loaded model (got none); load_tokenizer(folder)")
+            for name, value in (("dtype", dtype), ("device", device)):
+                if value is not None:
+                    raise RefoldError(
+                        f"{name}: only a model loaded from a folder can be given one (got {value} for a loaded model); "
+                        f"call model.to(...) before"
+                    )
+            self.model, self.tokenizer = model, tokenizer
+        else:
+            self.tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+            self.model = load_model(model, dtype=dtype, device=device)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | None = None,
+        *,
+        chat: bool = False,
+        exit_depth: int | None = None,
+        state: PromptState | None = None,
+    ) -> list[str]:
+        """Continues a batch of prompts and returns the new text of each; arguments as for `generate`, and:
+
+        Args:
+            state: What was read before: each prompt goes on from it, independently of the others; an empty one adds
+                nothing. The state stays as it is.
+        """
+        if not prompts:
+            return []
+        ids = self._encode(prompts, chat, state)
+        options = self._options(ids, sampling or Sampling(), exit_depth, state)
+        new = self._run(ids, sampling or Sampling(), options)
+        return [self._text(prompt, row) for prompt, row in zip(ids, new, strict=True)]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        chat: bool = False,
+        exit_depth: int | None = None,
+        state: PromptState | None = None,
+    ) -> Iterator[str]:
+        """Continues one prompt and yields its text as it comes; the pieces together are what `generate` returns.
+
+        Mistakes are raised by the call itself. Closing the iterator stops the model.
+        """
+        sampling = sampling or Sampling()
+        ids = self._encode([prompt], chat, state)[0]
+        options = self._options([ids], sampling, exit_depth, state)
+        return self._pieces(ids, sampling, options)
+
+    def read_prompt(
+        self,
+        prompt: Prompt,
+        *,
+        chat: bool = False,
+        state: PromptState | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> PromptState:
+        """Reads a prompt once, to be continued by `generate` and `stream` any number of times.
+
+        Args:
+            prompt: As for `generate`.
+            chat: As for `generate`.
+            state: What the prompt goes on from.
+            on_progress: Told (tokens read, tokens in all).
+
+        Raises:
+            RefoldError: The prompt does not fit the model, or the model's cache cannot be kept.
+        """
+        ids = self._encode([prompt], chat, state)[0]
+        self._room([ids], Sampling())
+        return read_state(self.model, ids, state, on_progress)
+
+    def load_state(self, path: str | Path) -> PromptState:
+        """Reads what `PromptState.save` wrote.
+
+        Raises:
+            RefoldError: There is no such file, it is damaged, of another format, or of another model.
+        """
+        return load_state(path, self.model)
+
+    def _encode(self, prompts: Sequence[Prompt], chat: bool, state: PromptState | None) -> list[list[int]]:
+        """Token ids of prompts, with those of the state they go on from."""
+        if state is None:
+            return [encode_prompt(self.tokenizer, prompt, chat) for prompt in prompts]
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if chat or len(texts) < len(prompts):
+            raise RefoldError(
+                "chat: plain text is required after a state (got a conversation, whose template begins it anew); read "
+                "the conversation into the state instead"
+            )
+        state.require_model(self.model)
+        return [[*state.token_ids, *encode_continuation(self.tokenizer, text)] for text in texts]
+
+    def _pieces(self, ids: list[int], sampling: Sampling, options: dict[str, Any]) -> Iterator[str]:
+        detokeniser = Detokeniser(self.tokenizer, ids)
+        tokens = TokenStream(lambda streamer, stop: self._run([ids], sampling, options, streamer, stop))
+        ends = _listed(options["generation_config"].eos_token_id)
+        with tokens:
+            for token in tokens:
+                if token in ends:
+                    break
+                piece = detokeniser.add(token)
+                if piece:
+                    yield piece
+        rest = detokeniser.finish()
+        if rest:
+            yield rest
+
+    def _run(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        options: dict[str, Any],
+        streamer: BaseStreamer | None = None,
+        stop: StoppingCriteria | None = None,
+    ) -> list[list[int]]:
+        """New ids of each prompt, padding and what follows the end taken off."""
+        config: GenerationConfig = options["generation_config"]
+        assert isinstance(config.pad_token_id, int)
+        batch = pad_left(prompts, config.pad_token_id)
+        device = self.model.device
+        devices = [device.index or 0] if device.type == "cuda" else []
+        extra = {} if stop is None else {"stopping_criteria": [stop]}
+        # The seed is for these draws only: the caller's generators go on as if nothing had happened.
+        with torch.random.fork_rng(devices), torch.inference_mode():
+            torch.manual_seed(sampling.seed)
+            model: Any = self.model
+            output = model.generate(
+                input_ids=batch.input_ids.to(device),
+                attention_mask=batch.attention_mask.to(device),
+                streamer=streamer,
+                **options,
+                **extra,
+            )
+        ends = _listed(config.eos_token_id)
+        return [_until_end(row, ends) for row in output[:, batch.input_ids.shape[1] :].tolist()]
+
+    def _text(self, prompt: list[int], new: list[int]) -> str:
+        detokeniser = Detokeniser(self.tokenizer, prompt)
+        return "".join(map(detokeniser.add, new)) + detokeniser.finish()
+
+    def _options(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        exit_depth: int | None,
+        state: PromptState | None = None,
+    ) -> dict[str, Any]:
+        """What `generate` is called with besides the prompt.
+
+        Raises:
+            RefoldError: The prompt is too long, or the model has no depths to leave early.
+        """
+        folder_settings = getattr(self.model, "generation_config", None)
+        ends = _listed(getattr(folder_settings, "eos_token_id", None)) or _listed(self.tokenizer.eos_token_id)
+        # Padding is masked, but it is embedded, so it must be in the vocabulary.
+        embedding: Any = self.model.get_input_embeddings()
+        vocab_size = embedding.num_embeddings
+        fitting = [token for token in (*_listed(self.tokenizer.pad_token_id), *ends) if token < vocab_size]
+        draws = sampling.temperature > 0
+        config = GenerationConfig(
+            max_new_tokens=self._room(prompts, sampling),
+            do_sample=draws,
+            num_beams=1,
+            # Where nothing is drawn these are transformers' own defaults: it warns of any others.
+            temperature=sampling.temperature if draws else 1.0,
+            top_p=sampling.top_p if draws else 1.0,
+            top_k=sampling.top_k if draws else 50,
+            eos_token_id=ends or None,
+            pad_token_id=fitting[0] if fitting else 0,
+            use_cache=True,
+        )
+        options: dict[str, Any] = {"generation_config": config}
+        if exit_depth is not None:
+            if self.model.config.model_type != MODEL_TYPE:
+                raise RefoldError(
+                    f"exit_depth: a folded model is required (got a {self.model.config.model_type} model, which always "
+                    f"runs all its layers)"
+                )
+            num_depths = self.model.config.num_hidden_layers
+            if not 1 <= exit_depth <= num_depths:
+                raise RefoldError(f"exit_depth: must lie in 1..{num_depths} (got {exit_depth})")
+            options["exit_depth"] = exit_depth
+        if state is not None:
+            # `generate` is given whole prompts, with a mask as long, and reads what lies beyond the cache's length.
+            options[CACHE_NAME] = state.open(self.model, prompts)
+        return options
+
+    def _room(self, prompts: list[list[int]], sampling: Sampling) -> int:
+        longest = max(map(len, prompts))
+        limit = _position_limit(self.model)
+        wanted = sampling.max_new_tokens
+        if not limit:
+            return wanted or DEFAULT_NEW_TOKENS
+        if longest >= limit:
+            raise RefoldError(
+                f"prompt: at most {limit - 1} tokens are required, so that one more fits the model's {limit} positions "
+                f"(got {longest}); shorten it"
+            )
+        if wanted is not None and longest + wanted > limit:
+            raise RefoldError(
+                f"max_new_tokens: at most {limit - longest} are required after a prompt of {longest} tokens, so that "
+                f"all fit the model's {limit} positions (got {wanted})"
+            )
+        return wanted or min(DEFAULT_NEW_TOKENS, limit - longest)
+
+
+@overload
+def generate(
+    model: ModelLike,
+    prompt: str,
+    sampling: Sampling | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    chat: bool = False,
+    exit_depth: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> str: ...
+
+
+@overload
+def generate(
+    model: ModelLike,
+    prompt: Sequence[str] | Messages,
+    sampling: Sampling | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    chat: bool = False,
+    exit_depth: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> str | list[str]: ...
+
+
+def generate(
+    model: ModelLike,
+    prompt: str | Sequence[str] | Messages,
+    sampling: Sampling | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    chat: bool = False,
+    exit_depth: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> str | list[str]:
+    """Continues a prompt and returns the new text.
+
+    Generation stops at the model's end token. What the folder's generation config says beyond `sampling` holds.
+
+    Args:
+        model: Folder, hub id, or a loaded model, folded or not.
+        prompt: A text, several (the result is then a list), or the messages of one conversation.
+        sampling: How tokens are chosen; None: greedily, at most 128.
+        tokenizer: Needed with a loaded model; else the folder's own.
+        chat: Put a text through the tokenizer's chat template; messages always are.
+        exit_depth: Run only so many depths of a folded model.
+        dtype: Of the weights of a model that is loaded here; None: as stored, or float32 where that is slow.
+        device: Where it is loaded to; None: the best there is.
+
+    Raises:
+        SourceError: The model or its tokenizer is missing or broken.
+        FolderError: The folder is torn.
+        RefoldError: A prompt is empty without a start token or too long, there is no chat template, or a setting is out
+            of range.
+    """
+    generator = TextGenerator(model, tokenizer, dtype=dtype, device=device)
+    if isinstance(prompt, str):
+        return generator.generate([prompt], sampling, chat=chat, exit_depth=exit_depth)[0]
+    texts = [each for each in prompt if isinstance(each, str)]
+    if len(texts) == len(prompt):
+        return generator.generate(texts, sampling, chat=chat, exit_depth=exit_depth)
+    messages = [each for each in prompt if not isinstance(each, str)]
+    if texts:
+        raise RefoldError("prompt: texts or the messages of one conversation are required (got both in one list)")
+    return generator.generate([messages], sampling, chat=True, exit_depth=exit_depth)[0]
+
+
+def _position_limit(model: PreTrainedModel) -> int | None:
+    """How many tokens a model was made for; None for one that keeps its past in states of constant size alone."""
+    if isinstance(model.config, RefoldConfig):
+        blueprint = model.config.read_blueprint()
+        kinds = {blueprint.mixers[depth.mixer].type for depth in blueprint.depths if depth.mixer is not None}
+        if kinds and all(find_mixer(kind).is_recurrent for kind in kinds):
+            return None
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def _listed(tokens: Any) -> list[int]:
+    if tokens is None:
+        return []
+    return list(tokens) if isinstance(tokens, (list, tuple)) else [tokens]
+
+
+def _until_end(tokens: list[int], ends: list[int]) -> list[int]:
+    last = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:last]

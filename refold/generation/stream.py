@@ -1,0 +1,128 @@
+"""Streams text while tokens arrive."""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_CONTEXT_PIECES = 6
+
+
+class Detokeniser:
+    """Gives the text that each new token adds to what came before.
+
+    Decoding a token by itself loses the space that some vocabularies write at its front, and the bytes of characters
+    that take several tokens. So a token is decoded together with its neighbours on the left, and what they give alone
+    is taken off; a piece that ends inside a character waits for the rest.
+
+    Args:
+        tokenizer: Special tokens are left out of the text.
+        prompt: Ids the new ones follow; their text is not given.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        # Each entry is whole characters, so that forgetting the oldest never cuts one.
+        self._given: deque[list[int]] = deque(maxlen=_CONTEXT_PIECES)
+        self._given.append(self._end_of(list(prompt)))
+        self._waiting: list[int] = []
+
+    def add(self, token: int) -> str:
+        """Takes the next token and returns the text that is whole now, often empty or several tokens'."""
+        self._waiting.append(token)
+        text = self._new_text()
+        if not text or text.endswith(_REPLACEMENT):
+            return ""
+        self._given.append(self._waiting)
+        self._waiting = []
+        return text
+
+    def finish(self) -> str:
+        """Returns what still waited: the tail of a character whose end never came, as replacement characters."""
+        text = self._new_text() if self._waiting else ""
+        self._waiting = []
+        return text
+
+    def _end_of(self, prompt: list[int]) -> list[int]:
+        length = min(_CONTEXT_PIECES, len(prompt))
+        while length < len(prompt) and self._decode(prompt[-length:]).startswith(_REPLACEMENT):
+            length += 1
+        return prompt[len(prompt) - length :]
+
+    def _new_text(self) -> str:
+        given = [token for piece in self._given for token in piece]
+        return self._decode([*given, *self._waiting])[len(self._decode(given)) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+class TokenStream(BaseStreamer):
+    """The new tokens of one sequence, as they are made.
+
+    A context manager to be iterated over inside its body: leaving the body stops the work after the token it is at, and
+    an error in the work is raised where the tokens are read.
+
+    Args:
+        work: Runs `generate` with the streamer and the stopping criterion it is given.
+    """
+
+    def __init__(self, work: Callable[[BaseStreamer, StoppingCriteria], Any]):
+        self._work = work
+        # None marks the end.
+        self._queue: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._has_prompt = False
+        self._thread = threading.Thread(target=self._run, name="refold-generate", daemon=True)
+
+    def __enter__(self) -> "TokenStream":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[int]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes what `generate` gives: first the prompt, then token by token."""
+        if not self._has_prompt:
+            self._has_prompt = True
+            return
+        for token in value.reshape(-1).tolist():
+            self._queue.put(token)
+
+    def end(self) -> None:
+        """Called by `generate` when it is done; the end is marked when the thread is."""
+
+    def _run(self) -> None:
+        try:
+            self._work(self, _Stopped(self._stopped))
+        except BaseException as error:
+            self._queue.put(error)
+        finally:
+            self._queue.put(None)
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self._event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device, dtype=torch.bool)

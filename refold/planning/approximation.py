@@ -1,0 +1,113 @@
+"""Which softmax attention a target approximates by feature maps, and how far the approximation is off."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from refold.blueprint.initialisation import Initialisation
+from refold.blueprint.origins import carried_tensor
+from refold.blueprint.schema import Blueprint
+from refold.errors import RecipeError
+from refold.families.arch import Frozen
+from refold.mixers.registry import find_mixer
+
+LEARNED = ("q_map.weight", "k_map.weight")
+"""The vectors of a mixer that a fit changes."""
+
+
+class Approximation(Frozen):
+    """How far a depth's attention weights are off its source layer's, right after conversion.
+
+    Distances are total variation, 1/2 sum |p - q|: the share of its attention that a token gives to wrong tokens. Gaps
+    are cross-entropy over entropy, the Kullback-Leibler divergence of q from p, in nats. Both are means over heads and
+    tokens of sequences that nothing was fitted to; rows of a mixer that does not normalise are divided by their sums.
+    """
+
+    start: float
+    """Distance with the map as it starts, unfitted."""
+    fitted: float | None = None
+    """Distance with the fitted map that was stored; None: there was no fit."""
+    start_gap: float
+    fitted_gap: float | None = None
+    inputs: Literal["text", "random"]
+    """What was measured on: calibration text, or hidden states drawn from a normal distribution."""
+    tokens: int
+    """How many tokens were measured."""
+
+
+@dataclass(frozen=True)
+class StoredMap:
+    """The feature maps of one stored mixer, or those that a depth keeps of its own.
+
+    Attributes:
+        prefix: What their tensors' names begin with, such as `model.mixers.0.`.
+        options: Of the mixer.
+        depths: Which run it, top to bottom.
+        layers: The source layers these stand for, each once.
+        names: Vectors it consists of, such as `q_map.weight`, those of the blend with a window included.
+    """
+
+    prefix: str
+    options: Mapping[str, Any]
+    depths: tuple[int, ...]
+    layers: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @property
+    def fit(self) -> Literal["none", "data_free", "calibration"]:
+        return self.options["fit"]
+
+
+def stored_maps(blueprint: Blueprint, starts: Initialisation) -> tuple[StoredMap, ...]:
+    """Returns the feature maps of all mixers that take over queries and keys, and so stand for their source's softmax.
+
+    Raises:
+        RecipeError: A map is to be fitted where queries or keys start fresh.
+    """
+    users: dict[str, list[int]] = {}
+    for index, depth in enumerate(blueprint.depths):
+        if depth.mixer is None or starts.weights == "fresh":
+            continue
+        if not find_mixer(blueprint.mixers[depth.mixer].type).approximates_softmax:
+            continue
+        if not _takes_over(blueprint, starts, depth.mixer):
+            fit = blueprint.mixers[depth.mixer].options["fit"]
+            if fit != "none":
+                raise RecipeError(
+                    f"mixers: fit: the source's queries and keys are required at depth {index} (got fresh ones); "
+                    f"name q_proj and k_proj in transfer, or leave `fit: {fit}` out"
+                )
+            continue
+        owns = depth.vectors == "own"
+        prefix = f"model.depths.{index}.vectors.mixer." if owns else f"model.mixers.{depth.mixer}."
+        users.setdefault(prefix, []).append(index)
+    return tuple(_describe(blueprint, prefix, tuple(depths)) for prefix, depths in users.items())
+
+
+def require_text(maps: Iterable[StoredMap], has_text: bool) -> None:
+    """Checks that there is text where a map is to be fitted to some.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    first = next((stored for stored in maps if stored.fit == "calibration"), None)
+    if first is not None and not has_text:
+        raise RecipeError(
+            f"mixers: fit: text is required for `fit: calibration` at depth {first.depths[0]} (got none); give "
+            f"--calibration FILE (in Python: calibration=[FILE]), or set fit to data_free"
+        )
+
+
+def _takes_over(blueprint: Blueprint, starts: Initialisation, part: int) -> bool:
+    names = ("q_proj.weight", "k_proj.weight")
+    carried = all(carried_tensor(blueprint, starts, part, name) is not None for name in names)
+    return carried and bool(blueprint.mixers[part].sources)
+
+
+def _describe(blueprint: Blueprint, prefix: str, depths: tuple[int, ...]) -> StoredMap:
+    index = blueprint.depths[depths[0]].mixer
+    assert index is not None
+    part = blueprint.mixers[index]
+    layers = tuple(dict.fromkeys(blueprint.depths[depth].source for depth in depths))
+    names = tuple(find_mixer(part.type).fills(blueprint.arch, part.options))
+    return StoredMap(prefix, part.options, depths, layers, names)

@@ -1,0 +1,349 @@
+"""From an architecture and a recipe to the blueprint, with every check across the two."""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from refold.blueprint.cost import ParameterCount, count_parameters
+from refold.blueprint.exits import describe_exits
+from refold.blueprint.initialisation import Initialisation
+from refold.blueprint.schema import POOLS, Blueprint, DepthSpec, Exit, MixerPart, MlpPart, Pool
+from refold.blueprint.tensors import idle_names, part_linears, part_vectors
+from refold.errors import RecipeError
+from refold.families.arch import ArchSpec
+from refold.mixers.registry import MLP, find_mixer
+from refold.planning.drops import describe_dropped, dropped_blocks, dropped_parts
+from refold.planning.factors import factorise_evenly, linear_budget
+from refold.planning.fold import FoldedStack, describe_alignment, fold_layers, tied_sources
+from refold.planning.key_sharing import Reads, choose_reads, describe_reads
+from refold.planning.mixers import ChosenMixer, choose_mixers, describe_lost_norms
+from refold.planning.notes import advise, describe_reach
+from refold.planning.relax import LinearShapes, choose_ranks, describe_prefixes, require_sensible_ranks, with_prefixes
+from refold.recipe.recipe import ExitPlacement, Fold, Recipe
+from refold.sources.measurements import Influence
+
+UNMEASURED = "ranks are measured when converting: until then"
+"""How the note begins that holds until then."""
+
+
+class Built(NamedTuple):
+    """What a recipe makes of an architecture."""
+
+    blueprint: Blueprint
+    starts: Initialisation
+    notes: tuple[str, ...]
+    """What the user should know, one line each."""
+
+
+@dataclass(frozen=True)
+class _StoredPool:
+    """The stored parts of one pool.
+
+    Attributes:
+        sources: For each part, the source layers it is made from.
+        users: For each part, the source layers whose depths use it.
+    """
+
+    sources: tuple[tuple[int, ...], ...]
+    users: tuple[tuple[int, ...], ...]
+
+    def part_of(self, layer: int) -> int | None:
+        return next((part for part, users in enumerate(self.users) if layer in users), None)
+
+    def ties(self, layer: int) -> bool:
+        part = self.part_of(layer)
+        return part is not None and len(self.users[part]) > 1
+
+
+def identity_blueprint(arch: ArchSpec) -> Blueprint:
+    """The source as a blueprint: every part used once."""
+    layers = range(arch.num_layers)
+    return Blueprint(
+        arch=arch,
+        mixers=tuple(MixerPart(sources=(layer,)) for layer in layers),
+        mlps=tuple(MlpPart(sources=(layer,)) for layer in layers),
+        depths=tuple(
+            DepthSpec(source=index, mixer=index, mlp=index, window=layer.window, rope=layer.rope)
+            for index, layer in enumerate(arch.layers)
+        ),
+    )
+
+
+def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None = None) -> Built:
+    """Builds the blueprint a recipe asks for.
+
+    Layers are left out first; what remains is divided into prelude, tied block and coda; then attention and MLPs are
+    left out of the depths, ranks chosen and exits placed. The stack keeps one depth for each source layer, in order.
+
+    Args:
+        arch: The source.
+        recipe: The recipe; defaults that depend on other fields are resolved here.
+        influence: What the source's layers do to the stream; None: not measured.
+
+    Raises:
+        RecipeError: The recipe does not fit the architecture.
+    """
+    recipe = recipe.resolved()
+    _require_sensible_starts(recipe)
+    _require_halves(recipe, arch)
+    require_sensible_ranks(recipe)
+    identity = identity_blueprint(arch)
+    counted = count_parameters(identity)
+    blocks = _dropped_blocks(arch, recipe, counted, influence)
+    layers = tuple(layer for layer in range(arch.num_layers) if layer not in blocks)
+    stack = fold_layers(recipe.fold, layers) if recipe.fold else FoldedStack((), (), 0)
+    layers = tuple(layer for layer in layers if layer not in stack.dropped)
+    sizes: dict[Pool, int] = {pool: _part_parameters(identity, pool) for pool in POOLS}
+    dropped = dropped_parts(recipe.drop, layers, arch.num_layers, sizes, counted.final_norm, influence)
+    using = {pool: tuple(layer for layer in layers if layer not in dropped[pool]) for pool in POOLS}
+    chosen = choose_mixers(recipe, arch)
+    pools: dict[Pool, _StoredPool] = {
+        "mixer": _store("mixer", arch, recipe, stack, using["mixer"], lambda layer: chosen[layer].signature),
+        "mlp": _store("mlp", arch, recipe, stack, using["mlp"], lambda layer: chosen[layer].has_fresh_mlp),
+    }
+    stored = [chosen[users[0]] for users in pools["mixer"].users]
+    attending = [mixer if pools["mixer"].part_of(layer) is not None else None for layer, mixer in enumerate(chosen)]
+    reads = choose_reads(recipe.share_kv, arch, attending, stack)
+    blueprint = Blueprint(
+        arch=arch,
+        mixers=tuple(
+            MixerPart(sources=sources, type=mixer.type, options=dict(mixer.options))
+            for sources, mixer in zip(pools["mixer"].sources, stored, strict=True)
+        ),
+        mlps=tuple(
+            MlpPart(sources=() if chosen[users[0]].has_fresh_mlp else sources)
+            for sources, users in zip(pools["mlp"].sources, pools["mlp"].users, strict=True)
+        ),
+        depths=tuple(_depth(recipe, layer, pools, chosen[layer], reads) for layer in range(arch.num_layers)),
+    )
+    ranks, rank_notes = _ranks(recipe, blueprint, pools, chosen, counted.non_embedding)
+    blueprint = with_prefixes(_with_ranks(blueprint, ranks), recipe.relax)
+    if recipe.exits is not None:
+        blueprint = _with_exits(blueprint, recipe.exits, recipe.fold, stack)
+    relaxed, lora = any(depth.ranks for depth in blueprint.depths), recipe.lora
+    notes = (
+        *(describe_dropped(recipe.drop, influence, blocks, dropped) if recipe.drop else ()),
+        *stack.notes,
+        *describe_reach(blueprint),
+        *describe_lost_norms(arch, chosen),
+        *describe_reads(reads, arch.num_key_value_heads),
+        *rank_notes,
+        *describe_prefixes(blueprint),
+        *(describe_alignment(blueprint, recipe.fold.align) if recipe.fold else ()),
+        *describe_exits(blueprint),
+    )
+    if recipe.fits_in_sequence:
+        notes = (*notes, "calibration.order: linears are fitted from top to bottom, those that would be copied as well")
+    if recipe.factor is not None:
+        blueprint, note = factorise_evenly(blueprint, identity, recipe.factor)
+        budget = linear_budget(identity, recipe.factor.parameters)
+        measured = f"{UNMEASURED} even ones stand here; linears and LoRAs will take {budget:,} parameters"
+        notes = (*notes, measured if recipe.measures_ranks else note)
+    elif recipe.measures_ranks:
+        notes = (*notes, f"{UNMEASURED} even ones stand here, or for an energy the largest there can be")
+    starts = Initialisation(
+        weights=recipe.weights,
+        lora=lora.init if relaxed and lora else None,
+        svd=lora.svd if lora else "auto",
+        weight=recipe.weight if recipe.weights == "source" else "none",
+        align=recipe.fold.align if recipe.fold else "none",
+        scale=recipe.fold.scale if recipe.fold else "none",
+        transfers=tuple(mixer.transfers for mixer in stored) if recipe.mixers else (),
+        seed=recipe.seed,
+    )
+    return Built(blueprint, starts, (*notes, *advise(recipe, relaxed)))
+
+
+def _require_sensible_starts(recipe: Recipe) -> None:
+    if recipe.shares_bases and recipe.fold is not None and recipe.fold.init not in ("average", "random"):
+        raise RecipeError(
+            f"fold.init: must be average where factor.share is basis, which makes bases from all tied layers (got "
+            f"{recipe.fold.init}); leave fold.init out"
+        )
+    if recipe.fits_in_sequence and not recipe.needs_text:
+        what = "fresh weights" if recipe.weights == "fresh" else "weight: none"
+        raise RecipeError(
+            f"calibration.order: linears weighed by activations or fisher are required for sequential (got {what}); "
+            f"set relax.weight or factor.weight, or leave order out"
+        )
+    if recipe.fits_in_sequence and recipe.shares_bases:
+        raise RecipeError(
+            "calibration.order: must be at_once where factor.share is basis (got sequential); leave one of them out"
+        )
+    _require_sensible_frames(recipe)
+    if recipe.lora is None or recipe.lora.init in (None, "zero"):
+        return
+    init = recipe.lora.init
+    if recipe.weights == "fresh":
+        raise RecipeError(f"relax.init: must be zero where weights are fresh (got {init}); leave relax.init out")
+    if recipe.fold is None:
+        return
+    if recipe.fold.init == "random":
+        raise RecipeError(f"relax.init: must be zero where fold.init is random (got {init}); leave relax.init out")
+    if init == "joint" and recipe.fold.init != "average":
+        raise RecipeError(
+            f"fold.init: must be average where relax.init is joint, which makes stored weights from all tied layers "
+            f"(got {recipe.fold.init}); leave fold.init out, or take relax.init svd or zero"
+        )
+
+
+def _require_halves(recipe: Recipe, arch: ArchSpec) -> None:
+    text, length = recipe.calibration, min(recipe.calibration.context, arch.max_position_embeddings)
+    if recipe.fits_in_sequence and text.tokens < 2 * length:
+        raise RecipeError(
+            f"calibration.tokens: two sequences of {length} tokens are required for sequential, one to check the other "
+            f"(got {text.tokens} tokens); raise it, or lower calibration.context"
+        )
+
+
+def _require_sensible_frames(recipe: Recipe) -> None:
+    fold = recipe.fold
+    if fold is None:
+        return
+    for key, value in (("align", fold.align), ("scale", fold.scale)):
+        if value == "none":
+            continue
+        if recipe.weights == "fresh":
+            raise RecipeError(f"fold.{key}: must be none where weights are fresh (got {value}); leave it out")
+        if fold.init != "average":
+            raise RecipeError(
+                f"fold.{key}: fold.init average is required for {value}, which is about layers that are averaged (got "
+                f"{fold.init}); set it, or leave {key} out"
+            )
+    fitted = None
+    if recipe.lora is not None and recipe.lora.init != "zero":
+        fitted = f"relax.init {recipe.lora.init}"
+    elif recipe.factor is not None:
+        fitted = "factor"
+    elif recipe.weight != "none":
+        fitted = f"weight {recipe.weight}"
+    if fold.scale == "norm" and fitted:
+        raise RecipeError(
+            f"fold.scale: norm is for means that nothing is fitted to (got {fitted}, whose fit decides the scale); "
+            f"leave it out, or set relax.init to zero"
+        )
+
+
+def _dropped_blocks(
+    arch: ArchSpec, recipe: Recipe, counted: ParameterCount, influence: Influence | None
+) -> frozenset[int]:
+    if recipe.drop is None or recipe.drop.block is None:
+        return frozenset()
+    return dropped_blocks(recipe.drop.block, arch.num_layers, counted.layer, counted.final_norm, influence)
+
+
+def _part_parameters(identity: Blueprint, pool: Pool) -> int:
+    linears, vectors = part_linears(identity, pool, 0), part_vectors(identity, pool, 0)
+    return sum(math.prod(shape) for shape in (*linears.values(), *vectors.values()))
+
+
+def _store(
+    pool: Pool,
+    arch: ArchSpec,
+    recipe: Recipe,
+    stack: FoldedStack,
+    using: Sequence[int],
+    signature: Callable[[int], Hashable],
+) -> _StoredPool:
+    """Deals the layers using a pool to stored parts; tied layers whose signatures differ get a part for each kind."""
+    parts: dict[Hashable, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    tied = recipe.fold is not None and pool in recipe.fold.tie
+    places = dict(zip(stack.block, stack.stored, strict=True)) if tied else {}
+    # Stored in the order in which they first run.
+    for layer in using:
+        stored, kind = places.get(layer), signature(layer)
+        if stored is None:
+            parts["layer", layer] = ((layer,), (layer,))
+        elif ("block", stored, kind) not in parts:
+            assert recipe.fold is not None
+            alike = tuple(each for each in using if signature(each) == kind)
+            sources = tied_sources(recipe.fold, stack, alike, arch.num_layers)
+            parts["block", stored, kind] = (sources[stored], stack.groups(alike)[stored])
+    fresh = recipe.weights == "fresh"
+    return _StoredPool(
+        sources=tuple(() if fresh else made for made, _ in parts.values()),
+        users=tuple(users for _, users in parts.values()),
+    )
+
+
+def _ranks(
+    recipe: Recipe,
+    blueprint: Blueprint,
+    pools: dict[Pool, _StoredPool],
+    chosen: Sequence[ChosenMixer],
+    non_embedding: int,
+) -> tuple[list[dict[str, int]], tuple[str, ...]]:
+    relax, arch = recipe.lora, blueprint.arch
+    if relax is None:
+        return [{} for _ in chosen], ()
+
+    def linears(pool: Pool, layer: int) -> LinearShapes:
+        mixer = chosen[layer]
+        if pool == "mlp":
+            return MLP.linears(arch, {})
+        idle = idle_names(blueprint, layer)
+        found = find_mixer(mixer.type).linears(arch, mixer.options)
+        return {name: shape for name, shape in found.items() if name not in idle}
+
+    every = range(arch.num_layers)
+
+    def relaxes(pool: Pool, layer: int) -> bool:
+        return pools[pool].ties(layer) or (relax.at == "all" and pools[pool].part_of(layer) is not None)
+
+    tied: list[dict[Pool, LinearShapes]] = [
+        {pool: linears(pool, layer) for pool in POOLS if relaxes(pool, layer)} for layer in every
+    ]
+    if not any(tied):
+        raise RecipeError(
+            "relax: tied layers are required (no part is used twice); set fold.loops to 2 or more, or relax.at to all"
+        )
+    known: dict[Pool, LinearShapes] = {
+        pool: {name: shape for layer in every for name, shape in linears(pool, layer).items()} for pool in POOLS
+    }
+    return choose_ranks(relax, tied, known, non_embedding)
+
+
+def _depth(recipe: Recipe, layer: int, pools: dict[Pool, _StoredPool], mixer: ChosenMixer, reads: Reads) -> DepthSpec:
+    tied = any(pools[pool].ties(layer) for pool in POOLS)
+    own = tied and recipe.owns_vectors
+    return DepthSpec(
+        source=layer,
+        mixer=pools["mixer"].part_of(layer),
+        mlp=pools["mlp"].part_of(layer),
+        vectors="own" if own else "tied",
+        window=mixer.window,
+        rope=mixer.rope,
+        kv=reads.get(layer, ()),
+    )
+
+
+def _with_ranks(blueprint: Blueprint, ranks: Sequence[dict[str, int]]) -> Blueprint:
+    depths = zip(blueprint.depths, ranks, strict=True)
+    return blueprint.model_copy(update={"depths": tuple(d.model_copy(update={"ranks": own}) for d, own in depths)})
+
+
+def _with_exits(blueprint: Blueprint, exits: ExitPlacement, fold: Fold | None, stack: FoldedStack) -> Blueprint:
+    last = blueprint.num_depths - 1
+    if exits.at == "loops":
+        if fold is None or fold.loops == 1 or fold.pattern == "sequence":
+            raise RecipeError(
+                "exits.at: loops needs a block that runs as a whole two or more times (fold.loops above 1 and pattern "
+                "cycle or cycle_reversed); list the depths instead"
+            )
+        places = tuple(end for end in stack.loop_ends() if end != last)
+    else:
+        for depth in exits.at:
+            if depth >= last:
+                raise RecipeError(
+                    f"exits.at: depth {depth} is out of range (an exit is before the last of {last + 1} depths: "
+                    f"0..{last - 1})"
+                )
+        places = exits.at
+    rank = min(exits.head_rank, blueprint.arch.hidden_size, blueprint.arch.vocab_size)
+    each = Exit(norm=exits.norm, head_rank=rank, gate=exits.gate)
+    depths = tuple(
+        depth.model_copy(update={"exit": each}) if index in places else depth
+        for index, depth in enumerate(blueprint.depths)
+    )
+    return blueprint.model_copy(update={"depths": depths})

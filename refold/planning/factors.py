@@ -1,0 +1,105 @@
+"""Which stored linears are kept as two factors, and at which rank, where a budget is split evenly."""
+
+from collections.abc import Collection, Iterator
+
+from refold.blueprint.schema import POOLS, Blueprint, Pool
+from refold.blueprint.tensors import depth_linears, part_linears, users_of
+from refold.errors import RecipeError
+from refold.planning.allocation import with_ranks
+from refold.recipe.recipe import Factor
+
+StoredLinears = tuple[Pool, int, str, tuple[int, int]]
+"""Pool, part, linear and its `(out, in)`."""
+
+
+def stored_linears(blueprint: Blueprint) -> Iterator[StoredLinears]:
+    """Yields every stored linear once, as it is before any is factorised."""
+    for pool in POOLS:
+        for index in range(len(blueprint.pool(pool))):
+            for name, shape in part_linears(blueprint, pool, index).items():
+                yield pool, index, name, shape
+
+
+def lora_parameters(blueprint: Blueprint, skipped: Collection[tuple[Pool, int, str]] = ()) -> int:
+    """Parameters of all LoRAs, without those of some stored linears (pool, part, name)."""
+    return sum(
+        rank * sum(depth_linears(blueprint, index)[name])
+        for index, depth in enumerate(blueprint.depths)
+        for name, rank in depth.ranks.items()
+        if ("mixer", depth.mixer, name) not in skipped and ("mlp", depth.mlp, name) not in skipped
+    )
+
+
+def stored_parameters(blueprint: Blueprint, stored: StoredLinears) -> int:
+    """Parameters of a stored linear as it is kept: whole, as two factors, or as a basis with its coefficients."""
+    pool, index, linear, (rows, columns) = stored
+    part = blueprint.pool(pool)[index]
+    if linear in part.bases:
+        return part.bases[linear] * (columns + rows * _num_users(blueprint, pool, index, linear))
+    rank = part.factors.get(linear)
+    return rows * columns if rank is None else rank * (rows + columns)
+
+
+def stored_share(blueprint: Blueprint, source: Blueprint) -> float:
+    """Returns the share of the source's linear weights that a target stores, LoRAs included."""
+    whole = sum(rows * columns for *_, (rows, columns) in stored_linears(source))
+    stored = sum(stored_parameters(blueprint, each) for each in stored_linears(blueprint))
+    return (stored + lora_parameters(blueprint)) / whole
+
+
+def _num_users(blueprint: Blueprint, pool: Pool, part: int, linear: str) -> int:
+    return len(users_of(blueprint, pool, part, f"{linear}.weight"))
+
+
+def linear_budget(source: Blueprint, share: float) -> int:
+    """Returns how many parameters linears with their LoRAs may have: a share of the source's linear weights."""
+    return int(share * sum(rows * columns for *_, (rows, columns) in stored_linears(source)))
+
+
+def factorise_evenly(blueprint: Blueprint, source: Blueprint, factor: Factor) -> tuple[Blueprint, str]:
+    """Gives every stored linear the same share of its parameters as two factors, or as a basis and coefficients.
+
+    A basis stands for the weights of all depths that run the linear, and its share is one of theirs together.
+
+    Args:
+        blueprint: The stack with its LoRAs, whose parameters the budget has to hold as well.
+        source: The source as a blueprint.
+        factor: The recipe's `factor`.
+
+    Returns:
+        The blueprint, and a line on the share.
+
+    Raises:
+        RecipeError: The LoRAs leave nothing, or less than rank 1; or there is nothing to share a basis.
+    """
+    stored = list(stored_linears(blueprint))
+    # How many weights of the source each stands for.
+    counts = [1] * len(stored)
+    if factor.share == "basis":
+        counts = [_num_users(blueprint, pool, part, name) for pool, part, name, _ in stored]
+        if max(counts, default=1) == 1:
+            raise RecipeError(
+                "factor.share: tied layers are required for a basis (no linear is used twice); add `fold: {loops: 2}`, "
+                "or leave factor.share out"
+            )
+    room = linear_budget(source, factor.parameters) - lora_parameters(blueprint)
+    whole = sum(count * rows * columns for count, (*_, (rows, columns)) in zip(counts, stored, strict=True))
+    share = room / max(whole, 1)
+    factors: dict[tuple[Pool, int], dict[str, int | None]] = {}
+    bases: dict[tuple[Pool, int], dict[str, int]] = {}
+    for count, (pool, part, name, (rows, columns)) in zip(counts, stored, strict=True):
+        rank = int(share * count * rows * columns / (columns + count * rows))
+        if count > 1:
+            bases.setdefault((pool, part), {})[name] = min(rank, columns, count * rows)
+        elif share < 1:
+            factors.setdefault((pool, part), {})[name] = rank
+    if share >= 1 and not bases:
+        return blueprint, f"factor.parameters: {factor.parameters:g} holds every stored linear whole"
+    if min(rank or 0 for ranks in (*factors.values(), *bases.values()) for rank in ranks.values()) < 1:
+        raise RecipeError(
+            f"factor.parameters: a share that leaves every stored linear a rank of 1 is required (got "
+            f"{factor.parameters:g}, LoRAs included); raise it, or lower relax.rank"
+        )
+    kept = f"factor.parameters: {factor.parameters:g} keeps {min(share, 1):.1%} of every "
+    note = f"{kept}weight: tied ones share a basis" if bases else f"{kept}stored linear as two factors"
+    return with_ranks(blueprint, {}, factors, bases), note

@@ -1,0 +1,170 @@
+"""Folds layers into tied groups and says which of them are aligned first."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from refold.blueprint.initialisation import Align
+from refold.blueprint.schema import Blueprint, Pool
+from refold.errors import RecipeError
+from refold.recipe.recipe import Fold
+from refold.recipe.tying import TYING_INITS, TiedBlock, TyingInit, evenly_spaced, explicit
+
+# For each pattern: stored layer of place `place` in a block of `num_stored` layers that runs `loops` times.
+PATTERNS: dict[str, Callable[[int, int, int], int]] = {
+    "cycle": lambda place, num_stored, loops: place % num_stored,
+    "sequence": lambda place, num_stored, loops: place // loops,
+    "cycle_reversed": lambda place, num_stored, loops: (
+        num_stored - 1 - place % num_stored if place // num_stored % 2 else place % num_stored
+    ),
+}
+
+
+@dataclass(frozen=True)
+class FoldedStack:
+    """Which source layers stand in the tied block, and the stored layer each of them runs.
+
+    Attributes:
+        block: Source layers of the block, top to bottom; those outside it are untied.
+        stored: For each of them the stored layer, counted in the order of the first loop.
+        num_stored: Stored layers of the block.
+        dropped: Source layers left out because `loops` did not divide the block.
+        notes: What the user should know.
+    """
+
+    block: tuple[int, ...]
+    stored: tuple[int, ...]
+    num_stored: int
+    dropped: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    def loop_ends(self) -> tuple[int, ...]:
+        """Returns the source layers after which the block has been run once, twice, ..."""
+        return self.block[self.num_stored - 1 :: self.num_stored]
+
+    def groups(self, users: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Returns for each stored layer the source layers tied to it, of those in `users`."""
+        return tuple(
+            tuple(
+                layer
+                for layer, stored in zip(self.block, self.stored, strict=True)
+                if stored == index and layer in users
+            )
+            for index in range(self.num_stored)
+        )
+
+
+def fold_layers(fold: Fold, layers: Sequence[int]) -> FoldedStack:
+    """Divides the layers that remain into prelude, block and coda.
+
+    Args:
+        fold: The recipe's `fold`.
+        layers: Source layers that remain, top to bottom.
+
+    Raises:
+        RecipeError: No block is left, or `loops` does not divide it and `uneven` is `error`.
+    """
+    size = len(layers) - fold.prelude - fold.coda
+    surplus = size % fold.loops
+    if size < fold.loops:
+        raise RecipeError(
+            f"fold.loops: a block of at least {fold.loops} layers is required (got {max(size, 0)}: {len(layers)} "
+            f"layers, prelude {fold.prelude}, coda {fold.coda}); lower loops, prelude or coda"
+        )
+    if surplus and fold.uneven == "error":
+        raise RecipeError(
+            f"fold.loops: must divide the layers of the block (got {size} layers and {fold.loops} loops, {surplus} too "
+            f"many); set fold.uneven to drop or prelude, or change fold.prelude and fold.coda"
+        )
+    prelude = fold.prelude + (surplus if fold.uneven == "prelude" else 0)
+    block = tuple(layers[prelude : len(layers) - fold.coda])
+    dropped: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    if surplus and fold.uneven == "prelude":
+        notes = (f"fold.uneven: {fold.loops} loops leave {surplus} of {size} layers over: prelude is {prelude} layers",)
+    if surplus and fold.uneven == "drop":
+        kept = tuple(block[index] for index in evenly_spaced(size, size - surplus))
+        dropped, block = tuple(layer for layer in block if layer not in kept), kept
+        notes = (f"fold.uneven: {fold.loops} loops leave {surplus} of {size} layers over: left out {list(dropped)}",)
+    num_stored = len(block) // fold.loops
+    pattern = PATTERNS[fold.pattern]
+    stored = tuple(pattern(place, num_stored, fold.loops) for place in range(len(block)))
+    return FoldedStack(block, stored, num_stored, frozenset(dropped), notes)
+
+
+def tied_sources(fold: Fold, stack: FoldedStack, users: Sequence[int], num_layers: int) -> tuple[tuple[int, ...], ...]:
+    """Returns the source layers each stored layer of the block is made from, for one pool.
+
+    A stored layer that a single depth uses is not tied: unless named or fresh, it is that depth's own.
+
+    Args:
+        fold: The recipe's `fold`, with `init` resolved.
+        stack: What `fold_layers` returned.
+        users: Source layers that run their mixer (or MLP).
+        num_layers: Source layers.
+
+    Raises:
+        RecipeError: An explicit list of the wrong length, or with a layer that is out of range.
+    """
+    groups = stack.groups(users)
+    init = _find_init(fold, stack.num_stored, num_layers)
+    sources = init.sources(TiedBlock(stack.block, groups))
+    if init.name in ("explicit", "random"):
+        return sources
+    return tuple(group if len(group) == 1 else made for group, made in zip(groups, sources, strict=True))
+
+
+def _find_init(fold: Fold, num_stored: int, num_layers: int) -> TyingInit:
+    assert fold.init is not None
+    if isinstance(fold.init, str):
+        return TYING_INITS[fold.init]
+    if len(fold.init) != num_stored:
+        raise RecipeError(
+            f"fold.init: one source layer for each of the {num_stored} stored layers is required (got {len(fold.init)})"
+        )
+    for layer in fold.init:
+        if layer >= num_layers:
+            raise RecipeError(
+                f"fold.init: layer {layer} is out of range ({num_layers} source layers: 0..{num_layers - 1})"
+            )
+    return explicit(fold.init)
+
+
+def aligned_groups(blueprint: Blueprint, pool: Pool) -> tuple[tuple[int, ...], ...]:
+    """Returns for each tied part that can be aligned the source layers of its depths, top to bottom.
+
+    Attention that was exchanged for another mixer, or whose keys and values another depth reads or makes, cannot.
+    """
+    return tuple(layers for layers, reason in _tied(blueprint, pool) if not reason)
+
+
+def describe_alignment(blueprint: Blueprint, align: Align) -> tuple[str, ...]:
+    """Returns lines on what is aligned, and what is not."""
+    if align == "none":
+        return ()
+    said = []
+    pools: tuple[tuple[Pool, str], ...] = (("mixer", "attention"), ("mlp", "MLPs"))
+    for pool, name in pools[: 1 if align == "rotation" else None]:
+        groups = aligned_groups(blueprint, pool)
+        if groups:
+            listed = ", ".join(str(list(layers)) for layers in groups)
+            said.append(f"fold.align: {align}: {name} of layers {listed} in the frame of the first of each")
+        for layers, reason in _tied(blueprint, pool):
+            if reason:
+                said.append(f"fold.align: {name} of layers {list(layers)} not aligned: {reason}")
+    return tuple(said)
+
+
+def _tied(blueprint: Blueprint, pool: Pool) -> list[tuple[tuple[int, ...], str]]:
+    """Source layers of each tied part that has some, and why they cannot be aligned; empty: they can."""
+    found = []
+    for part in range(len(blueprint.pool(pool))):
+        users = blueprint.users(pool, part)
+        if len(users) < 2 or not blueprint.pool(pool)[part].sources:
+            continue
+        reason = ""
+        if pool == "mixer" and blueprint.mixers[part].type != "attention":
+            reason = f"they become {blueprint.mixers[part].type}"
+        elif pool == "mixer" and any(blueprint.depths[user].kv or blueprint.is_read(user) for user in users):
+            reason = "keys and values are shared between depths"
+        found.append((tuple(blueprint.depths[user].source for user in users), reason))
+    return found

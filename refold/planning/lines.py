@@ -1,0 +1,210 @@
+"""The lines of a plan: how each group of tensors is made, and the memory that conversion needs."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+from refold.blueprint.cost import Cost, smaller_from
+from refold.blueprint.initialisation import Initialisation
+from refold.blueprint.origins import Origin, carried_tensor, origin, part_of
+from refold.blueprint.schema import Blueprint
+from refold.blueprint.source_tensors import SourceTensor, locate_piece
+from refold.blueprint.tensors import TargetTensor, idle_names, target_tensors
+from refold.families.arch import Frozen
+from refold.families.family import Family
+from refold.mixers.registry import find_mixer
+from refold.planning.approximation import LEARNED
+
+How = Literal[
+    "copied", "averaged", "split", "repeated", "fresh", "factorised", "joint", "dropped", "ignored"
+]  # fmt: skip
+_INDEX = re.compile(r"\.\d+\.")
+
+
+class PlanLine(Frozen):
+    """A group of tensors that are made alike."""
+
+    tensors: str
+    """Name in the target with `*` for the index; of what is `dropped` or `ignored`, the name in the source."""
+    how: How
+    count: int
+    """How many tensors."""
+    layers: tuple[int, ...] = ()
+    """Source layers that are read, or left out."""
+    reason: str = ""
+
+
+class _Lines:
+    """Collects tensors into lines, in the order in which groups first appear."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[str, How, str], tuple[int, set[int]]] = {}
+
+    def add(self, tensors: str, how: How, reason: str, layers: tuple[int, ...] = ()) -> None:
+        count, seen = self._groups.get((tensors, how, reason), (0, set()))
+        self._groups[tensors, how, reason] = (count + 1, seen | set(layers))
+
+    def __iter__(self) -> Iterator[PlanLine]:
+        for (tensors, how, reason), (count, layers) in self._groups.items():
+            yield PlanLine(tensors=tensors, how=how, count=count, layers=tuple(sorted(layers)), reason=reason)
+
+
+def plan_lines(
+    blueprint: Blueprint,
+    starts: Initialisation,
+    family: Family,
+    expected: Mapping[str, SourceTensor],
+    ignored: Mapping[str, tuple[str, str]],
+) -> tuple[PlanLine, ...]:
+    """Returns a line for each group of target tensors, then of source tensors that are not used.
+
+    Args:
+        blueprint: The target.
+        starts: How it starts.
+        family: Of the source.
+        expected: Source tensors, from `source_tensors`.
+        ignored: Source tensors outside of those: name to pattern and reason.
+    """
+    lines = _Lines()
+    used: set[tuple[str, int | None]] = set()
+    for tensor in target_tensors(blueprint):
+        made = origin(blueprint, starts, tensor)
+        if made.how != "fresh":
+            used |= {(made.canonical, layer) for layer in made.layers or (None,)}
+        how, reason = _explain(made, tensor, blueprint, starts, family)
+        name = tensor.name
+        if tensor.role in ("lora_a", "lora_b", "factor_a", "factor_b") or tensor.local.startswith(("lora.", "gate.")):
+            name = name.rpartition(".")[0] + ".*"
+        lines.add(_INDEX.sub(".*.", name), how, reason, made.layers)
+    for tensor in expected.values():
+        if not any((piece, tensor.layer) in used for piece in tensor.rule.pieces):
+            reason = _why_unused(blueprint, starts, tensor)
+            layers = () if tensor.layer is None else (tensor.layer,)
+            lines.add(tensor.rule.source.replace("{layer}", "*"), "dropped", reason, layers)
+    for pattern, reason in ignored.values():
+        lines.add(pattern, "ignored", reason)
+    return tuple(lines)
+
+
+def _explain(
+    made: Origin, tensor: TargetTensor, blueprint: Blueprint, starts: Initialisation, family: Family
+) -> tuple[How, str]:
+    if tensor.role == "exit":
+        return _explain_exit(made, tensor)
+    if made.how == "fresh":
+        if tensor.role in ("lora_a", "lora_b"):
+            zero = starts.lora == "zero" or starts.weights == "fresh"
+            return "fresh", "Gaussian A, zero B" + ("" if zero else ": nothing to correct")
+        if tensor.role == "prefix":
+            return "fresh", "Gaussian: no start is without effect"
+        return "fresh", _why_fresh(blueprint, starts, tensor)
+    weighed = "" if starts.weight == "none" else f", weighed by {starts.weight}"
+    if made.how == "factorised":
+        of = "source minus stored weight" if tensor.role in ("lora_a", "lora_b") else "the weight"
+        return "factorised", f"truncated SVD of {of}{weighed} (svd: {starts.svd})"
+    if made.how == "joint":
+        assert tensor.pool is not None
+        is_lora = tensor.role in ("lora_a", "lora_b")
+        if not is_lora and tensor.linear in blueprint.pool(tensor.pool)[part_of(blueprint, tensor)].bases:
+            return "joint", f"basis and coefficients fitted together{weighed}"
+        return "joint", f"stored weight and LoRAs fitted together{weighed}"
+    if made.repeat > 1:
+        each = f"each key-value head {made.repeat} times"
+        return ("repeated", each) if made.how == "copied" else ("averaged", f"{each} first")
+    fused = locate_piece(family, made.canonical, made.layers[0] if made.layers else None).rule
+    if fused.layout != "whole":
+        name = fused.source.rsplit(".", 2)[-2]
+        return ("split", f"split from {name}") if made.how == "copied" else ("averaged", f"split from {name} first")
+    return made.how, ""
+
+
+def _why_fresh(blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> str:
+    if starts.weights == "fresh":
+        return "weights: fresh"
+    assert tensor.pool is not None
+    part = part_of(blueprint, tensor)
+    if not blueprint.pool(tensor.pool)[part].sources:
+        by_choice = tensor.pool == "mlp" and any(transfers is not None for transfers in starts.transfers)
+        return "not named in transfer" if by_choice else "fold.init: random"
+    mixer = blueprint.mixers[part]
+    spec = find_mixer(mixer.type)
+    carried = (spec.carried(blueprint.arch, mixer.options) if spec.carried else {}).get(tensor.local)
+    if spec.approximates_softmax and tensor.local in LEARNED and mixer.options["fit"] != "none":
+        return f"fitted to the source's attention ({mixer.options['fit']})"
+    if carried is None:
+        return f"new in {mixer.type}"
+    return f"not named in transfer{f', and does not fit: {carried.misfit}' if carried.misfit else ''}"
+
+
+def _explain_exit(made: Origin, tensor: TargetTensor) -> tuple[How, str]:
+    if made.how == "copied":
+        return "copied", "the final norm"
+    if tensor.local.startswith("lora."):
+        return "fresh", "Gaussian A, zero B: leaves through the shared head at first"
+    return "fresh", "zeros: says one half at first" if tensor.local.startswith("gate.") else "weights: fresh"
+
+
+def _only_makes_keys(blueprint: Blueprint, tensor: SourceTensor) -> bool:
+    """Whether a source tensor is only for keys and values, which the depth of its layer reads from another."""
+    names = {piece.partition(".")[2].split(".")[0] for piece in tensor.rule.pieces}
+    depths = [index for index, depth in enumerate(blueprint.depths) if depth.source == tensor.layer]
+    return all(names <= idle_names(blueprint, index) for index in depths)
+
+
+def _why_unused(blueprint: Blueprint, starts: Initialisation, tensor: SourceTensor) -> str:
+    if starts.weights == "fresh":
+        return "weights: fresh"
+    depths = [depth for depth in blueprint.depths if depth.source == tensor.layer]
+    if all(depth.mixer is None and depth.mlp is None for depth in depths):
+        return "layer left out"
+    pool = tensor.rule.pieces[0].split(".")[0]
+    if all(getattr(depth, pool) is None for depth in depths):
+        return "attention left out" if pool == "mixer" else "MLP left out"
+    if pool == "mixer" and (depth := next((each for each in depths if each.mixer is not None), None)) is not None:
+        assert depth.mixer is not None
+        mixer = blueprint.mixers[depth.mixer].type
+        pieces = [piece.removeprefix("mixer.") for piece in tensor.rule.pieces]
+        if all(carried_tensor(blueprint, starts, depth.mixer, piece) is None for piece in pieces):
+            return f"not carried over to {mixer}"
+    if _only_makes_keys(blueprint, tensor):
+        return "keys and values are read from another depth"
+    if pool == "mlp" and any(depth.mlp is not None and not blueprint.mlps[depth.mlp].sources for depth in depths):
+        return "not carried over: the MLP starts fresh"
+    return "tied: replaced by what its stored layer starts from"
+
+
+MEMORY_CONTEXTS = (1_024, 32_768, 1_048_576)
+
+
+class ContextMemory(Frozen):
+    """Bytes of cache and state of one sequence."""
+
+    context: int
+    source: int
+    target: int
+
+
+class MemoryNeeds(Frozen):
+    """Cache and state of source and target, and from where on the target needs less in all."""
+
+    cache_and_state: tuple[ContextMemory, ...]
+    smaller_from: int | None
+    """Context from which on weights, cache and state of the target take less than the source's; 0: at every length;
+    None: at no length from which on it stays so."""
+
+    def describe(self) -> str:
+        """`from 1,234 tokens on`, or the words for 0 and None."""
+        if self.smaller_from is None:
+            return "never"
+        return f"from {self.smaller_from:,} tokens on" if self.smaller_from else "at every length"
+
+
+def compare_memory(source: Cost, target: Cost) -> MemoryNeeds:
+    """Compares what a source and its target take."""
+    return MemoryNeeds(
+        cache_and_state=tuple(
+            ContextMemory(context=each, source=source.cache_bytes(each), target=target.cache_bytes(each))
+            for each in MEMORY_CONTEXTS
+        ),
+        smaller_from=smaller_from(source, target),
+    )

@@ -1,0 +1,119 @@
+"""Which mixer each depth runs, from the recipe's `mixers`: every check across recipe and source."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from refold.errors import RecipeError
+from refold.families.arch import ArchSpec, Rope
+from refold.mixers.placement import Every, MixerSwap
+from refold.mixers.registry import MIXERS
+from refold.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class ChosenMixer:
+    """The mixer of one depth.
+
+    Attributes:
+        type: Its name in the registry.
+        options: Resolved against the source.
+        transfers: What it takes over from the source's layer, by name; None: everything, the source's own attention.
+        window: Tokens it looks back to; None: all, or its state knows.
+        rope: Its rotary embedding; None where it turns nothing.
+    """
+
+    type: str = "attention"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    transfers: tuple[str, ...] | None = None
+    window: int | None = None
+    rope: Rope | None = None
+
+    @property
+    def signature(self) -> Hashable:
+        """What depths must have in common to share a stored mixer."""
+        return self.type, tuple(sorted(self.options.items())), self.transfers
+
+    @property
+    def has_fresh_mlp(self) -> bool:
+        """Whether the MLP beside it starts fresh."""
+        return self.transfers is not None and "mlp" not in self.transfers
+
+
+def choose_mixers(recipe: Recipe, arch: ArchSpec) -> tuple[ChosenMixer, ...]:
+    """Returns the mixer of every depth.
+
+    Raises:
+        RecipeError: A depth is out of range or named twice, a mixer cannot serve this source, or something is to be
+            taken over that does not fit.
+    """
+    chosen = [ChosenMixer(window=layer.window, rope=layer.rope) for layer in arch.layers]
+    taken: dict[int, int] = {}
+    for index, swap in enumerate(recipe.mixers):
+        where = f"mixers[{index}]"
+        kept = set(_select(swap.except_, arch.num_layers, f"{where}.except"))
+        depths = [depth for depth in _select(swap.depths, arch.num_layers, f"{where}.depths") if depth not in kept]
+        if not depths:
+            raise RecipeError(f"{where}.depths: at least one depth is required (none is left of it)")
+        for depth in depths:
+            if depth in taken:
+                raise RecipeError(
+                    f"{where}.depths: depth {depth} has a mixer from mixers[{taken[depth]}] already; name it in "
+                    f"`except` of one of them"
+                )
+            taken[depth] = index
+            chosen[depth] = _choose(swap, arch, depth, where, is_fresh=recipe.weights == "fresh")
+    return tuple(chosen)
+
+
+def _choose(swap: MixerSwap, arch: ArchSpec, depth: int, where: str, is_fresh: bool) -> ChosenMixer:
+    layer, spec = arch.layers[depth], MIXERS[swap.type]
+    options = spec.resolve(arch, swap.options(), where)
+    window, rope = swap.looks_back(layer.window), layer.rope if spec.rotary(options) else None
+    if spec.carried is None:
+        return ChosenMixer(swap.type, options, None, window, rope)
+    transfers = swap.transfers()
+    carried = spec.carried(arch, options)
+    known = {each.group for each in carried.values()}
+    for each in carried.values():
+        if each.group in transfers and each.misfit and not is_fresh:
+            fitting = [name for name in transfers if _fits(name, carried, known)]
+            raise RecipeError(
+                f"{where}.transfer: {each.group} cannot be carried over to {swap.type} ({each.misfit}); leave it "
+                f"out to start it fresh: transfer: [{', '.join(fitting)}]"
+            )
+    return ChosenMixer(swap.type, options, transfers, window, rope)
+
+
+def describe_lost_norms(arch: ArchSpec, chosen: Sequence[ChosenMixer]) -> tuple[str, ...]:
+    """Returns a line for each kind of mixer that takes over queries or keys, but not the source's norm on them."""
+    lost: dict[str, str] = {}
+    for mixer in chosen:
+        spec = MIXERS[mixer.type]
+        carried = spec.carried(arch, mixer.options) if spec.carried is not None else {}
+        taken = [name for name in ("q_proj", "k_proj") if name in (mixer.transfers or ())]
+        if arch.qk_norm != "none" and taken and spec.carried is not None and "q_norm.weight" not in carried:
+            lost[mixer.type] = " and ".join(taken)
+    return tuple(
+        f"mixers: {name} takes over {taken} without the norm the source has on queries and keys: their scale is another"
+        for name, taken in lost.items()
+    )
+
+
+def _fits(name: str, carried: Mapping[str, Any], known: set[str]) -> bool:
+    return name not in known or not any(each.group == name and each.misfit for each in carried.values())
+
+
+def _select(choice: Any, num_layers: int, where: str) -> tuple[int, ...]:
+    if choice == "all":
+        return tuple(range(num_layers))
+    if choice == "xatl":
+        if num_layers < 4:
+            raise RecipeError(f"{where}: xatl requires at least 4 layers (got {num_layers}); list the depths")
+        return tuple(dict.fromkeys((1, num_layers // 2 - 1)))
+    if isinstance(choice, Every):
+        return tuple(range(choice.start, num_layers, choice.every))
+    for depth in choice:
+        if depth >= num_layers:
+            raise RecipeError(f"{where}: depth {depth} is out of range ({num_layers} depths: 0..{num_layers - 1})")
+    return tuple(choice)

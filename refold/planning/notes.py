@@ -1,0 +1,59 @@
+"""Notes that a plan gives its reader."""
+
+from refold.blueprint.schema import Blueprint, DepthSpec
+from refold.recipe.recipe import Recipe
+
+_SETTING = "Gemma 2B, two loops, 15B tokens, few-shot accuracy in the paper"
+_STRICT = {"average": 46.7, "lower": 47.1, "random": 37.6}
+_RELAXED = {("stepwise", "svd"): 50.5, ("average", "zero"): 49.0, ("lower", "svd"): 53.2, ("lower", "zero"): 49.5}
+
+
+def advise(recipe: Recipe, relaxed: bool) -> tuple[str, ...]:
+    """Returns lines on choices that were measured to be worse than another.
+
+    Args:
+        recipe: The recipe, with its defaults resolved.
+        relaxed: Whether any LoRA is there.
+    """
+    fold, relax = recipe.fold, recipe.lora
+    if fold is None or fold.loops == 1 or recipe.weights == "fresh" or recipe.shares_bases:
+        return ()
+    init = fold.init if isinstance(fold.init, str) else ""
+    if not relaxed or relax is None:
+        if init in _STRICT:
+            return (f"fold.init: {init} without LoRAs had {_STRICT[init]}, stepwise 51.7 ({_SETTING})",)
+        return ()
+    measured = _RELAXED.get((init, relax.init or ""))
+    if measured is None:
+        return ()
+    better = "stepwise + zero 53.1, average + svd 55.5" if init == "stepwise" else "average + svd 55.5"
+    return (f"fold.init, relax.init: {init} + {relax.init} had {measured} at rank 512, {better} ({_SETTING})",)
+
+
+def describe_reach(blueprint: Blueprint) -> tuple[str, ...]:
+    """Returns a line where depths that share a mixer differ in window or rope; nothing otherwise."""
+    tied = [users for part in range(len(blueprint.mixers)) if len(users := blueprint.users("mixer", part)) > 1]
+    mixed: list[tuple[int, int]] = []
+    for first, *others in tied:
+        other = next((each for each in others if _reach(blueprint, each) != _reach(blueprint, first)), None)
+        if other is not None:
+            mixed.append((first, other))
+    if not mixed:
+        return ()
+    first, other = (blueprint.depths[index] for index in mixed[0])
+    is_local = (first.window is None) != (other.window is None)
+    who = "a local and a global depth share weights" if is_local else "depths of different reach share weights"
+    told = f"depth {mixed[0][0]} {_tell(first)}, depth {mixed[0][1]} {_tell(other)}"
+    return (
+        f"{who} in {len(mixed)} of {len(tied)} tied mixers ({told}): each depth keeps its own window and rope, the "
+        f"weights have to serve both",
+    )
+
+
+def _reach(blueprint: Blueprint, index: int) -> tuple:
+    return blueprint.depths[index].window, blueprint.depths[index].rope
+
+
+def _tell(depth: DepthSpec) -> str:
+    seen = "sees all tokens" if depth.window is None else f"sees {depth.window:,} tokens"
+    return seen if depth.rope is None else f"{seen} with rope base {depth.rope.theta:,.0f}"

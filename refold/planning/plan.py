@@ -1,0 +1,256 @@
+"""plan.json: what a recipe makes of a source, before any weight is read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import Field
+
+from refold.blueprint.cost import Cost, cost
+from refold.blueprint.initialisation import Initialisation
+from refold.blueprint.schema import Blueprint
+from refold.blueprint.tensors import depth_factors, depth_linears
+from refold.checkpoint.locate import Source
+from refold.errors import RecipeError, RefoldError
+from refold.families.arch import Frozen
+from refold.mixers.registry import find_mixer
+from refold.planning.approximation import Approximation, stored_maps
+from refold.planning.build import build_blueprint, identity_blueprint
+from refold.planning.lines import PlanLine, plan_lines
+from refold.recipe.load import RecipeLike, built_in_recipes, load_recipe
+from refold.recipe.recipe import Recipe
+from refold.sources.measurements import Influence, read_measurements
+from refold.sources.source_model import SourceModel, SourceRecord, read_source_model, record_source
+
+PLAN_FORMAT = 1
+"""The plan's file in a model folder."""
+SUMMARY_CONTEXT = 8192
+
+
+class CostPair(Frozen):
+    """What the source costs, and what the target will."""
+
+    source: Cost
+    target: Cost
+
+
+class SummaryRow(NamedTuple):
+    """One quantity of source and target."""
+
+    quantity: str
+    source: int
+    target: int
+
+    @property
+    def ratio(self) -> float | None:
+        """Target over source; None where the source has none of it."""
+        return self.target / self.source if self.source else None
+
+
+class Plan(Frozen):
+    """Everything `convert` needs besides the weights."""
+
+    format: Literal[1] = PLAN_FORMAT
+    source: SourceRecord
+    recipe: Recipe
+    """With its defaults resolved."""
+    starts: Initialisation
+    blueprint: Blueprint
+    cost: CostPair
+    lines: tuple[PlanLine, ...]
+    notes: tuple[str, ...]
+    influence: Influence | None = None
+    """By what layers and parts were left out; None where nothing was measured for that."""
+    kept_energy: Mapping[str, float] = Field(default_factory=dict)
+    """After conversion, by `depths.<d>.<linear>`: the share of what tying lost that the LoRA holds."""
+    approximation: Mapping[str, Approximation] = Field(default_factory=dict)
+    """After conversion, by `depths.<d>`: how far feature maps are off the softmax of the source's layer."""
+
+    def summary(self, context: int = SUMMARY_CONTEXT) -> list[SummaryRow]:
+        """Returns the costs side by side, cache and FLOPs at a context of `context` tokens."""
+        source, target = self.cost.source, self.cost.target
+        return [
+            SummaryRow("parameters", source.parameters, target.parameters),
+            SummaryRow("non_embedding_parameters", source.non_embedding_parameters, target.non_embedding_parameters),
+            SummaryRow("weight_bytes", source.weight_bytes, target.weight_bytes),
+            SummaryRow("cache_bytes", source.cache_bytes(context), target.cache_bytes(context)),
+            SummaryRow("flops", source.flops(context), target.flops(context)),
+        ]
+
+    @property
+    def needs_healing(self) -> bool:
+        """Whether the target computes something else than its source."""
+        return self.starts.weights == "fresh" or not all(
+            _equals_source(self.blueprint, self.starts, index) for index in range(self.blueprint.num_depths)
+        )
+
+
+@dataclass(frozen=True)
+class PlannedRecipe:
+    """A built-in recipe on a source: its plan, or why there is none."""
+
+    name: str
+    description: str
+    plan: Plan | None
+    error: str | None = None
+
+
+def plan(
+    source: str | Path | Source,
+    recipe: RecipeLike = None,
+    overrides: Sequence[str] = (),
+    allow_larger: bool = False,
+    measurements: str | Path | None = None,
+) -> Plan:
+    """Plans a conversion from `config.json` and safetensors headers alone.
+
+    Args:
+        source: Folder or hub id; a folder with only `config.json` can be planned.
+        recipe: Built-in name, YAML file, mapping or Recipe; None for the identity.
+        overrides: `key.path=value` strings.
+        allow_larger: Accept a target that is larger than its source in something and smaller in nothing.
+        measurements: What `analyse` wrote of the source: the folder, or its `measurements.json`.
+
+    Raises:
+        RecipeError: The recipe is wrong, or does not fit the source.
+        SourceError: The source is missing, broken or unknown, a tensor has no place, or measurements are another's.
+        FolderError: The measurements are missing or damaged.
+    """
+    loaded, model = load_recipe(recipe, overrides), read_source_model(source)
+    return plan_model(model, loaded, allow_larger, read_influence(model, measurements))
+
+
+def read_influence(model: SourceModel, measurements: str | Path | None) -> Influence | None:
+    """Reads what was measured of a source's layers; None where nothing is handed over."""
+    return None if measurements is None else read_measurements(measurements, model.source).influence
+
+
+def plan_all(source: str | Path | Source, measurements: str | Path | None = None) -> list[PlannedRecipe]:
+    """Plans every built-in recipe; one that does not fit the source says why."""
+    model = read_source_model(source)
+    influence = read_influence(model, measurements)
+    planned: list[PlannedRecipe] = []
+    for name, description in built_in_recipes().items():
+        try:
+            planned.append(PlannedRecipe(name, description, plan_model(model, load_recipe(name), False, influence)))
+        except RecipeError as error:
+            planned.append(PlannedRecipe(name, description, None, str(error)))
+    return planned
+
+
+def plan_model(
+    model: SourceModel, recipe: Recipe, allow_larger: bool = False, influence: Influence | None = None
+) -> Plan:
+    """Plans a conversion of a source that has been read, and whose layers may have been measured; see `plan`."""
+    recipe = recipe.resolved()
+    influence = influence if recipe.measures_influence else None
+    built = build_blueprint(model.arch, recipe, influence)
+    return _assemble(model, recipe, *built, allow_larger=allow_larger, influence=influence)
+
+
+def replan(plan: Plan, model: SourceModel, blueprint: Blueprint, outdated: str) -> Plan:
+    """Returns a plan with another blueprint, such as one whose ranks have been measured.
+
+    Args:
+        plan: The plan.
+        model: Its source.
+        blueprint: What it is to make.
+        outdated: How notes begin that no longer hold.
+    """
+    made = _assemble(model, plan.recipe, blueprint, plan.starts, (), allow_larger=True, influence=plan.influence)
+    kept = tuple(note for note in plan.notes if not note.startswith(outdated) and note not in made.notes)
+    return made.model_copy(update={"notes": (*kept, *made.notes)})
+
+
+def _assemble(
+    model: SourceModel,
+    recipe: Recipe,
+    blueprint: Blueprint,
+    starts: Initialisation,
+    notes: tuple[str, ...],
+    *,
+    allow_larger: bool,
+    influence: Influence | None,
+) -> Plan:
+    ignored = model.check_tensors(recipe.ignore_tensors)
+    # Raises where a map is to be fitted and there is nothing to fit it to.
+    stored_maps(blueprint, starts)
+    costs = CostPair(
+        source=cost(identity_blueprint(model.arch), model.dtype_bytes), target=cost(blueprint, model.dtype_bytes)
+    )
+    if not allow_larger:
+        _require_smaller(costs, model.arch.max_position_embeddings)
+    made = Plan(
+        source=record_source(model),
+        recipe=recipe,
+        starts=starts,
+        blueprint=blueprint,
+        cost=costs,
+        lines=plan_lines(blueprint, starts, model.family, model.expected, ignored),
+        notes=notes,
+        influence=influence,
+    )
+    return made.model_copy(update={"notes": (*notes, *_say_aloud(made))})
+
+
+def read_plan(path: Path) -> Plan:
+    """Reads a plan.json.
+
+    Raises:
+        RefoldError: It cannot be read, or is none of ours.
+    """
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise RefoldError(f"{path}: a readable plan is required ({error.strerror}); check the path") from None
+    except ValueError as error:
+        first = " ".join(str(error).split())[:160]
+        raise RefoldError(f"{path}: a plan of format {PLAN_FORMAT} is required ({first}); plan again") from None
+
+
+def _comparable(costs: Cost, context: int) -> dict[str, int]:
+    return {
+        "weight bytes": costs.weight_bytes,
+        "cache": costs.cache_bytes(context),
+        "FLOPs per token": costs.flops(context),
+        "FLOPs per token without context": costs.flops(0),
+    }
+
+
+def _require_smaller(costs: CostPair, context: int) -> None:
+    source, target = _comparable(costs.source, context), _comparable(costs.target, context)
+    larger = [name for name in source if target[name] > source[name]]
+    if larger and not any(target[name] < source[name] for name in source):
+        name = larger[0]
+        raise RecipeError(
+            f"recipe: a target that is smaller than its source in something is required (got {name} "
+            f"{target[name]:,} for {source[name]:,}, nothing smaller); lower the rank, raise fold.loops, or allow it"
+        )
+
+
+def _say_aloud(made: Plan) -> list[str]:
+    said = []
+    context = made.blueprint.arch.max_position_embeddings
+    source, target = (_comparable(each, context) for each in (made.cost.source, made.cost.target))
+    saved = [name for name in source if target[name] < source[name]]
+    if saved == ["weight bytes"]:
+        said.append("tying saves weights only: the cache is the source's, and FLOPs are no fewer")
+    if made.needs_healing:
+        said.append("before healing the model is worse than its source, often not usable")
+    return said
+
+
+def _equals_source(blueprint: Blueprint, starts: Initialisation, index: int) -> bool:
+    """Whether a depth computes what its source layer does."""
+    depth = blueprint.depths[index]
+    if depth.mixer is None or depth.mlp is None or depth.kv or depth.prefix:
+        return False
+    mixer = blueprint.mixers[depth.mixer]
+    if find_mixer(mixer.type).is_recurrent or depth.window != blueprint.arch.layers[depth.source].window:
+        return False
+    stored = (mixer.sources, blueprint.mlps[depth.mlp].sources)
+    if not depth_factors(blueprint, index) and all(sources == (depth.source,) for sources in stored):
+        return True
+    full = all(depth.ranks.get(name) == min(shape) for name, shape in depth_linears(blueprint, index).items())
+    return full and depth.vectors == "own" and starts.lora in ("svd", "joint")

@@ -1,0 +1,200 @@
+"""LoRA ranks and prefixes of each depth."""
+
+from collections.abc import Mapping, Sequence
+
+from refold.blueprint.schema import Blueprint, Pool
+from refold.errors import RecipeError
+from refold.mixers.registry import find_mixer
+from refold.recipe.recipe import LoraRelax, PrefixRelax, RankEnergy, RankShare, Recipe
+from refold.suggest import did_you_mean
+
+LinearShapes = Mapping[str, tuple[int, int]]
+"""Linear name to `(out, in)`."""
+GROUPS = ("mixer", "mlp", "all")
+
+
+def require_sensible_ranks(recipe: Recipe) -> None:
+    """Checks that `relax.rank` and `factor` go together.
+
+    Raises:
+        RecipeError: They do not.
+    """
+    relax, factor = recipe.lora, recipe.factor
+    weights = {each.weight for each in (factor, relax) if each is not None and each.weight is not None}
+    if len(weights) > 1:
+        raise RecipeError(
+            f"factor.weight: must be relax.weight (got {' and '.join(sorted(weights))}); leave one of them out"
+        )
+    rank = None if relax is None else relax.rank
+    measured = isinstance(rank, RankEnergy) or (isinstance(rank, RankShare) and rank.split == "measured")
+    if measured and relax is not None and relax.at == "all":
+        raise RecipeError(
+            "relax.at: tied is required where relax.rank is measured by what tying lost (got all); leave it out, or "
+            "name ranks"
+        )
+    has_share = isinstance(rank, RankShare) and rank.parameters is not None
+    if measured and recipe.weights == "fresh" and not has_share:
+        raise RecipeError(
+            "relax.rank: a number or a share of parameters is required where weights are fresh (nothing is measured)"
+        )
+    if isinstance(rank, RankEnergy) and factor is not None:
+        raise RecipeError("relax.rank.energy: cannot stand beside factor, whose budget holds LoRAs too; split measured")
+    if relax is None or not isinstance(rank, RankShare):
+        return
+    shares = factor is not None and factor.split == "measured" and rank.split == "measured"
+    if shares and recipe.shares_bases:
+        raise RecipeError(
+            "relax.rank.split: even is required where factor.share is basis (got measured); name a rank, or leave "
+            "relax out"
+        )
+    if rank.parameters is None and not shares:
+        raise RecipeError(
+            "relax.rank.parameters: a share is required (left out); name one, or split both relax.rank and factor as "
+            "measured"
+        )
+    if rank.parameters is not None and factor is not None and rank.split == "measured":
+        raise RecipeError(
+            f"relax.rank.parameters: must be left out beside factor (got {rank.parameters:g}), whose budget holds "
+            f"LoRAs too; and factor.split must be measured"
+        )
+    if shares and relax.init == "zero" and recipe.weights == "source":
+        raise RecipeError("relax.init: joint or svd is required where relax.rank is measured beside factor (got zero)")
+
+
+def uniform_ranks(rank: int, linears: LinearShapes) -> dict[str, int]:
+    """One rank for all linears, capped at the smaller side of each; 0: none."""
+    return {name: min(rank, *shape) for name, shape in linears.items()} if rank else {}
+
+
+def lora_parameters(ranks: Mapping[str, int], linears: LinearShapes) -> int:
+    """Parameters of the LoRAs of one depth."""
+    return sum(rank * sum(linears[name]) for name, rank in ranks.items())
+
+
+def choose_ranks(
+    relax: LoraRelax,
+    tied: Sequence[Mapping[Pool, LinearShapes]],
+    known: Mapping[Pool, LinearShapes],
+    non_embedding_parameters: int,
+) -> tuple[list[dict[str, int]], tuple[str, ...]]:
+    """Chooses the rank of each linear at each depth.
+
+    Args:
+        relax: The recipe's `relax`. Ranks that are to be measured are even ones here, or what they are at most.
+        tied: For each depth the linears that are tied there, by pool.
+        known: All linears a recipe may name, tied or not.
+        non_embedding_parameters: Of the source, for budgets.
+
+    Returns:
+        For each depth linear name to rank, without those that get none; and notes.
+
+    Raises:
+        RecipeError: An unknown name, or a budget that not even rank 1 fits into.
+    """
+    if isinstance(relax.rank, RankShare) and relax.rank.parameters is None:
+        return [_uniform(1, depth) for depth in tied], ()
+    if isinstance(relax.rank, RankShare):
+        assert relax.rank.parameters is not None
+        rank, notes = _spend(relax.rank.parameters, tied, non_embedding_parameters)
+        return [_uniform(rank, depth) for depth in tied], notes
+    largest = max(min(shape) for pool in known.values() for shape in pool.values())
+    if isinstance(relax.rank, RankEnergy):
+        return [_uniform(largest, depth) for depth in tied], ()
+    if not isinstance(relax.rank, Mapping):
+        rank = largest if relax.rank == "full" else relax.rank
+        return [_uniform(rank, depth) for depth in tied], ()
+    legal = (*(name for names in known.values() for name in names), *GROUPS)
+    for name in relax.rank:
+        if name not in legal:
+            raise RecipeError(
+                f"relax.rank.{name}: must name a linear or a group: {', '.join(legal)}{did_you_mean(name, legal)}"
+            )
+    found: list[dict[str, int]] = []
+    for depth in tied:
+        ranks: dict[str, int] = {}
+        for pool, names in depth.items():
+            for name, shape in names.items():
+                given: int | str = next((relax.rank[key] for key in (name, pool, "all") if key in relax.rank), 0)
+                ranks[name] = min(given if isinstance(given, int) else largest, *shape)
+        found.append({name: rank for name, rank in ranks.items() if rank})
+    without = sorted({pool for pool in known if pool in relax.rank} - {pool for depth in tied for pool in depth})
+    notes = tuple(f"relax.rank.{pool}: has no effect, no {pool} is tied" for pool in without)
+    return found, notes
+
+
+def _uniform(rank: int, depth: Mapping[Pool, LinearShapes]) -> dict[str, int]:
+    return {name: each for names in depth.values() for name, each in uniform_ranks(rank, names).items()}
+
+
+def _spend(
+    share: float, tied: Sequence[Mapping[Pool, LinearShapes]], non_embedding_parameters: int
+) -> tuple[int, tuple[str, ...]]:
+    budget = int(share * non_embedding_parameters)
+
+    def spent(rank: int) -> int:
+        return sum(lora_parameters(uniform_ranks(rank, names), names) for depth in tied for names in depth.values())
+
+    shapes = [shape for depth in tied for names in depth.values() for shape in names.values()]
+    low, high = 0, max(min(shape) for shape in shapes)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if spent(middle) <= budget else (low, middle - 1)
+    if low == 0:
+        raise RecipeError(
+            f"relax.rank.parameters: at least {spent(1):,} parameters are required for rank 1 (got {share:g} of "
+            f"{non_embedding_parameters:,} = {budget:,}); raise the share"
+        )
+    note = f"relax.rank: {share:g} of the source's non-embedding parameters is rank {low} ({spent(low):,} parameters)"
+    return low, (note,)
+
+
+def with_prefixes(blueprint: Blueprint, relax: LoraRelax | PrefixRelax | None) -> Blueprint:
+    """Returns the stack with a prefix at each depth that gets one; depths without a mixer get none.
+
+    Raises:
+        RecipeError: No depth gets one, or one would that makes no keys and values, because its mixer has none or it
+            reads those of another depth.
+    """
+    if not isinstance(relax, PrefixRelax):
+        return blueprint
+    places = tuple(
+        index
+        for index, depth in enumerate(blueprint.depths)
+        if depth.mixer is not None and (relax.at == "all" or len(blueprint.users("mixer", depth.mixer)) > 1)
+    )
+    if not places:
+        raise RecipeError(
+            "relax: tied attention is required for prefixes (no stored attention is used twice); set fold.loops to 2 "
+            "or more with mixer in fold.tie, or relax.at to all"
+        )
+    for index in places:
+        depth = blueprint.depths[index]
+        assert depth.mixer is not None
+        mixer = blueprint.mixers[depth.mixer].type
+        if not find_mixer(mixer).key_value_names:
+            raise RecipeError(
+                f"relax.type: softmax attention is required for prefixes (depth {index} has {mixer}, whose state takes "
+                f"no extra keys); use lora, or leave mixers out"
+            )
+        if not blueprint.made_heads(index):
+            raise RecipeError(
+                f"relax.type: keys and values of its own are required for a prefix (depth {index} reads those of depth "
+                f"{depth.kv[0].depth}); use lora, or leave share_kv out"
+            )
+    depths = tuple(
+        depth.model_copy(update={"prefix": relax.length}) if index in places else depth
+        for index, depth in enumerate(blueprint.depths)
+    )
+    return blueprint.model_copy(update={"depths": depths})
+
+
+def describe_prefixes(blueprint: Blueprint) -> tuple[str, ...]:
+    """Returns a line on what the prefixes do before they are trained."""
+    lengths = [depth.prefix for depth in blueprint.depths if depth.prefix]
+    if not lengths:
+        return ()
+    parameters = sum(lengths) * blueprint.arch.hidden_size
+    return (
+        f"relax: {len(lengths)} depths have prefixes of {lengths[0]} vectors ({parameters:,} parameters); untrained "
+        f"ones are noise that takes some attention away from tokens",
+    )

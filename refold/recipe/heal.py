@@ -1,0 +1,188 @@
+"""Healing stages and protocols as a recipe writes them."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from refold.fields import Amount, Count, LayerIndex, Real, Section, read_amount
+from refold.recipe.objectives import StageObjectives
+from refold.recipe.yaml import parse_yaml
+from refold.suggest import must_be_one_of
+
+Share = Annotated[Real, Field(ge=0, le=1)]
+Groups = tuple[Annotated[str, Field(min_length=1)], ...]
+GROUPS = (
+    "all", "transferred", "fresh", "adapters", "shared", "mixers", "mlps", "vectors", "embeddings", "head", "exits",
+)  # fmt: skip
+"""Names of groups of weights; whatever else is named is a tensor, or a pattern with `*`."""
+
+
+def _read_objective(value: Any) -> Any:
+    """Reads `distil`, `[distil, hidden_states]`, or a mapping whose values are options, a weight, or nothing."""
+    if isinstance(value, str):
+        return {value: {}}
+    if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
+        return {name: {} for name in value}
+    if not isinstance(value, dict):
+        return value
+    return {name: _read_options(options) for name, options in value.items()}
+
+
+def _read_options(value: Any) -> Any:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return {"weight": value}
+    return value
+
+
+class Thaw(Section):
+    """Trains only what is not in `groups` at first, and decides while training when the rest joins in.
+
+    The rule is the Loss Improvement Threshold of Cross-Architecture Transfer Learning (arXiv 2404.02684).
+    """
+
+    groups: Groups = ("transferred",)
+    """What is frozen at first."""
+    when: Literal["improvement", "norm", "share"] = "improvement"
+    """`improvement`: when the mean loss of a window is better than the last one's by less than `threshold` of it;
+    `norm`: when the norm of the weights that train has grown by less than `threshold` in a window; `share`: when
+    `latest` is reached."""
+    threshold: Annotated[Real, Field(ge=0)] = 0.01
+    """Relative change of a window below which nothing more is gained while frozen."""
+    patience: Count = 1
+    """How many windows in a row must stay below it."""
+    window: Annotated[Real, Field(gt=0, le=1)] = 0.034
+    """Length of a window as a share of the stage's steps (the paper: 5,000 of 145,000)."""
+    warmup: Share = 0.014
+    """Share of the stage's steps over which the thawed weights' learning rate rises (the paper: 2,000 of 145,000)."""
+    latest: Share = 1.0
+    """Share of the steps after which they thaw in any case; 1: never."""
+
+
+class HealStage(Section):
+    """One training stage after conversion."""
+
+    objective: Annotated[StageObjectives, BeforeValidator(_read_objective)] = StageObjectives.model_validate(
+        {"distil": {}}
+    )
+    """What is minimised: a name, a list of names, or a mapping of names to options, such as
+    `{distil: {divergence: reverse_kl}, hidden_states: {weight: 0.1}}`."""
+    tokens: Amount
+    """Training tokens, such as 20M."""
+    learning_rate: Annotated[Real, Field(gt=0)] = 3e-4
+    """Peak learning rate."""
+    batch_tokens: Amount = 16_384
+    """Tokens for each optimizer step."""
+    context: Annotated[Count, Field(ge=2)] | None = None
+    """Tokens in one packed sequence; left out: 1024, or what the source was made for if that is less."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`adamw`; or `muon` for the matrices inside the stack, with AdamW for all else."""
+    warmup: Share = 0.02
+    """Share of the steps over which the learning rate rises."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up; `constant` falls linearly in the last fifth of the steps."""
+    floor: Share = 0.1
+    """Share of the peak at which the learning rate ends."""
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    """Weight decay, on matrices only."""
+    gradient_clip: Annotated[Real, Field(gt=0)] = 1.0
+    """Longest gradient (2-norm over all weights) of a step; a longer one is shortened to it."""
+    train: Groups = ("all",)
+    """What trains: groups (`all`, `transferred`, `fresh`, `adapters`, `shared`, `mixers`, `mlps`, `vectors`,
+    `embeddings`, `head`, `exits`), names of tensors, or patterns with `*`."""
+    freeze: Groups = ()
+    """What of that does not train after all."""
+    rates: dict[str, Annotated[Real, Field(ge=0)]] = Field(default_factory=dict)
+    """Factors on the learning rate for some of the groups, names or patterns; the last that fits counts."""
+    thaw: Thaw | None = None
+    """What is frozen at first, and when it joins in."""
+    data: Literal["text", "chat"] = "text"
+    """`chat`: documents are lists of messages, rendered by the tokenizer's chat template; only the assistant's turns
+    count."""
+    teacher_tokens: Amount | None = None
+    """Train the source on the same data for so many tokens first, by next-token prediction, and let that be the
+    teacher, as in Relaxed Recursive Transformers. Left out: the source as it is."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What matrix products run in; weights and optimizer are float32 always. `auto`: bfloat16 on a GPU, and on a CPU
+    with matrix tiles (AMX) from a hidden size of 128 on; else float32."""
+    micro_batch: Count | None = None
+    """Sequences in one forward pass; gradients add up to those of the whole batch. Left out: what memory allows."""
+    gradient_checkpointing: bool = False
+    """Compute each depth's activations again in the backward pass instead of keeping them."""
+    seed: LayerIndex = 0
+    """Seed of the order of the data."""
+
+    @model_validator(mode="after")
+    def _thaws_what_trains(self) -> "HealStage":
+        if self.thaw is not None and self.thaw.when == "share" and self.thaw.latest == 1:
+            raise ValueError("thaw.latest: a share below 1 is required where `when` is share (got 1)")
+        return self
+
+
+@cache
+def _built_in() -> dict[str, dict[str, Any]]:
+    found = {
+        path.name.removesuffix(".yaml"): parse_yaml(path.read_text(encoding="utf-8"), path.name)
+        for path in files("refold.protocols").iterdir()
+        if path.name.endswith(".yaml")
+    }
+    return dict(sorted(found.items()))
+
+
+def built_in_protocols() -> dict[str, str]:
+    """Returns the built-in protocols, name to one-line description."""
+    return {name: protocol["description"] for name, protocol in _built_in().items()}
+
+
+def expand_protocol(name: str, tokens: int, changes: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Returns a protocol's stages as a recipe would list them.
+
+    Args:
+        name: One of `built_in_protocols()`.
+        tokens: Budget of all stages together; each gets its share, at least one token.
+        changes: Keys that replace those of every stage.
+
+    Raises:
+        ValueError: There is no such protocol, or the changes hold `tokens` of a stage.
+    """
+    known = _built_in()
+    if name not in known:
+        raise ValueError(f"protocol {must_be_one_of(name, known)}")
+    expanded = []
+    for stage in known[name]["stages"]:
+        share = stage["share"]
+        rest = {key: value for key, value in stage.items() if key != "share"}
+        expanded.append({**rest, "tokens": max(1, round(share * tokens)), **(changes or {})})
+    return expanded
+
+
+def read_heal(value: Any) -> Any:
+    """Reads a recipe's `heal` section: a list of stages, or `{protocol: NAME, tokens: N}` and keys for every stage.
+
+    Raises:
+        ValueError: The protocol is unknown, or the budget is missing or no number.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    changes = dict(value)
+    name, tokens = changes.pop("protocol", None), read_amount(changes.pop("tokens", None))
+    if name is None:
+        raise ValueError(
+            f"must be a list of stages, or a mapping with `protocol` (got keys {', '.join(map(str, value))})"
+        )
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise ValueError(f"protocol {name}: requires `tokens`, such as 20M (got {tokens!r})")
+    return expand_protocol(name, tokens, changes)
+
+
+def scale_stages(stages: Sequence[Any], tokens: int) -> list[Any]:
+    """Returns stages that keep their shares of a new budget.
+
+    Args:
+        stages: `HealStage`s.
+        tokens: What they train for together.
+    """
+    total = sum(stage.tokens for stage in stages)
+    return [stage.model_copy(update={"tokens": max(1, round(stage.tokens * tokens / total))}) for stage in stages]

@@ -1,0 +1,120 @@
+"""Reading recipes strictly: built-in names, YAML files and `--set` overrides, with all mistakes reported at once."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from refold.errors import RecipeError
+from refold.recipe.mistakes import describe_mistakes
+from refold.recipe.recipe import Recipe
+from refold.recipe.yaml import parse_yaml
+from refold.suggest import did_you_mean
+
+RecipeLike = str | Path | Mapping[str, Any] | Recipe | None
+"""What stands for a recipe: a built-in name, a YAML file, its parsed content, a Recipe, or None for the empty one."""
+
+
+@cache
+def _built_in_files() -> dict[str, str]:
+    folder = files("refold.recipes")
+    found = {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.name.endswith(".yaml")}
+    return {name.removesuffix(".yaml"): found[name] for name in sorted(found)}
+
+
+def built_in_recipes() -> dict[str, str]:
+    """Returns the built-in recipes, name to one-line description."""
+    return {name: load_recipe(name).description for name in _built_in_files()}
+
+
+def load_recipe(recipe: RecipeLike = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and applies overrides through the same strict model.
+
+    Args:
+        recipe: Built-in name, path of a YAML file, mapping, Recipe, or None for the empty recipe.
+        overrides: `key.path=value` strings; the value is YAML, a number in the path is an index into a list.
+
+    Raises:
+        RecipeError: Everything that is wrong, each line with its key path.
+    """
+    where, data = _read(recipe)
+    for override in overrides:
+        data = _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = describe_mistakes(error, Recipe)
+        if len(lines) == 1:
+            raise RecipeError(f"{where}: {lines[0]}") from None
+        raise RecipeError("\n  ".join((f"{where}: {len(lines)} mistakes", *lines))) from None
+
+
+def _read(recipe: RecipeLike) -> tuple[str, dict[str, Any]]:
+    if recipe is None:
+        return "recipe", {}
+    if isinstance(recipe, Recipe):
+        return "recipe", recipe.model_dump(exclude_unset=True)
+    if isinstance(recipe, Mapping):
+        return "recipe", dict(recipe)
+    if isinstance(recipe, str) and recipe in _built_in_files():
+        where, text = f"recipe {recipe}", _built_in_files()[recipe]
+    else:
+        where, text = f"recipe {recipe}", _read_file(recipe)
+    data = parse_yaml(text, where)
+    if data is None:
+        return where, {}
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: a mapping of sections is required (got {_kind(data)})")
+    return where, data
+
+
+def _read_file(recipe: str | Path) -> str:
+    path = Path(recipe)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RecipeError(f"recipe {recipe}: UTF-8 text is required (got other bytes)") from None
+    except OSError as error:
+        if isinstance(recipe, str) and path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
+            raise RecipeError(
+                f"recipe: must be one of {', '.join(_built_in_files())} or the path of a YAML file (got '{recipe}')"
+                f"{did_you_mean(recipe, _built_in_files())}"
+            ) from None
+        raise RecipeError(f"recipe {recipe}: a readable YAML file is required ({error.strerror})") from None
+
+
+def _override(data: Any, override: str) -> dict[str, Any]:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {override}: `key.path=value` is required, such as fold.loops=3")
+    return _replaced(data, keys, parse_yaml(text, f"--set {override}"), override, ())
+
+
+def _replaced(data: Any, keys: Sequence[str], value: Any, override: str, above: tuple[str, ...]) -> Any:
+    if not keys:
+        return value
+    key, here = keys[0], ".".join(above)
+    if isinstance(data, (list, tuple)):
+        if not key.isdecimal() or int(key) >= len(data):
+            raise RecipeError(
+                f"--set {override}: {here} is a list of {len(data)}; an index below that is required (got '{key}')"
+            )
+        index = int(key)
+        return [*data[:index], _replaced(data[index], keys[1:], value, override, (*above, key)), *data[index + 1 :]]
+    if data is not None and not isinstance(data, Mapping):
+        raise RecipeError(
+            f"--set {override}: {here} must be a mapping to hold '{key}' (got {data!r}); set it as a whole"
+        )
+    section = dict(data or {})
+    section[key] = _replaced(section.get(key), keys[1:], value, override, (*above, key))
+    return section
+
+
+def _kind(value: Any) -> str:
+    return {"str": "text", "list": "a list", "int": "a number", "float": "a number"}.get(
+        type(value).__name__, type(value).__name__
+    )

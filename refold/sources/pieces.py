@@ -1,0 +1,44 @@
+"""Canonical tensors read out of a source checkpoint, fused ones split on the way."""
+
+import torch
+from torch import Tensor
+
+from refold.blueprint.source_tensors import canonical_tensors
+from refold.checkpoint.reader import CheckpointReader
+from refold.sources.source_model import SourceModel
+
+
+class PieceReader:
+    """Reads a source's canonical tensors, such as `mixer.q_proj.weight` of layer 3, whatever they are packed in.
+
+    Args:
+        model: The source.
+        reader: Of its files; None where it has no weights, and nothing is asked for.
+    """
+
+    def __init__(self, model: SourceModel, reader: CheckpointReader | None):
+        self.model, self.reader = model, reader
+        self._shapes = canonical_tensors(model.arch)
+
+    def read(self, canonical: str, layer: int | None, dtype: torch.dtype, repeat: int = 1) -> Tensor:
+        """Returns a canonical tensor on the CPU in `dtype`; an unfused one in its own dtype is a view of the file.
+
+        With `repeat` each of its heads (`head_dim` rows) stands so many times in a row.
+
+        Raises:
+            SourceError: Its file is damaged.
+        """
+        assert self.reader is not None
+        name, rule, index = self.model.locate(canonical, layer)
+        packed = self.reader.read(name)
+        rows = self._shapes[canonical][0]
+        if rule.layout == "rows":
+            start = sum(self._shapes[piece][0] for piece in rule.pieces[:index])
+            packed = packed[start : start + rows]
+        elif rule.layout == "heads":
+            # [heads, pieces, head_dim] by rows, as GPT-NeoX packs query, key and value.
+            heads = rows // self.model.arch.head_dim
+            packed = packed.unflatten(0, (heads, len(rule.pieces), -1))[:, index].flatten(0, 1)
+        if repeat > 1:
+            packed = packed.unflatten(0, (-1, self.model.arch.head_dim)).repeat_interleave(repeat, dim=0).flatten(0, 1)
+        return packed.to(dtype)
