@@ -155,6 +155,28 @@ def material() -> Path:
 
 
 @pytest.fixture(scope="session")
+def make_arch() -> Callable[..., Any]:
+    """Makes a small architecture; any field of its config can be replaced."""
+    from refold.families.registry import read_arch
+
+    def make(num_layers: int = 8, model_type: str = "llama", **config: Any) -> Any:
+        return read_arch(
+            {
+                "model_type": model_type,
+                "vocab_size": 96,
+                "hidden_size": 32,
+                "intermediate_size": 80,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "num_hidden_layers": num_layers,
+                **config,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def make_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes source folders as transformers does: 4 layers, hidden size 32, all weights at a standard deviation of 0.3.
 

@@ -27,7 +27,7 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
 
 
 def test_functions_stay_functions_when_their_packages_are_imported() -> None:
-    for package in ("analysis", "conversion", "healing", "evaluation", "exporting", "engine", "studies"):
+    for package in ("analysis", "conversion", "healing", "evaluation", "exporting", "generation", "studies"):
         importlib.import_module(f"refold.{package}")
     assert all(
         callable(getattr(refold, name))

@@ -12,16 +12,20 @@ LAYERS = (
     {"cli"},
     {"studies"},
     {"serve"},
-    {"analysis", "conversion", "healing", "evaluation", "engine", "exporting", "report"},
-    {"measuring"},
+    {"analysis", "conversion", "healing", "evaluation", "generation", "exporting", "report"},
+    {"calibration"},
     {"data", "scoring"},
+    {"planning"},
+    {"sources"},
     {"modeling"},
     {"checkpoint"},
     {"nn"},
-    {"ops", "blueprint"},
+    {"ops", "recipe"},
+    {"blueprint"},
+    {"mixers"},
     {"families"},
 )
-EVERYWHERE = {"errors", "suggest", "version", "protocols", "recipes", "shipped"}
+EVERYWHERE = {"errors", "fields", "suggest", "version", "protocols", "recipes", "shipped"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
