@@ -22,7 +22,7 @@ INPUTS := pyproject.toml constraints.txt refold/version.py
 QUIET := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 TEST := $(QUIET) OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2
 
-.PHONY: demo test test-long lint docs clean
+.PHONY: demo test test-long gpu lint docs clean
 
 demo: $(STAMPS)/package
 	$(QUIET) $(RUN_PYTHON) -m refold.cli demo
@@ -32,6 +32,12 @@ test: $(STAMPS)/dev
 
 test-long: $(STAMPS)/dev
 	$(TEST) -m long
+
+# Under eight minutes on one card; `make gpu DEVICE=cpu` rehearses with tiny sizes and writes no page.
+DEVICE ?= cuda
+gpu: $(STAMPS)/dev
+	$(QUIET) $(RUN_PYTHON) benchmarks/gpu.py --device $(DEVICE) --work gpu-run-$(DEVICE) \
+		$(if $(filter cuda,$(DEVICE)),--write docs/results/gpu.md)
 
 lint: $(STAMPS)/dev
 	$(RUN_PYTHON) -m ruff check refold tests benchmarks scripts docs

@@ -41,7 +41,9 @@ def documents(vocab_size: int, lengths: np.ndarray, seed: int) -> list[np.ndarra
     return [rng.integers(3, vocab_size, size=length).astype(np.uint16) for length in lengths]
 
 
-def make_loop(model: PreTrainedModel, texts: list[np.ndarray], precision: str, teacher: Any = None) -> Loop:
+def make_loop(
+    model: PreTrainedModel, texts: list[np.ndarray], precision: str, teacher: Any = None, device: str = "cpu"
+) -> Loop:
     """Refold's loop over packed documents, without checkpoints."""
     objective = "next_token" if teacher is None else "distil"
     stage = HealStage.model_validate({"tokens": 10**9, "objective": objective, "precision": precision})
@@ -49,7 +51,7 @@ def make_loop(model: PreTrainedModel, texts: list[np.ndarray], precision: str, t
     if autocast is not None:
         attend_in_float32(model)
     AcceleratorState._reset_state(True)  # each side sets accelerate up in its own precision
-    team = Team(torch.device("cpu"))
+    team = Team(torch.device(device))
     trainable = Trainable(stage, WeightGroups(model, None))
     objectives = make_objectives(stage.objective)
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
@@ -85,7 +87,9 @@ class _Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def run_trainer(model: PreTrainedModel, texts: list[np.ndarray], precision: str, num_steps: int) -> float:
+def run_trainer(
+    model: PreTrainedModel, texts: list[np.ndarray], precision: str, num_steps: int, device: str = "cpu"
+) -> float:
     """Seconds of `num_steps` steps of Trainer after its first; documents are padded to the longest of a batch."""
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -107,7 +111,7 @@ def run_trainer(model: PreTrainedModel, texts: list[np.ndarray], precision: str,
             lr_scheduler_type="constant",
             max_grad_norm=1.0,
             bf16=precision == "bfloat16",
-            use_cpu=True,
+            use_cpu=device == "cpu",
             save_strategy="no",
             logging_strategy="no",
             report_to=[],
@@ -121,12 +125,12 @@ def run_trainer(model: PreTrainedModel, texts: list[np.ndarray], precision: str,
 
 
 @contextlib.contextmanager
-def identity_pair(source: Path) -> Iterator[tuple[PreTrainedModel, PreTrainedModel]]:
-    """The identity fold of a source and the source itself, float32 on the CPU, in training mode."""
+def identity_pair(source: Path, device: str = "cpu") -> Iterator[tuple[PreTrainedModel, PreTrainedModel]]:
+    """Yields the identity fold of a source and the source itself, float32, in training mode."""
     with tempfile.TemporaryDirectory() as folder:
         convert(source, Path(folder) / "identity", allow_larger=True)
-        fold = load_model(Path(folder) / "identity", dtype="float32", device="cpu")
-        yield fold.train(), load_model(source, dtype="float32", device="cpu").train()
+        fold = load_model(Path(folder) / "identity", dtype="float32", device=device)
+        yield fold.train(), load_model(source, dtype="float32", device=device).train()
 
 
 def run_loop(loop: Loop, num_steps: int) -> float:

@@ -28,7 +28,7 @@ from refold.conversion.convert import carry_out
 from refold.conversion.measured import reads_text
 from refold.data.readers import open_data
 from refold.evaluation.result import Evaluation
-from refold.planning.plan import Plan, plan_model, read_plan
+from refold.planning.plan import Draft, StackPlan, plan_model, read_plan
 from refold.recipe.heal import HealStage
 from refold.recipe.load import RecipeLike, load_recipe
 from refold.sources.source_model import SourceModel, read_source_model
@@ -63,12 +63,12 @@ ARMS: dict[str, RecipeLike] = {
 }
 
 
-def pruned_evenly(model: SourceModel, plan: Plan) -> Plan:
+def pruned_evenly(model: SourceModel, plan: StackPlan) -> Draft:
     block = {"parameters": plan.cost.target.non_embedding_parameters, "by": "even"}
     return plan_model(model, load_recipe({"drop": {"block": block}}))
 
 
-TWINS: dict[str, Callable[[SourceModel, Plan], Plan]] = {
+TWINS: dict[str, Callable[[SourceModel, StackPlan], Draft]] = {
     "pruned to": lambda model, plan: plan_model(model, pruned_recipe(plan)),
     "pruned evenly to": pruned_evenly,
     "from scratch:": scratch_plan,
@@ -77,9 +77,9 @@ TWINS: dict[str, Callable[[SourceModel, Plan], Plan]] = {
 DEFAULT = ("relaxed 18%, Average + SVD", "relaxed 10%, joint start, own norms, ends untied")
 
 
-def make_plans(model: SourceModel, only: list[str] | None) -> dict[str, Plan]:
+def make_plans(model: SourceModel, only: list[str] | None) -> dict[str, Draft]:
     """Plans the named arms, twins among them."""
-    found: dict[str, Plan] = {}
+    found: dict[str, Draft] = {}
     for name in only or [*DEFAULT, f"pruned to {DEFAULT[-1]}"]:
         twin = next((begin for begin in TWINS if name.startswith(begin)), None)
         recipe = ARMS[name if twin is None else name.removeprefix(twin).strip()]
@@ -143,7 +143,7 @@ def difference(found: Evaluation) -> float:
     return found.against.difference
 
 
-def summarise(plan: Plan, unhealed: Evaluation, chosen: Chosen) -> dict[str, Any]:
+def summarise(plan: StackPlan, unhealed: Evaluation, chosen: Chosen) -> dict[str, Any]:
     source, target = plan.cost.source, plan.cost.target
     against = {seed: run.found.against for seed, run in chosen.runs.items() if run.found.against is not None}
     return {
@@ -160,7 +160,7 @@ def summarise(plan: Plan, unhealed: Evaluation, chosen: Chosen) -> dict[str, Any
     }
 
 
-def plan_lora(plan: Plan) -> list[int]:
+def plan_lora(plan: StackPlan) -> list[int]:
     """Numbers in each LoRA tensor."""
     return [each.num_elements for each in target_tensors(plan.blueprint) if each.role in ("lora_a", "lora_b")]
 

@@ -23,7 +23,7 @@ from typing import Any
 from arms import Arm, arm_folder, command_lines, make_parser, measure
 
 from refold.conversion.convert import carry_out
-from refold.planning.plan import Plan, plan_model
+from refold.planning.plan import StackPlan, plan_model
 from refold.recipe.heal import HealStage
 from refold.recipe.load import load_recipe
 from refold.sources.source_model import SourceModel, read_source_model
@@ -168,7 +168,7 @@ def run_arm(name: str, way: Way, model: SourceModel, given: argparse.Namespace) 
     }
 
 
-def costs(plan: Plan) -> dict[str, Any]:
+def costs(plan: StackPlan) -> dict[str, Any]:
     target = plan.cost.target
     return {"weight_bytes": target.weight_bytes, "memory_8k": target.weight_bytes + target.cache_bytes(8192)}
 

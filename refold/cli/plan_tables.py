@@ -5,7 +5,7 @@ from typing import Any
 
 from refold.cli.show import format_bytes, format_count, print_table
 from refold.planning.lines import compare_memory
-from refold.planning.plan import Plan, PlannedRecipe
+from refold.planning.plan import PlannedRecipe, StackPlan
 
 LABELS = {
     "parameters": "parameters",
@@ -16,7 +16,7 @@ LABELS = {
 }
 
 
-def print_plan(made: Plan, context: int, lines: bool) -> None:
+def print_plan(made: StackPlan, context: int, lines: bool) -> None:
     """One plan: costs of source and target side by side, then notes."""
     rows = []
     for row in made.summary(context):
@@ -46,7 +46,7 @@ def print_plan(made: Plan, context: int, lines: bool) -> None:
         print_table(("tensors", "how", "count", "source layers", "why"), table)
 
 
-def as_json(made: Plan) -> dict[str, Any]:
+def as_json(made: StackPlan) -> dict[str, Any]:
     """The plan as `convert` writes it, with what follows from its cost about memory."""
     memory = compare_memory(made.cost.source, made.cost.target)
     return {**made.model_dump(mode="json"), "memory": memory.model_dump(mode="json")}

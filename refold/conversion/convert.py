@@ -31,7 +31,8 @@ from refold.data.readers import DataSource, open_data
 from refold.errors import RecipeError, SourceError
 from refold.modeling.configuration import RefoldConfig
 from refold.planning.approximation import require_text, stored_maps
-from refold.planning.plan import Plan, plan_model, read_influence
+from refold.planning.notes import Note
+from refold.planning.plan import Draft, Plan, StackPlan, plan_model, read_influence
 from refold.recipe.load import RecipeLike, load_recipe
 from refold.sources.measurements import stored_moments
 from refold.sources.pieces import PieceReader
@@ -102,7 +103,7 @@ def convert(
 
 
 def carry_out(
-    plan: Plan,
+    draft: Draft,
     source: Source,
     destination: str | Path,
     overwrite: bool = False,
@@ -112,7 +113,7 @@ def carry_out(
     calibration: DataSource | None = None,
     moments: Path | None = None,
 ) -> Plan:
-    """Carries a plan out on the source it was made for; arguments as for `convert`.
+    """Carries a draft out on the source it was made for; arguments as for `convert`.
 
     With `moments`, a folder that `keep_moments` filled, errors are weighed by those instead of by the text.
 
@@ -121,18 +122,18 @@ def carry_out(
         RecipeError: A feature map is to be fitted to text and there is none.
         DataError: The calibration text is too short, or cannot be read.
     """
-    maps = stored_maps(plan.blueprint, plan.starts)
+    maps = stored_maps(draft.blueprint, draft.starts)
     require_text(maps, calibration is not None)
-    require_calibration(plan, calibration is not None, moments is not None)
-    used_text = calibration is not None and bool(maps or reads_text(plan))
+    require_calibration(draft, calibration is not None, moments is not None)
+    used_text = calibration is not None and bool(maps or reads_text(draft))
     has_weights = source.headers(config_only=True) is not None
-    if not has_weights and reads_weights(plan, calibration is not None):
+    if not has_weights and reads_weights(draft, calibration is not None):
         raise SourceError(f"{source.where}: safetensors weights are required (only config.json is there)")
     fingerprint = source.fingerprint()
-    if plan.source.config_sha256 not in (None, fingerprint["config_sha256"]):
+    if draft.source.config_sha256 not in (None, fingerprint["config_sha256"]):
         raise SourceError(f"{source.where}: the source of the plan is required (config.json differs); plan again")
-    dtype = getattr(torch, plan.source.dtype)
-    specs = _specs(plan, dtype)
+    dtype = getattr(torch, draft.source.dtype)
+    specs = _specs(draft, dtype)
     folder = source.fetch()
     with (
         AtomicFolder(destination, overwrite, needed_bytes=count_bytes(specs)) as out,
@@ -141,11 +142,11 @@ def carry_out(
         model = read_source_model(locate(folder))
         pieces = PieceReader(model, reader)
         report = progress or (lambda done, total: None)
-        measuring, scratch = measuring_steps(plan, calibration is not None), out.path / SCRATCH_NAME
+        measuring, scratch = measuring_steps(draft, calibration is not None), out.path / SCRATCH_NAME
         scratch.mkdir()
         num_steps = measuring + len(specs)
         plan, pieces, store = measure_plan(
-            plan, model, pieces, calibration, scratch, device, lambda done: report(done, num_steps), moments
+            draft, model, pieces, calibration, scratch, device, lambda done: report(done, num_steps), moments
         )
         specs = _specs(plan, dtype)
         fitter = MapFitter(plan, model, pieces, device)
@@ -167,13 +168,13 @@ def carry_out(
         out.hashes.update(writer.hashes)
         shutil.rmtree(scratch)
         companions = copy_companions(folder, out.path)
-        notes = list(plan.notes)
+        said = list(plan.notes)
         if used_text:
             assert calibration is not None
-            notes.append(f"calibration text: {calibration.name}")
+            said.append(Note(text=f"calibration text: {calibration.name}"))
         if not companions.has_tokenizer:
-            notes.append("the source has no tokenizer: none was copied")
-        found = {"kept_energy": builder.kept_energy, "approximation": fitter.approximation, "notes": tuple(notes)}
+            said.append(Note(text="the source has no tokenizer: none was copied"))
+        found = {"kept_energy": builder.kept_energy, "approximation": fitter.approximation, "notes": tuple(said)}
         made = plan.model_copy(update=found)
         _write_config(plan, source, out.path)
         (out.path / PLAN_NAME).write_text(made.model_dump_json(indent=2) + "\n")
@@ -189,7 +190,7 @@ def carry_out(
     return made
 
 
-def _specs(plan: Plan, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _specs(plan: StackPlan, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {tensor.name: (tensor.shape, dtype) for tensor in target_tensors(plan.blueprint)}
 
 
@@ -212,4 +213,4 @@ def _write_card(plan: Plan, source: Source, folder: Path, target: Path) -> None:
     kept = plan.kept_energy.values()
     if kept:
         facts["kept residual energy"] = f"{min(kept):.1%} to {max(kept):.1%} over {len(kept)} matrices"
-    write_card(target, base, f"{base}, folded", facts, plan.notes, read_licence(folder))
+    write_card(target, base, f"{base}, folded", facts, [note.text for note in plan.notes], read_licence(folder))

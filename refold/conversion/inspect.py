@@ -77,5 +77,5 @@ def inspect(folder: str | Path, *, verify: bool = False) -> Inspection:
         stages=tuple(vars(stage) for stage in provenance.read(path)),
         kept_energy=dict(plan.kept_energy) if plan is not None else {},
         approximation=dict(plan.approximation) if plan is not None else {},
-        notes=plan.notes if plan is not None else (),
+        notes=tuple(note.text for note in plan.notes) if plan is not None else (),
     )

@@ -20,9 +20,9 @@ from refold.data.readers import DataSource
 from refold.errors import FolderError, RecipeError
 from refold.modeling.load import load_tokenizer
 from refold.planning.allocation import Choice, allocate, keep_energy
-from refold.planning.build import UNMEASURED, identity_blueprint
+from refold.planning.build import identity_blueprint
 from refold.planning.factors import linear_budget, lora_parameters, stored_linears, stored_parameters
-from refold.planning.plan import Plan, plan_model, replan
+from refold.planning.plan import Draft, Plan, StackPlan, plan_model, replan
 from refold.recipe.load import RecipeLike, load_recipe
 from refold.recipe.recipe import RankEnergy, RankShare, Recipe
 from refold.sources.pieces import PieceReader
@@ -32,10 +32,10 @@ Report = Callable[[int], None]
 
 
 class Measured(NamedTuple):
-    """What a plan is carried out with.
+    """A settled plan, and the readers that carry it out.
 
     Attributes:
-        plan: With what it leaves out and its ranks.
+        plan: With measured drops and ranks.
         pieces: Reads the source, tied layers in their common frame.
         store: Moments, in the same frames; None where errors are not weighed.
     """
@@ -45,7 +45,7 @@ class Measured(NamedTuple):
     store: MomentStore | None
 
 
-def require_calibration(plan: Plan, has_text: bool, has_moments: bool = False) -> None:
+def require_calibration(plan: StackPlan, has_text: bool, has_moments: bool = False) -> None:
     """Checks that there is text where something is chosen or weighed by what the source does on some.
 
     Raises:
@@ -70,12 +70,12 @@ def require_calibration(plan: Plan, has_text: bool, has_moments: bool = False) -
         )
 
 
-def reads_text(plan: Plan) -> bool:
+def reads_text(plan: StackPlan) -> bool:
     """Says whether a plan leaves something to measure on calibration text where there is some."""
     return plan.recipe.needs_text or _measures_influence(plan, has_text=True)
 
 
-def measuring_steps(plan: Plan, has_text: bool) -> int:
+def measuring_steps(plan: StackPlan, has_text: bool) -> int:
     """Returns how many steps of progress measuring takes."""
     layers = plan.blueprint.arch.num_layers
     steps = layers if _measures_influence(plan, has_text) else 0
@@ -84,17 +84,17 @@ def measuring_steps(plan: Plan, has_text: bool) -> int:
     return steps + (len(list(stored_linears(plan.blueprint))) if plan.recipe.measures_ranks else 0)
 
 
-def reads_weights(plan: Plan, has_text: bool) -> bool:
+def reads_weights(plan: StackPlan, has_text: bool) -> bool:
     """Whether a plan cannot be carried out on a source of which only the config is there."""
     return plan.starts.weights == "source" or _measures_influence(plan, has_text)
 
 
-def _measures_influence(plan: Plan, has_text: bool) -> bool:
+def _measures_influence(plan: StackPlan, has_text: bool) -> bool:
     return has_text and plan.recipe.measures_influence and plan.influence is None
 
 
 def measure_plan(
-    plan: Plan,
+    draft: Draft,
     model: SourceModel,
     pieces: PieceReader,
     text: DataSource | None,
@@ -103,10 +103,10 @@ def measure_plan(
     progress: Report = lambda done: None,
     moments: Path | None = None,
 ) -> Measured:
-    """Measures what the plan's recipe leaves to measurement.
+    """Makes the measurements that a draft waits for, and settles it.
 
     Args:
-        plan: With ranks split evenly, and parts left out evenly, where that is to be measured.
+        draft: With even ranks and drops where those follow from measurement.
         model: Its source.
         pieces: Reads the source.
         text: Calibration text.
@@ -116,15 +116,15 @@ def measure_plan(
         moments: A folder `keep_moments` filled, instead of the text.
 
     Returns:
-        The plan with what it leaves out and its ranks, and what it is carried out with.
+        The settled plan, with the reader and the moments that carry it out.
 
     Raises:
         DataError: The text is too short or cannot be read.
         RecipeError: The budget holds not even the smallest ranks.
         SourceError: The moments are another source's.
     """
-    recipe, store, done = plan.recipe, None, 0
-    measures_influence = _measures_influence(plan, text is not None)
+    recipe, store, done = draft.recipe, None, 0
+    measures_influence = _measures_influence(draft, text is not None)
     layers = SourceLayers(model, pieces, device)
     packed = None
     if measures_influence or (recipe.needs_text and moments is None):
@@ -133,7 +133,7 @@ def measure_plan(
     if measures_influence:
         assert packed is not None
         influence = measure_influence(layers, packed, progress=progress)
-        plan = plan_model(model, recipe, allow_larger=True, influence=influence)
+        draft = plan_model(model, recipe, allow_larger=True, influence=influence)
         done = model.arch.num_layers
     if recipe.needs_text:
         before = done
@@ -144,24 +144,24 @@ def measure_plan(
             assert packed is not None
             _measure_moments(layers, packed, store, folder, recipe, lambda count: progress(before + count))
         done += model.arch.num_layers * (2 if recipe.weight == "fisher" else 1)
-    if plan.starts.align != "none":
-        frames = align_layers(plan.blueprint, plan.starts.align, pieces, device)
+    if draft.starts.align != "none":
+        frames = align_layers(draft.blueprint, draft.starts.align, pieces, device)
         pieces = FramedPieces(pieces, frames)
         store = None if store is None else FramedMoments(store, frames)
     if not recipe.measures_ranks:
-        return Measured(plan, pieces, store)
-    groups = measured_groups(plan)
+        return Measured(draft.settle(), pieces, store)
+    groups = measured_groups(draft)
     with torch.inference_mode():
         linears = measure_linears(
             groups,
             recipe.weight,
-            plan.starts.lora == "joint",
+            draft.starts.lora == "joint",
             pieces,
             store,
             device,
             lambda count: progress(done + count),
         )
-    return Measured(replan(plan, model, _choose(plan, linears), UNMEASURED), pieces, store)
+    return Measured(replan(draft, model, _choose(draft, linears)).settle(), pieces, store)
 
 
 def keep_moments(source: str | Path, recipe: RecipeLike, text: DataSource, folder: Path, device: str = "cpu") -> None:
@@ -220,7 +220,7 @@ def _measure_moments(
     measure_moments(layers, packed, store, scratch, with_gradients=gradients, seed=recipe.seed, progress=progress)
 
 
-def measured_groups(plan: Plan) -> list[LinearSources]:
+def measured_groups(plan: StackPlan) -> list[LinearSources]:
     """Returns the stored linears whose ranks are measured: those that do what they did in the source."""
     found = [
         linear_sources(plan.blueprint, plan.starts, pool, part, linear)
@@ -229,7 +229,7 @@ def measured_groups(plan: Plan) -> list[LinearSources]:
     return [group for group in found if group is not None and group.is_native]
 
 
-def _choose(plan: Plan, linears: list) -> Blueprint:
+def _choose(plan: StackPlan, linears: list) -> Blueprint:
     recipe, blueprint = plan.recipe, plan.blueprint
     rank = None if recipe.lora is None else recipe.lora.rank
     if isinstance(rank, RankEnergy):

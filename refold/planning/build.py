@@ -18,13 +18,13 @@ from refold.planning.factors import factorise_evenly, linear_budget
 from refold.planning.fold import FoldedStack, describe_alignment, fold_layers, tied_sources
 from refold.planning.key_sharing import Reads, choose_reads, describe_reads
 from refold.planning.mixers import ChosenMixer, choose_mixers, describe_lost_norms
-from refold.planning.notes import advise, describe_reach
-from refold.planning.relax import LinearShapes, choose_ranks, describe_prefixes, require_sensible_ranks, with_prefixes
+from refold.planning.notes import Note, Notes, advise, describe_reach, notes
+from refold.planning.relax import LinearShapes, choose_ranks, describe_prefixes, with_prefixes
+from refold.planning.rules import require_rules
 from refold.recipe.recipe import ExitPlacement, Fold, Recipe
 from refold.sources.measurements import Influence
 
-UNMEASURED = "ranks are measured when converting: until then"
-"""How the note begins that holds until then."""
+UNMEASURED_RANKS = "ranks are measured when converting: until then"
 
 
 class Built(NamedTuple):
@@ -32,8 +32,7 @@ class Built(NamedTuple):
 
     blueprint: Blueprint
     starts: Initialisation
-    notes: tuple[str, ...]
-    """What the user should know, one line each."""
+    notes: Notes
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
         RecipeError: The recipe does not fit the architecture.
     """
     recipe = recipe.resolved()
-    _require_sensible_starts(recipe)
-    _require_halves(recipe, arch)
-    require_sensible_ranks(recipe)
+    require_rules(recipe, arch)
     identity = identity_blueprint(arch)
     counted = count_parameters(identity)
     blocks = _dropped_blocks(arch, recipe, counted, influence)
@@ -122,26 +119,32 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
     if recipe.exits is not None:
         blueprint = _with_exits(blueprint, recipe.exits, recipe.fold, stack)
     relaxed, lora = any(depth.ranks for depth in blueprint.depths), recipe.lora
-    notes = (
-        *(describe_dropped(recipe.drop, influence, blocks, dropped) if recipe.drop else ()),
-        *stack.notes,
-        *describe_reach(blueprint),
-        *describe_lost_norms(arch, chosen),
-        *describe_reads(reads, arch.num_key_value_heads),
-        *rank_notes,
-        *describe_prefixes(blueprint),
-        *(describe_alignment(blueprint, recipe.fold.align) if recipe.fold else ()),
-        *describe_exits(blueprint),
+    undecided = recipe.drop is not None and bool(recipe.drop.by_influence) and influence is None
+    said = (
+        *notes(
+            describe_dropped(recipe.drop, influence, blocks, dropped) if recipe.drop else (),
+            "pending" if undecided else "fact",
+        ),
+        *notes(stack.notes),
+        *notes(describe_reach(blueprint)),
+        *notes(describe_lost_norms(arch, chosen)),
+        *notes(describe_reads(reads, arch.num_key_value_heads)),
+        *notes(rank_notes, "ranks"),
+        *notes(describe_prefixes(blueprint)),
+        *notes(describe_alignment(blueprint, recipe.fold.align) if recipe.fold else ()),
+        *notes(describe_exits(blueprint)),
     )
     if recipe.fits_in_sequence:
-        notes = (*notes, "calibration.order: linears are fitted from top to bottom, those that would be copied as well")
+        order = "calibration.order: linears are fitted from top to bottom, those that would be copied as well"
+        said = (*said, Note(text=order))
     if recipe.factor is not None:
-        blueprint, note = factorise_evenly(blueprint, identity, recipe.factor)
+        blueprint, line = factorise_evenly(blueprint, identity, recipe.factor)
         budget = linear_budget(identity, recipe.factor.parameters)
-        measured = f"{UNMEASURED} even ones stand here; linears and LoRAs will take {budget:,} parameters"
-        notes = (*notes, measured if recipe.measures_ranks else note)
+        measured = f"{UNMEASURED_RANKS} even ones stand here; linears and LoRAs will take {budget:,} parameters"
+        said = (*said, Note(kind="pending", text=measured) if recipe.measures_ranks else Note(text=line))
     elif recipe.measures_ranks:
-        notes = (*notes, f"{UNMEASURED} even ones stand here, or for an energy the largest there can be")
+        line = f"{UNMEASURED_RANKS} even ones stand here, or for an energy the largest there can be"
+        said = (*said, Note(kind="pending", text=line))
     starts = Initialisation(
         weights=recipe.weights,
         lora=lora.init if relaxed and lora else None,
@@ -152,77 +155,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
         transfers=tuple(mixer.transfers for mixer in stored) if recipe.mixers else (),
         seed=recipe.seed,
     )
-    return Built(blueprint, starts, (*notes, *advise(recipe, relaxed)))
-
-
-def _require_sensible_starts(recipe: Recipe) -> None:
-    if recipe.shares_bases and recipe.fold is not None and recipe.fold.init not in ("average", "random"):
-        raise RecipeError(
-            f"fold.init: must be average where factor.share is basis, which makes bases from all tied layers (got "
-            f"{recipe.fold.init}); leave fold.init out"
-        )
-    if recipe.fits_in_sequence and not recipe.needs_text:
-        what = "fresh weights" if recipe.weights == "fresh" else "weight: none"
-        raise RecipeError(
-            f"calibration.order: linears weighed by activations or fisher are required for sequential (got {what}); "
-            f"set relax.weight or factor.weight, or leave order out"
-        )
-    if recipe.fits_in_sequence and recipe.shares_bases:
-        raise RecipeError(
-            "calibration.order: must be at_once where factor.share is basis (got sequential); leave one of them out"
-        )
-    _require_sensible_frames(recipe)
-    if recipe.lora is None or recipe.lora.init in (None, "zero"):
-        return
-    init = recipe.lora.init
-    if recipe.weights == "fresh":
-        raise RecipeError(f"relax.init: must be zero where weights are fresh (got {init}); leave relax.init out")
-    if recipe.fold is None:
-        return
-    if recipe.fold.init == "random":
-        raise RecipeError(f"relax.init: must be zero where fold.init is random (got {init}); leave relax.init out")
-    if init == "joint" and recipe.fold.init != "average":
-        raise RecipeError(
-            f"fold.init: must be average where relax.init is joint, which makes stored weights from all tied layers "
-            f"(got {recipe.fold.init}); leave fold.init out, or take relax.init svd or zero"
-        )
-
-
-def _require_halves(recipe: Recipe, arch: ArchSpec) -> None:
-    text, length = recipe.calibration, min(recipe.calibration.context, arch.max_position_embeddings)
-    if recipe.fits_in_sequence and text.tokens < 2 * length:
-        raise RecipeError(
-            f"calibration.tokens: two sequences of {length} tokens are required for sequential, one to check the other "
-            f"(got {text.tokens} tokens); raise it, or lower calibration.context"
-        )
-
-
-def _require_sensible_frames(recipe: Recipe) -> None:
-    fold = recipe.fold
-    if fold is None:
-        return
-    for key, value in (("align", fold.align), ("scale", fold.scale)):
-        if value == "none":
-            continue
-        if recipe.weights == "fresh":
-            raise RecipeError(f"fold.{key}: must be none where weights are fresh (got {value}); leave it out")
-        if fold.init != "average":
-            raise RecipeError(
-                f"fold.{key}: fold.init average is required for {value}, which is about layers that are averaged (got "
-                f"{fold.init}); set it, or leave {key} out"
-            )
-    fitted = None
-    if recipe.lora is not None and recipe.lora.init != "zero":
-        fitted = f"relax.init {recipe.lora.init}"
-    elif recipe.factor is not None:
-        fitted = "factor"
-    elif recipe.weight != "none":
-        fitted = f"weight {recipe.weight}"
-    if fold.scale == "norm" and fitted:
-        raise RecipeError(
-            f"fold.scale: norm is for means that nothing is fitted to (got {fitted}, whose fit decides the scale); "
-            f"leave it out, or set relax.init to zero"
-        )
+    return Built(blueprint, starts, (*said, *notes(advise(recipe, relaxed))))
 
 
 def _dropped_blocks(

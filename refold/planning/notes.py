@@ -1,7 +1,44 @@
 """Notes that a plan gives its reader."""
 
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
 from refold.blueprint.schema import Blueprint, DepthSpec
+from refold.families.arch import Frozen
 from refold.recipe.recipe import Recipe
+
+NoteKind = Literal["fact", "ranks", "pending"]
+
+
+class Note(Frozen):
+    """One line that the reader of a plan should know.
+
+    Attributes:
+        kind: `fact` holds for good; `ranks` holds for the ranks that the recipe gives; `pending` holds until the
+            measurement it names has been made.
+    """
+
+    kind: NoteKind = "fact"
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _as_note(value: Any) -> Any:
+    # Plans written before notes had a kind hold strings.
+    return {"text": value} if isinstance(value, str) else value
+
+
+Notes = tuple[Annotated[Note, BeforeValidator(_as_note)], ...]
+
+
+def notes(lines: Iterable[str], kind: NoteKind = "fact") -> Notes:
+    """Returns lines as notes of one kind."""
+    return tuple(Note(kind=kind, text=line) for line in lines)
+
 
 _SETTING = "Gemma 2B, two loops, 15B tokens, few-shot accuracy in the paper"
 _STRICT = {"average": 46.7, "lower": 47.1, "random": 37.6}

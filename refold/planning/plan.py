@@ -18,8 +18,9 @@ from refold.mixers.registry import find_mixer
 from refold.planning.approximation import Approximation, stored_maps
 from refold.planning.build import build_blueprint, identity_blueprint
 from refold.planning.lines import PlanLine, plan_lines
+from refold.planning.notes import NoteKind, Notes, notes
 from refold.recipe.load import RecipeLike, built_in_recipes, load_recipe
-from refold.recipe.recipe import Recipe
+from refold.recipe.recipe import Recipe, ResolvedRecipe
 from refold.sources.measurements import Influence, read_measurements
 from refold.sources.source_model import SourceModel, SourceRecord, read_source_model, record_source
 
@@ -48,24 +49,19 @@ class SummaryRow(NamedTuple):
         return self.target / self.source if self.source else None
 
 
-class Plan(Frozen):
-    """Everything `convert` needs besides the weights."""
+class StackPlan(Frozen):
+    """A source, a resolved recipe, and the stack that the recipe makes of the source."""
 
     format: Literal[1] = PLAN_FORMAT
     source: SourceRecord
-    recipe: Recipe
-    """With its defaults resolved."""
+    recipe: ResolvedRecipe
     starts: Initialisation
     blueprint: Blueprint
     cost: CostPair
     lines: tuple[PlanLine, ...]
-    notes: tuple[str, ...]
+    notes: Notes
     influence: Influence | None = None
-    """By what layers and parts were left out; None where nothing was measured for that."""
-    kept_energy: Mapping[str, float] = Field(default_factory=dict)
-    """After conversion, by `depths.<d>.<linear>`: the share of what tying lost that the LoRA holds."""
-    approximation: Mapping[str, Approximation] = Field(default_factory=dict)
-    """After conversion, by `depths.<d>`: how far feature maps are off the softmax of the source's layer."""
+    """The measured influence that decided which layers and parts are dropped; None: nothing was measured."""
 
     def summary(self, context: int = SUMMARY_CONTEXT) -> list[SummaryRow]:
         """Returns the costs side by side, cache and FLOPs at a context of `context` tokens."""
@@ -86,13 +82,37 @@ class Plan(Frozen):
         )
 
 
+class Plan(StackPlan):
+    """A settled plan: nothing in its blueprint waits for a measurement."""
+
+    kept_energy: Mapping[str, float] = Field(default_factory=dict)
+    """After conversion, by `depths.<d>.<linear>`: the share of the residual's energy that the LoRA holds."""
+    approximation: Mapping[str, Approximation] = Field(default_factory=dict)
+    """After conversion, by `depths.<d>`: distance of feature maps from the softmax of the source's layer."""
+
+
+class Draft(StackPlan):
+    """A plan made from config and headers: ranks and drops that follow from measurement are even ones here."""
+
+    @property
+    def pending(self) -> Notes:
+        """The notes that name a measurement still to be made; empty: the draft can be settled as it is."""
+        return tuple(note for note in self.notes if note.kind == "pending")
+
+    def settle(self) -> Plan:
+        """Returns the plan for this very blueprint: even ranks and drops stay, and their notes become facts."""
+        notes = tuple(note.model_copy(update={"kind": "fact"}) if note in self.pending else note for note in self.notes)
+        fields = {name: getattr(self, name) for name in StackPlan.model_fields}
+        return Plan.model_construct(**{**fields, "notes": notes})
+
+
 @dataclass(frozen=True)
 class PlannedRecipe:
     """A built-in recipe on a source: its plan, or why there is none."""
 
     name: str
     description: str
-    plan: Plan | None
+    plan: Draft | None
     error: str | None = None
 
 
@@ -102,7 +122,7 @@ def plan(
     overrides: Sequence[str] = (),
     allow_larger: bool = False,
     measurements: str | Path | None = None,
-) -> Plan:
+) -> Draft:
     """Plans a conversion from `config.json` and safetensors headers alone.
 
     Args:
@@ -141,7 +161,7 @@ def plan_all(source: str | Path | Source, measurements: str | Path | None = None
 
 def plan_model(
     model: SourceModel, recipe: Recipe, allow_larger: bool = False, influence: Influence | None = None
-) -> Plan:
+) -> Draft:
     """Plans a conversion of a source that has been read, and whose layers may have been measured; see `plan`."""
     recipe = recipe.resolved()
     influence = influence if recipe.measures_influence else None
@@ -149,30 +169,30 @@ def plan_model(
     return _assemble(model, recipe, *built, allow_larger=allow_larger, influence=influence)
 
 
-def replan(plan: Plan, model: SourceModel, blueprint: Blueprint, outdated: str) -> Plan:
-    """Returns a plan with another blueprint, such as one whose ranks have been measured.
+def replan(draft: Draft, model: SourceModel, blueprint: Blueprint, outdated: NoteKind = "pending") -> Draft:
+    """Returns a draft with another blueprint, such as one whose ranks have been measured.
 
     Args:
-        plan: The plan.
+        draft: The draft.
         model: Its source.
-        blueprint: What it is to make.
-        outdated: How notes begin that no longer hold.
+        blueprint: The blueprint to plan instead.
+        outdated: The kind of notes that no longer hold.
     """
-    made = _assemble(model, plan.recipe, blueprint, plan.starts, (), allow_larger=True, influence=plan.influence)
-    kept = tuple(note for note in plan.notes if not note.startswith(outdated) and note not in made.notes)
+    made = _assemble(model, draft.recipe, blueprint, draft.starts, (), allow_larger=True, influence=draft.influence)
+    kept = tuple(note for note in draft.notes if note.kind != outdated and note not in made.notes)
     return made.model_copy(update={"notes": (*kept, *made.notes)})
 
 
 def _assemble(
     model: SourceModel,
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     blueprint: Blueprint,
     starts: Initialisation,
-    notes: tuple[str, ...],
+    said: Notes,
     *,
     allow_larger: bool,
     influence: Influence | None,
-) -> Plan:
+) -> Draft:
     ignored = model.check_tensors(recipe.ignore_tensors)
     # Raises where a map is to be fitted and there is nothing to fit it to.
     stored_maps(blueprint, starts)
@@ -181,17 +201,17 @@ def _assemble(
     )
     if not allow_larger:
         _require_smaller(costs, model.arch.max_position_embeddings)
-    made = Plan(
+    made = Draft(
         source=record_source(model),
         recipe=recipe,
         starts=starts,
         blueprint=blueprint,
         cost=costs,
         lines=plan_lines(blueprint, starts, model.family, model.expected, ignored),
-        notes=notes,
+        notes=said,
         influence=influence,
     )
-    return made.model_copy(update={"notes": (*notes, *_say_aloud(made))})
+    return made.model_copy(update={"notes": (*said, *notes(_say_aloud(made)))})
 
 
 def read_plan(path: Path) -> Plan:
@@ -229,7 +249,7 @@ def _require_smaller(costs: CostPair, context: int) -> None:
         )
 
 
-def _say_aloud(made: Plan) -> list[str]:
+def _say_aloud(made: StackPlan) -> list[str]:
     said = []
     context = made.blueprint.arch.max_position_embeddings
     source, target = (_comparable(each, context) for each in (made.cost.source, made.cost.target))

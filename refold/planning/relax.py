@@ -5,60 +5,12 @@ from collections.abc import Mapping, Sequence
 from refold.blueprint.schema import Blueprint, Pool
 from refold.errors import RecipeError
 from refold.mixers.registry import find_mixer
-from refold.recipe.recipe import LoraRelax, PrefixRelax, RankEnergy, RankShare, Recipe
+from refold.recipe.recipe import LoraRelax, PrefixRelax, RankEnergy, RankShare
 from refold.suggest import did_you_mean
 
 LinearShapes = Mapping[str, tuple[int, int]]
 """Linear name to `(out, in)`."""
 GROUPS = ("mixer", "mlp", "all")
-
-
-def require_sensible_ranks(recipe: Recipe) -> None:
-    """Checks that `relax.rank` and `factor` go together.
-
-    Raises:
-        RecipeError: They do not.
-    """
-    relax, factor = recipe.lora, recipe.factor
-    weights = {each.weight for each in (factor, relax) if each is not None and each.weight is not None}
-    if len(weights) > 1:
-        raise RecipeError(
-            f"factor.weight: must be relax.weight (got {' and '.join(sorted(weights))}); leave one of them out"
-        )
-    rank = None if relax is None else relax.rank
-    measured = isinstance(rank, RankEnergy) or (isinstance(rank, RankShare) and rank.split == "measured")
-    if measured and relax is not None and relax.at == "all":
-        raise RecipeError(
-            "relax.at: tied is required where relax.rank is measured by what tying lost (got all); leave it out, or "
-            "name ranks"
-        )
-    has_share = isinstance(rank, RankShare) and rank.parameters is not None
-    if measured and recipe.weights == "fresh" and not has_share:
-        raise RecipeError(
-            "relax.rank: a number or a share of parameters is required where weights are fresh (nothing is measured)"
-        )
-    if isinstance(rank, RankEnergy) and factor is not None:
-        raise RecipeError("relax.rank.energy: cannot stand beside factor, whose budget holds LoRAs too; split measured")
-    if relax is None or not isinstance(rank, RankShare):
-        return
-    shares = factor is not None and factor.split == "measured" and rank.split == "measured"
-    if shares and recipe.shares_bases:
-        raise RecipeError(
-            "relax.rank.split: even is required where factor.share is basis (got measured); name a rank, or leave "
-            "relax out"
-        )
-    if rank.parameters is None and not shares:
-        raise RecipeError(
-            "relax.rank.parameters: a share is required (left out); name one, or split both relax.rank and factor as "
-            "measured"
-        )
-    if rank.parameters is not None and factor is not None and rank.split == "measured":
-        raise RecipeError(
-            f"relax.rank.parameters: must be left out beside factor (got {rank.parameters:g}), whose budget holds "
-            f"LoRAs too; and factor.split must be measured"
-        )
-    if shares and relax.init == "zero" and recipe.weights == "source":
-        raise RecipeError("relax.init: joint or svd is required where relax.rank is measured beside factor (got zero)")
 
 
 def uniform_ranks(rank: int, linears: LinearShapes) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from refold.blueprint.initialisation import Align, ErrorMetric
 from refold.fields import Amount, Count, LayerIndex, Real, Section, refuse_repeats
@@ -340,7 +340,7 @@ class Recipe(Section):
         """Whether what is left out follows from measurement, so that there has to be one."""
         return self.drop is not None and "similarity" in self.drop.by_influence
 
-    def resolved(self) -> "Recipe":
+    def resolved(self) -> "ResolvedRecipe":
         """Returns the recipe with the defaults filled in that depend on other fields: `fold.init` and `relax.init`."""
         fold, relax = self.fold, self.lora
         if relax is not None and relax.init is None:
@@ -350,4 +350,23 @@ class Recipe(Section):
         if fold is not None and fold.init is None:
             averaged = (relax is not None and relax.init != "zero") or self.shares_bases
             fold = fold.model_copy(update={"init": "average" if averaged else "stepwise"})
-        return self.model_copy(update={"fold": fold, "relax": relax or self.relax})
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return ResolvedRecipe.model_construct(
+            self.model_fields_set, **{**fields, "fold": fold, "relax": relax or self.relax}
+        )
+
+
+class ResolvedRecipe(Recipe):
+    """A recipe whose defaults are all filled in: the only kind that planning reads."""
+
+    @model_validator(mode="after")
+    def _has_inits(self) -> "ResolvedRecipe":
+        if self.fold is not None and self.fold.init is None:
+            raise ValueError("fold.init: required in a resolved recipe (got none)")
+        if self.lora is not None and self.lora.init is None:
+            raise ValueError("relax.init: required in a resolved recipe (got none)")
+        return self
+
+    def resolved(self) -> "ResolvedRecipe":
+        """Returns the recipe itself."""
+        return self

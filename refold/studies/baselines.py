@@ -10,7 +10,7 @@ from refold.checkpoint.locate import Source
 from refold.errors import RecipeError
 from refold.planning.build import identity_blueprint
 from refold.planning.factors import stored_share
-from refold.planning.plan import Plan, plan_model, replan
+from refold.planning.plan import Draft, StackPlan, plan_model, replan
 from refold.recipe.drop import BlockDrop, Drop
 from refold.recipe.heal import HealStage
 from refold.recipe.recipe import Factor, LoraRelax, RankEnergy, Recipe
@@ -34,8 +34,8 @@ class BaselineJob:
 
     source: Source
     model: SourceModel
-    plan: Plan
-    convert: Callable[[Plan], Path]
+    plan: StackPlan
+    convert: Callable[[Draft], Path]
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,23 @@ class Baseline:
     description: str
     start: Callable[[BaselineJob], str | Path]
     needs_healing: bool
-    scheme: Callable[[Plan], str] | None = None
+    scheme: Callable[[StackPlan], str] | None = None
 
 
-def pruned_recipe(plan: Plan) -> Recipe:
+def pruned_recipe(plan: StackPlan) -> Recipe:
     """Depth pruning that keeps as many whole layers as fit into a plan's target, the most important if measured."""
     budget = plan.cost.target.non_embedding_parameters
     return Recipe(drop=Drop(block=BlockDrop(parameters=budget, by="auto")))
 
 
-def lowrank_recipe(plan: Plan) -> Recipe:
+def lowrank_recipe(plan: StackPlan) -> Recipe:
     """Every linear as two factors of lower rank, as many parameters as the linears of a plan's target (SVD-LLM,
     arXiv 2403.07378)."""
     share = stored_share(plan.blueprint, identity_blueprint(plan.blueprint.arch))
     return Recipe(factor=Factor(parameters=share), calibration=plan.recipe.calibration)
 
 
-def scratch_recipe(plan: Plan) -> Recipe:
+def scratch_recipe(plan: StackPlan) -> Recipe:
     """What makes the architecture of a plan's target with fresh weights, but for ranks that were measured."""
     recipe = plan.recipe
     # Left out, so that planning takes what suits fresh weights: nothing is fitted to them, no LoRA starts from an SVD.
@@ -78,10 +78,12 @@ def scratch_recipe(plan: Plan) -> Recipe:
     if isinstance(relax, LoraRelax) and isinstance(relax.rank, RankEnergy):
         relax = relax.model_copy(update={"rank": _largest_ranks(plan) or 0})
     calibration = recipe.calibration.model_copy(update={"order": "at_once"})
-    return recipe.model_copy(update={"weights": "fresh", "fold": fold, "relax": relax, "calibration": calibration})
+    fields = {name: getattr(recipe, name) for name in Recipe.model_fields}
+    changes = {"weights": "fresh", "fold": fold, "relax": relax, "calibration": calibration}
+    return Recipe.model_construct(**{**fields, **changes})
 
 
-def scratch_plan(model: SourceModel, plan: Plan) -> Plan:
+def scratch_plan(model: SourceModel, plan: StackPlan) -> Draft:
     """Plans the architecture of a plan's target, with the very ranks that were measured for it, with fresh weights."""
     made = plan_model(model, scratch_recipe(plan), allow_larger=True, influence=plan.influence)
     parts = {
@@ -91,10 +93,10 @@ def scratch_plan(model: SourceModel, plan: Plan) -> Plan:
         )
         for pool in ("mixers", "mlps")
     }
-    return replan(made, model, plan.blueprint.model_copy(update=parts), outdated="relax.rank")
+    return replan(made, model, plan.blueprint.model_copy(update=parts), outdated="ranks")
 
 
-def _largest_ranks(plan: Plan) -> dict[str, int]:
+def _largest_ranks(plan: StackPlan) -> dict[str, int]:
     found: dict[str, int] = {}
     for depth in plan.blueprint.depths:
         for name, rank in depth.ranks.items():
@@ -102,7 +104,7 @@ def _largest_ranks(plan: Plan) -> dict[str, int]:
     return found
 
 
-def fitting_scheme(plan: Plan) -> str:
+def fitting_scheme(plan: StackPlan) -> str:
     """The most precise scheme that makes a plan's source no larger than its target; if none does, the smallest."""
     source, costs = identity_blueprint(plan.blueprint.arch), plan.cost
     dtype_bytes = costs.source.weight_bytes // costs.source.parameters
@@ -129,7 +131,7 @@ def _for_all(stage: HealStage) -> HealStage:
     return stage.model_copy(update=changes)
 
 
-def default_baselines(plan: Plan) -> tuple[str, ...]:
+def default_baselines(plan: StackPlan) -> tuple[str, ...]:
     """Returns the rivals nobody named: depth pruning and quantisation, or for a target as large as its source the same
     from scratch."""
     costs = plan.cost

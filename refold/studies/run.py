@@ -19,7 +19,7 @@ from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation, read_evaluation
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
-from refold.planning.plan import Plan, plan_model, read_plan
+from refold.planning.plan import Draft, Plan, StackPlan, plan_model, read_plan
 from refold.recipe.heal import HealStage, scale_stages
 from refold.recipe.load import RecipeLike, load_recipe
 from refold.recipe.recipe import Recipe
@@ -154,7 +154,7 @@ class _Way:
     say: Say
     against: Reference
 
-    def convert(self, plan: Plan) -> Path:
+    def convert(self, plan: Draft) -> Path:
         target = self.folder / "converted"
         if not _stands(target):
             self.say(f"{self.folder.name}: converting")
@@ -280,7 +280,7 @@ def _stands(folder: Path) -> bool:
     return True
 
 
-def _claim(root: Path, plan: Plan, settings: RunSettings, train: DataSource, held_out: DataSource) -> Path:
+def _claim(root: Path, plan: StackPlan, settings: RunSettings, train: DataSource, held_out: DataSource) -> Path:
     """Makes the run folder, or checks that it is the one of this very run."""
     wanted = {
         "format": 1,

@@ -128,7 +128,7 @@ def test_a_folder_holds_the_fitted_maps_and_says_how_far_they_are_off(
     )
     assert read_plan(tmp_path / "out" / "plan.json") == made
     assert inspect(tmp_path / "out").approximation == dict(made.approximation)
-    assert f"calibration text: {text.name}" in made.notes
+    assert f"calibration text: {text.name}" in map(str, made.notes)
     num_tensors = len(load_file(tmp_path / "out" / "model.safetensors"))
     assert told == [(step, num_tensors + 2) for step in range(1, num_tensors + 3)]
     # The folder's own mixer, on the stream of the source before it.

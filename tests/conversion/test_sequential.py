@@ -130,7 +130,9 @@ def test_only_what_is_weighed_is_fitted_in_sequence(source):
 
 def test_two_sequences_are_required_and_enough(source, text, tmp_path):
     recipe = {"factor": {"parameters": 0.6}, "calibration": {**CALIBRATION, "tokens": 63}}
-    with pytest.raises(RecipeError, match=r"calibration\.tokens: two sequences of 32 tokens .*\(got 63 tokens\)"):
+    with pytest.raises(
+        RecipeError, match=r"calibration\.tokens: sequential requires two sequences of 32 tokens.*\(got 63 tokens\)"
+    ):
         plan(source, recipe)
     plan(source, {**recipe, "calibration": {**AT_ONCE, "tokens": 63}})
     calibration = {**CALIBRATION, "tokens": 64}

@@ -189,7 +189,7 @@ def test_bases_of_any_rank_fit_any_fold(make_source, load_source, tokens, tmp_pa
         ("mlp", 1): {"up_proj": 32},
     }
     blueprint = with_ranks(made.blueprint, {}, {}, ranks)
-    carry_out(replan(made, read_source_model(located), blueprint, ""), located, tmp_path / "out")
+    carry_out(replan(made, read_source_model(located), blueprint), located, tmp_path / "out")
     model = load_model(tmp_path / "out", device="cpu")
     with torch.no_grad():
         names = load_source("llama").state_dict()

@@ -43,7 +43,7 @@ def with_factors(blueprint: Blueprint, share: float) -> Blueprint:
 
 def convert_factored(source, out, recipe, share):
     made, located = plan(source, recipe, allow_larger=True), locate(source)
-    made = replan(made, read_source_model(located), with_factors(made.blueprint, share), "")
+    made = replan(made, read_source_model(located), with_factors(made.blueprint, share))
     carry_out(made, located, out)
     return out
 

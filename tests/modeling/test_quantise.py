@@ -135,7 +135,7 @@ def test_what_depths_keep_of_a_linear_is_rounded_where_no_weight_is_stored_for_a
     source = make_source("llama")
     made = plan(source, recipe, allow_larger=True)
     apart = with_ranks(made.blueprint, {}, {("mlp", 0): {"up_proj": 0}})
-    carry_out(replan(made, read_source_model(source), apart, "ranks"), locate(source), tmp_path / "apart")
+    carry_out(replan(made, read_source_model(source), apart), locate(source), tmp_path / "apart")
     convert(source, tmp_path / "basis", basis, allow_larger=True)
     for name, own in (("apart", r"depths\.[02]\.lora\.up_proj"), ("basis", r"depths\.\d\.coefficients")):
         before, model = (load_model(tmp_path / name, device="cpu") for _ in range(2))

@@ -48,10 +48,10 @@ def test_unmeasured_they_are_spaced_evenly_and_a_line_says_so(make_arch, by: str
     even = build_blueprint(make_arch(6), load_recipe({"drop": {"block": {"count": 2}}}), INFLUENCE)
     built = build_blueprint(make_arch(6), load_recipe({"drop": {"block": {"count": 2, "by": by}}}))
     assert built.blueprint == even.blueprint
-    assert "spaced evenly here: hand over what `refold analyse` measures" in built.notes[0]
-    assert not any("analyse" in note for note in even.notes)
+    assert "spaced evenly here: hand over what `refold analyse` measures" in built.notes[0].text
+    assert not any("analyse" in note for note in map(str, even.notes))
     measured = build_blueprint(make_arch(6), load_recipe({"drop": {"block": {"count": 2, "by": by}}}), INFLUENCE)
-    assert "left out, by measured influence: layers 2, 4" in measured.notes
+    assert "left out, by measured influence: layers 2, 4" in map(str, measured.notes)
     assert gone(measured.blueprint) != gone(even.blueprint)
 
 

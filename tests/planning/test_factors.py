@@ -6,7 +6,7 @@ from refold.blueprint.cost import cost, count_parameters
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.tensors import depth_linears, target_tensors
 from refold.errors import RecipeError
-from refold.planning.build import UNMEASURED, build_blueprint, identity_blueprint
+from refold.planning.build import UNMEASURED_RANKS, build_blueprint, identity_blueprint
 from refold.planning.factors import linear_budget, lora_parameters, stored_linears, stored_share
 from refold.recipe.load import load_recipe
 
@@ -24,7 +24,7 @@ REFUSED = [
     ),
     (
         {"factor": {"parameters": 0.5, "weight": "none"}, "fold": FOLD, "relax": {"rank": 2, "weight": "fisher"}},
-        r"factor\.weight: must be relax\.weight \(got fisher and none\); leave one of them out",
+        r"factor\.weight: must equal relax\.weight \(got fisher and none\); remove one of them",
     ),
     (
         {"factor": MEASURED, "fold": FOLD, "relax": {"rank": {"energy": 0.5}}},
@@ -32,7 +32,7 @@ REFUSED = [
     ),
     (
         {"fold": FOLD, "relax": {"rank": {"split": "measured"}}},
-        r"relax\.rank\.parameters: a share is required \(left out\)",
+        r"relax\.rank\.parameters: a share is required \(got none\)",
     ),
     (
         {"factor": {"parameters": 0.5}, "fold": FOLD, "relax": {"rank": {"split": "measured"}}},
@@ -40,15 +40,15 @@ REFUSED = [
     ),
     (
         {"factor": MEASURED, "fold": FOLD, "relax": {"rank": {"parameters": 0.1, "split": "measured"}}},
-        r"relax\.rank\.parameters: must be left out beside factor \(got 0\.1\)",
+        r"relax\.rank\.parameters: must be removed beside factor \(got 0\.1\)",
     ),
     (
         {"factor": MEASURED, "fold": FOLD, "relax": {"rank": {"split": "measured"}, "init": "zero"}},
-        r"relax\.init: joint or svd is required .* \(got zero\)",
+        r"relax\.init: must be joint or svd .* \(got zero\)",
     ),
     (
         {"fold": FOLD, "relax": {"rank": {"energy": 0.5}, "at": "all"}},
-        r"relax\.at: tied is required where relax\.rank is measured .* \(got all\)",
+        r"relax\.at: must be tied where relax\.rank is measured .* \(got all\)",
     ),
     (
         {"weights": "fresh", "fold": FOLD, "relax": {"rank": {"energy": 0.5}}},
@@ -61,7 +61,7 @@ REFUSED = [
     ({"factor": BASIS, "fold": {"loops": 1}}, r"factor\.share: tied layers are required"),
     (
         {"factor": {**MEASURED, "share": "basis"}, "fold": FOLD, "relax": {"rank": {"split": "measured"}}},
-        r"relax\.rank\.split: even is required where factor\.share is basis \(got measured\); name a rank",
+        r"relax\.rank\.split: must be even where factor\.share is basis \(got measured\); give a rank",
     ),
     (
         {"factor": BASIS, "fold": {**FOLD, "init": "stepwise"}},
@@ -118,7 +118,7 @@ def test_an_even_split_gives_every_linear_its_share(make_arch, share):
     for pool, part, name, (rows, columns) in stored_linears(built.blueprint):
         rank = built.blueprint.pool(pool)[part].factors[name]
         assert rank * (rows + columns) <= share * rows * columns < (rank + 1) * (rows + columns)
-    assert f"keeps {share:.1%} of every stored linear as two factors" in " ".join(built.notes)
+    assert f"keeps {share:.1%} of every stored linear as two factors" in " ".join(map(str, built.notes))
     assert built.starts.weight == "activations"
 
 
@@ -126,7 +126,7 @@ def test_a_share_that_holds_all_factorises_nothing(make_arch):
     arch = make_arch(4)
     built = build_blueprint(arch, load_recipe({"fold": FOLD, "factor": {"parameters": 0.5}}))
     assert not any(part.factors for part in (*built.blueprint.mixers, *built.blueprint.mlps))
-    assert "factor.parameters: 0.5 holds every stored linear whole" in built.notes
+    assert "factor.parameters: 0.5 holds every stored linear whole" in map(str, built.notes)
     nothing = {"drop": {"attention": {"share": 1.0}, "mlp": {"share": 1.0}}, "factor": {"parameters": 0.5}}
     assert not list(stored_linears(build_blueprint(arch, load_recipe(nothing)).blueprint))
 
@@ -225,7 +225,7 @@ def test_a_shared_basis_takes_the_share_and_is_counted(make_arch, name):
     before = sum(2 * shape[0] * shape[1] for index in range(6) for shape in depth_linears(whole, index).values())
     assert cost(blueprint, 2).flops_per_token == cost(whole, 2).flops_per_token - before + spent
     assert all(depth.vectors == ("tied" if name == "relaxed" else "own") for depth in blueprint.depths[1:-1])
-    assert any("tied ones share a basis" in note for note in built.notes)
+    assert any("tied ones share a basis" in note for note in map(str, built.notes))
 
 
 def test_a_large_share_stops_at_the_full_rank(make_arch):
@@ -260,10 +260,10 @@ def test_what_is_measured_later_is_told(make_arch):
         {"fold": FOLD, "relax": {"rank": {"energy": 0.5}}},
         {"factor": MEASURED, "fold": FOLD, "relax": {"rank": {"split": "measured"}, "init": "joint"}},
     ):
-        notes = build_blueprint(make_arch(4), load_recipe(sections)).notes
-        assert any(note.startswith(UNMEASURED) for note in notes)
-    even = build_blueprint(make_arch(4), load_recipe({"factor": {"parameters": 0.5}})).notes
-    assert not any(note.startswith(UNMEASURED) for note in even)
+        notes = map(str, build_blueprint(make_arch(4), load_recipe(sections)).notes)
+        assert any(note.startswith(UNMEASURED_RANKS) for note in notes)
+    even = map(str, build_blueprint(make_arch(4), load_recipe({"factor": {"parameters": 0.5}})).notes)
+    assert not any(note.startswith(UNMEASURED_RANKS) for note in even)
 
 
 def test_a_linear_of_rank_0_needs_a_lora_at_every_depth(make_arch):

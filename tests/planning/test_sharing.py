@@ -215,9 +215,9 @@ def test_a_blueprint_that_reads_through_another_window_is_refused(make_arch):
 
 
 def test_the_plan_says_who_reads_from_whom(make_arch):
-    notes = build_blueprint(make_arch(4), load_recipe({"share_kv": {"from": "pairs"}})).notes
+    notes = map(str, build_blueprint(make_arch(4), load_recipe({"share_kv": {"from": "pairs"}})).notes)
     assert "share_kv: keys and values are read: depth 1 from 0, 3 from 2" in notes
-    notes = build_blueprint(make_arch(2), load_recipe({"share_kv": {"from": "pairs", "heads": [1]}})).notes
+    notes = map(str, build_blueprint(make_arch(2), load_recipe({"share_kv": {"from": "pairs", "heads": [1]}})).notes)
     assert "share_kv: keys and values are read: depth 1 from 0 (heads 1)" in notes
 
 
