@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from gpu_parts import PARTS, Bench
+from device_parts import PARTS, Bench
 from page import Page, table
 
 SECONDS = 8 * 60

@@ -41,7 +41,7 @@ def test_a_recipe_survives_its_own_dump():
     for name in built_in_recipes():
         resolved = load_recipe(name).resolved()
         assert type(resolved).model_validate_json(resolved.model_dump_json()) == resolved
-            assert load_recipe(resolved).resolved() == resolved
+        assert load_recipe(resolved).resolved() == resolved
 
 
 @pytest.mark.parametrize(

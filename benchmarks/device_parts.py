@@ -206,7 +206,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "strict": {"fold": {"loops": 2}},
     "relaxed": {"fold": {"loops": 2}, "relax": {"rank": 8, "vectors": "own"}},
     "low rank": {"factor": {"parameters": 0.7, "weight": "none"}},
-    **{name: {"mixers": [{"type": name, "depths": [0, 2]}]} for name in MIXERS if name != "attention"},
+    **{
+        name: {"mixers": [{"type": name, "depths": [0, 2], "transfer": ["mlp"]}]}
+        for name in MIXERS
+        if name != "attention"
+    },
 }
 EXPORTED = ("strict", "relaxed", "low rank")
 
@@ -362,7 +366,7 @@ def sharded(bench: Bench) -> Found:
         ("FSDP2", [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]),
     ):
         log = bench.work / f"{name}.json"
-        script = str(Path(__file__).with_name("gpu_heal.py"))
+        script = str(Path(__file__).with_name("short_heal.py"))
         arguments = [str(folder), str(log), bench.device, str(int(name == "FSDP2")), str(bench.seed)]
         done = subprocess.run([*launcher, script, *arguments], capture_output=True, text=True, check=False)
         if done.returncode:

@@ -1,6 +1,6 @@
 """A short healing run whose losses are written as JSON; under torchrun with FSDP2 if asked.
 
-python benchmarks/gpu_heal.py FOLDED LOG.json DEVICE SHARDED SEED
+python benchmarks/short_heal.py FOLDED LOG.json DEVICE SHARDED SEED
 """
 
 import json

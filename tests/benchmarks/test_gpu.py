@@ -1,0 +1,44 @@
+"""The rehearsal of `make gpu` on the CPU: every part runs, targets are met, a second run goes on from what is there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, env=environment)
+
+
+def test_the_rehearsal_runs_every_part_once(tmp_path):
+    # The speed beside Trainer is a time, which no test asserts: that part runs, and its target may be missed.
+    work, page = tmp_path / "work", tmp_path / "gpu.md"
+    done = bench("--device", "cpu", "--work", str(work), "--write", str(page))
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    missed = [line for line in done.stdout.splitlines() if line.startswith("MISSED") and "Trainer" not in line]
+    assert not missed
+    parts = ("kernels", "models", "compiled", "training", "sharded")
+    assert all(json.loads((work / f"{part}.json").read_text())["rows"] for part in parts)
+    before = {part: (work / f"{part}.json").stat().st_mtime_ns for part in parts}
+    (work / "kernels.json").unlink()
+    again = bench("--device", "cpu", "--work", str(work), "--write", str(page), "--seconds", "1")
+    assert "not run: about" in page.read_text()
+    assert "Traceback" not in again.stderr
+    assert all((work / f"{part}.json").stat().st_mtime_ns == before[part] for part in parts[1:])
+    assert not (work / "kernels.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_without_a_card_it_says_so_in_one_line(tmp_path):
+    done = bench("--work", str(tmp_path / "work"))
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("gpu: a CUDA device is required (got none)")
+    assert not (tmp_path / "work").exists()
