@@ -11,14 +11,13 @@ from refold.blueprint.schema import POOLS
 from refold.blueprint.tensors import part_linears
 from refold.families.arch import ArchSpec
 from refold.planning.build import identity_blueprint
+from refold.sources.measurements import Matrix
 from refold.sources.pieces import PieceReader
 
 CHUNK_NUMBERS = 2**24
 """Weights of all layers together that are in memory at a time, in float64."""
 STREAM_NUMBERS = 2**26
 """Numbers of streams that are kept, in float32."""
-
-Matrix = tuple[tuple[float, ...], ...]
 
 
 def linears_of(arch: ArchSpec) -> dict[str, str]:

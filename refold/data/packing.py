@@ -37,6 +37,15 @@ class PackedSequence(NamedTuple):
     labels: Int64[Tensor, "*B T"]
 
 
+@runtime_checkable
+class Sequences(Protocol):
+    """Training data: packed sequences, addressed by position."""
+
+    def batch(self, position: int, count: int, /) -> PackedSequence:
+        """Returns the sequences at `position .. position + count - 1`, `[B, T]` each."""
+        ...
+
+
 class PackedSequences:
     """An endless list of training sequences over one epoch's tokens, repeated in a new order per epoch.
 

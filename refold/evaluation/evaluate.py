@@ -20,8 +20,9 @@ from refold.errors import DataError, RefoldError
 from refold.evaluation.document_sums import DocumentCounts, ratio_error
 from refold.evaluation.reference import Reference
 from refold.evaluation.result import Comparison, DataFile, Evaluation, ExitScores, Machine, ModelFacts, Seconds
-from refold.evaluation.subject import ModelLike, Subject, open_subject, require_tokenizer
-from refold.evaluation.window_pass import Progress, Stopwatch, WindowPass
+from refold.evaluation.subject import Subject, open_subject, require_tokenizer
+from refold.evaluation.window_pass import Stopwatch, WindowPass, WindowProgress
+from refold.modeling.load import ModelLike
 from refold.modeling.quantise import quantise_linears
 
 
@@ -85,7 +86,7 @@ def evaluate(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     quantise: str | None = None,
-    progress: Progress | None = None,
+    progress: WindowProgress | None = None,
 ) -> Evaluation:
     """Measures how well a model, folded or not, predicts a text.
 

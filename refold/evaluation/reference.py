@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from refold.errors import RefoldError, SourceError
 from refold.evaluation.result import ModelFacts
-from refold.evaluation.subject import ModelLike, Subject, evaluating, open_subject
+from refold.evaluation.subject import Subject, evaluating, open_subject
+from refold.modeling.load import ModelLike
 from refold.scoring.head import Head, Predictions
 from refold.scoring.predict import head_of, predict
 

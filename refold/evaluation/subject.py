@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,9 +12,7 @@ from refold.checkpoint.locate import Source
 from refold.checkpoint.provenance import describe_source
 from refold.errors import RefoldError, SourceError
 from refold.evaluation.result import ModelFacts
-from refold.modeling.load import load_model, load_tokenizer, open_source, stored_dtype
-
-ModelLike = str | Path | Source | PreTrainedModel
+from refold.modeling.load import ModelLike, load_model, load_tokenizer, open_source, stored_dtype
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Stopwatch:
             self.seconds[name] += time.perf_counter() - start
 
 
-Progress = Callable[[int, int], None]
+WindowProgress = Callable[[int, int], None]
 """Called with windows done and windows in all."""
 
 
@@ -84,7 +84,7 @@ class WindowPass:
         self.right_gates = [0 for _ in self.exits]
 
     def run(
-        self, tokenised: TokenisedDocuments, context: int, stride: int, batch_size: int, progress: Progress | None
+        self, tokenised: TokenisedDocuments, context: int, stride: int, batch_size: int, progress: WindowProgress | None
     ) -> None:
         """Scores every window, longest first.
 
@@ -104,7 +104,7 @@ class WindowPass:
         stride: int,
         batch_size: int,
         num_windows: int,
-        progress: Progress | None,
+        progress: WindowProgress | None,
     ) -> None:
         done = 0
         # Windows are padded on the right, where causal models never look from a real token: no mask is needed, and

@@ -8,7 +8,6 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from refold.checkpoint.locate import Source
 from refold.errors import RefoldError
 from refold.generation.prompts import Messages, encode_continuation, encode_prompt, pad_left
 from refold.generation.sampling import DEFAULT_NEW_TOKENS, Sampling
@@ -17,10 +16,9 @@ from refold.generation.stream import Detokeniser, TokenStream
 from refold.mixers.registry import find_mixer
 from refold.modeling.cache_name import CACHE_NAME
 from refold.modeling.configuration import MODEL_TYPE, RefoldConfig
-from refold.modeling.load import load_model, load_tokenizer
+from refold.modeling.load import ModelLike, load_model, load_tokenizer
 
 Prompt = str | Messages
-ModelLike = str | Path | Source | PreTrainedModel
 
 
 class TextGenerator:

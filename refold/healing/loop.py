@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from refold.data.packing import IGNORED, PackedSequence
+from refold.data.packing import IGNORED, PackedSequence, Sequences
 from refold.errors import HealError
 from refold.healing import training_state
 from refold.healing.checkpoints import Checkpoints, RunState
@@ -26,15 +26,6 @@ from refold.scoring.stored import StoredPredictions
 
 MAX_BAD_STEPS = 3
 """Steps in a row without a finite loss and gradient after which a run ends."""
-
-
-@runtime_checkable
-class Sequences(Protocol):
-    """Training data: packed sequences, addressed by position."""
-
-    def batch(self, position: int, count: int, /) -> PackedSequence:
-        """Returns the sequences at `position .. position + count - 1`, `[B, T]` each."""
-        ...
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from refold.checkpoint.atomic_file import write_json
-from refold.data.packing import PackedSequence
+from refold.data.packing import Sequences
 from refold.errors import FolderError, HealError
 from refold.healing.activations import Activations
 from refold.scoring.stored import StoredPredictions, likeliest
@@ -32,15 +32,6 @@ class RunningTeacher(Protocol):
 
     def observe(self, input_ids: Tensor, position_ids: Tensor, /) -> Activations:
         """Returns its pass over some sequences, predictions among it."""
-        ...
-
-
-@runtime_checkable
-class Sequences(Protocol):
-    """Training data: packed sequences, addressed by position."""
-
-    def batch(self, position: int, count: int, /) -> PackedSequence:
-        """Returns the sequences at `position .. position + count - 1`."""
         ...
 
 

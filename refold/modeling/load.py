@@ -21,6 +21,8 @@ from refold.modeling.registration import register
 from refold.suggest import must_be_one_of
 
 DTYPES = ("float32", "bfloat16", "float16")
+ModelLike = str | Path | Source | PreTrainedModel
+"""A folder, a hub id, a located source, or a loaded model."""
 
 logger = logging.getLogger("refold")
 

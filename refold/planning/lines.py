@@ -15,7 +15,7 @@ from refold.families.family import Family
 from refold.mixers.registry import find_mixer
 from refold.planning.approximation import LEARNED
 
-How = Literal[
+LineKind = Literal[
     "copied", "averaged", "split", "repeated", "fresh", "factorised", "joint", "dropped", "ignored"
 ]  # fmt: skip
 _INDEX = re.compile(r"\.\d+\.")
@@ -26,9 +26,9 @@ class PlanLine(Frozen):
 
     tensors: str
     """Name in the target with `*` for the index; of what is `dropped` or `ignored`, the name in the source."""
-    how: How
+    how: LineKind
     count: int
-    """How many tensors."""
+    """LineKind many tensors."""
     layers: tuple[int, ...] = ()
     """Source layers that are read, or left out."""
     reason: str = ""
@@ -38,9 +38,9 @@ class _Lines:
     """Collects tensors into lines, in the order in which groups first appear."""
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[str, How, str], tuple[int, set[int]]] = {}
+        self._groups: dict[tuple[str, LineKind, str], tuple[int, set[int]]] = {}
 
-    def add(self, tensors: str, how: How, reason: str, layers: tuple[int, ...] = ()) -> None:
+    def add(self, tensors: str, how: LineKind, reason: str, layers: tuple[int, ...] = ()) -> None:
         count, seen = self._groups.get((tensors, how, reason), (0, set()))
         self._groups[tensors, how, reason] = (count + 1, seen | set(layers))
 
@@ -60,7 +60,7 @@ def plan_lines(
 
     Args:
         blueprint: The target.
-        starts: How it starts.
+        starts: LineKind it starts.
         family: Of the source.
         expected: Source tensors, from `source_tensors`.
         ignored: Source tensors outside of those: name to pattern and reason.
@@ -88,7 +88,7 @@ def plan_lines(
 
 def _explain(
     made: Origin, tensor: TargetTensor, blueprint: Blueprint, starts: Initialisation, family: Family
-) -> tuple[How, str]:
+) -> tuple[LineKind, str]:
     if tensor.role == "exit":
         return _explain_exit(made, tensor)
     if made.how == "fresh":
@@ -136,7 +136,7 @@ def _why_fresh(blueprint: Blueprint, starts: Initialisation, tensor: TargetTenso
     return f"not named in transfer{f', and does not fit: {carried.misfit}' if carried.misfit else ''}"
 
 
-def _explain_exit(made: Origin, tensor: TargetTensor) -> tuple[How, str]:
+def _explain_exit(made: Origin, tensor: TargetTensor) -> tuple[LineKind, str]:
     if made.how == "copied":
         return "copied", "the final norm"
     if tensor.local.startswith("lora."):

@@ -20,7 +20,7 @@ from refold.recipe.load import load_recipe
 from refold.recipe.recipe import Recipe
 from refold.sources.source_model import SourceModel, read_source_model
 from refold.studies.baselines import pruned_recipe
-from refold.studies.run import report_line
+from refold.studies.run import Say, report_line
 from refold.studies.shipped import held_out_data, shipped_model, training_data
 
 HEAL_TOKENS = 100_000
@@ -31,8 +31,6 @@ LEARNING_RATE = 1e-3
 PROMPT = "def load(path):\n"
 HEALED = ("relaxed, joint start", "pruned to that size")
 PRUNED = "pruned to the strict size"
-
-Say = Callable[[str], None]
 
 
 @dataclass
