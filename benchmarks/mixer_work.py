@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from refold.families.arch import ArchSpec, Layer, Norm, Rope
+from refold.mixers.attention import Attention
+from refold.mixers.spec import MixerSpec
 from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.mixer import Mixer
 from refold.nn.mixers.registry import MIXERS
@@ -85,13 +87,13 @@ class LoneMixer:
     """
 
     def __init__(self, kind: str, entry: Mapping[str, Any]):
-        options: dict[str, Any] = {}
+        chosen: MixerSpec = Attention()
         if kind != ATTENTION:
             recipe = Recipe.model_validate({"mixers": [{"transfer": [], **entry}]})
-            options = dict(choose_mixers(recipe, ARCH)[0].options)
+            chosen = choose_mixers(recipe, ARCH)[0].mixer
         config = PreTrainedConfig()
         config._attn_implementation = "sdpa"
-        self.mixer: Mixer = MIXERS[kind].create(ARCH, options, True)
+        self.mixer: Mixer = MIXERS[kind].create(ARCH, chosen, True)
         self.view: nn.Module = MIXERS[kind].view(config, ARCH, 0, None)
         self.rotary = Rotary(ROPE, ARCH.max_position_embeddings)
 

@@ -7,7 +7,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from refold.mixers import placement as swap
+from refold.fields import Section
+from refold.mixers import placement
 from refold.recipe import drop as dropping
 from refold.recipe import heal as heal_stage
 from refold.recipe import objectives, recipe, share_kv
@@ -15,7 +16,7 @@ from refold.recipe.heal import built_in_protocols
 from refold.recipe.tying import TYING_INITS
 
 TARGET = Path(__file__).parent / "recipe-reference.md"
-SECTIONS: tuple[tuple[str, type[recipe.Section]], ...] = (
+SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("the recipe", recipe.Recipe),
     ("fold", recipe.Fold),
     ("relax with type: lora (left out: this)", recipe.LoraRelax),
@@ -28,9 +29,9 @@ SECTIONS: tuple[tuple[str, type[recipe.Section]], ...] = (
     ("drop.block", dropping.BlockDrop),
     ("drop.attention, drop.mlp", dropping.PartDrop),
     ("drop.sublayers", dropping.SublayerDrop),
-    ("mixers[] of every type", swap.MixerSwap),
-    *((f"mixers[] with type: {mixer}", options) for mixer, options in recipe.MIXER_SECTIONS.items()),
-    ("mixers[].depths, mixers[].except at regular distances", swap.Every),
+    ("mixers[] of every type", placement.MixerEntry),
+    *((f"mixers[] with type: {mixer}", options) for mixer, options in placement.ENTRIES.items()),
+    ("mixers[].depths, mixers[].except at regular distances", placement.Every),
     ("share_kv by a rule", share_kv.ShareRule),
     ("share_kv.from at a distance", share_kv.Back),
     ("share_kv as a list", share_kv.ShareEntry),
@@ -53,7 +54,7 @@ def render() -> str:
     lines = [
         "# Recipe reference",
         "",
-        "Made by `python docs/make_recipe_reference.py` from the docstrings in `refold/blueprint`.",
+        "Made by `python docs/make_recipe_reference.py` from the docstrings in `refold/blueprint` and `refold/mixers`.",
         "Every section and every key is optional unless it says *required*. Unknown keys are refused.",
     ]
     for title, section in SECTIONS:
@@ -73,9 +74,9 @@ def render() -> str:
 def _own_fields(section: type[BaseModel]) -> dict[str, Any]:
     """The fields of a section; of a mixer those that not every mixer has, or has with the same default."""
     fields = section.model_fields
-    if section is swap.MixerSwap or not issubclass(section, swap.MixerSwap):
+    if section is placement.MixerEntry or not issubclass(section, placement.MixerEntry):
         return fields
-    common = swap.MixerSwap.model_fields
+    common = placement.MixerEntry.model_fields
     return {
         name: field
         for name, field in fields.items()

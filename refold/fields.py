@@ -1,4 +1,4 @@
-"""Field types and the base class of recipe sections."""
+"""Fields of recipe sections: the base class, and numbers as people write them (`20M`, `1.5k`, `5e-4`)."""
 
 import re
 from decimal import Decimal
@@ -6,15 +6,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_WRITTEN = re.compile(r"(?P<number>\d[\d_]*(\.\d+)?(e\+?\d+)?)\s*(?P<suffix>[kmbgt]?)", re.IGNORECASE)
+
 
 class Section(BaseModel):
     """Base of all recipe sections: immutable, unknown keys refused, fields documented where they stand."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_WRITTEN = re.compile(r"(?P<number>\d[\d_]*(\.\d+)?(e\+?\d+)?)\s*(?P<suffix>[kmbgt]?)", re.IGNORECASE)
 
 
 def read_amount(value: Any) -> Any:

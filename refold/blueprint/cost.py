@@ -8,7 +8,7 @@ from refold.blueprint.exits import count_exit_parameters, gate_flops, head_flops
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.tensors import depth_factors, depth_linears, target_tensors
 from refold.families.arch import Frozen
-from refold.mixers.registry import MLP, find_mixer
+from refold.mixers.mlp import MLP
 from refold.mixers.spec import CacheCost
 
 STATE_BYTES = 4  # recurrent states are float32
@@ -147,14 +147,11 @@ def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
         if depth.mixer is None:
             continue
         made = len(blueprint.made_heads(index))
-        options = blueprint.mixers[depth.mixer].options
-        spec = find_mixer(blueprint.mixers[depth.mixer].type)
-        cached[depth.window] += (
-            dtype_bytes * spec.cache_elements_per_token(arch, options) * made // arch.num_key_value_heads
-        )
-        looked_back[depth.window] += spec.flops_per_context_token(arch, options)
-        state += STATE_BYTES * spec.state_elements(arch, options) + dtype_bytes * spec.kept_elements(arch, options)
-        state += dtype_bytes * depth.prefix * spec.cache_elements_per_token(arch, options)
+        mixer = blueprint.mixers[depth.mixer].mixer
+        cached[depth.window] += dtype_bytes * mixer.cache_elements_per_token(arch) * made // arch.num_key_value_heads
+        looked_back[depth.window] += mixer.flops_per_context_token(arch)
+        state += STATE_BYTES * mixer.state_elements(arch) + dtype_bytes * mixer.kept_elements(arch)
+        state += dtype_bytes * depth.prefix * mixer.cache_elements_per_token(arch)
     return Cost(
         parameters=counted.total,
         non_embedding_parameters=counted.non_embedding,
@@ -191,12 +188,11 @@ def _head_flops(blueprint: Blueprint) -> int:
 def _depth_flops(blueprint: Blueprint, index: int) -> int:
     depth, flops = blueprint.depths[index], _linear_flops(blueprint, index)
     if depth.mixer is not None:
-        part = blueprint.mixers[depth.mixer]
-        spec = find_mixer(part.type)
-        flops += spec.flops_per_token(blueprint.arch, part.options)
-        flops += depth.prefix * spec.flops_per_context_token(blueprint.arch, part.options)
+        mixer = blueprint.mixers[depth.mixer].mixer
+        flops += mixer.flops_per_token(blueprint.arch)
+        flops += depth.prefix * mixer.flops_per_context_token(blueprint.arch)
     if depth.mlp is not None:
-        flops += MLP.flops_per_token(blueprint.arch, {})
+        flops += MLP.flops_per_token(blueprint.arch)
     return flops
 
 

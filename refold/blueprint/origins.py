@@ -6,7 +6,6 @@ from typing import Literal
 from refold.blueprint.initialisation import Initialisation
 from refold.blueprint.schema import Blueprint, Pool
 from refold.blueprint.tensors import TargetTensor, users_of
-from refold.mixers.registry import find_mixer
 from refold.mixers.spec import Carried
 
 How = Literal["copied", "averaged", "fresh", "factorised", "joint"]
@@ -41,11 +40,7 @@ def carried_tensor(blueprint: Blueprint, starts: Initialisation, part: int, loca
         part: Index of the stored mixer.
         local: The tensor's name in it.
     """
-    mixer = blueprint.mixers[part]
-    spec = find_mixer(mixer.type)
-    if spec.carried is None:
-        return Carried(f"mixer.{local}")
-    found = spec.carried(blueprint.arch, mixer.options).get(local)
+    found = blueprint.mixers[part].mixer.carried(blueprint.arch).get(local)
     if found is None or found.misfit:
         return None
     transfers = starts.transfers_of(part)

@@ -5,7 +5,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from refold.blueprint.former import read_part, read_stack
+from refold.errors import RecipeError
 from refold.families.arch import ArchSpec, Frozen, Rope
+from refold.mixers.attention import Attention
+from refold.mixers.registry import AnyMixer
 
 Index = Annotated[int, Field(ge=0)]
 Rank = Annotated[int, Field(gt=0)]
@@ -29,10 +33,13 @@ class Part(Frozen):
 class MixerPart(Part):
     """A stored token mixer with the norms that belong to it."""
 
-    type: str = "attention"
-    """A name in the mixer registry."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Options of that mixer, as its spec declares them."""
+    mixer: AnyMixer = Attention()
+    """Which mixer, with its options resolved against the source."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former(cls, value: Any) -> Any:
+        return read_part(value)
 
 
 class MlpPart(Part):
@@ -136,6 +143,23 @@ class Blueprint(Frozen):
     def is_read(self, index: int) -> bool:
         """Says whether a later depth reads keys and values of this one."""
         return any(read.depth == index for depth in self.depths for read in depth.kv)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former(cls, value: Any) -> Any:
+        return read_stack(value)
+
+    @model_validator(mode="after")
+    def _resolved(self) -> "Blueprint":
+        for index, part in enumerate(self.mixers):
+            where = f"mixers[{index}].mixer"
+            try:
+                resolved = part.mixer.resolve(self.arch, where)
+            except RecipeError as error:
+                raise ValueError(str(error)) from None
+            if resolved != part.mixer:
+                raise ValueError(f"{where}: options resolved against the source are required (got {part.mixer!r})")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "Blueprint":

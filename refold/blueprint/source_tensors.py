@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from refold.families.arch import ArchSpec
 from refold.families.family import Family, TensorRule
-from refold.mixers import attention, mlp
-from refold.mixers.spec import Shape, norm_vectors
+from refold.mixers.attention import Attention
+from refold.mixers.mlp import MLP
+from refold.mixers.spec import PartSpec, Shape, norm_vectors
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ def canonical_tensors(arch: ArchSpec) -> dict[str, Shape]:
     found: dict[str, Shape] = {"embed_tokens.weight": table, **norm_vectors("norm", arch.norm, arch.hidden_size)}
     if not arch.tied_head:
         found["lm_head.weight"] = table
-    for pool, spec in (("mixer", attention.SPEC), ("mlp", mlp.SPEC)):
-        found |= {f"{pool}.{name}": shape for name, shape in spec.vectors(arch, {}).items()}
-        found |= {f"{pool}.{name}.weight": shape for name, shape in spec.linears(arch, {}).items()}
+    parts: dict[str, PartSpec] = {"mixer": Attention(), "mlp": MLP}
+    for pool, part in parts.items():
+        found |= {f"{pool}.{name}": shape for name, shape in part.vectors(arch).items()}
+        found |= {f"{pool}.{name}.weight": shape for name, shape in part.linears(arch).items()}
     return found
 
 

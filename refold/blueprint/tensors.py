@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from refold.blueprint.exits import exit_tensors
 from refold.blueprint.schema import POOLS, Blueprint, Pool
-from refold.mixers.registry import MLP, find_mixer
+from refold.mixers.mlp import MLP
 from refold.mixers.spec import PartSpec, Shape, norm_vectors
 
 Linears = dict[str, tuple[int, int]]
@@ -15,15 +15,15 @@ Linears = dict[str, tuple[int, int]]
 
 def part_linears(blueprint: Blueprint, pool: Pool, part: int) -> Linears:
     """Returns the linears a stored part holds, without those that none of its depths runs."""
-    spec, options = _spec(blueprint, pool, part)
+    spec = part_spec(blueprint, pool, part)
     unused = unused_names(blueprint, pool, part)
-    return {name: shape for name, shape in spec.linears(blueprint.arch, options).items() if name not in unused}
+    return {name: shape for name, shape in spec.linears(blueprint.arch).items() if name not in unused}
 
 
 def part_vectors(blueprint: Blueprint, pool: Pool, part: int) -> dict[str, Shape]:
     """Returns the norms and biases of a stored part, wherever they are kept, without those that no depth uses."""
-    spec, options = _spec(blueprint, pool, part)
-    return _without(spec.vectors(blueprint.arch, options), unused_names(blueprint, pool, part))
+    spec = part_spec(blueprint, pool, part)
+    return _without(spec.vectors(blueprint.arch), unused_names(blueprint, pool, part))
 
 
 def depth_linears(blueprint: Blueprint, index: int) -> Linears:
@@ -31,11 +31,11 @@ def depth_linears(blueprint: Blueprint, index: int) -> Linears:
     depth = blueprint.depths[index]
     found: Linears = {}
     if depth.mixer is not None:
-        spec, options = _spec(blueprint, "mixer", depth.mixer)
+        spec = part_spec(blueprint, "mixer", depth.mixer)
         idle = idle_names(blueprint, index)
-        found |= {name: shape for name, shape in spec.linears(blueprint.arch, options).items() if name not in idle}
+        found |= {name: shape for name, shape in spec.linears(blueprint.arch).items() if name not in idle}
     if depth.mlp is not None:
-        found |= MLP.linears(blueprint.arch, {})
+        found |= MLP.linears(blueprint.arch)
     return found
 
 
@@ -62,8 +62,8 @@ def depth_vectors(blueprint: Blueprint, index: int, pool: Pool) -> dict[str, Sha
     part = getattr(depth, pool)
     if part is None:
         return {}
-    spec, options = _spec(blueprint, pool, part)
-    return _without(spec.vectors(blueprint.arch, options), idle_names(blueprint, index) if pool == "mixer" else ())
+    spec = part_spec(blueprint, pool, part)
+    return _without(spec.vectors(blueprint.arch), idle_names(blueprint, index) if pool == "mixer" else ())
 
 
 def unused_names(blueprint: Blueprint, pool: Pool, part: int) -> frozenset[str]:
@@ -88,11 +88,9 @@ def users_of(blueprint: Blueprint, pool: Pool, part: int, name: str) -> tuple[in
     return users if pool == "mlp" else tuple(user for user in users if owner not in idle_names(blueprint, user))
 
 
-def _spec(blueprint: Blueprint, pool: Pool, part: int) -> tuple[PartSpec, Mapping[str, Any]]:
-    if pool == "mlp":
-        return MLP, {}
-    mixer = blueprint.mixers[part]
-    return find_mixer(mixer.type), mixer.options
+def part_spec(blueprint: Blueprint, pool: Pool, part: int) -> PartSpec:
+    """Returns the typed object of a stored part: its mixer, or the MLP."""
+    return MLP if pool == "mlp" else blueprint.mixers[part].mixer
 
 
 def idle_names(blueprint: Blueprint, index: int) -> frozenset[str]:
@@ -100,7 +98,7 @@ def idle_names(blueprint: Blueprint, index: int) -> frozenset[str]:
     mixer = blueprint.depths[index].mixer
     if mixer is None or blueprint.made_heads(index):
         return frozenset()
-    return _spec(blueprint, "mixer", mixer)[0].key_value_names
+    return blueprint.mixers[mixer].mixer.key_value_names
 
 
 def _without(vectors: Mapping[str, Shape], owners: frozenset[str] | tuple[()]) -> dict[str, Shape]:

@@ -54,7 +54,7 @@ def linear_sources(
         return None
     users = {depth: blueprint.depths[depth].source for depth in users_of(blueprint, pool, part, local)}
     shape = part_linears(blueprint, pool, part)[linear]
-    is_native = pool == "mlp" or blueprint.mixers[part].type == "attention"
+    is_native = pool == "mlp" or blueprint.mixers[part].mixer.is_native
     is_basis = linear in blueprint.pool(pool)[part].bases
     return LinearSources(pool, part, linear, shape, carried, sources, users, is_native, is_basis)
 

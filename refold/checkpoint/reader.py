@@ -1,5 +1,6 @@
 """Tensors of a checkpoint folder, one at a time, with an account of what was never read."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from refold.blueprint.former import current_names
+from refold.blueprint.schema import Blueprint
 from refold.checkpoint.folder import settle
 from refold.checkpoint.headers import CheckpointHeaders, TensorInfo, read_headers
 from refold.errors import SourceError
@@ -20,16 +23,22 @@ class CheckpointReader:
 
     Args:
         path: a folder with safetensors weights. One written by refold is repaired and checked for wholeness first.
+        blueprint: Of a folded model, whose tensors are then known by their names in this version; None: a source's.
 
     Raises:
         SourceError: the folder, a shard or a header is missing or damaged.
         FolderError: the folder was written by refold and is torn.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, blueprint: Blueprint | None = None):
         self.path = settle(path)
         headers = read_headers(self.path)
         assert headers is not None
+        self._stored = {name: name for name in headers.tensors}
+        if blueprint is not None:
+            self._stored = current_names(blueprint, headers.tensors)
+            tensors = {name: headers.tensors[stored] for name, stored in self._stored.items()}
+            headers = replace(headers, tensors=tensors)
         self.headers: CheckpointHeaders = headers
         self._unread = dict.fromkeys(headers.tensors)
         self._files: dict[str, Any] = {}
@@ -66,7 +75,7 @@ class CheckpointReader:
         """
         info = self.info(name)
         try:
-            tensor = self._open(info.file).get_tensor(name)
+            tensor = self._open(info.file).get_tensor(self._stored[name])
         except (SafetensorError, OSError, RuntimeError) as error:
             raise self._damaged(info.file, error) from None
         self._unread.pop(name, None)
@@ -76,7 +85,7 @@ class CheckpointReader:
         """Returns rows `start..stop` of a tensor's first dimension; the tensor counts as read."""
         info = self.info(name)
         try:
-            tensor = self._open(info.file).get_slice(name)[start:stop]
+            tensor = self._open(info.file).get_slice(self._stored[name])[start:stop]
         except (SafetensorError, OSError, RuntimeError) as error:
             raise self._damaged(info.file, error) from None
         self._unread.pop(name, None)

@@ -14,9 +14,10 @@ from refold.blueprint.schema import Blueprint, Pool
 from refold.calibration.frames import HeadFrame, LayerFrame, assign
 from refold.errors import SourceError
 from refold.families.arch import ArchSpec
-from refold.mixers import attention
-from refold.mixers.registry import MLP
-from refold.planning.fold import Align, aligned_groups
+from refold.mixers.attention import attention_linears
+from refold.mixers.mlp import MLP
+from refold.blueprint.initialisation import (Align)
+from refold.planning.fold import (aligned_groups)
 from refold.sources.pieces import PieceReader
 
 Weights = Mapping[str, Tensor]
@@ -45,9 +46,9 @@ def align_layers(blueprint: Blueprint, align: Align, pieces: PieceReader, device
     heads: dict[int, LayerFrame] = {}
     if align in ("permutation", "both"):
         for layers in aligned_groups(blueprint, "mlp"):
-            neurons |= _match(_read(pieces, "mlp", MLP.linears(arch, {}), layers, device), match_neurons)
+            neurons |= _match(_read(pieces, "mlp", MLP.linears(arch), layers, device), match_neurons)
     for layers in aligned_groups(blueprint, "mixer"):
-        weights = _read(pieces, "mixer", attention.linears(arch, {}), layers, device)
+        weights = _read(pieces, "mixer", attention_linears(arch), layers, device)
         heads |= _match(weights, lambda ours, theirs: match_heads(arch, ours, theirs, align))
     plain = LayerFrame()
     return {

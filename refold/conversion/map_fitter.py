@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from refold.conversion.target_tensors import fill_of, fresh_tensor, tensor_seed
 from refold.data.packing import PackedSequence
 from refold.data.readers import DataSource
 from refold.families.arch import ArchSpec
+from refold.mixers.spec import MixerSpec
 from refold.modeling.load import load_tokenizer
 from refold.nn.mixers.linear_attention import LinearAttentionMixer
 from refold.planning.approximation import LEARNED, Approximation, StoredMap, stored_maps
@@ -62,14 +63,14 @@ class MapFit:
 
     Args:
         arch: The source's architecture.
-        options: Of the mixer.
+        mixer: Whose maps they are.
         device: Where to compute.
     """
 
-    def __init__(self, arch: ArchSpec, options: Mapping[str, Any], device: str = "cpu"):
+    def __init__(self, arch: ArchSpec, mixer: MixerSpec, device: str = "cpu"):
         # Its linears are never asked, its vectors are given with each call.
         with torch.device("meta"):
-            self._mixer = LinearAttentionMixer(arch, dict(options), stores_vectors=False)
+            self._mixer = LinearAttentionMixer(arch, mixer, stores_vectors=False)
         self._device = device
 
     @torch.enable_grad()
@@ -273,7 +274,7 @@ class MapFitter:
     def _settle(self, sampled: _Sampled, is_text: bool) -> dict[int, Approximation]:
         """Fits and measures a map all of whose layers have been seen."""
         stored = sampled.stored
-        mapping = MapFit(self._layers.arch, stored.options, self._device)
+        mapping = MapFit(self._layers.arch, stored.mixer, self._device)
         start = self._start(stored)
         fitted: FitVectors | None = None
         if stored.fit != "none":

@@ -14,7 +14,6 @@ from refold.calibration.moments import MomentStore
 from refold.conversion.starts.group import FittedBasis, LinearGroup, Member
 from refold.conversion.starts.registry import fit
 from refold.families.arch import ArchSpec
-from refold.mixers.registry import find_mixer
 from refold.mixers.spec import Fill
 from refold.nn.fills import make_fill
 from refold.planning.plan import Plan
@@ -32,8 +31,8 @@ def fill_of(blueprint: Blueprint, tensor: TargetTensor) -> Fill | None:
     """Returns what a mixer's spec asks for in a fresh vector; None for all other tensors."""
     if tensor.role != "vector" or tensor.pool != "mixer":
         return None
-    part = blueprint.mixers[part_of(blueprint, tensor)]
-    return find_mixer(part.type).fills(blueprint.arch, part.options).get(tensor.local)
+    mixer = blueprint.mixers[part_of(blueprint, tensor)].mixer
+    return mixer.fills(blueprint.arch).get(tensor.local)
 
 
 def fresh_tensor(tensor: TargetTensor, arch: ArchSpec, seed: int, fill: Fill | None = None) -> Tensor:

@@ -21,7 +21,6 @@ from refold.exporting.target import ExportJob, ExportTarget
 from refold.families.arch import ArchSpec, Layer
 from refold.families.family import Family, Layout
 from refold.families.registry import find_family
-from refold.mixers.registry import find_mixer
 
 
 def pack_pieces(layout: Layout, pieces: Sequence[Tensor], head_dim: int) -> Tensor:
@@ -95,9 +94,9 @@ def dense_arch(blueprint: Blueprint) -> ArchSpec:
             another depth, or has a prefix.
     """
     foreign = {
-        index: blueprint.mixers[depth.mixer].type
+        index: blueprint.mixers[depth.mixer].mixer.type
         for index, depth in enumerate(blueprint.depths)
-        if depth.mixer is not None and find_mixer(blueprint.mixers[depth.mixer].type).is_recurrent
+        if depth.mixer is not None and not blueprint.mixers[depth.mixer].mixer.is_native
     }
     family = blueprint.arch.family
     if foreign:

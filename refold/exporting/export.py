@@ -54,7 +54,7 @@ def export(
     config = located.read_config()
     blueprint = _read_blueprint(located, config)
     folder = located.fetch()
-    with CheckpointReader(folder) as reader:
+    with CheckpointReader(folder, blueprint) as reader:
         stored = torch_dtype(reader.info("model.embed_tokens.weight").dtype)
         number = chosen if isinstance(chosen, torch.dtype) else stored
         with AtomicFolder(destination, overwrite, target.count_bytes(blueprint, number.itemsize)) as out:

@@ -13,7 +13,6 @@ from refold.generation.prompts import Messages, encode_continuation, encode_prom
 from refold.generation.sampling import DEFAULT_NEW_TOKENS, Sampling
 from refold.generation.state import PromptState, load_state, read_state
 from refold.generation.stream import Detokeniser, TokenStream
-from refold.mixers.registry import find_mixer
 from refold.modeling.cache_name import CACHE_NAME
 from refold.modeling.configuration import MODEL_TYPE, RefoldConfig
 from refold.modeling.load import ModelLike, load_model, load_tokenizer
@@ -331,8 +330,8 @@ def _position_limit(model: PreTrainedModel) -> int | None:
     """How many tokens a model was made for; None for one that keeps its past in states of constant size alone."""
     if isinstance(model.config, RefoldConfig):
         blueprint = model.config.read_blueprint()
-        kinds = {blueprint.mixers[depth.mixer].type for depth in blueprint.depths if depth.mixer is not None}
-        if kinds and all(find_mixer(kind).is_recurrent for kind in kinds):
+        mixers = [blueprint.mixers[depth.mixer].mixer for depth in blueprint.depths if depth.mixer is not None]
+        if mixers and all(mixer.is_recurrent for mixer in mixers):
             return None
     return getattr(model.config, "max_position_embeddings", None)
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from refold.healing.groups import Trainable
 from refold.healing.muon import Muon
 from refold.modeling.depth import Depth, OwnedVectors
-from refold.nn.part import Vectors
+from refold.nn.part import StoredPart, Vectors
 from refold.recipe.heal import HealStage
 
 BETAS = (0.9, 0.95)
@@ -44,6 +44,8 @@ def make_optimizers(model: PreTrainedModel, stage: HealStage, trainable: Trainab
         if isinstance(module, (Vectors, OwnedVectors))
         for parameter in module.parameters()
     }
+    parts = (module for module in model.modules() if isinstance(module, StoredPart))
+    vectors |= {id(parameter) for part in parts for parameter in part.parameters(recurse=False)}
     # Nor is a prefix a matrix: its rows are like those of an embedding.
     vectors |= {id(depth.prefix) for depth in model.modules() if isinstance(depth, Depth)}
     grouped: dict[tuple[bool, bool, float, bool], list[nn.Parameter]] = {}

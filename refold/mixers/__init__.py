@@ -1,1 +1,1 @@
-"""Token mixers as typed data: recipe options, tensors, cost and transfer in one class each. Free of torch."""
+"""Mixers and the MLP as typed objects: options, tensors, cost and transfer of one kind of part in one class."""

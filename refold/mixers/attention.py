@@ -1,33 +1,52 @@
 """Softmax attention: multi-head, grouped-query, with optional biases and query/key norms."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from refold.families.arch import ArchSpec
 from refold.fields import Count
-from refold.mixers.placement import MixerSwap, Transfer
-from refold.mixers.spec import PartSpec, Shape, outer_norms
+from refold.mixers.spec import Carried, MixerSpec, Shape, outer_norms
 
 
-class Attention(MixerSwap):
+class Attention(MixerSpec):
     """Keeps softmax attention, within a window if asked."""
 
-    type: Literal["attention"] = "attention"
-    transfer: Transfer = "all"
-    """What is taken over from the source's layer besides its norms."""
-    window: Count | None = None
-    """So many latest tokens, itself included, are attended to; left out: what the source looks at."""
+    url = "https://arxiv.org/abs/1706.03762"
+    is_native = True
+    key_value_names = frozenset({"k_proj", "v_proj", "k_norm"})
+    transfers_all = True
 
-    def options(self) -> dict[str, Any]:
-        """Returns none: a window is the depth's, so that depths with different ones can share a part."""
-        return {}
+    type: Literal["attention"] = "attention"
+    window: Count | None = None
+    """So many latest tokens, itself included, are attended to; left out: as many as in the source."""
+
+    def resolve(self, arch: ArchSpec, where: str) -> "Attention":
+        """Returns attention without a window: it is the depth's, so that depths with other windows share a part."""
+        return self.model_copy(update={"window": None})
 
     def looks_back(self, source_window: int | None) -> int | None:
-        """Returns its window, or the source's."""
         return self.window or source_window
 
+    def linears(self, arch: ArchSpec) -> dict[str, tuple[int, int]]:
+        return attention_linears(arch)
 
-def linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    def vectors(self, arch: ArchSpec) -> dict[str, Shape]:
+        return attention_vectors(arch)
+
+    def carried(self, arch: ArchSpec) -> Mapping[str, Carried]:
+        names = (*self.vectors(arch), *(f"{name}.weight" for name in self.linears(arch)))
+        return {name: Carried(f"mixer.{name}") for name in names}
+
+    def flops_per_context_token(self, arch: ArchSpec) -> int:
+        # One multiply-add for the score and one for the weighted value, for each head dimension.
+        return 4 * arch.num_attention_heads * arch.head_dim
+
+    def cache_elements_per_token(self, arch: ArchSpec) -> int:
+        return key_value_elements(arch)
+
+
+def attention_linears(arch: ArchSpec) -> dict[str, tuple[int, int]]:
+    """Returns the projections of the source's attention, name to `(out, in)`."""
     queries = arch.num_attention_heads * arch.head_dim
     keys = arch.num_key_value_heads * arch.head_dim
     return {
@@ -38,15 +57,10 @@ def linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[int, 
     }
 
 
-def biases(arch: ArchSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Shape]:
-    """The biases that the source's attention has, on projections of any shapes."""
-    biased = (("q_proj", "k_proj", "v_proj") if arch.qkv_bias else ()) + (("o_proj",) if arch.o_bias else ())
-    return {f"{name}.bias": (shapes[name][0],) for name in biased}
-
-
-def vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
-    shapes = linears(arch, options)
-    found = outer_norms(arch) | biases(arch, shapes)
+def attention_vectors(arch: ArchSpec) -> dict[str, Shape]:
+    """Returns the norms and biases of the source's attention, name to shape."""
+    shapes = attention_linears(arch)
+    found = outer_norms(arch) | attention_biases(arch, shapes)
     if arch.qk_norm != "none":
         whole = arch.qk_norm == "full"
         found["q_norm.weight"] = (shapes["q_proj"][0] if whole else arch.head_dim,)
@@ -54,21 +68,12 @@ def vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
     return found
 
 
-def score_flops(arch: ArchSpec, options: Mapping[str, Any]) -> int:
-    # One multiply-add for the score and one for the weighted value, for each head dimension.
-    return 4 * arch.num_attention_heads * arch.head_dim
+def attention_biases(arch: ArchSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Shape]:
+    """Returns the biases that the source's attention has, for projections of any shapes."""
+    biased = (("q_proj", "k_proj", "v_proj") if arch.qkv_bias else ()) + (("o_proj",) if arch.o_bias else ())
+    return {f"{name}.bias": (shapes[name][0],) for name in biased}
 
 
-def cached_numbers(arch: ArchSpec, options: Mapping[str, Any]) -> int:
+def key_value_elements(arch: ArchSpec) -> int:
+    """Counts the numbers in the key and the value of one token, all heads together."""
     return 2 * arch.num_key_value_heads * arch.head_dim
-
-
-SPEC = PartSpec(
-    name="attention",
-    url="https://arxiv.org/abs/1706.03762",
-    linears=linears,
-    vectors=vectors,
-    flops_per_context_token=score_flops,
-    cache_elements_per_token=cached_numbers,
-    key_value_names=frozenset({"k_proj", "v_proj", "k_norm"}),
-)

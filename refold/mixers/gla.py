@@ -1,19 +1,29 @@
 """Gated linear attention: every channel of the keys fades at a rate of its own that depends on the token."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
 from refold.fields import Count, Real
-from refold.mixers.heads import HeadedSwap, Heads, carried_heads, head_fills, head_linears, head_vectors, resolve_heads
-from refold.mixers.spec import PartSpec, Shape
+from refold.mixers.heads import HeadedSpec
+from refold.mixers.spec import Shape
 
 
-class Gla(HeadedSwap):
+class Gla(HeadedSpec):
     """Replaces attention by gated linear attention (arXiv 2312.06635)."""
+
+    url = "https://arxiv.org/abs/2312.06635"
+    # flash-linear-attention keeps both factors in one `Sequential`; the name of a linear here has no dot.
+    foreign_names: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "gk_proj.0.weight": ("gk_proj_down.weight",),
+        "gk_proj.1.weight": ("gk_proj_up.weight",),
+        "gk_proj.1.bias": ("gk_proj_up.bias",),
+        "g_norm_swish_gate.weight": ("heads.scale",),
+    }
+    former_names: ClassVar[Mapping[str, str]] = {"decay_down_proj": "gk_proj_down", "decay_up_proj": "gk_proj_up"}
 
     type: Literal["gla"] = "gla"
     decay_from: Literal["projection", "keys"] = "projection"
@@ -22,7 +32,7 @@ class Gla(HeadedSwap):
     decay_rank: Count = 16
     """Rank of that projection."""
     decay_divisor: Annotated[Real, Field(gt=0)] = 16.0
-    """What the logarithm of the sigmoid is divided by; more forgets less."""
+    """Divisor of the sigmoid's logarithm; a larger one forgets less."""
     rotary: bool = False
     """Whether queries and keys are turned by the source's rotary embedding."""
     activation: Literal["none", "softmax"] = "none"
@@ -32,49 +42,35 @@ class Gla(HeadedSwap):
     gate: Literal["silu", "none"] = "silu"
     """Gate on the normed output, from a projection of its own."""
 
+    @property
+    def is_rotary(self) -> bool:
+        return self.rotary
 
-def resolve(arch: ArchSpec, options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the options with head counts and sizes filled in.
+    def resolve(self, arch: ArchSpec, where: str) -> "HeadedSpec":
+        """Fills in head counts and sizes.
 
-    Raises:
-        RecipeError: As `resolve_heads`, or keys would be turned before decays are taken from them.
-    """
-    if options["decay_from"] == "keys" and options["rotary"]:
-        raise RecipeError(f"{where}.rotary: must be false where decays come from the keys, which it turns (got true)")
-    return resolve_heads(arch, options, where)
+        Raises:
+            RecipeError: As for every mixer with heads, or keys would be turned before decays are taken from them.
+        """
+        if self.decay_from == "keys" and self.rotary:
+            raise RecipeError(
+                f"{where}.rotary: must be false where decays come from the keys, which it turns (got true)"
+            )
+        return super().resolve(arch, where)
 
+    def linears(self, arch: ArchSpec) -> dict[str, tuple[int, int]]:
+        layout, found = self.layout, super().linears(arch)
+        if self.decay_from == "projection":
+            found["gk_proj_down"] = (self.decay_rank, arch.hidden_size)
+            found["gk_proj_up"] = (layout.heads * layout.key_dim, self.decay_rank)
+        if self.gate != "none":
+            found["g_proj"] = (layout.value_width, arch.hidden_size)
+        return found
 
-def linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    heads = Heads.of(options)
-    found = head_linears(arch, options)
-    if options["decay_from"] == "projection":
-        found["decay_down_proj"] = (options["decay_rank"], arch.hidden_size)
-        found["decay_up_proj"] = (heads.heads * heads.key_dim, options["decay_rank"])
-    if options["gate"] != "none":
-        found["g_proj"] = (heads.value_width, arch.hidden_size)
-    return found
-
-
-def vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
-    heads = Heads.of(options)
-    found = head_vectors(arch, options)
-    if options["decay_from"] == "projection":
-        found["decay_up_proj.bias"] = (heads.heads * heads.key_dim,)
-    if options["norm"] == "head":
-        found["heads.scale"] = (heads.value_dim,)
-    return found
-
-
-SPEC = PartSpec(
-    name="gla",
-    url="https://arxiv.org/abs/2312.06635",
-    linears=linears,
-    vectors=vectors,
-    flops_per_token=lambda arch, options: 5 * Heads.of(options).state_size,
-    state_elements=lambda arch, options: Heads.of(options).state_size,
-    fills=lambda arch, options: head_fills(vectors(arch, options)),
-    carried=carried_heads,
-    rotary=lambda options: bool(options["rotary"]),
-    resolve=resolve,
-    is_recurrent=True,
-)
+    def vectors(self, arch: ArchSpec) -> dict[str, Shape]:
+        layout, found = self.layout, super().vectors(arch)
+        if self.decay_from == "projection":
+            found["gk_proj_up.bias"] = (layout.heads * layout.key_dim,)
+        if self.norm == "head":
+            found["heads.scale"] = (layout.value_dim,)
+        return found

@@ -1,47 +1,29 @@
-"""Queries, keys and values of mixers that have them: head counts, sizes, and what of attention fits into them."""
+"""Mixers with queries, keys and values in heads: head counts, sizes, and the source's projections that fit them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar, Literal
 
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
-from refold.fields import Count
-from refold.mixers import attention
-from refold.mixers.placement import MixerSwap
-from refold.mixers.spec import Carried, Fill, Shape, outer_norms
+from refold.fields import Count, LayerIndex
+from refold.mixers.attention import attention_biases
+from refold.mixers.spec import Carried, Fill, MixerSpec, Shape, outer_norms
 
 FILLS: Mapping[str, Fill] = {
-    "decay.a_log": Fill("log_uniform", 1.0, 16.0),
-    "decay.dt_bias": Fill("softplus_inverse", 0.001, 0.1),
-    "skip.d": Fill("constant", 1.0),
-    "conv.weight": Fill("last_tap"),
-    "conv.bias": Fill("constant", 0.0),
+    "A_log": Fill("log_uniform", 1.0, 16.0),
+    "dt_bias": Fill("softplus_inverse", 0.001, 0.1),
+    "D": Fill("constant", 1.0),
+    "conv1d.weight": Fill("last_tap"),
+    "conv1d.bias": Fill("constant", 0.0),
     "heads.scale": Fill("constant", 1.0),
 }
-"""What vectors start from that attention does not have."""
-
-
-class HeadedSwap(MixerSwap):
-    """Replaces attention by a mixer with queries, keys and values in heads."""
-
-    heads: Count | None = None
-    """Heads of the state; left out: as many as the source has query heads."""
-    q_heads: Count | None = None
-    """Heads of the queries, each serving a group of the state's; left out: one each."""
-    k_heads: Count | None = None
-    """Heads of the keys; left out: one each, so that grouped key-value heads of a source are repeated."""
-    v_heads: Count | None = None
-    """Heads of the values; left out: one each."""
-    key_dim: Count | None = None
-    """Size of a query and key head; left out: all heads together as wide as the source's."""
-    value_dim: Count | None = None
-    """Size of a value head; left out: all heads together as wide as the source's."""
+"""The initial values of vectors that attention does not have."""
 
 
 @dataclass(frozen=True)
-class Heads:
-    """How queries, keys and values are divided."""
+class HeadLayout:
+    """How queries, keys and values are divided into heads."""
 
     heads: int
     q_heads: int
@@ -50,14 +32,9 @@ class Heads:
     key_dim: int
     value_dim: int
 
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "Heads":
-        """Reads them from a part's resolved options."""
-        return cls(**{name: options[name] for name in cls.__dataclass_fields__})
-
     @property
     def value_width(self) -> int:
-        """Numbers in what all heads give together."""
+        """Numbers in the output of all heads together."""
         return self.heads * self.value_dim
 
     @property
@@ -71,85 +48,158 @@ class Heads:
         return self.heads * self.key_dim * self.value_dim
 
 
-def resolve_heads(arch: ArchSpec, options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the options with head counts and sizes filled in.
+class HeadedSpec(MixerSpec):
+    """A recurrent mixer with queries, keys and values in heads."""
 
-    Args:
-        arch: The source.
-        options: As the recipe gives them.
-        where: The recipe's key, for messages.
+    is_recurrent: ClassVar[bool] = True
 
-    Raises:
-        RecipeError: A count does not divide the heads, a size cannot be told, or heads are too small to be turned.
-    """
-    width = arch.num_attention_heads * arch.head_dim
-    heads = options["heads"] or arch.num_attention_heads
-    found = dict(options, heads=heads)
-    for name in ("q_heads", "k_heads", "v_heads"):
-        found[name] = options[name] or heads
-        if heads % found[name]:
-            raise RecipeError(f"{where}.{name}: must divide the {heads} heads of the state (got {found[name]})")
-    for name in ("key_dim", "value_dim"):
-        if options[name] is None and width % heads:
-            raise RecipeError(f"{where}.{name}: required where {heads} heads do not divide the source's width {width}")
-        found[name] = options[name] or width // heads
-    turned = max((layer.rope.rotary_dim for layer in arch.layers if layer.rope), default=0)
-    if options.get("rotary") and found["key_dim"] < turned:
-        raise RecipeError(
-            f"{where}.rotary: must be false where key heads are smaller than what the source's rotary embedding turns "
-            f"(got heads of {found['key_dim']}, of which {turned} would be turned)"
-        )
-    return found
+    heads: Count | None = None
+    """Heads of the state; left out: as many as the source has query heads."""
+    q_heads: Count | None = None
+    """Heads of the queries, each serving a group of the state's; left out: one each."""
+    k_heads: Count | None = None
+    """Heads of the keys; left out: one each, so that grouped key-value heads of a source are repeated."""
+    v_heads: Count | None = None
+    """Heads of the values; left out: one each."""
+    key_dim: Count | None = None
+    """Size of a query and key head; left out: all heads together as wide as the source's."""
+    value_dim: Count | None = None
+    """Size of a value head; left out: all heads together as wide as the source's."""
+    norm: str
+    """Norm of the output."""
+    gate: str
+    """Gate on the output."""
+
+    @property
+    def layout(self) -> HeadLayout:
+        """The head counts and sizes of a resolved mixer."""
+        sizes = {name: getattr(self, name) for name in HeadLayout.__dataclass_fields__}
+        assert None not in sizes.values(), f"{self.type}: only a resolved mixer has a layout"
+        return HeadLayout(**sizes)
+
+    @property
+    def is_rotary(self) -> bool:
+        return False
+
+    @property
+    def conv_width(self) -> int:
+        """Width of the short convolution on queries, keys and values; 0: none."""
+        return 0
+
+    @property
+    def conv_function(self) -> str:
+        """Activation after the convolution."""
+        return "none"
+
+    @property
+    def input_activation(self) -> str:
+        """Activation of queries, keys and values."""
+        return "none"
+
+    def resolve(self, arch: ArchSpec, where: str) -> "HeadedSpec":
+        """Fills in head counts and sizes.
+
+        Raises:
+            RecipeError: A count does not divide the heads, a size does not follow from the source, or heads are too
+                small to be turned.
+        """
+        width = arch.num_attention_heads * arch.head_dim
+        heads = self.heads or arch.num_attention_heads
+        found = {"heads": heads}
+        for name in ("q_heads", "k_heads", "v_heads"):
+            found[name] = getattr(self, name) or heads
+            if heads % found[name]:
+                raise RecipeError(f"{where}.{name}: must divide the {heads} heads of the state (got {found[name]})")
+        for name in ("key_dim", "value_dim"):
+            given = getattr(self, name)
+            if given is None and width % heads:
+                raise RecipeError(
+                    f"{where}.{name}: required where {heads} heads do not divide the source's width {width}"
+                )
+            found[name] = given or width // heads
+        turned = max((layer.rope.rotary_dim for layer in arch.layers if layer.rope), default=0)
+        if self.is_rotary and found["key_dim"] < turned:
+            raise RecipeError(
+                f"{where}.rotary: must be false where key heads are smaller than the source's rotary embedding "
+                f"(got heads of {found['key_dim']}, of which {turned} would be turned)"
+            )
+        return self.model_copy(update=found)
+
+    def linears(self, arch: ArchSpec) -> dict[str, tuple[int, int]]:
+        """Returns `q_proj`, `k_proj`, `v_proj` and `o_proj`."""
+        layout, hidden = self.layout, arch.hidden_size
+        return {
+            "q_proj": (layout.q_heads * layout.key_dim, hidden),
+            "k_proj": (layout.k_heads * layout.key_dim, hidden),
+            "v_proj": (layout.v_heads * layout.value_dim, hidden),
+            "o_proj": (hidden, layout.value_width),
+        }
+
+    def vectors(self, arch: ArchSpec) -> dict[str, Shape]:
+        """Returns the norms around the mixer, and the biases that the source's attention has."""
+        return outer_norms(arch) | attention_biases(arch, self.linears(arch))
+
+    def fills(self, arch: ArchSpec) -> Mapping[str, Fill]:
+        vectors = self.vectors(arch)
+        return {name: fill for name, fill in FILLS.items() if name in vectors}
+
+    def flops_per_token(self, arch: ArchSpec) -> int:
+        # One multiply-add each to fade, to write and to read a number of the state.
+        return 5 * self.layout.state_size
+
+    def state_elements(self, arch: ArchSpec) -> int:
+        return self.layout.state_size
+
+    def carried(self, arch: ArchSpec) -> Mapping[str, Carried]:
+        """Returns the source's projections that fit, and the reason why others do not."""
+        layout, vectors = self.layout, self.vectors(arch)
+        query = arch.num_attention_heads, arch.head_dim
+        grouped = arch.num_key_value_heads, arch.head_dim
+        found = {
+            "q_proj": _carry_rows("q_proj", query, (layout.q_heads, layout.key_dim)),
+            "k_proj": _carry_rows("k_proj", grouped, (layout.k_heads, layout.key_dim)),
+            "v_proj": _carry_rows("v_proj", grouped, (layout.v_heads, layout.value_dim)),
+            "o_proj": carry_output(arch, layout.value_width),
+        }
+        carried = carried_norms(arch)
+        for name, each in found.items():
+            carried[f"{name}.weight"] = each
+            if f"{name}.bias" in vectors:
+                carried[f"{name}.bias"] = Carried(f"mixer.{name}.bias", name, each.repeat, each.misfit)
+        return carried
 
 
-def head_linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """`q_proj`, `k_proj`, `v_proj` and `o_proj`."""
-    heads, hidden = Heads.of(options), arch.hidden_size
-    return {
-        "q_proj": (heads.q_heads * heads.key_dim, hidden),
-        "k_proj": (heads.k_heads * heads.key_dim, hidden),
-        "v_proj": (heads.v_heads * heads.value_dim, hidden),
-        "o_proj": (hidden, heads.value_width),
-    }
+class ConvolvedSpec(HeadedSpec):
+    """A mixer with a short convolution on queries, keys and values, and decays that depend on the token."""
 
+    conv: LayerIndex = 4
+    """Width of the short convolution on queries, keys and values; 0: none."""
+    conv_activation: Literal["silu", "none"] = "silu"
+    """After the convolution."""
 
-def head_vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
-    """Norms around the mixer, and the biases that the source's attention has."""
-    return outer_norms(arch) | attention.biases(arch, head_linears(arch, options))
+    @property
+    def conv_width(self) -> int:
+        return self.conv
 
+    @property
+    def conv_function(self) -> str:
+        return self.conv_activation
 
-def head_fills(vectors: Mapping[str, Shape]) -> dict[str, Fill]:
-    """The fresh values of those of a mixer's vectors that attention does not have."""
-    return {name: fill for name, fill in FILLS.items() if name in vectors}
+    def convolution_flops(self) -> int:
+        """Counts the FLOPs of the convolution for each token."""
+        return 2 * self.conv * self.layout.read_width
+
+    def kept_elements(self, arch: ArchSpec) -> int:
+        return max(self.conv - 1, 0) * self.layout.read_width
 
 
 def carried_norms(arch: ArchSpec) -> dict[str, Carried]:
-    """The norms around a mixer, which every mixer takes over."""
+    """Returns the norms around a mixer, which every mixer takes over."""
     return {name: Carried(f"mixer.{name}") for name in outer_norms(arch)}
 
 
-def carried_heads(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Carried]:
-    """What fits of the source's projections, and why the rest does not."""
-    heads = Heads.of(options)
-    query = arch.num_attention_heads, arch.head_dim
-    grouped = arch.num_key_value_heads, arch.head_dim
-    found = {
-        "q_proj": _carry_rows("q_proj", query, (heads.q_heads, heads.key_dim)),
-        "k_proj": _carry_rows("k_proj", grouped, (heads.k_heads, heads.key_dim)),
-        "v_proj": _carry_rows("v_proj", grouped, (heads.v_heads, heads.value_dim)),
-        "o_proj": carry_output(arch, heads.value_width),
-    }
-    vectors = head_vectors(arch, options)
-    carried = carried_norms(arch)
-    for name, each in found.items():
-        carried[f"{name}.weight"] = each
-        if f"{name}.bias" in vectors:
-            carried[f"{name}.bias"] = Carried(f"mixer.{name}.bias", name, each.repeat, each.misfit)
-    return carried
-
-
 def carry_output(arch: ArchSpec, width: int) -> Carried:
-    """The output projection, which fits wherever all heads together are as wide as the source's."""
+    """Returns the output projection, which fits where all heads together are as wide as the source's."""
     source = arch.num_attention_heads * arch.head_dim
     misfit = "" if width == source else f"the source's is {source} wide, this mixer's {width}"
     return Carried("mixer.o_proj.weight", "o_proj", misfit=misfit)

@@ -1,17 +1,40 @@
 """Mamba: a selective state-space model with a decay for each channel and state."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from refold.families.arch import ArchSpec
 from refold.fields import Count
 from refold.mixers.heads import carried_norms, carry_output
-from refold.mixers.placement import MixerSwap
-from refold.mixers.spec import Carried, Fill, PartSpec, Shape, outer_norms
+from refold.mixers.spec import Carried, Fill, MixerSpec, Shape, outer_norms
 
 
-class Mamba(MixerSwap):
+class MambaSizes(NamedTuple):
+    """Sizes of a resolved Mamba: channels inside, numbers of state for each, and the rank of the step sizes."""
+
+    width: int
+    state: int
+    dt_rank: int
+
+
+class Mamba(MixerSpec):
     """Replaces attention by Mamba (arXiv 2312.00752)."""
+
+    url = "https://arxiv.org/abs/2312.00752"
+    is_recurrent = True
+    # Two linears, not one `in_proj`: x is taken over from the source's values and relaxed from them, z starts fresh.
+    foreign_names: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "in_proj.weight": ("in_proj_x.weight", "in_proj_z.weight")
+    }
+    former_names: ClassVar[Mapping[str, str]] = {
+        "v_proj": "in_proj_x",
+        "g_proj": "in_proj_z",
+        "select_proj": "x_proj",
+        "o_proj": "out_proj",
+        "conv": "conv1d",
+        "decay.a_log": "A_log",
+        "skip.d": "D",
+    }
 
     type: Literal["mamba"] = "mamba"
     width: Count | None = None
@@ -23,77 +46,73 @@ class Mamba(MixerSwap):
     dt_rank: Count | None = None
     """Rank of the step sizes' projection; left out: a sixteenth of the hidden size, rounded up."""
 
+    @property
+    def sizes(self) -> MambaSizes:
+        """The sizes of a resolved mixer."""
+        assert self.width is not None, "only a resolved mixer has sizes"
+        assert self.dt_rank is not None, "only a resolved mixer has sizes"
+        return MambaSizes(self.width, self.state, self.dt_rank)
 
-def resolve(arch: ArchSpec, options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the options with width and rank filled in."""
-    width = options["width"] or 2 * arch.hidden_size
-    return dict(options, width=width, dt_rank=options["dt_rank"] or -(-arch.hidden_size // 16))
+    @property
+    def is_rotary(self) -> bool:
+        return False
 
+    def resolve(self, arch: ArchSpec, where: str) -> "Mamba":
+        """Fills in width and rank."""
+        width, rank = self.width or 2 * arch.hidden_size, self.dt_rank or -(-arch.hidden_size // 16)
+        return self.model_copy(update={"width": width, "dt_rank": rank})
 
-def linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    width, rank = options["width"], options["dt_rank"]
-    return {
-        "v_proj": (width, arch.hidden_size),
-        "g_proj": (width, arch.hidden_size),
-        "select_proj": (rank + 2 * options["state"], width),
-        "dt_proj": (width, rank),
-        "o_proj": (arch.hidden_size, width),
-    }
+    def linears(self, arch: ArchSpec) -> dict[str, tuple[int, int]]:
+        width, state, rank = self.sizes
+        return {
+            "in_proj_x": (width, arch.hidden_size),
+            "in_proj_z": (width, arch.hidden_size),
+            "x_proj": (rank + 2 * state, width),
+            "dt_proj": (width, rank),
+            "out_proj": (arch.hidden_size, width),
+        }
 
+    def vectors(self, arch: ArchSpec) -> dict[str, Shape]:
+        """Returns the norms around it, and its own; `conv1d.weight` without the axis of one that `nn.Conv1d` has."""
+        width, state, _ = self.sizes
+        return outer_norms(arch) | {
+            "dt_proj.bias": (width,),
+            "A_log": (width, state),
+            "D": (width,),
+            "conv1d.weight": (width, self.conv),
+            "conv1d.bias": (width,),
+        }
 
-def vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
-    width = options["width"]
-    return outer_norms(arch) | {
-        "dt_proj.bias": (width,),
-        "decay.a_log": (width, options["state"]),
-        "skip.d": (width,),
-        "conv.weight": (width, options["conv"]),
-        "conv.bias": (width,),
-    }
+    def fills(self, arch: ArchSpec) -> Mapping[str, Fill]:
+        return {
+            "dt_proj.bias": Fill("softplus_inverse", 0.001, 0.1),
+            "A_log": Fill("log_range"),
+            "D": Fill("constant", 1.0),
+            "conv1d.weight": Fill("last_tap"),
+            "conv1d.bias": Fill("constant", 0.0),
+        }
 
+    def carried(self, arch: ArchSpec) -> Mapping[str, Carried]:
+        """Returns the output projection and the values, where the channels inside are as many as the source's."""
+        width, values = self.sizes.width, arch.num_key_value_heads * arch.head_dim
+        repeat = width // values if width == arch.num_attention_heads * arch.head_dim else 1
+        misfit = "" if width == repeat * values else f"the source's is {values} wide, this mixer's {width}"
+        new = {
+            name: Carried(f"mixer.{name}.weight", name, misfit="this mixer computes them from its values")
+            for name in ("q_proj", "k_proj")
+        }
+        return carried_norms(arch) | {
+            **{f"{name}.weight": each for name, each in new.items()},
+            "in_proj_x.weight": Carried("mixer.v_proj.weight", "v_proj", repeat, misfit),
+            "out_proj.weight": carry_output(arch, width),
+        }
 
-def fills(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Fill]:
-    return {
-        "dt_proj.bias": Fill("softplus_inverse", 0.001, 0.1),
-        "decay.a_log": Fill("log_range"),
-        "skip.d": Fill("constant", 1.0),
-        "conv.weight": Fill("last_tap"),
-        "conv.bias": Fill("constant", 0.0),
-    }
+    def flops_per_token(self, arch: ArchSpec) -> int:
+        width, state, _ = self.sizes
+        return 7 * width * state + 2 * self.conv * width
 
+    def state_elements(self, arch: ArchSpec) -> int:
+        return self.sizes.width * self.state
 
-def carried(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Carried]:
-    """The output projection and the values, where the channels inside are as many as the source's."""
-    width, values = options["width"], arch.num_key_value_heads * arch.head_dim
-    repeat = width // values if width == arch.num_attention_heads * arch.head_dim else 1
-    misfit = "" if width == repeat * values else f"the source's is {values} wide, this mixer's {width}"
-    new = {
-        name: Carried(f"mixer.{name}.weight", name, misfit="this mixer computes them from its values")
-        for name in ("q_proj", "k_proj")
-    }
-    return carried_norms(arch) | {
-        **{f"{name}.weight": each for name, each in new.items()},
-        "v_proj.weight": Carried("mixer.v_proj.weight", "v_proj", repeat, misfit),
-        "o_proj.weight": carry_output(arch, width),
-    }
-
-
-def recurrence_flops(arch: ArchSpec, options: Mapping[str, Any]) -> int:
-    width = options["width"]
-    return 7 * width * options["state"] + 2 * options["conv"] * width
-
-
-SPEC = PartSpec(
-    name="mamba",
-    url="https://arxiv.org/abs/2312.00752",
-    linears=linears,
-    vectors=vectors,
-    flops_per_token=recurrence_flops,
-    state_elements=lambda arch, options: options["width"] * options["state"],
-    kept_elements=lambda arch, options: (options["conv"] - 1) * options["width"],
-    fills=fills,
-    carried=carried,
-    rotary=lambda options: False,
-    resolve=resolve,
-    is_recurrent=True,
-)
+    def kept_elements(self, arch: ArchSpec) -> int:
+        return (self.conv - 1) * self.sizes.width

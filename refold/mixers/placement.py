@@ -1,15 +1,18 @@
-"""What every entry of a recipe's `mixers` has: which mixer, at which depths, and what of the source it takes over."""
+"""Entries of a recipe's `mixers`: a mixer's options, the depths that get it, and what is transferred to it."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, create_model
 
 from refold.fields import Count, LayerIndex, Section, refuse_repeats
+from refold.mixers.registry import MIXERS, tagged_union
+from refold.mixers.spec import MixerSpec
 
 TRANSFERS = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp")
-"""What `transfer` can name."""
+"""The names that `transfer` knows."""
 XATL_TRANSFER = ("o_proj", "mlp")
-"""What Cross-Architecture Transfer Learning takes over besides embeddings, head and norms."""
+"""The linears that Cross-Architecture Transfer Learning takes over besides embeddings, head and norms."""
 
 
 class Every(Section):
@@ -47,29 +50,49 @@ Transfer = Annotated[
 ]
 
 
-class MixerSwap(Section):
+class MixerEntry(Section):
     """Replaces the attention of some depths by another mixer."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+    mixer_class: ClassVar[type[MixerSpec]]
+    """The mixer whose options it has besides."""
 
-    type: str
-    """Which mixer."""
     depths: Depths = "all"
     """Depths (source layers, counted from 0) that get it: `all`, a list, `{every: 4}`, or `xatl`: 1 and L/2-1."""
     except_: Annotated[Depths, Field(alias="except")] = ()
-    """Depths of those that keep the source's attention; `xatl` is what that paper keeps: 1 and L/2-1 of L layers."""
+    """Depths of those that keep the source's attention; `xatl` is the paper's choice: 1 and L/2-1 of L layers."""
     transfer: Transfer = XATL_TRANSFER
-    """What is taken over from the source's layer besides its norms: `all`, or some of `q_proj`, `k_proj`, `v_proj`,
-    `o_proj` and `mlp`. What is not named starts fresh; what is named must fit."""
+    """Linears taken over from the source's layer besides its norms: `all`, or some of `q_proj`, `k_proj`, `v_proj`,
+    `o_proj` and `mlp`. A linear that is not named starts fresh; one that is named must fit."""
 
-    def options(self) -> dict[str, Any]:
-        """Returns what is the mixer's own: every field but those all entries have."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name not in MixerSwap.model_fields}
-
-    def looks_back(self, source_window: int | None) -> int | None:
-        """Returns how many tokens its depths look back to, whatever the source does; None: all, or its state knows."""
-        return None
+    def mixer(self) -> MixerSpec:
+        """Returns the mixer alone, as the recipe gives its options."""
+        given = {name: getattr(self, name) for name in self.mixer_class.model_fields}
+        return self.mixer_class.model_validate(given)
 
     def transfers(self) -> tuple[str, ...]:
-        """Returns what is taken over, by name."""
+        """Returns the names of what is taken over."""
         return TRANSFERS if isinstance(self.transfer, str) else self.transfer
+
+
+def _entry_class(mixer: type[MixerSpec]) -> type[MixerEntry]:
+    """Makes the recipe section of a mixer: placement and the mixer's own fields."""
+    placed = MixerEntry.model_fields["transfer"]
+    default = "all" if mixer.transfers_all else placed.default
+    entry: Any = create_model(
+        f"{mixer.__name__}Entry",
+        __base__=(MixerEntry, mixer),
+        __doc__=mixer.__doc__,
+        transfer=(Transfer, Field(default, description=placed.description)),
+    )
+    entry.mixer_class = mixer
+    return entry
+
+
+ENTRIES: Mapping[str, type[MixerEntry]] = {name: _entry_class(mixer) for name, mixer in MIXERS.items()}
+"""The recipe section of every mixer, by its `type`."""
+
+if TYPE_CHECKING:
+    AnyEntry = MixerEntry
+else:
+    AnyEntry = tagged_union(ENTRIES)

@@ -1,33 +1,77 @@
-"""All mixers, by the name a blueprint uses for them."""
+"""All mixers, by the `type` that recipes and blueprints give them."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+from pydantic import BeforeValidator, Discriminator, Tag
 
 from refold.errors import RecipeError
-from refold.mixers import attention, gated_deltanet, gla, linear_attention, mamba, mamba2, mlp, retention
-from refold.mixers.spec import PartSpec
+from refold.mixers.attention import Attention
+from refold.mixers.gated_deltanet import GatedDeltanet
+from refold.mixers.gla import Gla
+from refold.mixers.linear_attention import LinearAttention
+from refold.mixers.mamba import Mamba
+from refold.mixers.mamba2 import Mamba2
+from refold.mixers.retention import Retention
+from refold.mixers.spec import MixerSpec
 from refold.suggest import must_be_one_of
 
-MIXERS: Mapping[str, PartSpec] = {
-    spec.name: spec
-    for spec in (
-        attention.SPEC,
-        retention.SPEC,
-        mamba.SPEC,
-        mamba2.SPEC,
-        gla.SPEC,
-        gated_deltanet.SPEC,
-        linear_attention.SPEC,
+MIXERS: Mapping[str, type[MixerSpec]] = {
+    mixer.model_fields["type"].default: mixer
+    for mixer in (
+        Attention,
+        Retention,
+        Mamba,
+        Mamba2,
+        Gla,
+        GatedDeltanet,
+        LinearAttention,
     )
 }
-MLP = mlp.SPEC
+"""The one table of mixers. What else lists them is derived from it: unions, the recipe reference, error messages."""
 
 
-def find_mixer(name: str) -> PartSpec:
-    """Returns a mixer's spec.
+def tagged_union(classes: Mapping[str, type[MixerSpec]]) -> Any:
+    """Returns the union of classes that a mapping's `type` chooses from.
+
+    Args:
+        classes: By `type`: those of `MIXERS`, or classes made from them.
+    """
+    # Tags between angle brackets name the branch of a union; messages leave them out.
+    branches = tuple(Annotated[each, Tag(f"<{name}>")] for name, each in classes.items())
+    return Annotated[Union[branches], Discriminator(_tag), BeforeValidator(_known_mixer)]  # noqa: UP007
+
+
+def require_module(mixer: MixerSpec) -> None:
+    """Checks that a mixer's module is there; torch stays unloaded.
 
     Raises:
-        RecipeError: No mixer of that name.
+        RecipeError: There is no such file, so that a folder with this mixer could not be run.
     """
-    if name not in MIXERS:
-        raise RecipeError(f"mixers: type: {must_be_one_of(name, MIXERS)}")
-    return MIXERS[name]
+    if find_spec(f"refold.nn.mixers.{mixer.type}") is None:
+        raise RecipeError(
+            f"mixers: {mixer.type}: a module is required (there is no refold/nn/mixers/{mixer.type}.py); write it and "
+            f"enter it in refold/nn/mixers/registry.py"
+        )
+
+
+def _known_mixer(value: Any) -> Any:
+    if isinstance(value, MixerSpec):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be a mapping (got {value!r})")
+    kind = value.get("type", "")
+    if not isinstance(kind, str) or kind not in MIXERS:
+        raise ValueError(f"type: {must_be_one_of(kind, MIXERS)}")
+    return value
+
+
+def _tag(value: Any) -> str:
+    return f"<{value['type'] if isinstance(value, Mapping) else value.type}>"
+
+
+if TYPE_CHECKING:
+    AnyMixer = MixerSpec
+else:
+    AnyMixer = tagged_union(MIXERS)

@@ -1,18 +1,19 @@
 """Retention: a state that fades at a fixed rate for each head; lightning attention is a setting of it."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from refold.families.arch import ArchSpec
 from refold.fields import Real
-from refold.mixers.heads import HeadedSwap, Heads, carried_heads, head_fills, head_linears, head_vectors, resolve_heads
-from refold.mixers.spec import PartSpec, Shape
+from refold.mixers.heads import HeadedSpec
+from refold.mixers.spec import Shape
 
 
-class Retention(HeadedSwap):
+class Retention(HeadedSpec):
     """Replaces attention by retention (arXiv 2307.08621)."""
+
+    url = "https://arxiv.org/abs/2307.08621"
 
     type: Literal["retention"] = "retention"
     decay: Literal["retnet", "slopes"] = "retnet"
@@ -30,32 +31,18 @@ class Retention(HeadedSwap):
     gate: Literal["silu", "sigmoid", "none"] = "silu"
     """Gate on the normed output, from a projection of its own."""
 
+    @property
+    def is_rotary(self) -> bool:
+        return self.rotary
 
-def linears(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    gate = {} if options["gate"] == "none" else {"g_proj": (Heads.of(options).value_width, arch.hidden_size)}
-    return head_linears(arch, options) | gate
+    @property
+    def input_activation(self) -> str:
+        return self.activation
 
+    def linears(self, arch: ArchSpec) -> dict[str, tuple[int, int]]:
+        gate = {} if self.gate == "none" else {"g_proj": (self.layout.value_width, arch.hidden_size)}
+        return super().linears(arch) | gate
 
-def vectors(arch: ArchSpec, options: Mapping[str, Any]) -> dict[str, Shape]:
-    scale = {"heads.scale": (Heads.of(options).value_width,)} if options["norm"] == "full" else {}
-    return head_vectors(arch, options) | scale
-
-
-def recurrence_flops(arch: ArchSpec, options: Mapping[str, Any]) -> int:
-    # One multiply-add each to fade, to write and to read a number of the state.
-    return 5 * Heads.of(options).state_size
-
-
-SPEC = PartSpec(
-    name="retention",
-    url="https://arxiv.org/abs/2307.08621",
-    linears=linears,
-    vectors=vectors,
-    flops_per_token=recurrence_flops,
-    state_elements=lambda arch, options: Heads.of(options).state_size,
-    fills=lambda arch, options: head_fills(vectors(arch, options)),
-    carried=carried_heads,
-    rotary=lambda options: bool(options["rotary"]),
-    resolve=resolve_heads,
-    is_recurrent=True,
-)
+    def vectors(self, arch: ArchSpec) -> dict[str, Shape]:
+        scale = {"heads.scale": (self.layout.value_width,)} if self.norm == "full" else {}
+        return super().vectors(arch) | scale

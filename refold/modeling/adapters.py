@@ -31,12 +31,13 @@ def load_adapters(model: nn.Module, source: str | Path | Source) -> int:
     """
     if not isinstance(model, RefoldForCausalLM):
         raise RefoldError(f"adapters: a folded model is required (got {type(model).__name__})")
-    tensors = list(target_tensors(model.config.read_blueprint()))
+    blueprint = model.config.read_blueprint()
+    tensors = list(target_tensors(blueprint))
     adapters = {each.name for each in tensors if each.role in ADAPTER_ROLES}
     if not adapters:
         raise RefoldError("adapters: a model that has some is required (it has none); convert with a `relax` section")
     _, folder = open_source(source)
-    with CheckpointReader(folder) as reader:
+    with CheckpointReader(folder, blueprint) as reader:
         stored = {name: tuple(reader.info(name).shape) for name in reader.names()}
         wanted = {each.name: each.shape for each in tensors}
         different = sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name))

@@ -6,7 +6,6 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from refold.blueprint.schema import Blueprint, DepthSpec
 from refold.errors import RecipeError
-from refold.mixers.registry import find_mixer
 from refold.modeling.registration import register, register_model_if_loaded
 
 MODEL_TYPE = "refold"
@@ -48,7 +47,10 @@ class RefoldConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         if self.blueprint is not None:
-            self._derive(self.read_blueprint())
+            blueprint = self.read_blueprint()
+            # As this version writes it, where an earlier one wrote the folder.
+            self.blueprint = blueprint.model_dump(mode="json")
+            self._derive(blueprint)
         super().__post_init__(**kwargs)
         register_model_if_loaded()
 
@@ -103,6 +105,6 @@ def layer_types(blueprint: Blueprint) -> list[str]:
 
 def _layer_type(blueprint: Blueprint, depth: DepthSpec) -> str:
     assert depth.mixer is not None
-    if find_mixer(blueprint.mixers[depth.mixer].type).is_recurrent:
+    if blueprint.mixers[depth.mixer].mixer.is_recurrent:
         return RECURRENT
     return "full_attention" if depth.window is None else "sliding_attention"

@@ -11,7 +11,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.tensors import depth_coefficients, depth_linears, depth_vectors
 from refold.families.arch import Norm
-from refold.mixers.registry import find_mixer
 from refold.mixers.spec import Fill, Shape
 from refold.modeling.configuration import RefoldConfig
 from refold.nn.fills import make_fill
@@ -36,10 +35,10 @@ class OwnedVectors(nn.Module):
             name: fills.get(name, ones if name.endswith("_norm.weight") else Fill("constant")) for name in shapes
         }
         for name, shape in shapes.items():
-            owner, kind = name.rsplit(".", 1)
-            if not hasattr(self, owner):
+            owner, _, kind = name.rpartition(".")
+            if owner and not hasattr(self, owner):
                 self.add_module(owner, nn.Module())
-            getattr(self, owner).register_parameter(kind, nn.Parameter(make_fill(self.fills[name], shape)))
+            self.get_submodule(owner).register_parameter(kind, nn.Parameter(make_fill(self.fills[name], shape)))
 
     def reset(self) -> None:
         """Fills all vectors anew."""
@@ -81,11 +80,11 @@ class Depth(GradientCheckpointingLayer):
         self.heads = KeyHeads(blueprint, index) if spec.kv or blueprint.is_read(index) else None
         owned: dict[str, nn.Module] = {}
         if spec.mixer is not None:
-            part = blueprint.mixers[spec.mixer]
-            self.view = MIXERS[part.type].view(config, arch, index, spec.window)
+            mixer = blueprint.mixers[spec.mixer].mixer
+            self.view = MIXERS[mixer.type].view(config, arch, index, spec.window)
             if spec.vectors == "own":
-                fills = find_mixer(part.type).fills(arch, part.options)
-                owned["mixer"] = OwnedVectors(depth_vectors(blueprint, index, "mixer"), fills, arch.norm)
+                vectors = depth_vectors(blueprint, index, "mixer")
+                owned["mixer"] = OwnedVectors(vectors, mixer.fills(arch), arch.norm)
         if spec.mlp is not None and spec.vectors == "own":
             owned["mlp"] = OwnedVectors(depth_vectors(blueprint, index, "mlp"), {}, arch.norm)
         self.vectors = nn.ModuleDict(owned)

@@ -13,7 +13,6 @@ from transformers.utils.output_capturing import capture_outputs
 from refold.blueprint.schema import Blueprint, DepthSpec
 from refold.blueprint.tensors import unused_names
 from refold.errors import RefoldError
-from refold.mixers.registry import find_mixer
 from refold.modeling.cache_name import CACHE_NAME, one_cache
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.depth import Depth, Lent
@@ -44,7 +43,7 @@ class RefoldModel(RefoldPreTrainedModel):
         self.embedding_scale = arch.embedding_scale
         self.embed_tokens = nn.Embedding(arch.vocab_size, arch.hidden_size)
         self.mixers = nn.ModuleList(
-            MIXERS[part.type].create(arch, part.options, blueprint.keeps_vectors("mixer", index))
+            MIXERS[part.mixer.type].create(arch, part.mixer, blueprint.keeps_vectors("mixer", index))
             for index, part in enumerate(blueprint.mixers)
         )
         for index, mixer in enumerate(self.mixers):
@@ -256,7 +255,7 @@ class RefoldModel(RefoldPreTrainedModel):
 
 
 def _is_recurrent(blueprint: Blueprint, depth: DepthSpec) -> bool:
-    return depth.mixer is not None and find_mixer(blueprint.mixers[depth.mixer].type).is_recurrent
+    return depth.mixer is not None and blueprint.mixers[depth.mixer].mixer.is_recurrent
 
 
 class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):

@@ -1,11 +1,13 @@
 """What all models of a blueprint share: loading, initial weights, what transformers may do with them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from refold.blueprint.former import former_patterns
 from refold.errors import FolderError
 from refold.modeling.cache_name import CACHE_NAMES
 from refold.modeling.configuration import COUNTING, RECURRENT, RefoldConfig
@@ -18,6 +20,9 @@ from refold.nn.mixers.registry import MIXERS
 from refold.nn.norms import StackNorm
 from refold.nn.part import StoredPart, Vectors
 from refold.nn.rotary import Rotary
+
+WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Arguments of `from_pretrained` that say where a config is read from."""
 
 
 class RefoldPreTrainedModel(PreTrainedModel):
@@ -66,7 +71,7 @@ class RefoldPreTrainedModel(PreTrainedModel):
         elif isinstance(module, LoraPair):
             nn.init.normal_(module.a, std=module.a.shape[1] ** -0.5)
             nn.init.zeros_(module.b)
-        elif isinstance(module, Vectors):
+        elif isinstance(module, (Vectors, StoredPart)):
             module.reset()
         elif isinstance(module, Gate):
             nn.init.zeros_(module.weight)
@@ -91,8 +96,14 @@ class RefoldPreTrainedModel(PreTrainedModel):
             FolderError: The weights are not exactly those of the blueprint.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        former = former_patterns(_read_config(pretrained_model_name_or_path, kwargs).read_blueprint())
+        if former:
+            kwargs["key_mapping"] = {**former, **(kwargs.get("key_mapping") or {})}
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
+        if former:
+            # Else saving would give tensors the names of the folder they come from, beside a config of this version.
+            vars(model).pop("_weight_conversions", None)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = sorted(str(name) for name in info[problem])
             if names:
@@ -111,3 +122,12 @@ class RefoldPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, StoredPart):
                 module.compile_regions()
+
+
+def _read_config(model: Any, arguments: Mapping[str, Any]) -> RefoldConfig:
+    """Returns the config that `from_pretrained` was given, or the one it will read."""
+    config = arguments.get("config")
+    if isinstance(config, RefoldConfig):
+        return config
+    where = {name: arguments[name] for name in WHERE if name in arguments}
+    return RefoldConfig.from_pretrained(config or model, **where)

@@ -1,4 +1,4 @@
-"""What fresh vectors of mixers hold, from their specs."""
+"""Makes the initial values of fresh vectors, from the fills of their mixers."""
 
 import math
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from refold.families.arch import ArchSpec
-from refold.mixers import mlp as spec
+from refold.mixers.mlp import MLP
 from refold.nn.part import Lora, OwnVectors, StoredPart
 
 
@@ -14,7 +14,7 @@ class Mlp(StoredPart):
     """An MLP with its norms, run by one or more depths."""
 
     def __init__(self, arch: ArchSpec, stores_vectors: bool):
-        super().__init__(spec.linears(arch, {}), spec.vectors(arch, {}), arch.norm, stores_vectors)
+        super().__init__(MLP.linears(arch), MLP.vectors(arch), arch.norm, stores_vectors)
         self.activation = ACT2FN[arch.activation]
         self.gated = arch.gated_mlp
 

@@ -74,15 +74,24 @@ class StoredPart(nn.Module):
                 linear.bias._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
             self.add_module(name, linear)
         for name, shape in vectors.items():
-            owner, kind = name.rsplit(".", 1)
+            owner, _, kind = name.rpartition(".")
             if owner.endswith("_norm") and kind == "weight":
                 spec = norm.model_copy(update={"bias": f"{owner}.bias" in vectors})
                 self.add_module(owner, StackNorm(spec, shape[0], stored=stores_vectors))
-        owners = dict.fromkeys(name.rsplit(".", 1)[0] for name in fills if name.rsplit(".", 1)[0] not in linears)
-        for owner in owners if stores_vectors else ():
-            own = {name.rsplit(".", 1)[1]: name for name in fills if name.startswith(f"{owner}.")}
+        self._fills = {name: fill for name, fill in fills.items() if "." not in name and stores_vectors}
+        for name, fill in self._fills.items():
+            self.register_parameter(name, nn.Parameter(make_fill(fill, vectors[name])))
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in fills)
+        for owner in [each for each in owners if each and each not in linears] if stores_vectors else ():
+            own = {name.rpartition(".")[2]: name for name in fills if name.startswith(f"{owner}.")}
             shapes = {kind: vectors[name] for kind, name in own.items()}
             self.add_module(owner, Vectors(shapes, {kind: fills[name] for kind, name in own.items()}))
+
+    def reset(self) -> None:
+        """Gives the vectors that are parameters of the part itself, such as `A_log`, their initial values."""
+        for name, fill in self._fills.items():
+            parameter = self.get_parameter(name)
+            parameter.data.copy_(make_fill(fill, tuple(parameter.shape)))
 
     def factorise(self, ranks: Mapping[str, int]) -> None:
         """Keeps some linears as two factors of a rank each; with rank 0 only what depths add to it is computed."""

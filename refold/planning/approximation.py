@@ -1,15 +1,15 @@
 """Which softmax attention a target approximates by feature maps, and how far the approximation is off."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from refold.blueprint.initialisation import Initialisation
 from refold.blueprint.origins import carried_tensor
 from refold.blueprint.schema import Blueprint
 from refold.errors import RecipeError
 from refold.families.arch import Frozen
-from refold.mixers.registry import find_mixer
+from refold.mixers.spec import MixerSpec, SoftmaxFit
 
 LEARNED = ("q_map.weight", "k_map.weight")
 """The vectors of a mixer that a fit changes."""
@@ -41,21 +41,22 @@ class StoredMap:
 
     Attributes:
         prefix: What their tensors' names begin with, such as `model.mixers.0.`.
-        options: Of the mixer.
+        mixer: The mixer that computes with them.
         depths: Which run it, top to bottom.
         layers: The source layers these stand for, each once.
         names: Vectors it consists of, such as `q_map.weight`, those of the blend with a window included.
     """
 
     prefix: str
-    options: Mapping[str, Any]
+    mixer: MixerSpec
     depths: tuple[int, ...]
     layers: tuple[int, ...]
     names: tuple[str, ...]
 
     @property
-    def fit(self) -> Literal["none", "data_free", "calibration"]:
-        return self.options["fit"]
+    def fit(self) -> SoftmaxFit:
+        assert self.mixer.softmax_fit is not None
+        return self.mixer.softmax_fit
 
 
 def stored_maps(blueprint: Blueprint, starts: Initialisation) -> tuple[StoredMap, ...]:
@@ -68,10 +69,10 @@ def stored_maps(blueprint: Blueprint, starts: Initialisation) -> tuple[StoredMap
     for index, depth in enumerate(blueprint.depths):
         if depth.mixer is None or starts.weights == "fresh":
             continue
-        if not find_mixer(blueprint.mixers[depth.mixer].type).approximates_softmax:
+        fit = blueprint.mixers[depth.mixer].mixer.softmax_fit
+        if fit is None:
             continue
         if not _takes_over(blueprint, starts, depth.mixer):
-            fit = blueprint.mixers[depth.mixer].options["fit"]
             if fit != "none":
                 raise RecipeError(
                     f"mixers: fit: the source's queries and keys are required at depth {index} (got fresh ones); "
@@ -107,7 +108,7 @@ def _takes_over(blueprint: Blueprint, starts: Initialisation, part: int) -> bool
 def _describe(blueprint: Blueprint, prefix: str, depths: tuple[int, ...]) -> StoredMap:
     index = blueprint.depths[depths[0]].mixer
     assert index is not None
-    part = blueprint.mixers[index]
+    mixer = blueprint.mixers[index].mixer
     layers = tuple(dict.fromkeys(blueprint.depths[depth].source for depth in depths))
-    names = tuple(find_mixer(part.type).fills(blueprint.arch, part.options))
-    return StoredMap(prefix, part.options, depths, layers, names)
+    names = tuple(mixer.fills(blueprint.arch))
+    return StoredMap(prefix, mixer, depths, layers, names)

@@ -12,7 +12,7 @@ from refold.blueprint.schema import POOLS, Blueprint, DepthSpec, Exit, MixerPart
 from refold.blueprint.tensors import idle_names, part_linears, part_vectors
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
-from refold.mixers.registry import MLP, find_mixer
+from refold.mixers.mlp import MLP
 from refold.planning.drops import describe_dropped, dropped_blocks, dropped_parts
 from refold.planning.factors import factorise_evenly, linear_budget
 from refold.planning.fold import FoldedStack, describe_alignment, fold_layers, tied_sources
@@ -105,8 +105,8 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
     blueprint = Blueprint(
         arch=arch,
         mixers=tuple(
-            MixerPart(sources=sources, type=mixer.type, options=dict(mixer.options))
-            for sources, mixer in zip(pools["mixer"].sources, stored, strict=True)
+            MixerPart(sources=sources, mixer=each.mixer)
+            for sources, each in zip(pools["mixer"].sources, stored, strict=True)
         ),
         mlps=tuple(
             MlpPart(sources=() if chosen[users[0]].has_fresh_mlp else sources)
@@ -212,11 +212,10 @@ def _ranks(
         return [{} for _ in chosen], ()
 
     def linears(pool: Pool, layer: int) -> LinearShapes:
-        mixer = chosen[layer]
         if pool == "mlp":
-            return MLP.linears(arch, {})
+            return MLP.linears(arch)
         idle = idle_names(blueprint, layer)
-        found = find_mixer(mixer.type).linears(arch, mixer.options)
+        found = chosen[layer].mixer.linears(arch)
         return {name: shape for name, shape in found.items() if name not in idle}
 
     every = range(arch.num_layers)

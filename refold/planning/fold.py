@@ -162,8 +162,8 @@ def _tied(blueprint: Blueprint, pool: Pool) -> list[tuple[tuple[int, ...], str]]
         if len(users) < 2 or not blueprint.pool(pool)[part].sources:
             continue
         reason = ""
-        if pool == "mixer" and blueprint.mixers[part].type != "attention":
-            reason = f"they become {blueprint.mixers[part].type}"
+        if pool == "mixer" and not blueprint.mixers[part].mixer.is_native:
+            reason = f"they become {blueprint.mixers[part].mixer.type}"
         elif pool == "mixer" and any(blueprint.depths[user].kv or blueprint.is_read(user) for user in users):
             reason = "keys and values are shared between depths"
         found.append((tuple(blueprint.depths[user].source for user in users), reason))

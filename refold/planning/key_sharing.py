@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from refold.blueprint.schema import KvRead
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
-from refold.mixers.registry import find_mixer
 from refold.planning.fold import FoldedStack
 from refold.planning.mixers import ChosenMixer
 from refold.recipe.share_kv import Back, ShareEntry, ShareRule
@@ -29,7 +28,7 @@ class _Stack:
 
     def makes_keys(self, depth: int) -> bool:
         mixer = self.mixers[depth]
-        return mixer is not None and bool(find_mixer(mixer.type).key_value_names)
+        return mixer is not None and bool(mixer.mixer.key_value_names)
 
 
 def choose_reads(
@@ -128,7 +127,7 @@ def _require_fit(given: _Stack, depth: int, earlier: int, where: str) -> None:
     for each in (depth, earlier):
         mixer = given.mixers[each]
         if not given.makes_keys(each):
-            got = "no attention" if mixer is None else mixer.type
+            got = "no attention" if mixer is None else mixer.mixer.type
             raise RecipeError(
                 f"{where}: softmax attention is required at depths {earlier} and {depth} (depth {each} has {got}); "
                 f"leave this one out"

@@ -12,7 +12,6 @@ from refold.blueprint.source_tensors import SourceTensor, locate_piece
 from refold.blueprint.tensors import TargetTensor, idle_names, target_tensors
 from refold.families.arch import Frozen
 from refold.families.family import Family
-from refold.mixers.registry import find_mixer
 from refold.planning.approximation import LEARNED
 
 LineKind = Literal[
@@ -126,11 +125,10 @@ def _why_fresh(blueprint: Blueprint, starts: Initialisation, tensor: TargetTenso
     if not blueprint.pool(tensor.pool)[part].sources:
         by_choice = tensor.pool == "mlp" and any(transfers is not None for transfers in starts.transfers)
         return "not named in transfer" if by_choice else "fold.init: random"
-    mixer = blueprint.mixers[part]
-    spec = find_mixer(mixer.type)
-    carried = (spec.carried(blueprint.arch, mixer.options) if spec.carried else {}).get(tensor.local)
-    if spec.approximates_softmax and tensor.local in LEARNED and mixer.options["fit"] != "none":
-        return f"fitted to the source's attention ({mixer.options['fit']})"
+    mixer = blueprint.mixers[part].mixer
+    carried = mixer.carried(blueprint.arch).get(tensor.local)
+    if tensor.local in LEARNED and mixer.softmax_fit not in (None, "none"):
+        return f"fitted to the source's attention ({mixer.softmax_fit})"
     if carried is None:
         return f"new in {mixer.type}"
     return f"not named in transfer{f', and does not fit: {carried.misfit}' if carried.misfit else ''}"
@@ -162,7 +160,7 @@ def _why_unused(blueprint: Blueprint, starts: Initialisation, tensor: SourceTens
         return "attention left out" if pool == "mixer" else "MLP left out"
     if pool == "mixer" and (depth := next((each for each in depths if each.mixer is not None), None)) is not None:
         assert depth.mixer is not None
-        mixer = blueprint.mixers[depth.mixer].type
+        mixer = blueprint.mixers[depth.mixer].mixer.type
         pieces = [piece.removeprefix("mixer.") for piece in tensor.rule.pieces]
         if all(carried_tensor(blueprint, starts, depth.mixer, piece) is None for piece in pieces):
             return f"not carried over to {mixer}"

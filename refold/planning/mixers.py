@@ -1,14 +1,18 @@
 """Which mixer each depth runs, from the recipe's `mixers`: every check across recipe and source."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec, Rope
-from refold.mixers.placement import Every, MixerSwap
-from refold.mixers.registry import MIXERS
+from refold.mixers.attention import Attention
+from refold.mixers.placement import Every, MixerEntry
+from refold.mixers.registry import require_module
+from refold.mixers.spec import Carried, MixerSpec
 from refold.recipe.recipe import Recipe
+
+ATTENTION = Attention()
 
 
 @dataclass(frozen=True)
@@ -16,15 +20,13 @@ class ChosenMixer:
     """The mixer of one depth.
 
     Attributes:
-        type: Its name in the registry.
-        options: Resolved against the source.
+        mixer: Resolved against the source.
         transfers: What it takes over from the source's layer, by name; None: everything, the source's own attention.
         window: Tokens it looks back to; None: all, or its state knows.
         rope: Its rotary embedding; None where it turns nothing.
     """
 
-    type: str = "attention"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    mixer: MixerSpec = ATTENTION
     transfers: tuple[str, ...] | None = None
     window: int | None = None
     rope: Rope | None = None
@@ -32,7 +34,7 @@ class ChosenMixer:
     @property
     def signature(self) -> Hashable:
         """What depths must have in common to share a stored mixer."""
-        return self.type, tuple(sorted(self.options.items())), self.transfers
+        return self.mixer, self.transfers
 
     @property
     def has_fresh_mlp(self) -> bool:
@@ -49,10 +51,10 @@ def choose_mixers(recipe: Recipe, arch: ArchSpec) -> tuple[ChosenMixer, ...]:
     """
     chosen = [ChosenMixer(window=layer.window, rope=layer.rope) for layer in arch.layers]
     taken: dict[int, int] = {}
-    for index, swap in enumerate(recipe.mixers):
+    for index, entry in enumerate(recipe.mixers):
         where = f"mixers[{index}]"
-        kept = set(_select(swap.except_, arch.num_layers, f"{where}.except"))
-        depths = [depth for depth in _select(swap.depths, arch.num_layers, f"{where}.depths") if depth not in kept]
+        kept = set(_select(entry.except_, arch.num_layers, f"{where}.except"))
+        depths = [depth for depth in _select(entry.depths, arch.num_layers, f"{where}.depths") if depth not in kept]
         if not depths:
             raise RecipeError(f"{where}.depths: at least one depth is required (none is left of it)")
         for depth in depths:
@@ -62,45 +64,43 @@ def choose_mixers(recipe: Recipe, arch: ArchSpec) -> tuple[ChosenMixer, ...]:
                     f"`except` of one of them"
                 )
             taken[depth] = index
-            chosen[depth] = _choose(swap, arch, depth, where, is_fresh=recipe.weights == "fresh")
+            chosen[depth] = _choose(entry, arch, depth, where, is_fresh=recipe.weights == "fresh")
     return tuple(chosen)
 
 
-def _choose(swap: MixerSwap, arch: ArchSpec, depth: int, where: str, is_fresh: bool) -> ChosenMixer:
-    layer, spec = arch.layers[depth], MIXERS[swap.type]
-    options = spec.resolve(arch, swap.options(), where)
-    window, rope = swap.looks_back(layer.window), layer.rope if spec.rotary(options) else None
-    if spec.carried is None:
-        return ChosenMixer(swap.type, options, None, window, rope)
-    transfers = swap.transfers()
-    carried = spec.carried(arch, options)
+def _choose(entry: MixerEntry, arch: ArchSpec, depth: int, where: str, is_fresh: bool) -> ChosenMixer:
+    layer, given = arch.layers[depth], entry.mixer()
+    require_module(given)
+    mixer = given.resolve(arch, where)
+    window, rope = given.looks_back(layer.window), layer.rope if mixer.is_rotary else None
+    if mixer.is_native:
+        return ChosenMixer(mixer, None, window, rope)
+    carried, transfers = mixer.carried(arch), entry.transfers()
     known = {each.group for each in carried.values()}
     for each in carried.values():
         if each.group in transfers and each.misfit and not is_fresh:
             fitting = [name for name in transfers if _fits(name, carried, known)]
             raise RecipeError(
-                f"{where}.transfer: {each.group} cannot be carried over to {swap.type} ({each.misfit}); leave it "
+                f"{where}.transfer: {each.group} cannot be carried over to {mixer.type} ({each.misfit}); leave it "
                 f"out to start it fresh: transfer: [{', '.join(fitting)}]"
             )
-    return ChosenMixer(swap.type, options, transfers, window, rope)
+    return ChosenMixer(mixer, transfers, window, rope)
 
 
 def describe_lost_norms(arch: ArchSpec, chosen: Sequence[ChosenMixer]) -> tuple[str, ...]:
     """Returns a line for each kind of mixer that takes over queries or keys, but not the source's norm on them."""
     lost: dict[str, str] = {}
-    for mixer in chosen:
-        spec = MIXERS[mixer.type]
-        carried = spec.carried(arch, mixer.options) if spec.carried is not None else {}
-        taken = [name for name in ("q_proj", "k_proj") if name in (mixer.transfers or ())]
-        if arch.qk_norm != "none" and taken and spec.carried is not None and "q_norm.weight" not in carried:
-            lost[mixer.type] = " and ".join(taken)
+    for each in chosen:
+        taken = [name for name in ("q_proj", "k_proj") if name in (each.transfers or ())]
+        if arch.qk_norm != "none" and taken and "q_norm.weight" not in each.mixer.carried(arch):
+            lost[each.mixer.type] = " and ".join(taken)
     return tuple(
         f"mixers: {name} takes over {taken} without the norm the source has on queries and keys: their scale is another"
         for name, taken in lost.items()
     )
 
 
-def _fits(name: str, carried: Mapping[str, Any], known: set[str]) -> bool:
+def _fits(name: str, carried: Mapping[str, Carried], known: set[str]) -> bool:
     return name not in known or not any(each.group == name and each.misfit for each in carried.values())
 
 

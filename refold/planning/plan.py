@@ -14,7 +14,6 @@ from refold.blueprint.tensors import depth_factors, depth_linears
 from refold.checkpoint.locate import Source
 from refold.errors import RecipeError, RefoldError
 from refold.families.arch import Frozen
-from refold.mixers.registry import find_mixer
 from refold.planning.approximation import Approximation, stored_maps
 from refold.planning.build import build_blueprint, identity_blueprint
 from refold.planning.lines import PlanLine, plan_lines
@@ -267,7 +266,7 @@ def _equals_source(blueprint: Blueprint, starts: Initialisation, index: int) -> 
     if depth.mixer is None or depth.mlp is None or depth.kv or depth.prefix:
         return False
     mixer = blueprint.mixers[depth.mixer]
-    if find_mixer(mixer.type).is_recurrent or depth.window != blueprint.arch.layers[depth.source].window:
+    if mixer.mixer.is_recurrent or depth.window != blueprint.arch.layers[depth.source].window:
         return False
     stored = (mixer.sources, blueprint.mlps[depth.mlp].sources)
     if not depth_factors(blueprint, index) and all(sources == (depth.source,) for sources in stored):

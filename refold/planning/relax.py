@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 from refold.blueprint.schema import Blueprint, Pool
 from refold.errors import RecipeError
-from refold.mixers.registry import find_mixer
 from refold.recipe.recipe import LoraRelax, PrefixRelax, RankEnergy, RankShare
 from refold.suggest import did_you_mean
 
@@ -122,11 +121,11 @@ def with_prefixes(blueprint: Blueprint, relax: LoraRelax | PrefixRelax | None) -
     for index in places:
         depth = blueprint.depths[index]
         assert depth.mixer is not None
-        mixer = blueprint.mixers[depth.mixer].type
-        if not find_mixer(mixer).key_value_names:
+        mixer = blueprint.mixers[depth.mixer].mixer
+        if not mixer.key_value_names:
             raise RecipeError(
-                f"relax.type: softmax attention is required for prefixes (depth {index} has {mixer}, whose state takes "
-                f"no extra keys); use lora, or leave mixers out"
+                f"relax.type: softmax attention is required for prefixes (depth {index} has {mixer.type}, whose state "
+                f"takes no extra keys); use lora, or leave mixers out"
             )
         if not blueprint.made_heads(index):
             raise RecipeError(

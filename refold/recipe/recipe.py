@@ -1,21 +1,12 @@
 """The recipe: what is done to a source, in one file for the whole way. Every section is optional; empty: identity."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from refold.blueprint.initialisation import Align, ErrorMetric
 from refold.fields import Amount, Count, LayerIndex, Real, Section, refuse_repeats
-from refold.mixers.attention import Attention
-from refold.mixers.gated_deltanet import GatedDeltanet
-from refold.mixers.gla import Gla
-from refold.mixers.linear_attention import LinearAttention
-from refold.mixers.mamba import Mamba
-from refold.mixers.mamba2 import Mamba2
-from refold.mixers.placement import MixerSwap
-from refold.mixers.registry import MIXERS
-from refold.mixers.retention import Retention
+from refold.mixers.placement import AnyEntry
 from refold.recipe.drop import Drop, LayerList
 from refold.recipe.heal import HealStage, read_heal
 from refold.recipe.share_kv import ShareKv
@@ -49,16 +40,6 @@ def _kind_of_one_rank(value: Any) -> str:
     return "<full>" if isinstance(value, str) else "<number>"
 
 
-def _known_mixer(value: Any) -> Any:
-    if isinstance(value, dict) and value.get("type") not in MIXERS:
-        raise ValueError(f"type: {must_be_one_of(value.get('type', ''), MIXERS)}")
-    return value
-
-
-def _kind_of_mixer(value: Any) -> str:
-    return f"<{value.get('type') if isinstance(value, dict) else getattr(value, 'type', 'attention')}>"
-
-
 def _known_relax(value: Any) -> Any:
     if isinstance(value, dict) and value.get("type", "lora") not in RELAXATIONS:
         raise ValueError(f"type: {must_be_one_of(value['type'], RELAXATIONS)}")
@@ -79,25 +60,6 @@ RankChoice = Annotated[int, Field(strict=True, ge=0)]
 OneRank = Annotated[
     Annotated[RankChoice, Tag("<number>")] | Annotated[Literal["full"], Tag("<full>")], Discriminator(_kind_of_one_rank)
 ]
-
-
-AnyMixer = Annotated[
-    Annotated[Attention, Tag("<attention>")]
-    | Annotated[Retention, Tag("<retention>")]
-    | Annotated[Mamba, Tag("<mamba>")]
-    | Annotated[Mamba2, Tag("<mamba2>")]
-    | Annotated[Gla, Tag("<gla>")]
-    | Annotated[GatedDeltanet, Tag("<gated_deltanet>")]
-    | Annotated[LinearAttention, Tag("<linear_attention>")],
-    Discriminator(_kind_of_mixer),
-    BeforeValidator(_known_mixer),
-]
-
-MIXER_SECTIONS: Mapping[str, type[MixerSwap]] = {
-    each.model_fields["type"].default: each
-    for each in (Attention, Retention, Mamba, Mamba2, Gla, GatedDeltanet, LinearAttention)
-}
-"""What an entry of `mixers` can say, by its type."""
 
 
 class Fold(Section):
@@ -278,7 +240,7 @@ class Recipe(Section):
     """How much calibration text is read, and how linears are fitted to it."""
     drop: Drop | None = None
     """Leaves out layers, token mixers or MLPs."""
-    mixers: tuple[AnyMixer, ...] = ()
+    mixers: tuple[AnyEntry, ...] = ()
     """Replaces the attention of some depths by mixers of linear cost."""
     share_kv: ShareKv | None = None
     """Depths that read keys and values of an earlier depth instead of making and caching their own: a rule, such as

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from refold.calibration.layers import AttentionSample
-from refold.conversion.map_fitter import LEARNED, FitSettings, MapFit
+from refold.planning.approximation import (LEARNED)
+from refold.conversion.map_fitter import (FitSettings, MapFit)
 from refold.families.arch import ArchSpec
 from refold.families.registry import read_arch
-from refold.mixers import linear_attention as spec
+from refold.mixers.linear_attention import LinearAttention
 from refold.nn.fills import make_fill
 
 QUICK = FitSettings(steps=80)
@@ -40,8 +41,8 @@ def make_sample(arch: ArchSpec, rows: int = 4, tokens: int = 48, seed: int = 0, 
 
 def make_fit(arch: ArchSpec, **options: object) -> tuple[MapFit, dict[str, torch.Tensor]]:
     """A map and where it starts, queries and keys alike."""
-    resolved = spec.resolve(arch, spec.LinearAttention(**options).options(), "mixers[0]")  # pyright: ignore[reportArgumentType]
-    shapes, fills = spec.vectors(arch, resolved), spec.fills(arch, resolved)
+    resolved = LinearAttention(**options).resolve(arch, "mixers[0]")  # pyright: ignore[reportArgumentType]
+    shapes, fills = resolved.vectors(arch), resolved.fills(arch)
     start = {name: make_fill(fill, shapes[name], torch.Generator().manual_seed(1)) for name, fill in fills.items()}
     return MapFit(arch, resolved), start
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from refold.data.encoder import TextEncoder
 from refold.data.readers import from_documents, open_data
-from refold.data.tokens import document_start_token, tokenise
+from refold.data.encoder import (document_start_token)
+from refold.data.tokens import (tokenise)
 from refold.errors import DataError
 
 TEXTS = [f"The {word} number {index} é 漢." for index, word in enumerate(["cat", "dog", "bird", "fish"] * 10)]

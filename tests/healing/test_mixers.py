@@ -92,9 +92,9 @@ def test_vectors_of_mixers_neither_decay_nor_are_orthogonalised(swapped):
         id(p) for each in optimizers for group in each.param_groups if group["weight_decay"] for p in group["params"]
     }
     muon = {id(p) for group in optimizers[-1].param_groups for p in group["params"]}
-    for name in ("0.decay.a_log", "0.conv.weight", "1.conv.weight", "1.decay.dt_bias"):
+    for name in ("0.A_log", "0.conv1d.weight", "1.conv1d.weight", "1.dt_bias"):
         assert id(model.get_parameter(f"model.mixers.{name}")) not in decayed | muon, name
-    assert id(model.get_parameter("model.mixers.0.select_proj.weight")) in decayed & muon
+    assert id(model.get_parameter("model.mixers.0.x_proj.weight")) in decayed & muon
 
 
 def test_a_model_with_shared_keys_heals(healing, swapped, weights):

@@ -25,13 +25,13 @@ class LoneMixer:
 
     Attributes:
         arch: Of the source it might stand in.
-        options: Resolved.
+        spec: Resolved.
         mixer: With random weights.
         view: Its place in a cache.
     """
 
     arch: ArchSpec
-    options: dict[str, Any]
+    spec: Any
     mixer: Mixer
     view: nn.Module
 
@@ -77,17 +77,17 @@ def make_mixer() -> Callable[..., LoneMixer]:
     def make(kind: str, arch: dict[str, Any] | None = None, **entry: Any) -> LoneMixer:
         spec = make_arch(**(arch or {}))
         recipe = Recipe.model_validate({"mixers": [{"type": kind, "transfer": [], **entry}]})
-        options = dict(choose_mixers(recipe, spec)[0].options)
-        mixer = MIXERS[kind].create(spec, options, True)
+        chosen = choose_mixers(recipe, spec)[0].mixer
+        mixer = MIXERS[kind].create(spec, chosen, True)
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for name, weight in mixer.named_parameters():
                 noise = torch.randn(weight.shape, generator=generator)
-                is_scale = name.endswith(("_norm.weight", "heads.scale", "skip.d"))
-                weight.copy_(noise * (0.7 if name.startswith("decay.") else 0.3) + is_scale)
+                is_scale = name.endswith(("_norm.weight", "heads.scale")) or name == "D"
+                weight.copy_(noise * (0.7 if name in ("A_log", "dt_bias") else 0.3) + is_scale)
         config = PreTrainedConfig()
         config._attn_implementation = "sdpa"
-        return LoneMixer(spec, options, mixer, MIXERS[kind].view(config, spec, 0, None))
+        return LoneMixer(spec, chosen, mixer, MIXERS[kind].view(config, spec, 0, None))
 
     return make
 

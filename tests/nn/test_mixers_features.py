@@ -26,7 +26,7 @@ def rotate(x: Tensor) -> Tensor:
 
 def phi(lone: Any, x: Tensor, side: str) -> Tensor:
     """Features of queries (`q_map`) or keys (`k_map`) that carry the square root of the attention's scale."""
-    name = lone.options["feature_map"]
+    name = lone.spec.feature_map
     if name == "elu":
         # arXiv 2006.16236, equation 7.
         return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
@@ -59,7 +59,7 @@ def attend(lone: Any, x: Tensor) -> Tensor:
     key, value = (states.repeat_interleave(lone.arch.num_attention_heads // GROUPS, dim=2) for states in (key, value))
     root = math.sqrt(lone.arch.attention_scale)
     weights = torch.einsum("bnhf,bmhf->bhnm", phi(lone, query * root, "q_map"), phi(lone, key * root, "k_map")).tril()
-    window = lone.options["window"]
+    window = lone.spec.window
     if window:
         # Equation 6: softmax weights, divided by the largest, for the latest, and features for the others.
         place = torch.arange(x.shape[1])
@@ -69,7 +69,7 @@ def attend(lone: Any, x: Tensor) -> Tensor:
         soft = (scores - scores.amax(dim=-1, keepdim=True)).exp()
         share = lone.weight("blend.share").sigmoid()[:, None, None]
         weights = torch.where(near, share * soft, (1 - share) * weights)
-    if lone.options["normalise"]:
+    if lone.spec.normalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return torch.einsum("bhnm,bmhv->bnhv", weights, value).flatten(-2) @ lone.weight("o_proj.weight").T
 

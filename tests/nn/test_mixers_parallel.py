@@ -33,16 +33,16 @@ def project(lone: Any, name: str, x: Tensor) -> Tensor:
 def read(lone: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The normed input, and its queries, keys and values `[B, T, H, K]`, one for each head."""
     x = rms(x.double(), lone.weight("input_norm.weight"))
-    heads, size = lone.options["heads"], lone.options["key_dim"]
+    heads, size = lone.spec.heads, lone.spec.key_dim
     states = []
-    for name, each in (("q_proj", size), ("k_proj", size), ("v_proj", lone.options["value_dim"])):
+    for name, each in (("q_proj", size), ("k_proj", size), ("v_proj", lone.spec.value_dim)):
         state = project(lone, name, x)
-        if lone.options["activation"] == "silu":
+        if lone.spec.activation == "silu":
             state = state * state.sigmoid()
         state = state.unflatten(-1, (-1, each))
         # Head h reads group h // (heads per group).
         states.append(state[:, :, torch.arange(heads) // (heads // state.shape[2])])
-    if lone.options["rotary"]:
+    if lone.spec.rotary:
         states[0], states[1] = rotate(states[0]), rotate(states[1])
     return x, *states
 
@@ -51,29 +51,29 @@ def finish(lone: Any, x: Tensor, mixed: Tensor) -> Tensor:
     """Norm, gate and output projection of heads `[B, T, H, V]`."""
     names = dict(lone.mixer.named_parameters())
     scale = lone.weight("heads.scale") if "heads.scale" in names else 1.0
-    if lone.options["norm"] == "head":
+    if lone.spec.norm == "head":
         mixed = rms(mixed, scale)
     mixed = mixed.flatten(-2)
-    if lone.options["norm"] == "full":
+    if lone.spec.norm == "full":
         mixed = rms(mixed, scale)
-    if lone.options["gate"] != "none":
+    if lone.spec.gate != "none":
         gate = project(lone, "g_proj", x)
-        mixed = mixed * (gate.sigmoid() * gate if lone.options["gate"] == "silu" else gate.sigmoid())
+        mixed = mixed * (gate.sigmoid() * gate if lone.spec.gate == "silu" else gate.sigmoid())
     return project(lone, "o_proj", mixed)
 
 
 def retain(lone: Any, x: Tensor) -> Tensor:
     """(Q K^T * D) V with D_nm = gamma^(n-m), then norm and swish gate (arXiv 2307.08621, equations 5 and 8)."""
     x, query, key, value = read(lone, x)
-    heads = torch.arange(lone.options["heads"]).double()
-    if lone.options["decay"] == "retnet":
+    heads = torch.arange(lone.spec.heads).double()
+    if lone.spec.decay == "retnet":
         gamma = 1 - 2 ** (-5 - heads)
     else:
         gamma = (-(2 ** (-8 * (heads + 1) / len(heads)))).exp()
-    gamma = gamma ** lone.options["decay_scale"]
+    gamma = gamma**lone.spec.decay_scale
     scores = torch.einsum("bnhk,bmhk->bhnm", query, key)
-    if lone.options["norm"] != "full":
-        scores = scores / math.sqrt(lone.options["key_dim"])
+    if lone.spec.norm != "full":
+        scores = scores / math.sqrt(lone.spec.key_dim)
     place = torch.arange(x.shape[1])
     distance = place[:, None] - place
     fading = torch.where(distance >= 0, gamma[:, None, None] ** distance.clamp(min=0), 0.0)
@@ -83,14 +83,14 @@ def retain(lone: Any, x: Tensor) -> Tensor:
 def attend_gated(lone: Any, x: Tensor) -> Tensor:
     """P V with P_ij = sum_k Q_ik K_jk B_ik / B_jk, B the decays' products (arXiv 2312.06635, section 4)."""
     x, query, key, value = read(lone, x)
-    size = lone.options["key_dim"]
-    if lone.options["decay_from"] == "keys":
+    size = lone.spec.key_dim
+    if lone.spec.decay_from == "keys":
         # Liger pools keys to as many numbers as they have (arXiv 2503.01496, section 3).
         raw = key
     else:
-        raw = project(lone, "decay_up_proj", project(lone, "decay_down_proj", x)).unflatten(-1, (-1, size))
-    alpha = raw.sigmoid() ** (1 / lone.options["decay_divisor"])
-    if lone.options["activation"] == "softmax":
+        raw = project(lone, "gk_proj_up", project(lone, "gk_proj_down", x)).unflatten(-1, (-1, size))
+    alpha = raw.sigmoid() ** (1 / lone.spec.decay_divisor)
+    if lone.spec.activation == "softmax":
         query, key = query.softmax(dim=-1), key.softmax(dim=-1)
     else:
         query = query / math.sqrt(size)

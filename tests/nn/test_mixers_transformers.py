@@ -12,6 +12,8 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
+from refold.mixers.mamba import Mamba
+
 HIDDEN, HEADS = 32, 4
 PREFILLS = (1, 2, 66)
 """Shorter than a convolution, and longer than a chunk."""
@@ -48,21 +50,24 @@ def test_mamba_is_transformers_mamba(make_mixer, hidden_states, width, state, co
     reference = MambaMixer(config, 0).eval()
     weights = randomise(reference)
     lone = make_mixer("mamba", width=width, state=state, conv=conv)
-    assert lone.options["dt_rank"] == config.time_step_rank
+    assert lone.spec.dt_rank == config.time_step_rank
     inner, gate = weights["in_proj.weight"].chunk(2)
     lone.fill(
         input_norm__weight=lone.mixer.get_parameter("input_norm.weight"),
-        v_proj__weight=inner,
-        g_proj__weight=gate,
-        conv__weight=weights["conv1d.weight"].squeeze(1),
-        conv__bias=weights["conv1d.bias"],
-        select_proj__weight=weights["x_proj.weight"],
+        in_proj_x__weight=inner,
+        in_proj_z__weight=gate,
+        conv1d__weight=weights["conv1d.weight"].squeeze(1),
+        conv1d__bias=weights["conv1d.bias"],
+        x_proj__weight=weights["x_proj.weight"],
         dt_proj__weight=weights["dt_proj.weight"],
         dt_proj__bias=weights["dt_proj.bias"],
-        decay__a_log=weights["A_log"],
-        skip__d=weights["D"],
-        o_proj__weight=weights["out_proj.weight"],
+        A_log=weights["A_log"],
+        D=weights["D"],
+        out_proj__weight=weights["out_proj.weight"],
     )
+    for name, weight in weights.items():
+        parts = [lone.mixer.get_parameter(part) for part in Mamba.foreign_names.get(name, (name,))]
+        assert torch.equal(torch.cat(parts), weight.squeeze(1) if name == "conv1d.weight" else weight), name
     check(lone, reference, hidden_states)
 
 
@@ -95,11 +100,11 @@ def test_mamba2_is_transformers_mamba2(make_mixer, hidden_states, groups):
         v_proj__weight=value,
         g_proj__weight=gate,
         dt_proj__weight=dt,
-        conv__weight=torch.cat(weights["conv1d.weight"].squeeze(1).split(sizes)[::-1]),
-        conv__bias=torch.cat(weights["conv1d.bias"].split(sizes)[::-1]),
-        decay__dt_bias=weights["dt_bias"],
-        decay__a_log=weights["A_log"],
-        skip__d=weights["D"],
+        conv1d__weight=torch.cat(weights["conv1d.weight"].squeeze(1).split(sizes)[::-1]),
+        conv1d__bias=torch.cat(weights["conv1d.bias"].split(sizes)[::-1]),
+        dt_bias=weights["dt_bias"],
+        A_log=weights["A_log"],
+        D=weights["D"],
         heads__scale=weights["norm.weight"],
         o_proj__weight=weights["out_proj.weight"],
     )
@@ -139,11 +144,11 @@ def test_gated_deltanet_is_transformers_gated_delta_rule(make_mixer, hidden_stat
         k_proj__weight=key,
         v_proj__weight=value,
         g_proj__weight=gate,
-        beta_proj__weight=beta,
-        decay_proj__weight=decay,
-        conv__weight=weights["conv1d.weight"].squeeze(1),
-        decay__dt_bias=weights["dt_bias"],
-        decay__a_log=weights["A_log"],
+        b_proj__weight=beta,
+        a_proj__weight=decay,
+        conv1d__weight=weights["conv1d.weight"].squeeze(1),
+        dt_bias=weights["dt_bias"],
+        A_log=weights["A_log"],
         heads__scale=weights["norm.weight"],
         o_proj__weight=weights["out_proj.weight"],
     )

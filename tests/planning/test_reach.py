@@ -66,6 +66,6 @@ def test_a_line_says_where_local_and_global_depths_share_weights(arch: ArchSpec,
     assert len(found) == (said is not None)
     assert said is None or found[0].startswith(said)
     for index, depth in enumerate(built.blueprint.depths):
-        attends = depth.mixer is not None and built.blueprint.mixers[depth.mixer].type == "attention"
+        attends = depth.mixer is not None and built.blueprint.mixers[depth.mixer].mixer.type == "attention"
         if attends and isinstance(recipe, str):
             assert (depth.window, depth.rope) == (arch.layers[index].window, arch.layers[index].rope)

@@ -17,7 +17,7 @@ def build(arch: Any, *swaps: dict[str, Any], **sections: Any) -> Blueprint:
 
 def types(blueprint: Blueprint) -> str:
     """One letter for each depth's mixer, `.` where it was dropped."""
-    return "".join("." if d.mixer is None else blueprint.mixers[d.mixer].type[0] for d in blueprint.depths)
+    return "".join("." if d.mixer is None else blueprint.mixers[d.mixer].mixer.type[0] for d in blueprint.depths)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_a_fresh_mlp_has_no_sources(make_arch):
 
 def test_options_are_resolved_against_the_source(make_arch):
     arch = make_arch(4)
-    options = build(arch, {"type": "retention", "heads": 2}).mixers[0].options
-    assert options["key_dim"] == arch.num_attention_heads * arch.head_dim // 2
-    assert options["v_heads"] == 2
+    layout = build(arch, {"type": "retention", "heads": 2}).mixers[0].mixer.layout
+    assert layout.key_dim == arch.num_attention_heads * arch.head_dim // 2
+    assert layout.v_heads == 2
 
 
 @pytest.mark.parametrize("name", ["retention", "gla", "gated_deltanet", "mamba2", "linear_attention"])

@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refold.families.arch import ArchSpec
-from refold.mixers import attention as spec
+from refold.mixers.spec import MixerSpec
 from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.key_values import KeyValue
 from refold.nn.mixers.mixer import Mixer
@@ -103,15 +103,15 @@ class AttentionMixer(Mixer):
     """Attention weights with their norms, run by one or more depths (arXiv 1706.03762; grouped queries: 2305.13245)."""
 
     @classmethod
-    def create(cls, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool) -> "AttentionMixer":
-        return cls(arch, options, stores_vectors)
+    def create(cls, arch: ArchSpec, spec: MixerSpec, stores_vectors: bool) -> "AttentionMixer":
+        return cls(arch, spec, stores_vectors)
 
     @classmethod
     def view(cls, config: PreTrainedConfig, arch: ArchSpec, layer_idx: int, window: int | None) -> AttentionView:
         return AttentionView(config, arch, layer_idx, window)
 
-    def __init__(self, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool):
-        super().__init__(spec.linears(arch, options), spec.vectors(arch, options), arch.norm, stores_vectors)
+    def __init__(self, arch: ArchSpec, spec: MixerSpec, stores_vectors: bool):
+        super().__init__(spec.linears(arch), spec.vectors(arch), arch.norm, stores_vectors, spec.fills(arch))
         self.head_dim, self.qk_norm = arch.head_dim, arch.qk_norm
         self.num_matrix_heads = arch.num_attention_heads
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from refold.families.arch import ArchSpec
+from refold.mixers.gated_deltanet import GatedDeltanet
 from refold.nn.mixers.headed import HeadedMixer
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import delta_rule
@@ -14,7 +16,9 @@ UNIT_EPS = 1e-6
 class GatedDeltanetMixer(HeadedMixer):
     """Gated DeltaNet's weights with their norms."""
 
-    spec_name = "gated_deltanet"
+    def __init__(self, arch: ArchSpec, spec: GatedDeltanet, stores_vectors: bool):
+        super().__init__(arch, spec, stores_vectors)
+        self.fades = spec.decay
 
     def mix(
         self,
@@ -39,7 +43,7 @@ class GatedDeltanetMixer(HeadedMixer):
 
     def finish(self, x: Tensor, mixed: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:
         # As in released models the gate is applied in float32, before rounding.
-        if self.options["gate"] == "none" or not self.has_scale:
+        if self.gate == "none" or not self.has_scale:
             return super().finish(x, mixed, lora, vectors)
         normed = self.normalise_heads(mixed, self.vector("heads.scale", vectors)).flatten(-2)
         gate = nn.functional.silu(self.project("g_proj", x, lora, vectors).float())
@@ -52,8 +56,8 @@ class GatedDeltanetMixer(HeadedMixer):
 
     def _rates(self, x: Tensor, lora: Lora, vectors: OwnVectors) -> tuple[Tensor, Tensor | None]:
         """How much is written, and log decays or None, `[B, T, H]`, float32."""
-        beta = self.project("beta_proj", x, lora, vectors).float().sigmoid()
-        if not self.options["decay"]:
+        beta = self.project("b_proj", x, lora, vectors).float().sigmoid()
+        if not self.fades:
             return beta, None
-        raw = self.project("decay_proj", x, lora, vectors).float() + self.vector("decay.dt_bias", vectors).float()
-        return beta, -self.vector("decay.a_log", vectors).float().exp() * nn.functional.softplus(raw)
+        raw = self.project("a_proj", x, lora, vectors).float() + self.vector("dt_bias", vectors).float()
+        return beta, -self.vector("A_log", vectors).float().exp() * nn.functional.softplus(raw)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from refold.families.arch import ArchSpec
+from refold.mixers.gla import Gla
 from refold.nn.mixers.headed import HeadedMixer
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import channel_decay
@@ -12,7 +14,9 @@ from refold.ops.choice import run
 class GlaMixer(HeadedMixer):
     """Gated linear attention's weights with their norms."""
 
-    spec_name = "gla"
+    def __init__(self, arch: ArchSpec, spec: Gla, stores_vectors: bool):
+        super().__init__(arch, spec, stores_vectors)
+        self.activation, self.decay_from, self.decay_divisor = spec.activation, spec.decay_from, spec.decay_divisor
 
     def mix(
         self,
@@ -37,16 +41,16 @@ class GlaMixer(HeadedMixer):
 
     def _activate(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         query, key = self.widen(query), self.widen(key)
-        if self.options["activation"] == "softmax":
+        if self.activation == "softmax":
             return query.softmax(dim=-1, dtype=torch.float32), key.softmax(dim=-1, dtype=torch.float32)
         return query * self.query_scale, key
 
     def _decays(self, x: Tensor, key: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:
         """Log decays `[B, T, H, K]`, float32."""
-        if self.options["decay_from"] == "keys":
+        if self.decay_from == "keys":
             # Liger pools the keys to the gates' size; keys that have it already are their own pool.
             raw = self.widen(key)
         else:
-            raw = self.project("decay_up_proj", self.project("decay_down_proj", x, lora, vectors), lora, vectors)
+            raw = self.project("gk_proj_up", self.project("gk_proj_down", x, lora, vectors), lora, vectors)
             raw = raw.unflatten(-1, (-1, self.layout.key_dim))
-        return nn.functional.logsigmoid(raw.float()) / self.options["decay_divisor"]
+        return nn.functional.logsigmoid(raw.float()) / self.decay_divisor

@@ -1,15 +1,13 @@
 """What mixers with queries, keys and values in heads share: reading, convolving, gating and writing."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from refold.families.arch import ArchSpec
-from refold.mixers.heads import Heads
-from refold.mixers.registry import find_mixer
+from refold.mixers.heads import HeadedSpec
+from refold.mixers.spec import MixerSpec
 from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.memory import Memory, StateView
 from refold.nn.mixers.mixer import Mixer
@@ -25,44 +23,45 @@ class RecurrentMixer(Mixer):
 
     Args:
         arch: The source's architecture.
-        options: Resolved options of the stored part.
+        spec: The resolved mixer.
         stores_vectors: Whether norms, biases and other vectors live here.
     """
 
-    spec_name: str
-    """Name in the registry of specs."""
+    output_linear = "o_proj"
+    """The linear of the output projection."""
+    conv_activation = "silu"
+    """Activation after the short convolution."""
 
     @classmethod
-    def create(cls, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool) -> "RecurrentMixer":
-        return cls(arch, options, stores_vectors)
+    def create(cls, arch: ArchSpec, spec: MixerSpec, stores_vectors: bool) -> "RecurrentMixer":
+        return cls(arch, spec, stores_vectors)
 
     @classmethod
     def view(cls, config: PreTrainedConfig, arch: ArchSpec, layer_idx: int, window: int | None) -> StateView:
         return StateView(layer_idx)
 
-    def __init__(self, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool):
-        spec = find_mixer(self.spec_name)
-        shapes = spec.vectors(arch, options)
-        super().__init__(spec.linears(arch, options), shapes, arch.norm, stores_vectors, spec.fills(arch, options))
-        self.has_conv_bias, self.has_scale = "conv.bias" in shapes, "heads.scale" in shapes
-        self.options, self.eps = options, arch.norm.eps
+    def __init__(self, arch: ArchSpec, spec: MixerSpec, stores_vectors: bool):
+        shapes = spec.vectors(arch)
+        super().__init__(spec.linears(arch), shapes, arch.norm, stores_vectors, spec.fills(arch))
+        self.has_conv_bias, self.has_scale = "conv1d.bias" in shapes, "heads.scale" in shapes
+        self.eps = arch.norm.eps
 
     def write(self, mixed: Float[Tensor, "B T V"], lora: Lora, vectors: OwnVectors) -> Float[Tensor, "B T D"]:
         """Output projection and, where there is one, output norm."""
-        y = self.project("o_proj", mixed, lora, vectors)
+        y = self.project(self.output_linear, mixed, lora, vectors)
         return self.normalise("output_norm", y, vectors)
 
     def convolve(
         self, x: Float[Tensor, "B T C"], context: MixerContext, memory: Memory, vectors: OwnVectors
     ) -> Float[Tensor, "B T C"]:
         """Runs the short convolution over all channels, with the inputs before this call, and keeps the last ones."""
-        weight = self.vector("conv.weight", vectors)
-        bias = self.vector("conv.bias", vectors) if self.has_conv_bias else None
+        weight = self.vector("conv1d.weight", vectors)
+        bias = self.vector("conv1d.bias", vectors) if self.has_conv_bias else None
         width = weight.shape[1] - 1
         past = memory.exchange(x, width, context.resets) if width else None
         past = None if past is None else past.transpose(1, 2)
         y = convolve(x, weight, bias, past, context.resets)
-        return ACTIVATIONS[self.options.get("conv_activation", "silu")](y)
+        return ACTIVATIONS[self.conv_activation](y)
 
     def normalise_heads(self, y: Tensor, scale: Tensor | None) -> Tensor:
         """Root-mean-square norm over the last dimension, taken in float32."""
@@ -77,9 +76,11 @@ class RecurrentMixer(Mixer):
 class HeadedMixer(RecurrentMixer):
     """A recurrent mixer with queries, keys and values."""
 
-    def __init__(self, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool):
-        super().__init__(arch, options, stores_vectors)
-        self.layout = Heads.of(options)
+    def __init__(self, arch: ArchSpec, spec: HeadedSpec, stores_vectors: bool):
+        super().__init__(arch, spec, stores_vectors)
+        self.layout, self.is_rotary = spec.layout, spec.is_rotary
+        self.norm, self.gate, self.input_activation = spec.norm, spec.gate, spec.input_activation
+        self.conv_width, self.conv_activation = spec.conv_width, spec.conv_function
         self.num_matrix_heads = self.layout.heads
         self.query_scale = self.layout.key_dim**-0.5
 
@@ -122,13 +123,13 @@ class HeadedMixer(RecurrentMixer):
         """Queries, keys and values `[B, T, heads, size]`, convolved, rotated and activated as the options say."""
         layout = self.layout
         parts = [self.project(name, x, lora, vectors) for name in ("q_proj", "k_proj", "v_proj")]
-        if self.options.get("conv"):
+        if self.conv_width:
             joined = self.convolve(torch.cat(parts, dim=-1), context, memory, vectors)
             parts = joined.split([part.shape[-1] for part in parts], dim=-1)
-        activate = ACTIVATIONS.get(self.options.get("activation", "none"), ACTIVATIONS["none"])
+        activate = ACTIVATIONS[self.input_activation]
         sizes = (layout.key_dim, layout.key_dim, layout.value_dim)
         query, key, value = (activate(part).unflatten(-1, (-1, size)) for part, size in zip(parts, sizes, strict=True))
-        if context.rotation is not None and self.options.get("rotary"):
+        if context.rotation is not None and self.is_rotary:
             query, key = rotate(query, context.rotation), rotate(key, context.rotation)
         return query, key, value
 
@@ -167,10 +168,11 @@ class HeadedMixer(RecurrentMixer):
         self, x: Float[Tensor, "B T D"], mixed: Float[Tensor, "B T H V"], lora: Lora, vectors: OwnVectors
     ) -> Float[Tensor, "B T W"]:
         """Norm, then gate, all heads side by side."""
-        norm, gate = self.options["norm"], self.options["gate"]
-        if norm == "head":
+        if self.norm == "head":
             mixed = self.normalise_heads(mixed, self.vector("heads.scale", vectors) if self.has_scale else None)
         mixed = mixed.flatten(-2)
-        if norm == "full":
+        if self.norm == "full":
             mixed = self.normalise_heads(mixed, self.vector("heads.scale", vectors))
-        return mixed if gate == "none" else mixed * ACTIVATIONS[gate](self.project("g_proj", x, lora, vectors))
+        return (
+            mixed if self.gate == "none" else mixed * ACTIVATIONS[self.gate](self.project("g_proj", x, lora, vectors))
+        )

@@ -1,18 +1,16 @@
 """Attention by feature maps instead of a softmax (arXiv 2006.16236), with a window of softmax beside it if asked."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from refold.families.arch import ArchSpec
-from refold.mixers import linear_attention as spec
+from refold.mixers.linear_attention import LinearAttention
+from refold.mixers.spec import MixerSpec
 from refold.nn.mixers.attention import AttentionMixer
 from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.memory import Memory, StateView
-from refold.nn.mixers.mixer import Mixer
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import scalar_decay
 from refold.ops.choice import run
@@ -32,27 +30,16 @@ class LinearAttentionMixer(AttentionMixer):
     """Attention's weights with a feature map for queries and one for keys."""
 
     @classmethod
-    def create(cls, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool) -> "LinearAttentionMixer":
-        return cls(arch, options, stores_vectors)
-
-    @classmethod
     def view(cls, config: PreTrainedConfig, arch: ArchSpec, layer_idx: int, window: int | None) -> nn.Module:
         return StateView(layer_idx)
 
-    def __init__(self, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool):
-        linears, vectors = spec.SPEC.linears(arch, options), spec.vectors(arch, options)
-        # Attention's own spec has fewer vectors than this one.
-        Mixer.__init__(self, linears, vectors, arch.norm, stores_vectors, spec.fills(arch, options))
-        self.head_dim, self.qk_norm = arch.head_dim, arch.qk_norm
-        self.num_matrix_heads = arch.num_attention_heads
+    def __init__(self, arch: ArchSpec, spec: MixerSpec, stores_vectors: bool):
+        super().__init__(arch, spec, stores_vectors)
+        assert isinstance(spec, LinearAttention)
         self.groups = arch.num_attention_heads // arch.num_key_value_heads
-        self.feature_map, self.window, self.normalise_weights = (
-            options["feature_map"],
-            options["window"],
-            options["normalise"],
-        )
-        self.has_directions = spec.map_shape(arch, options) is not None
-        self.has_weights = "map_weights.log" in vectors
+        self.feature_map, self.window, self.normalise_weights = spec.feature_map, spec.window, spec.normalise
+        self.has_directions = spec.map_shape(arch) is not None
+        self.has_weights = "map_weights.log" in spec.vectors(arch)
         self.root_scale = arch.attention_scale**0.5
 
     def forward(

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from refold.families.arch import ArchSpec
+from refold.mixers.mamba import Mamba
 from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.headed import RecurrentMixer
 from refold.nn.mixers.memory import Memory, StateView
@@ -13,7 +15,11 @@ from refold.ops.choice import is_single
 class MambaMixer(RecurrentMixer):
     """Mamba's weights with the norms around them."""
 
-    spec_name = "mamba"
+    output_linear = "out_proj"
+
+    def __init__(self, arch: ArchSpec, spec: Mamba, stores_vectors: bool):
+        super().__init__(arch, spec, stores_vectors)
+        self.sizes = spec.sizes
 
     def forward(
         self, hidden_states: Tensor, view: nn.Module, context: MixerContext, lora: Lora, vectors: OwnVectors
@@ -21,12 +27,12 @@ class MambaMixer(RecurrentMixer):
         assert isinstance(view, StateView)
         memory = Memory(context.cache, view.layer_idx)
         normed = self.normalise("input_norm", hidden_states, vectors)
-        inner = self.convolve(self.project("v_proj", normed, lora, vectors), context, memory, vectors)
-        rank, size = self.options["dt_rank"], self.options["state"]
-        selected = self.project("select_proj", inner, lora, vectors)
+        inner = self.convolve(self.project("in_proj_x", normed, lora, vectors), context, memory, vectors)
+        _, size, rank = self.sizes
+        selected = self.project("x_proj", inner, lora, vectors)
         low, b, c = selected.split([rank, size, size], dim=-1)
         dt = nn.functional.softplus(self.project("dt_proj", low, lora, vectors).float())
-        a = -self.vector("decay.a_log", vectors).float().exp()
+        a = -self.vector("A_log", vectors).float().exp()
         state = memory.state()
         if is_single(inner, state, context.resets):
             y, state = selective_scan.step(inner[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state)
@@ -34,6 +40,6 @@ class MambaMixer(RecurrentMixer):
         else:
             y, state = selective_scan.chunked(inner, dt, a, b, c, state, context.resets)
         memory.keep_state(state)
-        y = y + inner * self.vector("skip.d", vectors)
-        y = y * nn.functional.silu(self.project("g_proj", normed, lora, vectors))
+        y = y + inner * self.vector("D", vectors)
+        y = y * nn.functional.silu(self.project("in_proj_z", normed, lora, vectors))
         return self.write(y.to(inner.dtype), lora, vectors)

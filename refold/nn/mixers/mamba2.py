@@ -12,8 +12,6 @@ from refold.ops.choice import run
 class Mamba2Mixer(HeadedMixer):
     """Mamba-2 weights with their norms: queries, keys and values are the paper's C, B and x."""
 
-    spec_name = "mamba2"
-
     def mix(
         self,
         x: Tensor,
@@ -30,7 +28,7 @@ class Mamba2Mixer(HeadedMixer):
         key, query = self._shared(key), self._shared(query)
         written = value.float() * step.unsqueeze(-1)
         mixed, state = run(scalar_decay, query, key, written, decay, state=state, resets=resets)
-        skip = self.vector("skip.d", vectors).float().unsqueeze(-1)
+        skip = self.vector("D", vectors).float().unsqueeze(-1)
         return (mixed + skip * value.float()).to(x.dtype), state
 
     def write_matrix(
@@ -39,13 +37,13 @@ class Mamba2Mixer(HeadedMixer):
         step, decay = self._discretise(x, lora, vectors)
         found = scalar_decay.matrix(self.widen(query), self.widen(key), decay, resets)
         found = found * step.transpose(1, 2).unsqueeze(2)
-        skip = self.vector("skip.d", vectors).float()
+        skip = self.vector("D", vectors).float()
         return found + skip[:, None, None] * torch.eye(x.shape[1], device=x.device)
 
     def finish(self, x: Tensor, mixed: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:
         # The gate comes before the norm here.
         mixed = mixed.flatten(-2)
-        if self.options["gate"] != "none":
+        if self.gate != "none":
             mixed = mixed * nn.functional.silu(self.project("g_proj", x, lora, vectors).float())
         if self.has_scale:
             # Released models norm each group of heads by itself.
@@ -61,5 +59,5 @@ class Mamba2Mixer(HeadedMixer):
     def _discretise(self, x: Tensor, lora: Lora, vectors: OwnVectors) -> tuple[Tensor, Tensor]:
         """Step sizes and log decays `[B, T, H]`, float32."""
         raw = self.project("dt_proj", x, lora, vectors).float()
-        step = nn.functional.softplus(raw + self.vector("decay.dt_bias", vectors).float())
-        return step, -step * self.vector("decay.a_log", vectors).float().exp()
+        step = nn.functional.softplus(raw + self.vector("dt_bias", vectors).float())
+        return step, -step * self.vector("A_log", vectors).float().exp()

@@ -1,12 +1,11 @@
 """The interface of all token mixers."""
 
-from typing import Any
-
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from refold.families.arch import ArchSpec
+from refold.mixers.spec import MixerSpec
 from refold.nn.mixers.context import MixerContext
 from refold.nn.part import Lora, OwnVectors, StoredPart
 
@@ -21,8 +20,8 @@ class Mixer(StoredPart):
     num_matrix_heads: int | None = None
 
     @classmethod
-    def create(cls, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool) -> "Mixer":
-        """Builds the stored part of one entry of a blueprint's `mixers`."""
+    def create(cls, arch: ArchSpec, spec: MixerSpec, stores_vectors: bool) -> "Mixer":
+        """Builds the module of a stored mixer, from the typed object that the blueprint holds."""
         raise NotImplementedError
 
     @classmethod

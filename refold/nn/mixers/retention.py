@@ -1,12 +1,12 @@
 """Retention: linear attention whose state fades at a fixed rate for each head (arXiv 2307.08621)."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from refold.families.arch import ArchSpec
+from refold.mixers.retention import Retention
 from refold.nn.mixers.headed import HeadedMixer
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import scalar_decay
@@ -29,12 +29,10 @@ def log_decays(kind: str, heads: int, scale: float) -> list[float]:
 class RetentionMixer(HeadedMixer):
     """Retention weights with their norms; with slopes, activations and a full norm this is lightning attention."""
 
-    spec_name = "retention"
-
-    def __init__(self, arch: ArchSpec, options: dict[str, Any], stores_vectors: bool):
-        super().__init__(arch, options, stores_vectors)
-        self.log_decay = log_decays(options["decay"], self.layout.heads, options["decay_scale"])
-        if options["norm"] == "full":
+    def __init__(self, arch: ArchSpec, spec: Retention, stores_vectors: bool):
+        super().__init__(arch, spec, stores_vectors)
+        self.log_decay = log_decays(spec.decay, self.layout.heads, spec.decay_scale)
+        if spec.norm == "full":
             # Lightning attention leaves queries as they are.
             self.query_scale = 1.0
 
