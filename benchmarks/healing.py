@@ -22,6 +22,7 @@ from typing import Any
 
 from arms import Arm, Chosen, arm_folder, command_lines, machine, make_parser, measure
 
+from refold.blueprint.owned.lora import LORA
 from refold.blueprint.tensors import target_tensors
 from refold.checkpoint.locate import PLAN_NAME
 from refold.conversion.convert import carry_out
@@ -162,7 +163,7 @@ def summarise(plan: StackPlan, unhealed: Evaluation, chosen: Chosen) -> dict[str
 
 def plan_lora(plan: StackPlan) -> list[int]:
     """Numbers in each LoRA tensor."""
-    return [each.num_elements for each in target_tensors(plan.blueprint) if each.role in ("lora_a", "lora_b")]
+    return [each.num_elements for each in target_tensors(plan.blueprint) if each.kind is LORA]
 
 
 def facts(given: argparse.Namespace) -> dict[str, Any]:

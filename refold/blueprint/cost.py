@@ -4,15 +4,17 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from refold.blueprint.exits import count_exit_parameters, gate_flops, head_flops
+from refold.blueprint.contents import depth_linears, linear_pools
+from refold.blueprint.owned.exits import count_exit_parameters, gate_flops, head_flops
+from refold.blueprint.owned.registry import OWNED
 from refold.blueprint.schema import Blueprint
-from refold.blueprint.tensors import depth_factors, depth_linears, target_tensors
+from refold.blueprint.tensor_kind import Place
+from refold.blueprint.tensors import target_tensors
 from refold.families.arch import Frozen
 from refold.mixers.mlp import MLP
 from refold.mixers.spec import CacheCost
 
 STATE_BYTES = 4  # recurrent states are float32
-_OUTSIDE = ("embedding", "head", "final_norm", "exit")
 
 
 class ContextFlops(Frozen):
@@ -118,17 +120,16 @@ def _reached(context: int, window: int | None) -> int:
 
 def count_parameters(blueprint: Blueprint) -> ParameterCount:
     """Counts the parameters of a blueprint, each stored one once."""
-    roles: Counter[str] = Counter()
+    counted: Counter[Place] = Counter()
     for tensor in target_tensors(blueprint):
-        roles[tensor.role] += tensor.num_elements
-    stack = sum(count for role, count in roles.items() if role not in _OUTSIDE)
+        counted[tensor.kind.place] += tensor.num_elements
     return ParameterCount(
-        embedding=roles["embedding"],
-        head=roles["head"],
-        final_norm=roles["final_norm"],
-        layer=stack // blueprint.num_depths,
-        exits=roles["exit"],
-        non_embedding=stack + roles["exit"] + roles["final_norm"],
+        embedding=counted["embedding"],
+        head=counted["head"],
+        final_norm=counted["final_norm"],
+        layer=counted["stack"] // blueprint.num_depths,
+        exits=counted["exits"],
+        non_embedding=counted["stack"] + counted["exits"] + counted["final_norm"],
     )
 
 
@@ -151,7 +152,7 @@ def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
         cached[depth.window] += dtype_bytes * mixer.cache_elements_per_token(arch) * made // arch.num_key_value_heads
         looked_back[depth.window] += mixer.flops_per_context_token(arch)
         state += STATE_BYTES * mixer.state_elements(arch) + dtype_bytes * mixer.kept_elements(arch)
-        state += dtype_bytes * depth.prefix * mixer.cache_elements_per_token(arch)
+        state += dtype_bytes * sum(kind.kept_elements(blueprint, index) for kind in OWNED)
     return Cost(
         parameters=counted.total,
         non_embedding_parameters=counted.non_embedding,
@@ -187,22 +188,26 @@ def _head_flops(blueprint: Blueprint) -> int:
 
 def _depth_flops(blueprint: Blueprint, index: int) -> int:
     depth, flops = blueprint.depths[index], _linear_flops(blueprint, index)
+    flops += sum(kind.flops(blueprint, index) for kind in OWNED)
     if depth.mixer is not None:
-        mixer = blueprint.mixers[depth.mixer].mixer
-        flops += mixer.flops_per_token(blueprint.arch)
-        flops += depth.prefix * mixer.flops_per_context_token(blueprint.arch)
+        flops += blueprint.mixers[depth.mixer].mixer.flops_per_token(blueprint.arch)
     if depth.mlp is not None:
         flops += MLP.flops_per_token(blueprint.arch)
     return flops
 
 
 def _linear_flops(blueprint: Blueprint, index: int) -> int:
-    linears, factors = depth_linears(blueprint, index), depth_factors(blueprint, index)
-    stored = sum(
-        rows * columns if factors.get(name) is None else factors[name] * (rows + columns)
-        for name, (rows, columns) in linears.items()
-    )
-    return 2 * (stored + sum(rank * sum(linears[name]) for name, rank in blueprint.depths[index].ranks.items()))
+    """FLOPs of the stored linears, factors and bases that one token passes at a depth."""
+    linears, total = depth_linears(blueprint, index), 0
+    for name, pool in linear_pools(blueprint, index).items():
+        (rows, columns), stored = linears[name], blueprint.pool(pool)[getattr(blueprint.depths[index], pool)]
+        if name in stored.bases:
+            total += stored.bases[name] * columns
+        elif name in stored.factors:
+            total += stored.factors[name] * (rows + columns)
+        else:
+            total += rows * columns
+    return 2 * total
 
 
 def _widest_first(amounts: Counter[int | None]) -> list[tuple[int | None, int]]:

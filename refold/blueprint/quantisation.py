@@ -2,9 +2,9 @@
 
 from math import ceil
 
-from refold.blueprint.origins import part_of
 from refold.blueprint.schema import Blueprint
-from refold.blueprint.tensors import TargetTensor, target_tensors
+from refold.blueprint.tensor_kind import TargetTensor
+from refold.blueprint.tensors import target_tensors
 from refold.errors import RefoldError
 from refold.families.arch import Frozen
 from refold.suggest import must_be_one_of
@@ -52,12 +52,9 @@ def find_scheme(name: str) -> Scheme:
 def is_quantised(blueprint: Blueprint, tensor: TargetTensor) -> bool:
     """Says whether a tensor is the weight of a linear, whole or one of its two factors, wherever it is kept.
 
-    LoRAs beside a stored weight are none, those that are all there is of a linear are.
+    LoRA factors count as quantised weights only where the linear has no stored weight of its own.
     """
-    if tensor.role in ("lora_a", "lora_b"):
-        assert tensor.pool is not None
-        return blueprint.pool(tensor.pool)[part_of(blueprint, tensor)].factors.get(tensor.linear) == 0
-    return tensor.role in ("linear", "factor_a", "factor_b", "coefficients")
+    return tensor.kind.is_quantised(blueprint, tensor)
 
 
 def quantised_bytes(blueprint: Blueprint, dtype_bytes: int, scheme: Scheme) -> int:

@@ -49,7 +49,7 @@ class MlpPart(Part):
 class Exit(Frozen):
     """A place where the stack may be left early, through a norm and the head all depths share.
 
-    `refold.blueprint.exits` says which tensors are an exit's own.
+    `refold.blueprint.owned.exits` says which tensors are an exit's own.
     """
 
     norm: Literal["shared", "own"] = "shared"
@@ -97,6 +97,8 @@ class DepthSpec(Frozen):
     """LoRA rank for each linear that is relaxed here."""
     vectors: Literal["tied", "own"] = "tied"
     """Whether norms, q/k norms and biases live in the stored parts, or here."""
+    gain: Literal["tied", "own"] = "tied"
+    """`own`: mixer and MLP each have a scale, kept here, on everything they add to the residual stream."""
     prefix: Index = 0
     """How many vectors of its own every token attends to besides tokens; 0: none."""
     window: Annotated[int, Field(gt=0)] | None = None

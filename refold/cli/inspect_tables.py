@@ -1,9 +1,7 @@
 """A folded model's description as tables."""
 
-from collections.abc import Iterable
-
+from refold.blueprint.owned.registry import OWNED
 from refold.blueprint.schema import Blueprint, DepthSpec
-from refold.blueprint.tensors import depth_coefficients
 from refold.cli.approximation_table import print_approximation
 from refold.cli.show import format_bytes, format_count, print_table
 from refold.conversion.inspect import Inspection
@@ -33,11 +31,11 @@ def print_inspection(found: Inspection) -> None:
                 str(depth.source),
                 _part(depth.mixer),
                 _part(depth.mlp),
-                _ranks(found.blueprint, index),
-                depth.vectors,
+                _owned(found.blueprint, index, "rank"),
+                _owned(found.blueprint, index, "vectors"),
                 f"{min(kept):.1%}" if kept else "-",
                 _keys(depth, num_heads),
-                depth.exit.describe() if depth.exit is not None else "-",
+                _owned(found.blueprint, index, "exit"),
             )
         )
     print_table(("depth", "layer", "mixer", "mlp", "rank", "vectors", "least kept energy", "keys of", "exit"), stack)
@@ -53,19 +51,11 @@ def print_inspection(found: Inspection) -> None:
         print_table(("stage", "time", "tokens", "seed", "command"), history)
 
 
-def _ranks(blueprint: Blueprint, index: int) -> str:
-    """Ranks of a depth's LoRAs, the length of its prefix, ranks of its coefficients."""
-    depth = blueprint.depths[index]
-    told = [_span(depth.ranks.values())] if depth.ranks else []
-    told += [f"prefix {depth.prefix}"] if depth.prefix else []
-    coefficients = depth_coefficients(blueprint, index)
-    told += [f"basis {_span(coefficients.values())}"] if coefficients else []
-    return ", ".join(told) or "-"
-
-
-def _span(ranks: Iterable[int]) -> str:
-    least, *others = sorted(set(ranks))
-    return f"{least}..{others[-1]}" if others else str(least)
+def _owned(blueprint: Blueprint, index: int, column: str) -> str:
+    """Returns everything that a depth owns and one column of the table shows."""
+    # Backwards, so that LoRA ranks, which most recipes have, come first.
+    told = [kind.describe(blueprint, index) for kind in reversed(OWNED) if kind.column == column]
+    return ", ".join(each for each in told if each) or "-"
 
 
 def _keys(depth: DepthSpec, num_heads: int) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from refold.blueprint.tensors import target_tensors
 from refold.calibration.calibration import CalibrationText, draw_streams, pack_calibration
 from refold.calibration.layers import AttentionSample, SourceLayer, SourceLayers
-from refold.conversion.target_tensors import fill_of, fresh_tensor, tensor_seed
+from refold.conversion.target_tensors import fresh_tensor, tensor_seed
 from refold.data.packing import PackedSequence
 from refold.data.readers import DataSource
 from refold.families.arch import ArchSpec
@@ -301,7 +301,7 @@ class MapFitter:
         blueprint, seed = self._plan.blueprint, self._plan.starts.seed
         wanted = {f"{stored.prefix}{name}" for name in stored.names}
         return {
-            tensor.local: fresh_tensor(tensor, blueprint.arch, seed, fill_of(blueprint, tensor)).to(self._dtype)
+            tensor.local: fresh_tensor(tensor, tensor.fill(blueprint), seed).to(self._dtype)
             for tensor in target_tensors(blueprint)
             if tensor.name in wanted
         }

@@ -10,14 +10,16 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from refold.blueprint.contents import depth_linears, part_linears
 from refold.blueprint.schema import Blueprint, Pool
-from refold.blueprint.tensors import TargetTensor, depth_linears, part_linears, target_tensors
+from refold.blueprint.tensor_kind import TargetTensor
+from refold.blueprint.tensors import target_tensors
 from refold.calibration.curves import LinearSources, linear_sources
 from refold.calibration.layers import SourceLayer, SourceLayers, reach_input
 from refold.calibration.weighting import Drift, aimed_weight, drift_between
 from refold.checkpoint.tensor_file import write_tensors
 from refold.conversion.starts.group import LinearGroup
-from refold.conversion.target_tensors import FITTED_ROLES, TargetBuilder, stored_name
+from refold.conversion.target_tensors import TargetBuilder, stored_name
 from refold.data.packing import PackedSequence
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.depth import Lent
@@ -185,12 +187,12 @@ class SequentialFitter:
             place = _Place(index, layer, source, folded, sequences.position_ids)
             tensors = self._tensors_of(index)
             for tensor in tensors:
-                if tensor.role not in FITTED_ROLES:
+                if not tensor.kind.is_fitted:
                     stack.put(tensor.name, self._builder.make(tensor))
             for stage in self._stages(index):
                 self._fit_stage(stage, place, stack)
                 for tensor in tensors:
-                    if tensor.role in FITTED_ROLES and tensor.linear in stage:
+                    if tensor.kind.is_fitted and tensor.linear in stage:
                         stack.put(tensor.name, self._builder.make(tensor))
             source = layer.run(source, sequences.position_ids)
             folded = stack.run(index, folded)
@@ -198,12 +200,12 @@ class SequentialFitter:
             progress(index + 1)
 
     def _tensors_of(self, index: int) -> list[TargetTensor]:
-        """What a depth runs, of its own and stored."""
+        """Returns the tensors that a depth runs, its own and those of its stored parts."""
         depth = self._plan.blueprint.depths[index]
         return [
             tensor
             for tensor in target_tensors(self._plan.blueprint)
-            if tensor.role != "exit"
+            if tensor.kind.place == "stack"
             and (tensor.depth == index or (tensor.pool and tensor.part == getattr(depth, tensor.pool)))
             and (tensor.depth is not None or tensor.part is not None)
         ]

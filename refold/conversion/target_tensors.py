@@ -6,65 +6,34 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from refold.blueprint.origins import origin, part_of
-from refold.blueprint.schema import Blueprint
-from refold.blueprint.tensors import TargetTensor, target_tensors
+from refold.blueprint.tensor_kind import TargetTensor
+from refold.blueprint.tensors import target_tensors
 from refold.calibration.curves import LinearSources, linear_sources, read_weightings
 from refold.calibration.moments import MomentStore
 from refold.conversion.starts.group import FittedBasis, LinearGroup, Member
 from refold.conversion.starts.registry import fit
-from refold.families.arch import ArchSpec
 from refold.mixers.spec import Fill
 from refold.nn.fills import make_fill
 from refold.planning.plan import Plan
 from refold.sources.pieces import PieceReader
 
-_ZERO_AT_EXITS = ("lora.lm_head.b", "gate.weight", "gate.bias")
-
 
 def tensor_seed(seed: int, name: str) -> int:
-    """A seed of its own for each tensor, so that the order of writing does not matter."""
+    """Returns a seed for each tensor, so that the order of writing does not matter."""
     return seed * 1_000_003 + zlib.crc32(name.encode())
 
 
-def fill_of(blueprint: Blueprint, tensor: TargetTensor) -> Fill | None:
-    """Returns what a mixer's spec asks for in a fresh vector; None for all other tensors."""
-    if tensor.role != "vector" or tensor.pool != "mixer":
-        return None
-    mixer = blueprint.mixers[part_of(blueprint, tensor)].mixer
-    return mixer.fills(blueprint.arch).get(tensor.local)
-
-
-def fresh_tensor(tensor: TargetTensor, arch: ArchSpec, seed: int, fill: Fill | None = None) -> Tensor:
-    """Returns float32 start values.
-
-    Normal weights and prefixes, unit norms, zero biases and gates; Gaussian A and zero B of LoRAs.
+def fresh_tensor(tensor: TargetTensor, fill: Fill, seed: int) -> Tensor:
+    """Returns the float32 values of a fresh tensor.
 
     Args:
-        tensor: What is to be filled.
-        arch: Gives the standard deviation and the norm's offset.
+        tensor: Gives name and shape.
+        fill: From `tensor.fill(blueprint)`.
         seed: The conversion's seed.
-        fill: What its mixer's spec asks for, from `fill_of`.
     """
-    if fill is not None:
-        # Random features estimate exp(q . k) only where queries and keys have the same directions.
-        name = tensor.name.replace("q_map.", "k_map.")
-        return make_fill(fill, tensor.shape, torch.Generator().manual_seed(tensor_seed(seed, name)))
-    if tensor.role == "lora_b" or tensor.local in _ZERO_AT_EXITS:
-        return torch.zeros(tensor.shape)
-    is_exit_norm = tensor.role == "exit" and tensor.local.startswith("norm.")
-    if tensor.role in ("vector", "final_norm") or is_exit_norm:
-        scales = tensor.local.endswith("norm.weight")
-        return torch.full(tensor.shape, 1.0 - arch.norm.offset if scales else 0.0)
-    generator = torch.Generator().manual_seed(tensor_seed(seed, tensor.name))
-    std = tensor.shape[1] ** -0.5 if tensor.role in ("lora_a", "exit") else arch.initializer_range
-    if tensor.role == "factor_a":
-        # So that the product of two fresh factors varies as a fresh matrix does.
-        std = tensor.shape[0] ** -0.5
-    return torch.randn(tensor.shape, generator=generator) * std
-
-
-FITTED_ROLES = ("linear", "factor_a", "factor_b", "coefficients", "lora_a", "lora_b")
+    # Random features estimate exp(q . k) only where queries and keys have the same directions.
+    name = tensor.name.replace("q_map.", "k_map.")
+    return make_fill(fill, tensor.shape, torch.Generator().manual_seed(tensor_seed(seed, name)))
 
 
 class TargetBuilder:
@@ -117,23 +86,23 @@ class TargetBuilder:
         if tensor.name in self._fitted:
             return self._fitted[tensor.name].to(self._dtype)
         blueprint, starts = self._plan.blueprint, self._plan.starts
-        made = origin(blueprint, starts, tensor)
+        made = tensor.origin(blueprint, starts)
         if made.how == "fresh":
-            return fresh_tensor(tensor, blueprint.arch, starts.seed, fill_of(blueprint, tensor)).to(self._dtype)
+            return fresh_tensor(tensor, tensor.fill(blueprint), starts.seed).to(self._dtype)
         if made.how == "averaged":
             layers = [self._pieces.read(made.canonical, layer, torch.float32, made.repeat) for layer in made.layers]
-            is_scaled = starts.scale == "norm" and tensor.role == "linear"
+            is_scaled = starts.scale == "norm" and tensor.kind.is_fitted
             return (norm_matched(layers) if is_scaled else torch.stack(layers).mean(dim=0)).to(self._dtype)
         layer = made.layers[0] if made.layers else None
         return self._pieces.read(made.canonical, layer, self._dtype, made.repeat)
 
     def _group_of(self, tensor: TargetTensor) -> LinearSources | None:
         """The stored linear that a tensor is fitted with; None where it is only copied, averaged or fresh."""
-        if tensor.role not in FITTED_ROLES:
+        if not tensor.kind.is_fitted:
             return None
         blueprint = self._plan.blueprint
         assert tensor.pool is not None
-        part = part_of(blueprint, tensor)
+        part = tensor.part_in(blueprint)
         group = linear_sources(blueprint, self._plan.starts, tensor.pool, part, tensor.linear)
         return group if group is not None and self.is_fitted(group) else None
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refold.blueprint.owned.registry import OWNED
 from refold.blueprint.schema import Blueprint, DepthSpec
 from refold.blueprint.source_tensors import SourceTensor, source_tensors
 from refold.blueprint.tensors import target_tensors
@@ -67,7 +68,7 @@ def write(job: ExportJob) -> tuple[str, ...]:
             depth = None if tensor.layer is None else kept[tensor.layer]
             pieces = [weights.read(piece, depth, job.dtype) for piece in tensor.rule.pieces]
             writer.write(name, pack_pieces(tensor.rule.layout, pieces, arch.head_dim))
-    exits = {tensor.name for tensor in target_tensors(blueprint) if tensor.role == "exit"}
+    exits = {tensor.name for tensor in target_tensors(blueprint) if tensor.kind.place == "exits"}
     unread = [name for name in job.reader.unread() if name not in exits]
     if unread:
         raise ExportError(
@@ -91,7 +92,7 @@ def dense_arch(blueprint: Blueprint) -> ArchSpec:
 
     Raises:
         ExportError: No depth runs anything, or one runs another mixer than attention, or reads keys and values from
-            another depth, or has a prefix.
+            another depth, or owns tensors that no stock model has, such as a prefix.
     """
     foreign = {
         index: blueprint.mixers[depth.mixer].mixer.type
@@ -108,11 +109,8 @@ def dense_arch(blueprint: Blueprint) -> ArchSpec:
             f"export: keys and values of its own at every depth are required by {family} (depth {reader} reads those "
             f"of depth {blueprint.depths[reader].kv[0].depth}); keep the folder"
         )
-    relaxed = next((index for index, depth in enumerate(blueprint.depths) if depth.prefix), None)
-    if relaxed is not None:
-        raise ExportError(
-            f"export: attention to tokens alone is required by {family} (depth {relaxed} has a prefix); keep the folder"
-        )
+    for required, fact in (found for kind in OWNED if (found := kind.obstacle(blueprint)) is not None):
+        raise ExportError(f"export: {required} is required by {family} ({fact}); keep the folder")
     depths = [blueprint.depths[index] for index in kept_depths(blueprint)]
     if not depths:
         raise ExportError(f"export: a depth with a mixer or an MLP is required by {family} (all are dropped)")
@@ -164,11 +162,7 @@ def _notes(blueprint: Blueprint, arch: ArchSpec, tensors: Mapping[str, SourceTen
                 f"depths {names} of the folded model have no {what}; here they have one whose {linear} is zero, "
                 f"because {arch.family} layers always have both: exact, but nothing is saved there"
             )
-    exits = [depth.exit for depth in blueprint.depths if depth.exit is not None]
-    if exits:
-        own = ", and so are their own norms, LoRAs and gates" if any(each.has_parts for each in exits) else ""
-        notes.append(f"early exits are not part of a stock model and are gone{own}")
-    return tuple(notes)
+    return (*notes, *(lost for kind in OWNED for lost in kind.lost(blueprint)))
 
 
 TARGET = ExportTarget(

@@ -1,10 +1,10 @@
-"""The weights a depth computes with: factors and LoRAs merged, own or tied vectors, zeros for a dropped part."""
-
-from collections.abc import Sequence
+"""The weights of one depth in dense form: tensors that the depth owns merged in, zeros for a dropped part."""
 
 import torch
 from torch import Tensor
 
+from refold.blueprint.owned.merge import Merge
+from refold.blueprint.owned.registry import merge_at
 from refold.blueprint.schema import Blueprint, Pool
 from refold.blueprint.source_tensors import canonical_tensors
 from refold.checkpoint.reader import CheckpointReader
@@ -23,7 +23,7 @@ class DepthWeights:
         self._shapes = canonical_tensors(blueprint.arch)
 
     def read(self, canonical: str, depth: int | None, dtype: torch.dtype) -> Tensor:
-        """Returns one tensor in `dtype`; W + B A is summed in float32 (float64 where that is stored) and cast once.
+        """Returns one tensor in `dtype`, merged in float32 (float64 where that is stored) and cast once.
 
         Args:
             canonical: Its name; outside the layers `embed_tokens.weight`, `norm.weight`, `lm_head.weight`, ...
@@ -38,35 +38,24 @@ class DepthWeights:
             return self._reader.read(f"{prefix}{canonical}", dtype)
         pool: Pool = "mixer" if canonical.startswith("mixer.") else "mlp"
         local = canonical.removeprefix(f"{pool}.")
-        spec = self._blueprint.depths[depth]
-        part = getattr(spec, pool)
-        if part is None:
+        merge = merge_at(self._blueprint, depth, pool, local)
+        if merge is None:
             return self._neutral(canonical, dtype)
-        stored = f"model.{pool}s.{part}.{local}"
-        linear, _, kind = local.rpartition(".")
-        held, own = self._blueprint.pool(pool)[part], f"model.depths.{depth}"
-        pairs = [(f"{own}.lora.{linear}.a", f"{own}.lora.{linear}.b")] if linear in spec.ranks else []
-        if linear in held.bases:
-            pairs.insert(0, (stored.replace(".weight", ".a.weight"), f"{own}.coefficients.{linear}"))
-        elif held.factors.get(linear):
-            pairs.insert(0, (stored.replace(".weight", ".a.weight"), stored.replace(".weight", ".b.weight")))
-        if kind == "weight" and pairs:
-            is_whole = linear not in held.bases and linear not in held.factors
-            return self._merged(stored if is_whole else None, pairs, dtype)
-        is_vector = len(self._shapes[canonical]) == 1
-        is_own = is_vector and spec.vectors == "own"
-        return self._reader.read(f"{own}.vectors.{pool}.{local}" if is_own else stored, dtype)
+        if merge.stored is not None and not merge.products and merge.scale is None:
+            return self._reader.read(merge.stored, dtype)
+        return self._merged(merge, dtype)
 
-    def _merged(self, stored: str | None, pairs: Sequence[tuple[str, str]], dtype: torch.dtype) -> Tensor:
-        """W, where one is stored, plus B A of each pair."""
+    def _merged(self, merge: Merge, dtype: torch.dtype) -> Tensor:
         wide, found = torch.promote_types(dtype, torch.float32), None
-        if stored is not None:
-            wide = torch.promote_types(self._reader.read(stored).dtype, torch.float32)
-            found = self._reader.read(stored, wide)
-        for names in pairs:
+        if merge.stored is not None:
+            wide = torch.promote_types(self._reader.read(merge.stored).dtype, torch.float32)
+            found = self._reader.read(merge.stored, wide)
+        for names in merge.products:
             a, b = (self._reader.read(name, wide) for name in names)
             found = b @ a if found is None else torch.addmm(found, b, a)
         assert found is not None
+        if merge.scale is not None:
+            found = (found + merge.offset) * self._reader.read(merge.scale, wide) - merge.offset
         return found.to(dtype)
 
     def _neutral(self, canonical: str, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from refold.data.encoder import (document_start_token)
+from refold.data.encoder import document_start_token
 from refold.errors import RefoldError
 
 Messages = Sequence[Mapping[str, Any]]

@@ -1,21 +1,21 @@
 """Which weights a stage trains: groups by what the blueprint says of each tensor, names, and patterns."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from refold.blueprint.contents import users_of
 from refold.blueprint.initialisation import Initialisation
-from refold.blueprint.origins import origin
 from refold.blueprint.schema import Blueprint
-from refold.blueprint.tensors import ADAPTER_ROLES, TargetTensor, target_tensors, users_of
+from refold.blueprint.tensor_kind import TargetTensor
+from refold.blueprint.tensors import target_tensors
 from refold.checkpoint.locate import PLAN_NAME
 from refold.errors import HealError
 from refold.modeling.model import RefoldForCausalLM
-from refold.recipe.heal import GROUPS, HealStage
+from refold.recipe.heal import GROUPS, KIND_GROUPS, HealStage
 from refold.suggest import did_you_mean
 
 
@@ -94,24 +94,13 @@ class Trainable:
 
 def _of_blueprint(blueprint: Blueprint, starts: Initialisation | None) -> dict[str, frozenset[str]]:
     tensors = list(target_tensors(blueprint))
-    groups = {name: frozenset(each.name for each in tensors if fits(each)) for name, fits in _RULES.items()}
+    groups = {name: frozenset(each.name for each in tensors if name in each.groups) for name in KIND_GROUPS}
     groups["shared"] = frozenset(each.name for each in tensors if _is_shared(blueprint, each))
     if starts is not None:
-        fresh = frozenset(each.name for each in tensors if origin(blueprint, starts, each).how == "fresh")
+        fresh = frozenset(each.name for each in tensors if each.origin(blueprint, starts).how == "fresh")
         groups["fresh"] = fresh
         groups["transferred"] = frozenset(each.name for each in tensors) - fresh
     return groups
-
-
-_RULES: Mapping[str, Any] = {
-    "adapters": lambda tensor: tensor.role in ADAPTER_ROLES,
-    "mixers": lambda tensor: tensor.pool == "mixer",
-    "mlps": lambda tensor: tensor.pool == "mlp",
-    "vectors": lambda tensor: tensor.role in ("vector", "final_norm"),
-    "embeddings": lambda tensor: tensor.role == "embedding",
-    "head": lambda tensor: tensor.role == "head",
-    "exits": lambda tensor: tensor.name.startswith("model.exits."),
-}
 
 
 def _is_shared(blueprint: Blueprint, tensor: TargetTensor) -> bool:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from refold.blueprint.tensors import target_tensors
 from refold.healing.groups import Trainable
 from refold.healing.muon import Muon
-from refold.modeling.depth import Depth, OwnedVectors
-from refold.nn.part import StoredPart, Vectors
+from refold.modeling.model import RefoldForCausalLM
 from refold.recipe.heal import HealStage
 
 BETAS = (0.9, 0.95)
@@ -20,10 +20,11 @@ _FUSED = ("cpu", "cuda", "mps")
 def make_optimizers(model: PreTrainedModel, stage: HealStage, trainable: Trainable) -> list[torch.optim.Optimizer]:
     """Makes the optimizers over all parameters that train at some time; the learning rate is set anew at every step.
 
-    Matrices decay, LoRA pairs among them. Norms, biases, what else a blueprint calls vectors, and embeddings (with them
-    a tied head) do not: a row of an embedding gets a gradient only when its token occurs, but would shrink at every
-    step. With `muon` (Jordan et al., https://kellerjordan.github.io/posts/muon; scaled to AdamW's updates as in arXiv
-    2502.16982) the matrices between embedding and head have it, and AdamW the rest.
+    Matrices decay, LoRA pairs among them. Norms, biases and other vectors, prefixes, and embeddings (with them a tied
+    head) do not: a row of an embedding gets a gradient only when its token occurs, but would shrink at every step. Of a
+    folded model the kind of each tensor says so. With `muon` (Jordan et al., https://kellerjordan.github.io/posts/muon;
+    scaled to AdamW's updates as in arXiv 2502.16982) the matrices between embedding and head have it, and AdamW the
+    rest.
 
     Args:
         model: the student.
@@ -34,27 +35,12 @@ def make_optimizers(model: PreTrainedModel, stage: HealStage, trainable: Trainab
         Optimizers whose parameter groups have, besides their own keys, `factor` on the learning rate and `thaws`,
         whether they are frozen at first.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head: Any = model.get_output_embeddings()
-    outside = embeddings | {id(head.weight)}
-    # Convolutions, decays and feature maps of mixers have several dimensions, but are no matrices of the stack.
-    vectors = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, (Vectors, OwnedVectors))
-        for parameter in module.parameters()
-    }
-    parts = (module for module in model.modules() if isinstance(module, StoredPart))
-    vectors |= {id(parameter) for part in parts for parameter in part.parameters(recurse=False)}
-    # Nor is a prefix a matrix: its rows are like those of an embedding.
-    vectors |= {id(depth.prefix) for depth in model.modules() if isinstance(depth, Depth)}
+    matrices, decaying = _matrices_and_decaying(model)
     grouped: dict[tuple[bool, bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name in trainable.trained:
-            is_matrix = parameter.ndim >= 2 and id(parameter) not in vectors
-            has_muon = stage.optimizer == "muon" and is_matrix and id(parameter) not in outside
-            decays = is_matrix and id(parameter) not in embeddings
-            key = (has_muon, decays, trainable.factors.get(name, 1.0), name in trainable.frozen_first)
+            has_muon = stage.optimizer == "muon" and name in matrices
+            key = (has_muon, name in decaying, trainable.factors.get(name, 1.0), name in trainable.frozen_first)
             grouped.setdefault(key, []).append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     for muon in (False, True):
@@ -75,6 +61,20 @@ def make_optimizers(model: PreTrainedModel, stage: HealStage, trainable: Trainab
             is_fused = kinds <= set(_FUSED)
             optimizers.append(torch.optim.AdamW(groups, lr=stage.learning_rate, betas=BETAS, fused=is_fused))
     return optimizers
+
+
+def _matrices_and_decaying(model: PreTrainedModel) -> tuple[frozenset[str], frozenset[str]]:
+    """Returns the matrices between embedding and head, and all weights that decay."""
+    if isinstance(model, RefoldForCausalLM):
+        tensors = list(target_tensors(model.config.read_blueprint()))
+        return (
+            frozenset(each.name for each in tensors if each.kind.is_matrix(each)),
+            frozenset(each.name for each in tensors if each.kind.decays(each)),
+        )
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head: Any = model.get_output_embeddings()
+    wide = [(name, each) for name, each in model.named_parameters() if each.ndim >= 2 and id(each) not in embeddings]
+    return frozenset(name for name, each in wide if each is not head.weight), frozenset(name for name, _ in wide)
 
 
 def set_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float, thawed: float) -> None:

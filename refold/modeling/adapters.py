@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from refold.blueprint.tensors import ADAPTER_ROLES, target_tensors
+from refold.blueprint.tensors import target_tensors
 from refold.checkpoint.locate import Source
 from refold.checkpoint.reader import CheckpointReader
 from refold.errors import FolderError, RefoldError
@@ -31,9 +31,8 @@ def load_adapters(model: nn.Module, source: str | Path | Source) -> int:
     """
     if not isinstance(model, RefoldForCausalLM):
         raise RefoldError(f"adapters: a folded model is required (got {type(model).__name__})")
-    blueprint = model.config.read_blueprint()
-    tensors = list(target_tensors(blueprint))
-    adapters = {each.name for each in tensors if each.role in ADAPTER_ROLES}
+    tensors = list(target_tensors(model.config.read_blueprint()))
+    adapters = {each.name for each in tensors if "adapters" in each.groups}
     if not adapters:
         raise RefoldError("adapters: a model that has some is required (it has none); convert with a `relax` section")
     _, folder = open_source(source)

@@ -8,9 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from refold.blueprint.schema import Blueprint
-from refold.blueprint.tensors import depth_coefficients, depth_linears, depth_vectors
-from refold.families.arch import Norm
+from refold.blueprint.contents import depth_coefficients, depth_linears
+from refold.blueprint.owned.gain import GAIN
+from refold.blueprint.owned.vectors import VECTORS
+from refold.blueprint.schema import POOLS, Blueprint, Pool
 from refold.mixers.spec import Fill, Shape
 from refold.modeling.configuration import RefoldConfig
 from refold.nn.fills import make_fill
@@ -27,13 +28,9 @@ Lent = dict[int, KeyValue]
 class OwnedVectors(nn.Module):
     """The norms and biases a depth keeps for one of its parts, under the names they have in the part."""
 
-    def __init__(self, shapes: Mapping[str, Shape], fills: Mapping[str, Fill], norm: Norm):
+    def __init__(self, shapes: Mapping[str, Shape], fills: Mapping[str, Fill]):
         super().__init__()
-        self.names = tuple(shapes)
-        ones = Fill("constant", 1.0 - norm.offset)
-        self.fills = {
-            name: fills.get(name, ones if name.endswith("_norm.weight") else Fill("constant")) for name in shapes
-        }
+        self.names, self.fills = tuple(shapes), dict(fills)
         for name, shape in shapes.items():
             owner, _, kind = name.rpartition(".")
             if owner and not hasattr(self, owner):
@@ -49,6 +46,35 @@ class OwnedVectors(nn.Module):
         return {name: self.get_parameter(name) for name in self.names}
 
 
+class Coefficients(nn.ParameterDict):
+    """The coefficients B `[out, rank]` that a depth has for bases of its parts, by linear name."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], std: float):
+        super().__init__({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
+        self.std = std
+
+    def reset(self) -> None:
+        """Initialises all coefficients."""
+        for coefficients in self.values():
+            nn.init.normal_(coefficients, std=self.std)
+
+
+class Gain(nn.Module):
+    """The scale on everything that one part of a depth adds to the residual stream; 1 at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def reset(self) -> None:
+        """Initialises the scale without effect."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, update: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Returns the scaled update."""
+        return update * self.weight
+
+
 class Depth(GradientCheckpointingLayer):
     """One executed layer of the stack.
 
@@ -59,7 +85,7 @@ class Depth(GradientCheckpointingLayer):
     def __init__(self, config: RefoldConfig, blueprint: Blueprint, index: int):
         super().__init__()
         spec, arch = blueprint.depths[index], blueprint.arch
-        self.index, self.spec = index, spec
+        self.index, self.spec, self.std = index, spec, config.initializer_range
         self.parallel = arch.residual == "parallel"
         linears = depth_linears(blueprint, index)
         self.lora = nn.ModuleDict(
@@ -69,12 +95,10 @@ class Depth(GradientCheckpointingLayer):
                 if name in spec.ranks
             }
         )
-        self.coefficients = nn.ParameterDict(
-            {
-                name: nn.Parameter(torch.empty(linears[name][0], rank))
-                for name, rank in depth_coefficients(blueprint, index).items()
-            }
-        )
+        ranks = depth_coefficients(blueprint, index)
+        shapes = {name: (linears[name][0], rank) for name, rank in ranks.items()}
+        self.coefficients = Coefficients(shapes, config.initializer_range)
+        self.gain = nn.ModuleDict({each.pool: Gain() for each in GAIN.tensors(blueprint, index) if each.pool})
         self.prefix = nn.Parameter(torch.empty(spec.prefix, arch.hidden_size)) if spec.prefix else None
         self.view: nn.Module | None = None
         self.heads = KeyHeads(blueprint, index) if spec.kv or blueprint.is_read(index) else None
@@ -82,12 +106,17 @@ class Depth(GradientCheckpointingLayer):
         if spec.mixer is not None:
             mixer = blueprint.mixers[spec.mixer].mixer
             self.view = MIXERS[mixer.type].view(config, arch, index, spec.window)
-            if spec.vectors == "own":
-                vectors = depth_vectors(blueprint, index, "mixer")
-                owned["mixer"] = OwnedVectors(vectors, mixer.fills(arch), arch.norm)
-        if spec.mlp is not None and spec.vectors == "own":
-            owned["mlp"] = OwnedVectors(depth_vectors(blueprint, index, "mlp"), {}, arch.norm)
+        if spec.vectors == "own":
+            for pool in (each for each in POOLS if getattr(spec, each) is not None):
+                tensors = [each for each in VECTORS.tensors(blueprint, index) if each.pool == pool]
+                shapes = {each.local: each.shape for each in tensors}
+                owned[pool] = OwnedVectors(shapes, {each.local: each.fill(blueprint) for each in tensors})
         self.vectors = nn.ModuleDict(owned)
+
+    def reset(self) -> None:
+        """Initialises the prefix; all else is in modules of its own."""
+        if self.prefix is not None:
+            nn.init.normal_(self.prefix, std=self.std)
 
     def adapters(self) -> dict[str, Own]:
         """LoRA pairs and coefficients by linear name."""
@@ -152,7 +181,7 @@ class Depth(GradientCheckpointingLayer):
             pairs = tuple(zip(read[::2], read[1::2], strict=True))
             context.prefix = self.prefix
             context.exchange = None if self.heads is None else Exchange(self.heads, pairs)
-            update = mixer(hidden_states, self.view, context, lora, self.own_vectors("mixer"))
+            update = self._scale("mixer", mixer(hidden_states, self.view, context, lora, self.own_vectors("mixer")))
         stream = self._add(hidden_states, update, mlp, lora) if residual or update is None else update
         if self.heads is None or not self.heads.is_read:
             return stream
@@ -164,6 +193,9 @@ class Depth(GradientCheckpointingLayer):
     def _add(self, hidden_states: Tensor, update: Tensor | None, mlp: StoredPart | None, lora: Lora) -> Tensor:
         if self.parallel and update is not None and mlp is not None:
             # Updates first, as transformers adds them: in half precision the order shows.
-            return mlp(hidden_states, lora, self.own_vectors("mlp")) + update + hidden_states
+            return self._scale("mlp", mlp(hidden_states, lora, self.own_vectors("mlp"))) + update + hidden_states
         mixed = hidden_states if update is None else hidden_states + update
-        return mixed if mlp is None else mixed + mlp(mixed, lora, self.own_vectors("mlp"))
+        return mixed if mlp is None else mixed + self._scale("mlp", mlp(mixed, lora, self.own_vectors("mlp")))
+
+    def _scale(self, pool: Pool, update: Tensor) -> Tensor:
+        return self.gain[pool](update) if self.spec.gain == "own" else update

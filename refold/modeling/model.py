@@ -10,8 +10,8 @@ from transformers.generation import GenerationMixin, MaxLengthCriteria, Stopping
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from refold.blueprint.contents import unused_names
 from refold.blueprint.schema import Blueprint, DepthSpec
-from refold.blueprint.tensors import unused_names
 from refold.errors import RefoldError
 from refold.modeling.cache_name import CACHE_NAME, one_cache
 from refold.modeling.configuration import RefoldConfig

@@ -11,15 +11,10 @@ from refold.blueprint.former import former_patterns
 from refold.errors import FolderError
 from refold.modeling.cache_name import CACHE_NAMES
 from refold.modeling.configuration import COUNTING, RECURRENT, RefoldConfig
-from refold.modeling.depth import Depth, OwnedVectors
-from refold.nn.exits import Gate
-from refold.nn.factored import BasisLinear, FactoredLinear
-from refold.nn.lora import LoraPair
+from refold.modeling.depth import Depth
 from refold.nn.mixers.attention import AttentionView
 from refold.nn.mixers.registry import MIXERS
-from refold.nn.norms import StackNorm
-from refold.nn.part import StoredPart, Vectors
-from refold.nn.rotary import Rotary
+from refold.nn.part import StoredPart
 
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of `from_pretrained` that say where a config is read from."""
@@ -59,34 +54,12 @@ class RefoldPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, (FactoredLinear, BasisLinear)) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
-        elif isinstance(module, LoraPair):
-            nn.init.normal_(module.a, std=module.a.shape[1] ** -0.5)
-            nn.init.zeros_(module.b)
-        elif isinstance(module, (Vectors, StoredPart)):
-            module.reset()
-        elif isinstance(module, Gate):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, StackNorm) and module.weight is not None:
-            nn.init.constant_(module.weight, 1.0 - module.offset)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, (OwnedVectors, Rotary)):
-            module.reset()
-        elif isinstance(module, Depth) and module.prefix is not None:
-            nn.init.normal_(module.prefix, std=std)
-        elif isinstance(module, nn.ParameterDict):
-            for coefficients in module.values():
-                nn.init.normal_(coefficients, std=std)
+        elif callable(reset := getattr(module, "reset", None)):
+            reset()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

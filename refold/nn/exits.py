@@ -34,6 +34,11 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1, hidden_size))
         self.bias = nn.Parameter(torch.zeros(1))
 
+    def reset(self) -> None:
+        """Initialises the gate: one half for every token."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
     def forward(self, hidden_states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T"]:
         """Returns logits for normed hidden states of the exit."""
         return nn.functional.linear(hidden_states.detach(), self.weight, self.bias).squeeze(-1)

@@ -32,6 +32,11 @@ class FactoredLinear(nn.Module):
             y = self.b(self.a(x))
         return y if self.bias is None else y + self.bias
 
+    def reset(self) -> None:
+        """Initialises the bias; factors are linears of their own."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def extra_repr(self) -> str:
         return f"rank={self.rank}, in={self.in_features}, out={self.out_features}"
 
@@ -58,6 +63,11 @@ class BasisLinear(nn.Module):
         self, x: Float[Tensor, "*batch in"], coefficients: Float[Tensor, "out rank"]
     ) -> Float[Tensor, "*batch out"]:
         return nn.functional.linear(self.a(x), coefficients, self.bias)
+
+    def reset(self) -> None:
+        """Initialises the bias; factors are linears of their own."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, in={self.in_features}, out={self.out_features}"

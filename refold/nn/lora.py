@@ -31,8 +31,13 @@ class LoraPair(nn.Module):
     def __init__(self, rank: int, in_features: int, out_features: int):
         super().__init__()
         self.a = nn.Parameter(torch.empty(rank, in_features))
-        self.b = nn.Parameter(torch.zeros(out_features, rank))
-        nn.init.normal_(self.a, std=in_features**-0.5)
+        self.b = nn.Parameter(torch.empty(out_features, rank))
+        self.reset()
+
+    def reset(self) -> None:
+        """Initialises the pair without effect."""
+        nn.init.normal_(self.a, std=self.a.shape[1] ** -0.5)
+        nn.init.zeros_(self.b)
 
     @property
     def pair(self) -> Pair:

@@ -30,6 +30,13 @@ class StackNorm(nn.Module):
         self.register_parameter("weight", nn.Parameter(torch.full((size,), 1.0 - spec.offset)) if stored else None)
         self.register_parameter("bias", nn.Parameter(torch.zeros(size)) if stored and spec.bias else None)
 
+    def reset(self) -> None:
+        """Initialises weight and bias so that the norm only normalises; without effect where they are not stored."""
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 1.0 - self.offset)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(
         self,
         x: Float[Tensor, "*batch size"],

@@ -5,11 +5,11 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from refold.blueprint.contents import idle_names, part_linears, part_vectors
 from refold.blueprint.cost import ParameterCount, count_parameters
-from refold.blueprint.exits import describe_exits
 from refold.blueprint.initialisation import Initialisation
+from refold.blueprint.owned.registry import OWNED
 from refold.blueprint.schema import POOLS, Blueprint, DepthSpec, Exit, MixerPart, MlpPart, Pool
-from refold.blueprint.tensors import idle_names, part_linears, part_vectors
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
 from refold.mixers.mlp import MLP
@@ -19,7 +19,7 @@ from refold.planning.fold import FoldedStack, describe_alignment, fold_layers, t
 from refold.planning.key_sharing import Reads, choose_reads, describe_reads
 from refold.planning.mixers import ChosenMixer, choose_mixers, describe_lost_norms
 from refold.planning.notes import Note, Notes, advise, describe_reach, notes
-from refold.planning.relax import LinearShapes, choose_ranks, describe_prefixes, with_prefixes
+from refold.planning.relax import LinearShapes, choose_ranks, with_prefixes
 from refold.planning.rules import require_rules
 from refold.recipe.recipe import ExitPlacement, Fold, Recipe
 from refold.sources.measurements import Influence
@@ -130,9 +130,9 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
         *notes(describe_lost_norms(arch, chosen)),
         *notes(describe_reads(reads, arch.num_key_value_heads)),
         *notes(rank_notes, "ranks"),
-        *notes(describe_prefixes(blueprint)),
+        *notes(note for kind in OWNED if kind.place == "stack" for note in kind.notes(blueprint)),
         *notes(describe_alignment(blueprint, recipe.fold.align) if recipe.fold else ()),
-        *notes(describe_exits(blueprint)),
+        *notes(note for kind in OWNED if kind.place == "exits" for note in kind.notes(blueprint)),
     )
     if recipe.fits_in_sequence:
         order = "calibration.order: linears are fitted from top to bottom, those that would be copied as well"
@@ -244,6 +244,7 @@ def _depth(recipe: Recipe, layer: int, pools: dict[Pool, _StoredPool], mixer: Ch
         mixer=pools["mixer"].part_of(layer),
         mlp=pools["mlp"].part_of(layer),
         vectors="own" if own else "tied",
+        gain="own" if recipe.owns_gains and (tied or recipe.relaxes_all) else "tied",
         window=mixer.window,
         rope=mixer.rope,
         kv=reads.get(layer, ()),

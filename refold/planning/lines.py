@@ -4,12 +4,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
+from refold.blueprint.contents import idle_names
 from refold.blueprint.cost import Cost, smaller_from
 from refold.blueprint.initialisation import Initialisation
-from refold.blueprint.origins import Origin, carried_tensor, origin, part_of
+from refold.blueprint.origins import Origin, carried_tensor
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.source_tensors import SourceTensor, locate_piece
-from refold.blueprint.tensors import TargetTensor, idle_names, target_tensors
+from refold.blueprint.tensor_kind import TargetTensor
+from refold.blueprint.tensors import target_tensors
 from refold.families.arch import Frozen
 from refold.families.family import Family
 from refold.planning.approximation import LEARNED
@@ -67,14 +69,11 @@ def plan_lines(
     lines = _Lines()
     used: set[tuple[str, int | None]] = set()
     for tensor in target_tensors(blueprint):
-        made = origin(blueprint, starts, tensor)
+        made = tensor.origin(blueprint, starts)
         if made.how != "fresh":
             used |= {(made.canonical, layer) for layer in made.layers or (None,)}
         how, reason = _explain(made, tensor, blueprint, starts, family)
-        name = tensor.name
-        if tensor.role in ("lora_a", "lora_b", "factor_a", "factor_b") or tensor.local.startswith(("lora.", "gate.")):
-            name = name.rpartition(".")[0] + ".*"
-        lines.add(_INDEX.sub(".*.", name), how, reason, made.layers)
+        lines.add(_INDEX.sub(".*.", tensor.kind.line_name(tensor)), how, reason, made.layers)
     for tensor in expected.values():
         if not any((piece, tensor.layer) in used for piece in tensor.rule.pieces):
             reason = _why_unused(blueprint, starts, tensor)
@@ -88,25 +87,11 @@ def plan_lines(
 def _explain(
     made: Origin, tensor: TargetTensor, blueprint: Blueprint, starts: Initialisation, family: Family
 ) -> tuple[LineKind, str]:
-    if tensor.role == "exit":
-        return _explain_exit(made, tensor)
+    reason = tensor.kind.explain(made, blueprint, starts, tensor)
+    if reason is not None:
+        return made.how, reason
     if made.how == "fresh":
-        if tensor.role in ("lora_a", "lora_b"):
-            zero = starts.lora == "zero" or starts.weights == "fresh"
-            return "fresh", "Gaussian A, zero B" + ("" if zero else ": nothing to correct")
-        if tensor.role == "prefix":
-            return "fresh", "Gaussian: no start is without effect"
         return "fresh", _why_fresh(blueprint, starts, tensor)
-    weighed = "" if starts.weight == "none" else f", weighed by {starts.weight}"
-    if made.how == "factorised":
-        of = "source minus stored weight" if tensor.role in ("lora_a", "lora_b") else "the weight"
-        return "factorised", f"truncated SVD of {of}{weighed} (svd: {starts.svd})"
-    if made.how == "joint":
-        assert tensor.pool is not None
-        is_lora = tensor.role in ("lora_a", "lora_b")
-        if not is_lora and tensor.linear in blueprint.pool(tensor.pool)[part_of(blueprint, tensor)].bases:
-            return "joint", f"basis and coefficients fitted together{weighed}"
-        return "joint", f"stored weight and LoRAs fitted together{weighed}"
     if made.repeat > 1:
         each = f"each key-value head {made.repeat} times"
         return ("repeated", each) if made.how == "copied" else ("averaged", f"{each} first")
@@ -121,7 +106,7 @@ def _why_fresh(blueprint: Blueprint, starts: Initialisation, tensor: TargetTenso
     if starts.weights == "fresh":
         return "weights: fresh"
     assert tensor.pool is not None
-    part = part_of(blueprint, tensor)
+    part = tensor.part_in(blueprint)
     if not blueprint.pool(tensor.pool)[part].sources:
         by_choice = tensor.pool == "mlp" and any(transfers is not None for transfers in starts.transfers)
         return "not named in transfer" if by_choice else "fold.init: random"
@@ -132,14 +117,6 @@ def _why_fresh(blueprint: Blueprint, starts: Initialisation, tensor: TargetTenso
     if carried is None:
         return f"new in {mixer.type}"
     return f"not named in transfer{f', and does not fit: {carried.misfit}' if carried.misfit else ''}"
-
-
-def _explain_exit(made: Origin, tensor: TargetTensor) -> tuple[LineKind, str]:
-    if made.how == "copied":
-        return "copied", "the final norm"
-    if tensor.local.startswith("lora."):
-        return "fresh", "Gaussian A, zero B: leaves through the shared head at first"
-    return "fresh", "zeros: says one half at first" if tensor.local.startswith("gate.") else "weights: fresh"
 
 
 def _only_makes_keys(blueprint: Blueprint, tensor: SourceTensor) -> bool:

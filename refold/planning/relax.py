@@ -137,15 +137,3 @@ def with_prefixes(blueprint: Blueprint, relax: LoraRelax | PrefixRelax | None) -
         for index, depth in enumerate(blueprint.depths)
     )
     return blueprint.model_copy(update={"depths": depths})
-
-
-def describe_prefixes(blueprint: Blueprint) -> tuple[str, ...]:
-    """Returns a line on what the prefixes do before they are trained."""
-    lengths = [depth.prefix for depth in blueprint.depths if depth.prefix]
-    if not lengths:
-        return ()
-    parameters = sum(lengths) * blueprint.arch.hidden_size
-    return (
-        f"relax: {len(lengths)} depths have prefixes of {lengths[0]} vectors ({parameters:,} parameters); untrained "
-        f"ones are noise that takes some attention away from tokens",
-    )

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from refold.blueprint.owned.registry import OWNED
 from refold.fields import Amount, Count, LayerIndex, Real, Section, read_amount
 from refold.recipe.objectives import StageObjectives
 from refold.recipe.yaml import parse_yaml
@@ -14,9 +15,16 @@ from refold.suggest import must_be_one_of
 
 Share = Annotated[Real, Field(ge=0, le=1)]
 Groups = tuple[Annotated[str, Field(min_length=1)], ...]
-GROUPS = (
-    "all", "transferred", "fresh", "adapters", "shared", "mixers", "mlps", "vectors", "embeddings", "head", "exits",
-)  # fmt: skip
+KIND_GROUPS = tuple(
+    dict.fromkeys(
+        (
+            *("adapters", "mixers", "mlps", "vectors", "embeddings", "head"),
+            *(group for kind in OWNED for group in sorted(kind.groups)),
+        )
+    )
+)
+"""Names of groups that follow from the kind and the pool of a tensor."""
+GROUPS = tuple(dict.fromkeys(("all", "transferred", "fresh", "adapters", "shared", *KIND_GROUPS)))
 """Names of groups of weights; whatever else is named is a tensor, or a pattern with `*`."""
 
 

@@ -137,6 +137,8 @@ class LoraRelax(Section):
     with the stored weights (`joint`). Left out: `zero` for stored layers that start `stepwise` or fresh, else `svd`."""
     vectors: Literal["tied", "own"] = "tied"
     """Whether norms, q/k norms and biases are tied with the linears, as in the paper, or kept for each depth."""
+    gain: Literal["tied", "own"] = "tied"
+    """`own`: each depth scales what its mixer and its MLP add to the residual stream by one number each, 1 at first."""
     weight: ErrorMetric | None = None
     """What `svd` and `joint` weigh their errors by: nothing, as in the paper; what linears see on calibration text
     (`activations`); or what their errors do to the loss there (`fisher`). Left out: as `factor`, else `none`."""
@@ -185,6 +187,8 @@ class PrefixRelax(Section):
     at: Literal["tied", "all"] = "tied"
     """Which depths: those whose attention is tied, or all with attention."""
     vectors: Literal["tied", "own"] = "tied"
+    """As for `lora`."""
+    gain: Literal["tied", "own"] = "tied"
     """As for `lora`."""
 
 
@@ -266,6 +270,16 @@ class Recipe(Section):
     def owns_vectors(self) -> bool:
         """Whether the depths of tied parts keep norms, q/k norms and biases of their own."""
         return self.shares_bases if self.relax is None else self.relax.vectors == "own"
+
+    @property
+    def relaxes_all(self) -> bool:
+        """Whether depths are relaxed that tie nothing."""
+        return self.relax is not None and self.relax.at == "all"
+
+    @property
+    def owns_gains(self) -> bool:
+        """Whether relaxed depths scale what their parts add."""
+        return self.relax is not None and self.relax.gain == "own"
 
     @property
     def weight(self) -> ErrorMetric:

@@ -4,8 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from refold.blueprint.cost import cost, count_parameters
-from refold.blueprint.exits import count_exit_parameters, exit_tensors
-from refold.blueprint.origins import Origin, origin
+from refold.blueprint.origins import Origin
+from refold.blueprint.owned.exits import EXIT, count_exit_parameters, exit_tensors
 from refold.blueprint.schema import Blueprint, Exit
 from refold.blueprint.tensors import target_tensors
 from refold.errors import RecipeError
@@ -45,7 +45,7 @@ def test_the_heads_rank_is_capped_at_its_smaller_side(make_arch):
 )
 def test_what_is_stored_for_an_exit(make_arch, exits, names):
     blueprint = build(make_arch(4), exits).blueprint
-    found = [tensor for tensor in target_tensors(blueprint) if tensor.role == "exit"]
+    found = [tensor for tensor in target_tensors(blueprint) if tensor.kind is EXIT]
     assert {tensor.name for tensor in found} == {f"model.exits.1.{name}" for name in names}
     assert all(tensor.depth == 1 for tensor in found)
     spec = blueprint.depths[1].exit
@@ -62,12 +62,12 @@ def test_layer_norms_of_exits_have_a_bias(make_arch):
 
 def test_an_exit_starts_as_the_shared_norm_and_head(make_arch):
     blueprint, starts, _ = build(make_arch(4), FULL)
-    found = {tensor.name: origin(blueprint, starts, tensor) for tensor in target_tensors(blueprint)}
+    found = {tensor.name: tensor.origin(blueprint, starts) for tensor in target_tensors(blueprint)}
     assert found["model.exits.1.norm.weight"] == Origin("copied", "norm.weight")
     assert found["model.exits.1.lora.lm_head.a"].how == found["model.exits.1.gate.weight"].how == "fresh"
     blueprint, starts, _ = build(make_arch(4), FULL, weights="fresh")
     norm = next(tensor for tensor in target_tensors(blueprint) if tensor.name == "model.exits.1.norm.weight")
-    assert origin(blueprint, starts, norm) == Origin("fresh", "norm.weight")
+    assert norm.origin(blueprint, starts) == Origin("fresh", "norm.weight")
 
 
 def test_parts_of_exits_cost_bytes_always_and_flops_only_where_a_token_leaves(make_arch):

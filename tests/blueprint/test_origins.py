@@ -1,4 +1,4 @@
-from refold.blueprint.origins import Origin, origin
+from refold.blueprint.origins import Origin
 from refold.blueprint.tensors import target_tensors
 from refold.planning.build import build_blueprint
 from refold.recipe.load import load_recipe
@@ -6,7 +6,7 @@ from refold.recipe.load import load_recipe
 
 def _origins(arch, sections) -> dict[str, Origin]:
     blueprint, starts, _ = build_blueprint(arch, load_recipe(sections))
-    return {tensor.name: origin(blueprint, starts, tensor) for tensor in target_tensors(blueprint)}
+    return {tensor.name: tensor.origin(blueprint, starts) for tensor in target_tensors(blueprint)}
 
 
 def test_the_identity_copies_every_tensor_from_its_own_layer(make_arch):

@@ -13,6 +13,14 @@ def test_the_stack_says_whose_keys_each_depth_looks_at(make_source, tmp_path, ca
     assert [" ".join(row[7:-1]) for row in rows] == ["own", "own", "0", "own, 1 (heads 0)"]
 
 
+def test_the_stack_says_which_depths_have_a_gain(make_source, tmp_path, capsys):
+    recipe = {"fold": {"loops": 2, "prelude": 2}, "relax": {"rank": {"q_proj": 3}, "gain": "own"}}
+    convert(make_source(), tmp_path / "out", recipe)
+    print_inspection(inspect(tmp_path / "out"))
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines() if line[:1] in "0123" and line]
+    assert [[cell.strip() for cell in row if cell.strip()][4] for row in rows] == ["-", "-", "3, gain", "3, gain"]
+
+
 def test_the_stack_says_at_which_ranks_bases_are_shared(make_source, tmp_path, capsys):
     factor = {"parameters": 0.6, "weight": "none", "share": "basis"}
     fold = {"loops": 2, "prelude": 2}

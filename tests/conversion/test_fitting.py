@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from refold.calibration.layers import AttentionSample
-from refold.planning.approximation import (LEARNED)
-from refold.conversion.map_fitter import (FitSettings, MapFit)
+from refold.conversion.map_fitter import FitSettings, MapFit
 from refold.families.arch import ArchSpec
 from refold.families.registry import read_arch
 from refold.mixers.linear_attention import LinearAttention
 from refold.nn.fills import make_fill
+from refold.planning.approximation import LEARNED
 
 QUICK = FitSettings(steps=80)
 

@@ -1,59 +1,69 @@
 import pytest
 import torch
 
-from refold.blueprint.tensors import Role, TargetTensor
+from refold.blueprint.schema import Blueprint
+from refold.blueprint.tensors import target_tensors
 from refold.conversion.target_tensors import fresh_tensor, tensor_seed
-from refold.families.arch import ArchSpec, Norm
+from refold.families.arch import Norm
 from refold.families.registry import read_arch
+from refold.planning.build import build_blueprint
+from refold.recipe.load import load_recipe
+
+RECIPE = {
+    "fold": {"loops": 2},
+    "relax": {"rank": 4, "vectors": "own"},
+    "exits": {"norm": "own", "head_rank": 3, "gate": True},
+}
 
 
-def arch(**norm: float) -> ArchSpec:
-    config = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    made = read_arch({"model_type": "llama", "num_hidden_layers": 2, "initializer_range": 0.07, **config})
-    return made.model_copy(update={"norm": Norm.model_validate(norm)})
+def build(**norm: float) -> Blueprint:
+    config = {"vocab_size": 96, "hidden_size": 256, "intermediate_size": 48, "num_attention_heads": 4}
+    arch = read_arch(
+        {"model_type": "llama", "num_hidden_layers": 4, "initializer_range": 0.07, "attention_bias": True, **config}
+    )
+    arch = arch.model_copy(update={"norm": Norm.model_validate(norm)})
+    return build_blueprint(arch, load_recipe(RECIPE)).blueprint
 
 
-def linear(name: str, rows: int = 400, columns: int = 100, role: Role = "linear") -> TargetTensor:
-    return TargetTensor(name, (rows, columns), role, "mixer", part=0, local="q_proj.weight")
+def fresh(name: str, blueprint: Blueprint, seed: int = 0) -> torch.Tensor:
+    tensor = next(each for each in target_tensors(blueprint) if each.name == f"model.{name}")
+    made = fresh_tensor(tensor, tensor.fill(blueprint), seed)
+    assert made.dtype == torch.float32
+    assert made.shape == tensor.shape
+    return made
 
 
-def test_matrices_are_normal_with_the_sources_deviation():
-    drawn = fresh_tensor(linear("w"), arch(), seed=0)
-    assert drawn.std().item() == pytest.approx(0.07, rel=0.02)
+@pytest.mark.parametrize("name", ["mixers.0.q_proj.weight", "embed_tokens.weight", "mlps.1.down_proj.weight"])
+def test_matrices_are_normal_with_the_sources_deviation(name):
+    drawn = fresh(name, build())
+    assert drawn.std().item() == pytest.approx(0.07, rel=0.03)
     assert drawn.mean().abs() < 0.002
 
 
-def test_loras_begin_with_gaussian_a_and_zero_b():
-    a = fresh_tensor(linear("a", role="lora_a"), arch(), seed=0)
-    assert a.std().item() == pytest.approx(0.1, rel=0.02)
-    assert not fresh_tensor(linear("b", role="lora_b"), arch(), seed=0).any()
+@pytest.mark.parametrize("pair", ["depths.0.lora.q_proj", "exits.1.lora.lm_head"])
+def test_loras_begin_with_gaussian_a_and_zero_b(pair):
+    a = fresh(f"{pair}.a", build())
+    assert a.std().item() == pytest.approx(256**-0.5, rel=0.1)
+    assert not fresh(f"{pair}.b", build()).any()
 
 
-@pytest.mark.parametrize(("local", "offset", "value"), [("input_norm.weight", 0, 1), ("input_norm.weight", 1, 0)])
-def test_norms_begin_at_scale_one_and_biases_at_zero(local, offset, value):
-    tensor = TargetTensor("v", (8,), "vector", "mixer", part=0, local=local)
-    assert torch.equal(fresh_tensor(tensor, arch(offset=offset), 0), torch.full((8,), float(value)))
-    bias = TargetTensor("v", (8,), "vector", "mixer", part=0, local="q_proj.bias")
-    assert not fresh_tensor(bias, arch(offset=offset), 0).any()
+@pytest.mark.parametrize(("offset", "value"), [(0, 1), (1, 0)])
+@pytest.mark.parametrize("norm", ["depths.0.vectors.mixer.input_norm.weight", "exits.1.norm.weight", "norm.weight"])
+def test_norms_begin_at_scale_one(norm, offset, value):
+    assert torch.equal(fresh(norm, build(offset=offset)), torch.full((256,), float(value)))
+
+
+@pytest.mark.parametrize(
+    "name", ["depths.0.vectors.mixer.q_proj.bias", "exits.1.gate.weight", "exits.1.gate.bias", "exits.1.norm.bias"]
+)
+def test_biases_and_gates_begin_at_zero(name):
+    assert not fresh(name, build(offset=1, bias=True)).any()
 
 
 def test_each_tensor_has_values_of_its_own_that_the_seed_repeats():
-    one, other = fresh_tensor(linear("one"), arch(), 0), fresh_tensor(linear("other"), arch(), 0)
+    blueprint = build()
+    one, other = (fresh(f"depths.{depth}.lora.q_proj.a", blueprint) for depth in (0, 1))
     assert not torch.equal(one, other)
-    assert torch.equal(one, fresh_tensor(linear("one"), arch(), 0))
-    assert not torch.equal(one, fresh_tensor(linear("one"), arch(), 1))
+    assert torch.equal(one, fresh("depths.0.lora.q_proj.a", blueprint))
+    assert not torch.equal(one, fresh("depths.0.lora.q_proj.a", blueprint, 1))
     assert len({tensor_seed(seed, name) for seed in range(3) for name in ("a", "b")}) == 6
-
-
-@pytest.mark.parametrize("local", ["lora.lm_head.b", "gate.weight", "gate.bias"])
-def test_what_must_change_nothing_at_an_exit_begins_at_zero(local):
-    assert not fresh_tensor(TargetTensor("e", (7, 3), "exit", depth=0, local=local), arch(), 0).any()
-
-
-def test_exits_begin_with_a_gaussian_a_and_a_neutral_norm():
-    a = fresh_tensor(TargetTensor("a", (400, 100), "exit", depth=0, local="lora.lm_head.a"), arch(), 0)
-    assert a.std().item() == pytest.approx(0.1, rel=0.02)
-    for offset in (0, 1):
-        norm = TargetTensor("n", (8,), "exit", depth=0, local="norm.weight")
-        assert torch.equal(fresh_tensor(norm, arch(offset=offset), 0), torch.full((8,), 1.0 - offset))
-    assert not fresh_tensor(TargetTensor("n", (8,), "exit", depth=0, local="norm.bias"), arch(), 0).any()

@@ -12,7 +12,7 @@ from refold.conversion.sequential import TargetStack
 from refold.modeling.load import load_model
 
 RECIPES = {
-    "relaxed": {"fold": {"loops": 2}, "relax": {"rank": 3, "init": "svd", "vectors": "own"}},
+    "relaxed": {"fold": {"loops": 2}, "relax": {"rank": 3, "init": "svd", "vectors": "own", "gain": "own"}},
     "shared": {"share_kv": [{"depth": 3, "from": 1}], "drop": {"mlp": {"layers": [2]}}},
     "factors": {"fold": {"loops": 2}, "factor": {"parameters": 0.4, "weight": "none"}},
 }

@@ -6,10 +6,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from refold.data.encoder import TextEncoder
+from refold.data.encoder import TextEncoder, document_start_token
 from refold.data.readers import from_documents, open_data
-from refold.data.encoder import (document_start_token)
-from refold.data.tokens import (tokenise)
+from refold.data.tokens import tokenise
 from refold.errors import DataError
 
 TEXTS = [f"The {word} number {index} é 漢." for index, word in enumerate(["cat", "dog", "bird", "fish"] * 10)]

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from refold.blueprint.owned.merge import Merge
 from refold.blueprint.schema import Blueprint
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import convert
@@ -145,10 +147,11 @@ def test_the_export_loads_without_refold_and_gives_the_native_logits(case: str, 
     assert _error(stock_logits[case], _native_logits(folded(case))) < 2e-5
 
 
-def _without_lora(self: merging.DepthWeights, stored: str, pairs: list[tuple[str, str]], dtype: torch.dtype):
-    for name in (name for pair in pairs for name in pair):
+def _without_lora(self: merging.DepthWeights, merge: Merge, dtype: torch.dtype):
+    for name in (name for pair in merge.products for name in pair):
         self._reader.read(name)
-    return self._reader.read(stored, dtype)
+    assert merge.stored is not None
+    return self._reader.read(merge.stored, dtype)
 
 
 def test_control_without_loras_the_logits_differ(folded, tmp_path, monkeypatch):
@@ -160,10 +163,10 @@ def test_control_without_loras_the_logits_differ(folded, tmp_path, monkeypatch):
 def test_control_with_coefficients_of_another_depth_the_logits_differ(folded, tmp_path, monkeypatch):
     merged = merging.DepthWeights._merged
 
-    def exchanged(self: merging.DepthWeights, stored: str | None, pairs: list[tuple[str, str]], dtype: torch.dtype):
+    def exchanged(self: merging.DepthWeights, merge: Merge, dtype: torch.dtype):
         others = {f"depths.{at}.coefficients": f"depths.{(at + 2) % 4}.coefficients" for at in range(4)}
-        found = [(a, next(b.replace(*each) for each in others.items() if each[0] in b)) for a, b in pairs]
-        return merged(self, stored, found, dtype)
+        found = tuple((a, next(b.replace(*each) for each in others.items() if each[0] in b)) for a, b in merge.products)
+        return merged(self, replace(merge, products=found), dtype)
 
     monkeypatch.setattr(merging.DepthWeights, "_merged", exchanged)
     folder = folded("shared-bases")

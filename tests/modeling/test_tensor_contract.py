@@ -1,16 +1,20 @@
 """What the blueprint says a model stores is what the model stores."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from refold.blueprint.owned.registry import OWNED
 from refold.blueprint.tensors import target_tensors
 from refold.errors import RecipeError
 from refold.families.registry import read_arch
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.model import RefoldForCausalLM
 from refold.planning.build import build_blueprint
+from refold.recipe.load import load_recipe
 from refold.recipe.recipe import Recipe
 
 LINEARS = ("q_proj", "o_proj", "up_proj", "down_proj", "mixer", "mlp", "all")
@@ -47,7 +51,11 @@ folds = st.fixed_dictionaries(
 )
 loras = st.fixed_dictionaries(
     {"rank": ranks},
-    optional={"init": st.sampled_from(["svd", "zero", "joint"]), "vectors": st.sampled_from(["own", "tied"])},
+    optional={
+        "init": st.sampled_from(["svd", "zero", "joint"]),
+        "vectors": st.sampled_from(["own", "tied"]),
+        "gain": st.sampled_from(["own", "tied"]),
+    },
 )
 prefixes = st.fixed_dictionaries(
     {"type": st.just("prefix"), "length": st.integers(1, 5)}, optional={"at": st.sampled_from(["all", "tied"])}
@@ -85,6 +93,7 @@ recipes = st.fixed_dictionaries(
         "mixers": st.lists(swaps, min_size=1, max_size=1),
         "share_kv": shares,
         "factor": st.sampled_from([{"parameters": 0.5}, {"parameters": 0.8, "share": "basis"}]),
+        "exits": st.just({"at": [1], "norm": "own", "head_rank": 2, "gate": True}),
     },
 )
 
@@ -103,6 +112,33 @@ def test_names_and_shapes_of_the_spec_are_those_of_the_model(recipe, kind):
     if blueprint.arch.tied_head:
         assert stored.pop("lm_head.weight") == stored["model.embed_tokens.weight"]
     assert stored == {tensor.name: tensor.shape for tensor in target_tensors(blueprint)}
+    of_depths = {name for name in stored if name.startswith(("model.depths.", "model.exits."))}
+    assert claims(blueprint, OWNED) == dict.fromkeys(of_depths, 1)
+
+
+def claims(blueprint, kinds) -> dict[str, int]:
+    """Counts how many kinds claim each tensor of a depth."""
+    places = [(kind, index) for kind in kinds for index in range(blueprint.num_depths)]
+    found = [(kind, index, each) for kind, index in places for each in kind.tensors(blueprint, index)]
+    assert all(each.kind is kind and each.depth == index and each.part is None for kind, index, each in found)
+    return dict(Counter(each.name for *_, each in found))
+
+
+FULL = {
+    "fold": {"loops": 2},
+    "relax": {"rank": 2, "vectors": "own", "gain": "own"},
+    "factor": {"parameters": 0.8, "share": "basis"},
+    "exits": {"norm": "own", "head_rank": 2, "gate": True},
+}
+PREFIXED = {"fold": {"loops": 2}, "relax": {"type": "prefix", "length": 3}}
+RECIPES = (FULL, PREFIXED)
+
+
+@pytest.mark.parametrize("kind", OWNED, ids=lambda kind: type(kind).__name__)
+def test_control_without_one_descriptor_tensors_of_depths_are_not_claimed(kind):
+    made = [build_blueprint(read_arch({**CONFIG, **KINDS[0]}), load_recipe(each)).blueprint for each in RECIPES]
+    others = [each for each in OWNED if each is not kind]
+    assert any(claims(each, OWNED).keys() > claims(each, others).keys() for each in made)
 
 
 def test_two_window_sizes_in_one_model_are_refused():

@@ -2,9 +2,13 @@
 
 import pytest
 
+from refold.blueprint.contents import depth_linears
 from refold.blueprint.cost import cost, count_parameters
+from refold.blueprint.owned.coefficients import COEFFICIENTS
+from refold.blueprint.owned.lora import LORA
 from refold.blueprint.schema import Blueprint
-from refold.blueprint.tensors import depth_linears, target_tensors
+from refold.blueprint.stored import FACTOR, LINEAR
+from refold.blueprint.tensors import target_tensors
 from refold.errors import RecipeError
 from refold.planning.build import UNMEASURED_RANKS, build_blueprint, identity_blueprint
 from refold.planning.factors import linear_budget, lora_parameters, stored_linears, stored_share
@@ -136,8 +140,8 @@ def test_the_budget_holds_loras_too(make_arch):
     built = build_blueprint(arch, load_recipe({"fold": FOLD, "relax": {"rank": 3}, "factor": {"parameters": 0.4}}))
     blueprint = built.blueprint
     loras = lora_parameters(blueprint)
-    assert loras == sum(t.num_elements for t in target_tensors(blueprint) if t.role in ("lora_a", "lora_b"))
-    stored = sum(t.num_elements for t in target_tensors(blueprint) if t.role in ("factor_a", "factor_b", "linear"))
+    assert loras == sum(t.num_elements for t in target_tensors(blueprint) if t.kind is LORA)
+    stored = sum(t.num_elements for t in target_tensors(blueprint) if t.kind in (FACTOR, LINEAR))
     budget = linear_budget(identity_blueprint(arch), 0.4)
     # One rank more of everything would not fit.
     assert budget - sum(sum(shape) for *_, shape in stored_linears(blueprint)) < stored + loras <= budget
@@ -217,9 +221,8 @@ def test_a_shared_basis_takes_the_share_and_is_counted(make_arch, name):
         (stored + loras) / (budget / 0.6), rel=1e-3
     )
     tensors = list(target_tensors(blueprint))
-    roles = ("factor_a", "factor_b", "coefficients", "lora_a", "lora_b")
-    assert stored + loras == sum(each.num_elements for each in tensors if each.role in roles)
-    assert not any(each.role == "linear" for each in tensors)
+    assert stored + loras == sum(each.num_elements for each in tensors if each.kind in (FACTOR, COEFFICIENTS, LORA))
+    assert not any(each.kind is LINEAR for each in tensors)
     assert count_parameters(blueprint).total == sum(each.num_elements for each in tensors)
     whole = build_blueprint(arch, load_recipe(SHARED[name])).blueprint
     before = sum(2 * shape[0] * shape[1] for index in range(6) for shape in depth_linears(whole, index).values())

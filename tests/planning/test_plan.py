@@ -135,7 +135,6 @@ def test_lines_say_why_a_source_tensor_is_dropped(make_source):
 
 @pytest.mark.parametrize("name", built_in_recipes())
 def test_every_source_tensor_is_read_or_listed_and_every_target_tensor_is_made(make_source, name):
-    from refold.blueprint.origins import origin
     from refold.blueprint.tensors import target_tensors
 
     made = plan(make_source(), name)
@@ -143,7 +142,7 @@ def test_every_source_tensor_is_read_or_listed_and_every_target_tensor_is_made(m
     read = {
         (found.canonical, layer)
         for tensor in target_tensors(made.blueprint)
-        if (found := origin(made.blueprint, made.starts, tensor)).how != "fresh"
+        if (found := tensor.origin(made.blueprint, made.starts)).how != "fresh"
         for layer in found.layers or (None,)
     }
     unused = [
@@ -154,6 +153,19 @@ def test_every_source_tensor_is_read_or_listed_and_every_target_tensor_is_made(m
     assert sum(line.count for line in made.lines if line.how == "dropped") == len(unused)
     targets = len(list(target_tensors(made.blueprint)))
     assert sum(line.count for line in made.lines if line.how not in ("dropped", "ignored")) == targets
+
+
+def test_lines_say_that_gains_have_no_effect_at_first(make_source):
+    made = plan(make_source(), {"fold": {"loops": 2}, "relax": {"rank": 3, "gain": "own"}})
+    lines = {line.tensors: line for line in made.lines}
+    for pool in ("mixer", "mlp"):
+        line = lines[f"model.depths.*.gain.{pool}.weight"]
+        assert (line.how, line.count, line.reason) == (
+            "fresh",
+            made.blueprint.num_depths,
+            "ones: without effect at first",
+        )
+    assert any(note.startswith(f"relax.gain: {made.blueprint.num_depths} depths scale") for note in made.notes)
 
 
 def test_lines_say_how_what_exits_have_of_their_own_begins(make_source):

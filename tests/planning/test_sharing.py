@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from refold.blueprint.contents import depth_linears, depth_vectors, part_linears, part_vectors
 from refold.blueprint.cost import cost
-from refold.blueprint.origins import origin
 from refold.blueprint.schema import Blueprint
-from refold.blueprint.tensors import depth_linears, depth_vectors, part_linears, part_vectors, target_tensors
+from refold.blueprint.tensors import target_tensors
 from refold.errors import RecipeError
 from refold.planning.build import build_blueprint, identity_blueprint
 from refold.recipe.load import load_recipe
@@ -102,7 +102,7 @@ def test_keys_start_from_the_layers_whose_depths_make_them(make_arch, init):
     arch = make_arch(4)
     recipe = load_recipe({"fold": {**FOLD, "init": "average"}, "relax": {"rank": 2, "init": init}, "share_kv": FIRST})
     built = build_blueprint(arch, recipe)
-    made = {tensor.name: origin(built.blueprint, built.starts, tensor) for tensor in target_tensors(built.blueprint)}
+    made = {tensor.name: tensor.origin(built.blueprint, built.starts) for tensor in target_tensors(built.blueprint)}
     assert made["model.mixers.0.k_proj.weight"].layers == (0,)
     assert made["model.mixers.0.q_proj.weight"].layers == (0, 2)
     assert made["model.mixers.0.k_proj.weight"].how == ("joint" if init == "joint" else "copied")

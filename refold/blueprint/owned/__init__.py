@@ -1,0 +1,1 @@
+"""Kinds of tensors that one depth owns: one descriptor each, torch-free."""

@@ -1,0 +1,69 @@
+"""Gains: the scale of everything that the mixer, or the MLP, of one depth adds to the residual stream."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from refold.blueprint.initialisation import Initialisation
+from refold.blueprint.origins import Origin
+from refold.blueprint.owned.kind import OwnedKind
+from refold.blueprint.owned.merge import Merge
+from refold.blueprint.schema import POOLS, Blueprint, Pool
+from refold.blueprint.tensor_kind import TargetTensor
+from refold.families.arch import ArchSpec
+from refold.mixers.spec import Fill
+
+
+class ResidualGain(OwnedKind):
+    """The scalar g of x + g F(x), one for each part F that the depth runs (ReZero, equation 1, which begins at 0).
+
+    Here g is 1 at first, so that the depth computes the same bits as without it. One number for each part and depth is
+    the smallest relaxation there is; its multiplication is no more than the addition beside it, so that `cost` leaves
+    it out as it leaves out norms.
+    """
+
+    url = "https://arxiv.org/abs/2003.04887"
+    groups = frozenset({"adapters", "gains"})
+
+    def tensors(self, blueprint: Blueprint, index: int) -> Iterator[TargetTensor]:
+        depth = blueprint.depths[index]
+        if depth.gain == "own":
+            for pool in POOLS:
+                if getattr(depth, pool) is not None:
+                    name = f"model.depths.{index}.gain.{pool}.weight"
+                    yield TargetTensor(name, (1,), self, pool, depth=index, local="gain.weight")
+
+    def describe(self, blueprint: Blueprint, index: int) -> str:
+        return "gain" if blueprint.depths[index].gain == "own" else ""
+
+    def notes(self, blueprint: Blueprint) -> tuple[str, ...]:
+        counts = [len(list(self.tensors(blueprint, index))) for index in range(blueprint.num_depths)]
+        if not any(counts):
+            return ()
+        depths = sum(map(bool, counts))
+        return (f"relax.gain: {depths} depths scale what their parts add ({sum(counts)} parameters, 1 until trained)",)
+
+    def origin(self, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> Origin:
+        return Origin("fresh", f"{tensor.pool}.{tensor.local}")
+
+    def fill(self, blueprint: Blueprint, tensor: TargetTensor) -> Fill:
+        return Fill("constant", 1.0)
+
+    def explain(self, made: Origin, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> str:
+        return "ones: without effect at first"
+
+    def merge(self, merge: Merge, blueprint: Blueprint, index: int, pool: Pool, local: str) -> Merge:
+        """Scales the last weight and bias of the part: of its output norm where it has one, else of its projection."""
+        owner, _, kind = local.rpartition(".")
+        if blueprint.depths[index].gain == "tied" or owner != self._owner(blueprint.arch, pool):
+            return merge
+        is_norm = owner == "output_norm" and kind == "weight"
+        offset = blueprint.arch.norm.offset if is_norm else 0.0
+        return replace(merge, scale=f"model.depths.{index}.gain.{pool}.weight", offset=offset)
+
+    def _owner(self, arch: ArchSpec, pool: Pool) -> str:
+        if arch.output_norms:
+            return "output_norm"
+        return "o_proj" if pool == "mixer" else "down_proj"
+
+
+GAIN = ResidualGain()

@@ -1,0 +1,161 @@
+"""Kinds of tensors that are stored once: embedding, head, final norm, and the linears and vectors of parts."""
+
+from refold.blueprint.initialisation import Initialisation
+from refold.blueprint.origins import (
+    Origin,
+    averaged,
+    carry_over,
+    describe_svd,
+    describe_weighting,
+    is_relaxed,
+    tied_layers,
+)
+from refold.blueprint.schema import Blueprint, Pool
+from refold.blueprint.tensor_kind import TargetTensor, TensorKind
+from refold.families.arch import ArchSpec
+from refold.mixers.spec import Fill
+
+ZEROS = Fill("constant")
+
+
+def norm_fill(arch: ArchSpec, local: str) -> Fill:
+    """Returns the values of a fresh norm or bias: a weight scales by one (`norm.weight`), a bias adds nothing."""
+    return Fill("constant", 1.0 - arch.norm.offset) if local.endswith("norm.weight") else ZEROS
+
+
+def vector_fill(blueprint: Blueprint, pool: Pool, part: int, local: str) -> Fill:
+    """Returns the values of a fresh vector of a part, wherever it is kept."""
+    if pool == "mixer":
+        asked = blueprint.mixers[part].mixer.fills(blueprint.arch).get(local)
+        if asked is not None:
+            return asked
+    return norm_fill(blueprint.arch, local)
+
+
+def matrix_fill(blueprint: Blueprint) -> Fill:
+    """Returns the values of a fresh matrix."""
+    return Fill("normal", blueprint.arch.initializer_range)
+
+
+class _OutsideStack(TensorKind):
+    def origin(self, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> Origin:
+        return Origin("fresh" if starts.weights == "fresh" else "copied", tensor.name.removeprefix("model."))
+
+    def fill(self, blueprint: Blueprint, tensor: TargetTensor) -> Fill:
+        return matrix_fill(blueprint)
+
+
+class EmbeddingTensor(_OutsideStack):
+    """The embedding, which a tied head shares. A row gets a gradient only when its token occurs, so none decays."""
+
+    place = "embedding"
+    groups = frozenset({"embeddings"})
+
+
+class HeadTensor(_OutsideStack):
+    """The head where it is not the embedding; it decays, but Muon's updates are for matrices inside the stack."""
+
+    place = "head"
+    groups = frozenset({"head"})
+
+    def decays(self, tensor: TargetTensor) -> bool:
+        return True
+
+
+class FinalNormTensor(_OutsideStack):
+    """Weight or bias of the norm before the head."""
+
+    place = "final_norm"
+    groups = frozenset({"vectors"})
+
+    def fill(self, blueprint: Blueprint, tensor: TargetTensor) -> Fill:
+        return norm_fill(blueprint.arch, tensor.local)
+
+
+class VectorTensor(TensorKind):
+    """A norm, a bias or another vector of a mixer, stored in its part."""
+
+    groups = frozenset({"vectors"})
+
+    def origin(self, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> Origin:
+        assert tensor.pool is not None
+        found = carry_over(blueprint, starts, tensor.pool, tensor.part_in(blueprint), tensor.local)
+        return Origin("fresh", f"{tensor.pool}.{tensor.local}") if found is None else averaged(*found)
+
+    def fill(self, blueprint: Blueprint, tensor: TargetTensor) -> Fill:
+        assert tensor.pool is not None
+        return vector_fill(blueprint, tensor.pool, tensor.part_in(blueprint), tensor.local)
+
+
+class LinearKind(TensorKind):
+    """A matrix of a linear, or one of the matrices that it is kept as: fitted, trained and quantised as a matrix."""
+
+    is_fitted = True
+
+    def fill(self, blueprint: Blueprint, tensor: TargetTensor) -> Fill:
+        return matrix_fill(blueprint)
+
+    def is_matrix(self, tensor: TargetTensor) -> bool:
+        return True
+
+    def is_quantised(self, blueprint: Blueprint, tensor: TargetTensor) -> bool:
+        return True
+
+
+class LinearTensor(LinearKind):
+    """The weight of a linear, stored whole."""
+
+    def origin(self, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> Origin:
+        assert tensor.pool is not None
+        part = tensor.part_in(blueprint)
+        found = carry_over(blueprint, starts, tensor.pool, part, tensor.local)
+        if found is None:
+            return Origin("fresh", f"{tensor.pool}.{tensor.local}")
+        if starts.lora == "joint" and is_relaxed(blueprint, tensor.pool, part, tensor.linear):
+            carried, _ = found
+            layers = tied_layers(blueprint, tensor.pool, part, tensor.local)
+            return Origin("joint", carried.canonical, layers, carried.repeat)
+        return averaged(*found)
+
+    def explain(self, made: Origin, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> str | None:
+        return f"stored weight and LoRAs fitted together{describe_weighting(starts)}" if made.how == "joint" else None
+
+
+class FactorTensor(LinearKind):
+    """Factor A or B of a linear that is kept as two, or the basis A that depths with coefficients share."""
+
+    def origin(self, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> Origin:
+        assert tensor.pool is not None
+        part, local = tensor.part_in(blueprint), f"{tensor.linear}.weight"
+        found = carry_over(blueprint, starts, tensor.pool, part, local)
+        if found is None:
+            return Origin("fresh", f"{tensor.pool}.{local}")
+        carried, sources = found
+        is_relaxed_jointly = starts.lora == "joint" and is_relaxed(blueprint, tensor.pool, part, tensor.linear)
+        if self._is_basis(blueprint, tensor) or is_relaxed_jointly:
+            layers = tied_layers(blueprint, tensor.pool, part, local)
+            return Origin("joint", carried.canonical, layers, carried.repeat)
+        return Origin("factorised", carried.canonical, sources, carried.repeat)
+
+    def fill(self, blueprint: Blueprint, tensor: TargetTensor) -> Fill:
+        # So that the product of two fresh factors varies as a fresh matrix does.
+        return Fill("normal", tensor.shape[0] ** -0.5) if tensor.local.endswith(".a.weight") else matrix_fill(blueprint)
+
+    def explain(self, made: Origin, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> str | None:
+        if made.how == "factorised":
+            return describe_svd("the weight", starts)
+        if made.how != "joint":
+            return None
+        together = "basis and coefficients" if self._is_basis(blueprint, tensor) else "stored weight and LoRAs"
+        return f"{together} fitted together{describe_weighting(starts)}"
+
+    def line_name(self, tensor: TargetTensor) -> str:
+        return tensor.name.rpartition(".")[0] + ".*"
+
+    def _is_basis(self, blueprint: Blueprint, tensor: TargetTensor) -> bool:
+        assert tensor.pool is not None
+        return tensor.linear in blueprint.pool(tensor.pool)[tensor.part_in(blueprint)].bases
+
+
+EMBEDDING, HEAD, FINAL_NORM = EmbeddingTensor(), HeadTensor(), FinalNormTensor()
+LINEAR, FACTOR, VECTOR = LinearTensor(), FactorTensor(), VectorTensor()
