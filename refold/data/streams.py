@@ -177,7 +177,7 @@ _NOTE_EVERY = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class StreamPlace:
     """A place in a stream's tokens, all that is needed to go on there.
 
     Attributes:
@@ -217,7 +217,7 @@ class Feeder:
     """
 
     def __init__(
-        self, stream: DocumentStream, encoder: Encoder, place: Place, workers: int | None, batch_characters: int
+        self, stream: DocumentStream, encoder: Encoder, place: StreamPlace, workers: int | None, batch_characters: int
     ) -> None:
         """Reads nothing yet.
 
@@ -271,12 +271,12 @@ class Feeder:
                     raise self._changed(epoch, number)
                 skip = self.place.tokens
             note = self._note(epoch, number)
-            self.place = Place(epoch, number, skip, check, note.document, note.state)
+            self.place = StreamPlace(epoch, number, skip, check, note.document, note.state)
             _, rest = _split(document, skip)
             if len(rest.ids):
                 return rest
 
-    def _moved(self, count: int) -> Place:
+    def _moved(self, count: int) -> StreamPlace:
         return replace(self.place, tokens=self.place.tokens + count)
 
     def _note(self, epoch: int, number: int) -> _Note:

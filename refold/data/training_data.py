@@ -14,7 +14,7 @@ from refold.data.encoder import BATCH_CHARACTERS, Encoder, Encoding, digest
 from refold.data.packing import PackedSequence, PackedSequences, stack
 from refold.data.readers import DataSource
 from refold.data.shards import ShardWriter, TokenShards, cached, make_folder
-from refold.data.streams import DocumentStream, Feeder, Place
+from refold.data.streams import DocumentStream, Feeder, StreamPlace
 from refold.errors import DataError
 
 
@@ -210,7 +210,7 @@ class StreamedData(TrainingData):
             self._stop_feeding()
             raise
 
-    def _feeder_at(self, place: Place) -> Feeder:
+    def _feeder_at(self, place: StreamPlace) -> Feeder:
         if self._feeder is None or self._feeder.place != place:
             self._stop_feeding()
             # A small window is not worth reading far ahead for.
@@ -229,17 +229,17 @@ class StreamedData(TrainingData):
     def _record(self, number: int) -> Path:
         return self._folder / f"place-{number:06}.json"
 
-    def _read_record(self, number: int) -> Place:
+    def _read_record(self, number: int) -> StreamPlace:
         path = self._record(number)
         if number == 0 and not path.exists():
-            self._write_record(0, Place())
+            self._write_record(0, StreamPlace())
         try:
             fields: Any = json.loads(path.read_text(encoding="utf-8"))
-            return Place(**fields)
+            return StreamPlace(**fields)
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
                 f"{path}: a whole record is required ({error}); delete {self._folder} to begin anew"
             ) from error
 
-    def _write_record(self, number: int, place: Place) -> None:
+    def _write_record(self, number: int, place: StreamPlace) -> None:
         write_json(self._record(number), place.to_json())

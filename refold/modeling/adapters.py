@@ -31,7 +31,8 @@ def load_adapters(model: nn.Module, source: str | Path | Source) -> int:
     """
     if not isinstance(model, RefoldForCausalLM):
         raise RefoldError(f"adapters: a folded model is required (got {type(model).__name__})")
-    tensors = list(target_tensors(model.config.read_blueprint()))
+    blueprint = model.config.read_blueprint()
+    tensors = list(target_tensors(blueprint))
     adapters = {each.name for each in tensors if "adapters" in each.groups}
     if not adapters:
         raise RefoldError("adapters: a model that has some is required (it has none); convert with a `relax` section")

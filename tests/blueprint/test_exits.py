@@ -88,7 +88,7 @@ def test_parts_of_exits_cost_bytes_always_and_flops_only_where_a_token_leaves(ma
 
 
 def test_a_line_says_what_exits_add(make_arch):
-    notes = map(str, build(make_arch(8), {"at": [1, 3], **FULL}).notes)
+    notes = list(map(str, build(make_arch(8), {"at": [1, 3], **FULL}).notes))
     assert f"exits after depth 1 and 3: own norm, head rank 3, gate, {2 * (32 + 3 * 128 + 33)} parameters" in notes[0]
     assert not any(note.startswith("exits") for note in map(str, build(make_arch(8), {"at": [1, 3]}).notes))
 

@@ -19,6 +19,7 @@ from refold.errors import ExportError
 from refold.exporting import dense, merging
 from refold.exporting.dense import count_dense_bytes, dense_arch, kept_depths
 from refold.exporting.export import export
+from refold.mixers.retention import Retention
 from refold.modeling.load import load_model
 
 FOLD = {"loops": 2}
@@ -258,7 +259,7 @@ def test_windows_a_family_cannot_express_are_refused(folded, tmp_path):
 
 def test_mixers_other_than_attention_are_refused_by_name(folded):
     blueprint = Blueprint.model_validate(_blueprint(folded("strict")))
-    retention = blueprint.mixers[1].model_copy(update={"type": "retention"})
+    retention = blueprint.mixers[1].model_copy(update={"mixer": Retention()})
     mixed = blueprint.model_copy(update={"mixers": (blueprint.mixers[0], retention)})
     with pytest.raises(ExportError, match=r"required by llama \(got depth 1: retention, depth 3: retention\); keep"):
         dense_arch(mixed)

@@ -165,7 +165,9 @@ def test_lines_say_that_gains_have_no_effect_at_first(make_source):
             made.blueprint.num_depths,
             "ones: without effect at first",
         )
-    assert any(note.startswith(f"relax.gain: {made.blueprint.num_depths} depths scale") for note in made.notes)
+    assert any(
+        note.startswith(f"relax.gain: {made.blueprint.num_depths} depths scale") for note in map(str, made.notes)
+    )
 
 
 def test_lines_say_how_what_exits_have_of_their_own_begins(make_source):

@@ -64,7 +64,10 @@ REFUSED = [
     ({"relax": {"type": "prefx", "length": 3}}, r"relax: type: must be one of lora, prefix .*did you mean 'prefix'"),
     ({"relax": {"type": "prefix"}}, r"relax\.length: required"),
     ({"relax": {"type": "prefix", "length": 0}}, r"relax\.length: must be at least 1"),
-    ({"relax": {"type": "prefix", "length": 3, "rank": 4}}, r"relax\.rank: unknown key; must be one of at, length"),
+    (
+        {"relax": {"type": "prefix", "length": 3, "rank": 4}},
+        r"relax\.rank: unknown key; must be one of at, gain, length",
+    ),
     ({"relax": {"type": "lora", "rank": 3, "length": 4}}, r"relax\.length: unknown key"),
     ({"relax": {"type": "prefix", "length": 3}}, r"relax: tied attention is required for prefixes"),
     (

@@ -89,7 +89,10 @@ MISTAKES = [
     ({"fold": {"loops": 2, "tie": []}}, r"fold\.tie: must not be empty"),
     ({"fold": {"loops": 2, "tie": ["mlp", "mlp"]}}, r"fold\.tie: each may stand only once \(got 'mlp' 2 times\)"),
     ({"relax": {}}, r"relax\.rank: required"),
-    ({"relax": {"type": "prefix", "length": 3, "rank": 3}}, r"relax\.rank: unknown key; must be one of at, length"),
+    (
+        {"relax": {"type": "prefix", "length": 3, "rank": 3}},
+        r"relax\.rank: unknown key; must be one of at, gain, length",
+    ),
     ({"relax": {"rank": -1}}, r"relax\.rank: must be at least 0 \(got -1\)"),
     ({"relax": {"rank": "half"}}, r"relax\.rank: must be full or a whole number \(got 'half'\)"),
     ({"relax": {"rank": {"mlp": "ful"}}}, r"relax\.rank\.mlp: must be full or a whole number .*; did you mean 'full'"),

@@ -18,7 +18,7 @@ def test_a_depth_has_one_matrix_of_vectors_that_does_not_decay(make_arch):
     assert not PREFIX.decays(prefix)
     assert not PREFIX.is_matrix(prefix)
     assert PREFIX.describe(blueprint, 2) == "prefix 3"
-    assert PREFIX.notes(blueprint)[0] in notes
+    assert PREFIX.notes(blueprint)[0] in map(str, notes)
 
 
 def test_keys_and_values_are_kept_and_every_token_looks_at_them(make_arch):

@@ -46,6 +46,6 @@ def test_own_vectors_take_the_place_of_the_stored_ones(make_arch, local, own):
 def test_vectors_of_a_mixer_hold_what_the_mixer_asks_for_even_with_several_dimensions(make_arch):
     blueprint = build(make_arch(4), mixers=[{"type": "gated_deltanet"}]).blueprint
     found = {each.local: each for each in VECTORS.tensors(blueprint, 2)}
-    assert found["conv.weight"].fill(blueprint).kind == "last_tap"
-    assert len(found["conv.weight"].shape) == 2
-    assert not VECTORS.decays(found["conv.weight"])
+    assert found["conv1d.weight"].fill(blueprint).kind == "last_tap"
+    assert len(found["conv1d.weight"].shape) == 2
+    assert not VECTORS.decays(found["conv1d.weight"])
