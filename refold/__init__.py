@@ -4,7 +4,7 @@
 
     plan = refold.plan("path/to/model", "relaxed")
     refold.convert("path/to/model", "folded", "relaxed")
-    refold.heal("folded", "healed", ["corpus.parquet"], refold.HealStage(tokens="20M"))
+    refold.heal("folded", "healed", ["books.parquet=0.5", "docs.parquet=0.5"], refold.HealStage(tokens="20M"))
     refold.evaluate("healed", ["held-out.txt"], against="path/to/model")
     refold.export("healed", "dense", to="dense")
 
@@ -36,6 +36,8 @@ _API = {
     "load_adapters": "refold.modeling.adapters",
     "load_model": "refold.modeling.load",
     "load_tokenizer": "refold.modeling.load",
+    "Mixture": "refold.data.mixture",
+    "from_documents": "refold.data.readers",
     "RefoldError": "refold.errors",
 }
 

@@ -11,7 +11,7 @@ import refold
 PUBLIC = {
     "analyse", "plan", "convert", "inspect", "heal", "evaluate", "generate", "export", "run",
     "Recipe", "HealStage", "HealOptions", "RunSettings", "AnalysisSettings", "Reference",
-    "load_adapters", "load_model", "load_tokenizer", "RefoldError",
+    "load_adapters", "load_model", "load_tokenizer", "RefoldError", "Mixture", "from_documents",
     "__version__",
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Measures a source in one streamed pass over its layers and two over its weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +17,18 @@ from refold.calibration.spectra import tie_spectra, tyings
 from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import Source, locate
 from refold.checkpoint.reader import CheckpointReader
+from refold.data.corpus import Data, open_text
+from refold.data.mixture import describe_one_kind
 from refold.data.packing import IGNORED, PackedSequence
-from refold.data.readers import DataSource, open_data
+from refold.data.readers import DataSource
 from refold.errors import DataError, SourceError
 from refold.modeling.load import load_tokenizer
 from refold.sources.measurements import MOMENTS_NAME, MeasuredText, Measurements, MomentSummary, Similarity
 from refold.sources.pieces import PieceReader
 from refold.sources.source_model import SourceModel, read_source_model, record_source
 
+TEXT_BYTES = 2**26
+"""Bytes of a generator or stream that are read."""
 RANDOM_NOTE = (
     "measured on random tokens, for want of text: influence on real text differs, give some with --data for figures to "
     "rely on"
@@ -64,7 +68,7 @@ class AnalysisSettings:
 def analyse(
     source: str | Path | Source,
     out: str | Path | None = None,
-    data: str | Path | Sequence[str | Path] | DataSource | None = None,
+    data: Data | None = None,
     *,
     settings: AnalysisSettings | None = None,
     overwrite: bool = False,
@@ -77,7 +81,7 @@ def analyse(
     Args:
         source: Folder or hub id.
         out: The folder to write: `measurements.json`, figures and `index.html`; None: nothing is written.
-        data: Text, jsonl or parquet files or folders; None: random tokens.
+        data: Text (see `refold.data.corpus`), best of several kinds with weights; None: random tokens.
         settings: What is measured, and on how much.
         overwrite: Replace a folder refold wrote.
         progress: Told steps done and steps in all.
@@ -95,7 +99,7 @@ def analyse(
     if located.headers(config_only=True) is None:
         raise SourceError(f"{located.where}: safetensors weights are required (only config.json is there)")
     model.check_tensors()
-    text = data if data is None or isinstance(data, DataSource) else open_data(data)
+    text = None if data is None else open_text(data, limit=TEXT_BYTES)
     if out is None:
         return _measure(model, text, settings, None, progress)
     with AtomicFolder(out, overwrite) as folder:
@@ -151,8 +155,12 @@ def _measure(
         similarity=Similarity(weights=weights, streams=distances.found()),
         spectra=spectra,
         moments=tuple(seen.summaries),
-        notes=() if text is not None else (RANDOM_NOTE,),
+        notes=tuple(note for note in (_describe(text),) if note is not None),
     )
+
+
+def _describe(text: DataSource | None) -> str | None:
+    return RANDOM_NOTE if text is None else describe_one_kind(text, "calibration")
 
 
 def _draw(

@@ -1,5 +1,6 @@
-"""Calibration text: drawn from all over a file, packed, and parted into what is fitted to and what is measured on."""
+"""Calibration text: sequences drawn from all over it, some to fit to and others to measure on."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from refold.data.mixture import Interleave, MixedSource
 from refold.data.packing import PackedSequence, PackedSequences, stack
 from refold.data.readers import DataSource
 from refold.data.tokens import TokenisedDocuments, tokenise
@@ -44,6 +46,8 @@ def pack_calibration(
 ) -> CalibrationText:
     """Packs calibration text; documents are kept apart by their positions.
 
+    Of a mixture with weights every part gives its share of the sequences, to the nearest whole one.
+
     Args:
         data: The text. The first tokens of it, in an order drawn by the seed, are read.
         tokenizer: Of the source.
@@ -53,8 +57,10 @@ def pack_calibration(
         seed: Which sequences.
 
     Raises:
-        DataError: The text is shorter than two sequences.
+        DataError: The text is shorter than two sequences, or a part of a mixture than its share.
     """
+    if isinstance(data, MixedSource) and data.weights is not None:
+        return _pack_mixture(data, Interleave(data.weights), tokenizer, sequence_length, num_fit, num_held_out, seed)
     wanted = num_fit + num_held_out
     tokens = tokenise(data, tokenizer, budget=READ_AHEAD * wanted * sequence_length, seed=seed)
     total = tokens.num_tokens // sequence_length
@@ -70,6 +76,56 @@ def pack_calibration(
         fit=_draw(tokens, 0, split, sequence_length, num_fit, seed),
         held_out=_draw(tokens, split, total, sequence_length, num_held_out, seed),
     )
+
+
+def _pack_mixture(
+    data: MixedSource,
+    interleave: Interleave,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    num_fit: int,
+    num_held_out: int,
+    seed: int,
+) -> CalibrationText:
+    """Packs each part by itself and deals its sequences to the places that are its own."""
+    counts = [
+        (interleave.among(part, num_fit), interleave.among(part, num_held_out)) for part in range(len(data.parts))
+    ]
+    packed: list[CalibrationText | None] = []
+    for part, (fit, held_out) in zip(data.parts, counts, strict=True):
+        if not fit and not held_out:
+            packed.append(None)
+            continue
+        found = pack_calibration(
+            part,
+            tokenizer,
+            sequence_length=sequence_length,
+            num_fit=fit,
+            num_held_out=held_out or 1,
+            seed=seed,
+        )
+        got = (0 if found.fit is None else len(found.fit.input_ids)), len(found.held_out.input_ids)
+        if got[0] < fit or got[1] < held_out:
+            raise DataError(
+                f"calibration: {fit + held_out} sequences of {sequence_length} tokens are required of {part.name} for "
+                f"its share (got {sum(got)}); give more of it, a smaller weight, or lower calibration.tokens"
+            )
+        packed.append(found)
+    fits = [None if each is None else each.fit for each in packed]
+    return CalibrationText(
+        fit=_deal(fits, interleave, num_fit) if num_fit else None,
+        held_out=_deal([None if each is None else each.held_out for each in packed], interleave, num_held_out),
+    )
+
+
+def _deal(parts: Sequence[PackedSequence | None], interleave: Interleave, count: int) -> PackedSequence:
+    rows = []
+    for place in range(count):
+        number, row = interleave.locate(place)
+        part = parts[number]
+        assert part is not None
+        rows.append(PackedSequence(*(column[row] for column in part)))
+    return stack(rows)
 
 
 def _draw(

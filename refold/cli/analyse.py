@@ -13,8 +13,9 @@ def command(
     source: options.SourceOption,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", "-d", help="Text, jsonl or parquet, or folders of them. Left out: random tokens."),
+        typer.Option("--data", "-d", help="Text, best of several kinds with weights: A=0.5. Left out: random tokens."),
     ] = None,
+    field: options.Field = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write: measurements.json, figures, index.html.")] = None,
     tokens: Annotated[str, typer.Option("--tokens", "-t", help="Tokens to run, from all over the text.")] = "16k",
     context: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 512,
@@ -33,7 +34,9 @@ def command(
     assert amount is not None
     settings = AnalysisSettings(amount, context, seed, moments, not no_spectra, device or "cpu")
     with progress("analysing", "steps") as report:
-        found = analyse(source, out, data or None, settings=settings, overwrite=overwrite, progress=report)
+        found = analyse(
+            source, out, options.locate_data(data, field), settings=settings, overwrite=overwrite, progress=report
+        )
     if json:
         print_json(found)
     else:

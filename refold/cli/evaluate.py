@@ -12,6 +12,7 @@ from refold.cli.show import print_json, progress
 def command(
     model: options.Model,
     data: options.DataOption,
+    field: options.Field = None,
     against: Annotated[
         str | None, typer.Option(help="Also compare with this model: agreement, KL, difference.")
     ] = None,
@@ -34,7 +35,7 @@ def command(
     with progress("evaluating", "windows") as report:
         found = evaluate(
             model,
-            data,
+            options.locate_data(data, field) or (),
             against=against,
             context=context,
             stride=stride,

@@ -37,6 +37,9 @@ def print_evaluation(found: Evaluation) -> None:
         )
         print(f"\ndifference {with_error(other.difference, other.difference_error, '+')} bits per byte", end=", ")
         print(f"same likeliest token {other.agreement:.2%}, KL {other.kl:.4f} nats per token")
+    if found.kinds:
+        print()
+        _print_kinds(found)
     if found.exits:
         print()
         rows = [
@@ -55,3 +58,23 @@ def print_evaluation(found: Evaluation) -> None:
     part = "" if found.is_whole_data else f", the first {found.max_tokens:,} tokens only"
     print(f"\n{found.documents:,} documents, {found.tokens:,} tokens, {found.bytes:,} bytes{part}; ", end="")
     print(f"windows of {found.context} tokens, stride {found.stride}; {found.tokens_per_second:,.0f} tokens/s")
+
+
+def _print_kinds(found: Evaluation) -> None:
+    is_compared = found.against is not None
+    columns = ("kind of text", "bits per byte", "accuracy", "tokens")
+    rows = [
+        (
+            kind.name,
+            with_error(kind.bits_per_byte, kind.bits_per_byte_error),
+            f"{kind.accuracy:.2%}",
+            f"{kind.tokens:,}",
+            *(
+                (with_error(kind.difference or 0.0, kind.difference_error, "+"), f"{kind.kl:.4f}")
+                if is_compared
+                else ()
+            ),
+        )
+        for kind in found.kinds
+    ]
+    print_table((*columns, "difference", "KL") if is_compared else columns, rows)

@@ -1,6 +1,5 @@
 """`refold heal`: train what a fold broke."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +12,7 @@ def command(
     model: options.Model,
     out: options.Out,
     data: options.TrainingDataOption,
+    field: options.Field = None,
     tokens: Annotated[
         str | None, typer.Option("--tokens", "-t", help="Training tokens of all stages, such as 20M.")
     ] = None,
@@ -36,7 +36,7 @@ def command(
         int | None, typer.Option(help="Seed of the order of the data. Left out: the recipe's, else 0.")
     ] = None,
     held_out: Annotated[
-        list[Path] | None, typer.Option(help="Text that is measured at intervals and not trained on. Repeatable.")
+        list[str] | None, typer.Option(help="Text that is measured at intervals and not trained on. Repeatable.")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Folder or hub id. Left out: what MODEL was folded from.")] = None,
     teacher_tokens: Annotated[
@@ -60,6 +60,7 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Train a folded model, or any model, stage by stage. Interrupted, the same command goes on where it was."""
+    from refold.data.corpus import describe_training
     from refold.errors import HealError
     from refold.healing.heal import heal
     from refold.healing.probe import probe
@@ -82,18 +83,22 @@ def command(
         changes={key: value for key, value in changes.items() if value is not None},
         overrides=set_ or (),
     )
+    texts, measured = options.locate_data(data, field) or [], options.locate_data(held_out, field)
     if sweep not in (None, "lr"):
         raise HealError(f"--sweep: lr is required (got '{sweep}')")
     if dry_run:
-        estimate = probe(model, data, stages, held_out=held_out, teacher=teacher, device=device, quiet=True)
+        estimate = probe(model, texts, stages, held_out=measured, teacher=teacher, device=device, quiet=True)
         print_json({**vars(estimate), "line": estimate.line}) if json else print(estimate.line)
         return
+    if is_first_process():
+        for line in describe_training(texts, stages[0].data if stages else "text"):
+            note(line)
     found = heal(
         model,
         out,
-        data,
+        texts,
         stages,
-        held_out=held_out,
+        held_out=measured,
         teacher=teacher,
         device=device,
         overwrite=overwrite,

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,15 +19,19 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one recipe key: `fold.loops=3`.")
 ]
 DataOption = Annotated[
-    list[str], typer.Option("--data", "-d", help="Text, jsonl or parquet files, or folders of them. Repeatable.")
+    list[str],
+    typer.Option("--data", "-d", help="Text, JSON lines, CSV or parquet, or folders. Repeatable: each is reported."),
 ]
 TrainingDataOption = Annotated[
     list[str],
     typer.Option(
         "--data",
         "-d",
-        help="Text, jsonl or parquet, or folders of them; hf://org/name; with =WEIGHT parts of a mixture. Repeatable.",
+        help="Text, JSON lines, CSV, parquet, folders, hf://org/name; several kinds with weights: A=0.7. Repeatable.",
     ),
+]
+Field = Annotated[
+    str | None, typer.Option("--field", help="JSON field, or CSV or parquet column, with the text. Left out: text.")
 ]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Left out: the best one there is.")]
 Dtype = Annotated[
@@ -46,6 +50,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def command_line() -> str:
     """The command as typed, for the provenance."""
     return shlex.join(["refold", *sys.argv[1:]])
+
+
+def locate_data(data: list[str] | None, field: str | None) -> list[Any] | None:
+    """Returns data as typed, each with the field that holds its text."""
+    if not data:
+        return None
+    from refold.data.location import parse_location
+
+    return [parse_location(each, field) for each in data]
 
 
 def parse_amount(text: str | None) -> int | None:

@@ -12,14 +12,15 @@ from refold.cli.show import note, print_json
 def command(
     source: options.SourceOption,
     out: Annotated[Path, typer.Argument(help="Run folder. The same command again goes on where it was interrupted.")],
-    data: options.DataOption,
+    data: options.TrainingDataOption,
+    field: options.Field = None,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Built-in name or YAML file.")] = "relaxed",
     set_: options.Set = None,
     tokens: Annotated[
         str | None, typer.Option("--tokens", "-t", help="Healing tokens, such as 20M; 0: none. Left out: the recipe's.")
     ] = None,
     held_out: Annotated[
-        list[Path] | None, typer.Option(help="Text to evaluate on. Left out: a fiftieth of --data is kept for that.")
+        list[str] | None, typer.Option(help="Text to evaluate on. Left out: a fiftieth of --data is kept for that.")
     ] = None,
     baseline: Annotated[
         list[str] | None,
@@ -50,9 +51,9 @@ def command(
         source,
         out,
         recipe,
-        data,
+        options.locate_data(data, field) or (),
         set_ or (),
-        held_out=held_out,
+        held_out=options.locate_data(held_out, field),
         settings=settings,
         allow_larger=allow_larger,
         command=options.command_line(),

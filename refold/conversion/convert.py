@@ -27,7 +27,9 @@ from refold.conversion.measured import (
 )
 from refold.conversion.sequential import FittedTensors, SequentialFitter
 from refold.conversion.target_tensors import TargetBuilder
-from refold.data.readers import DataSource, open_data
+from refold.data.corpus import Data, open_text
+from refold.data.mixture import describe_one_kind
+from refold.data.readers import DataSource
 from refold.errors import RecipeError, SourceError
 from refold.modeling.configuration import RefoldConfig
 from refold.planning.approximation import require_text, stored_maps
@@ -40,6 +42,8 @@ from refold.sources.source_model import read_source_model
 
 SCRATCH_NAME = "measured"
 """Folder for what is measured, inside the one that is being made, so that a kill leaves nothing behind."""
+CALIBRATION_BYTES = 2**26
+"""Bytes of a generator or stream that are read as calibration text."""
 PASSED_ON = ("bos_token_id", "eos_token_id", "pad_token_id")
 Progress = Callable[[int, int], None]
 """Called with steps done and steps in all: tensors written, and layers whose approximation is measured."""
@@ -51,7 +55,7 @@ def convert(
     recipe: RecipeLike = None,
     overrides: Sequence[str] = (),
     *,
-    calibration: str | Path | Sequence[str | Path] | DataSource | None = None,
+    calibration: Data | None = None,
     measurements: str | Path | None = None,
     overwrite: bool = False,
     allow_larger: bool = False,
@@ -66,10 +70,10 @@ def convert(
         destination: The folder to write: there whole afterwards, or not at all.
         recipe: Built-in name, YAML file, mapping or Recipe; None for the identity.
         overrides: `key.path=value` strings.
-        calibration: Text, jsonl or parquet files or folders: what errors of fitted linears are weighed by, what maps
-            with `fit: calibration` are fitted to, every approximation of attention is measured on, and, without
-            `measurements`, what is dropped by similarity follows from. None: approximations are measured on random
-            inputs.
+        calibration: Text (see `refold.data.corpus`), best of several kinds with weights: `["books.parquet=0.5",
+            "docs.parquet=0.5"]`. Errors of fitted linears are weighted by it, maps with `fit: calibration` are fitted
+            to it, every approximation of attention is measured on it, and without `measurements` layers are dropped
+            by their similarity on it. None: approximations are measured on random inputs.
         measurements: What `analyse` wrote of the source: the folder, or its `measurements.json`. Moments stored there
             weigh errors by activations where there is no calibration text.
         overwrite: Replace a folder refold wrote.
@@ -97,7 +101,7 @@ def convert(
             "fitted to some); leave it out, set relax.weight, factor.weight or drop.block.by, or take a mixer of type "
             "linear_attention"
         )
-    text = calibration if calibration is None or isinstance(calibration, DataSource) else open_data(calibration)
+    text = None if calibration is None else open_text(calibration, limit=CALIBRATION_BYTES)
     moments = stored_moments(measurements) if text is None and plan.recipe.weight == "activations" else None
     return carry_out(plan, located, destination, overwrite, device, command, progress, text, moments)
 
@@ -172,6 +176,8 @@ def carry_out(
         if used_text:
             assert calibration is not None
             said.append(Note(text=f"calibration text: {calibration.name}"))
+            if (price := describe_one_kind(calibration, "calibration")) is not None:
+                said.append(Note(text=price))
         if not companions.has_tokenizer:
             said.append(Note(text="the source has no tokenizer: none was copied"))
         found = {"kept_energy": builder.kept_energy, "approximation": fitter.approximation, "notes": tuple(said)}

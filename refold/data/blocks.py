@@ -3,7 +3,7 @@
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, Literal, TypeVar
@@ -12,12 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from refold.data.chat import Conversation, read_conversation
+from refold.data.kinds import LONGEST_RECORD
 from refold.errors import DataError
 from refold.suggest import did_you_mean
 
 Form = Literal["text", "chat"]
 Document = str | Conversation
+_SHOWN = 12
 DEFAULT_NAMES: dict[Form, str] = {"text": "text", "chat": "messages"}
+
+
+class OtherContentError(DataError):
+    """A file or row holds something else than documents: in a folder it is skipped, and listed."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,18 @@ class Field:
             DataError: the row lacks the field, or `read` refuses it.
         """
         if self.name not in row:
-            hint = did_you_mean(self.name, row)
-            raise DataError(f"{where}: {self.noun} '{self.name}' is required (got {sorted(row)}){hint}")
+            raise self.missing(row, where)
         return self.read(row[self.name], where)
+
+    def missing(self, names: Iterable[str], where: str) -> OtherContentError:
+        """Words the error of a row or file that has other fields."""
+        legal = sorted(str(name) for name in names)
+        shown = [name[:40] for name in legal[:_SHOWN]]
+        more = f" and {len(legal) - _SHOWN} more" if len(legal) > _SHOWN else ""
+        return OtherContentError(
+            f"{where}: {self.noun} '{self.name}' is required (got {shown}{more}){did_you_mean(self.name, legal)}; name "
+            f"the one that holds the {'messages' if self.form == 'chat' else 'text'}: --field NAME, or FILE?field=NAME"
+        )
 
     def read(self, value: object, where: str) -> Document:
         """Returns the document that a value of the field is.
@@ -58,20 +73,29 @@ class Field:
         """
         if self.form == "chat":
             return read_conversation(value, f"{where}: {self.noun} '{self.name}'")
+        return self.read_value(value, f"{where}: {self.noun} '{self.name}'")
+
+    def read_value(self, value: object, where: str) -> str:
+        """Returns a text as it is.
+
+        Raises:
+            DataError: it is not a string of Unicode text.
+        """
         if not isinstance(value, str):
             got = "null" if value is None else type(value).__name__
-            raise DataError(f"{where}: {self.noun} '{self.name}' must be a string (got {got})")
+            raise DataError(f"{where} must be a string (got {got})")
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where}: {self.noun} '{self.name}' must be Unicode text (got a lone surrogate)"
-            ) from error
+            raise DataError(f"{where} must be Unicode text (got a lone surrogate)") from error
         return value
 
 
 D = TypeVar("D", covariant=True)
 """What the documents are: texts or conversations."""
+
+BROKEN_PARQUET = (pa.ArrowException, OSError, ValueError, KeyError, MemoryError)
+"""Errors of reading a parquet file that is truncated or damaged."""
 
 _TEXT_CUT_BYTES = 2**16  # how far past a block's nominal end a text file is searched for a line end
 
@@ -82,6 +106,10 @@ class Block(ABC, Generic[D]):
     @abstractmethod
     def documents(self) -> Sequence[D]:
         """Returns the documents of this block in file order."""
+
+    def parts(self) -> Iterator[Sequence[D]]:
+        """Yields the documents in file order, as many at a time as may be in memory together."""
+        yield self.documents()
 
 
 @dataclass(frozen=True)
@@ -114,7 +142,7 @@ class TextBlock(Block[str]):
             DataError: the bytes are not UTF-8, or the file cannot be read.
         """
         offset, raw = _read_range(self.path, self.start, self.stop, _TEXT_CUT_BYTES)
-        text = _decode(self.path, offset, raw)
+        text = decode(self.path, offset, raw)
         return [text] if text else []
 
 
@@ -137,7 +165,7 @@ class JsonLinesBlock(Block[Document]):
         texts = []
         begin = 0
         for line in raw.split(b"\n"):
-            text = _decode(self.path, offset + begin, line)
+            text = decode(self.path, offset + begin, line)
             if text.strip():
                 texts.append(self._document(text, offset + begin))
             begin += len(line) + 1
@@ -145,16 +173,10 @@ class JsonLinesBlock(Block[Document]):
 
     def _document(self, line: str, offset: int) -> Document:
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{self._where(offset)}: a JSON object is required (got {line[:40]!r}: {error})") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{self._where(offset)}: a JSON object is required (got {type(row).__name__})")
-        try:
-            return self.field.read_row(row, f"{self.path}: byte {offset}")
+            return read_json_row(line, self.field, f"{self.path}: byte {offset}")
         except DataError:
             # Again, with the line's number: it is found by reading all that stands before.
-            return self.field.read_row(row, self._where(offset))
+            return read_json_row(line, self.field, self._where(offset))
 
     def _where(self, offset: int) -> str:
         with self.path.open("rb") as file:
@@ -175,15 +197,69 @@ class ParquetBlock(Block[Document]):
         Raises:
             DataError: a row holds no document or is not UTF-8, or the file cannot be read.
         """
-        where = f"{self.path}: row group {self.row_group}"
         try:
-            table = pq.ParquetFile(self.path).read_row_group(self.row_group, columns=[self.field.name])
-            values = table.column(self.field.name).to_pylist()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: column '{self.field.name}' must be UTF-8 text ({error.reason})") from error
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{where}: a readable parquet file is required ({first_line(error)})") from error
-        return [self.field.read(value, f"{where}, row {row}") for row, value in enumerate(values)]
+            file = pq.ParquetFile(self.path)
+        except BROKEN_PARQUET as error:
+            raise unreadable_group(self.path, self.row_group, error) from error
+        return parquet_documents(file, self.row_group, self.field, self.path)
+
+
+def read_json_row(line: str, field: Field, where: str) -> Document:
+    """Returns the document of a row of JSON.
+
+    Raises:
+        DataError: it is not JSON, not an object, or lacks a document in its field.
+    """
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise DataError(f"{where}: a JSON object is required (got one nested too deep)") from None
+    except ValueError as error:
+        raise DataError(f"{where}: a JSON object is required (got {line[:40]!r}: {str(error)[:80]})") from error
+    if not isinstance(row, dict):
+        raise OtherContentError(f"{where}: a JSON object is required (got {type(row).__name__})")
+    return field.read_row(row, where)
+
+
+def check_column(schema: pa.Schema, field: Field, path: Path) -> None:
+    """Checks that a parquet file has a column that can hold documents.
+
+    Raises:
+        DataError: the column is missing, or holds something else.
+    """
+    if field.name not in schema.names:
+        raise field.missing(schema.names, str(path))
+    kind = schema.field(field.name).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    types = pa.types
+    if field.form == "text" and not (
+        types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    ):
+        raise OtherContentError(f"{path}: column '{field.name}' must hold strings (got {kind})")
+    if field.form == "chat" and not (types.is_list(kind) or types.is_large_list(kind)):
+        raise OtherContentError(f"{path}: column '{field.name}' must hold lists of messages (got {kind})")
+
+
+def parquet_documents(file: pq.ParquetFile, group: int, field: Field, path: Path) -> list[Document]:
+    """Returns the documents of one row group.
+
+    Raises:
+        DataError: a row holds no document or is not UTF-8, or the file cannot be read.
+    """
+    try:
+        values = file.read_row_group(group, columns=[field.name]).column(field.name).to_pylist()
+    except UnicodeDecodeError as error:
+        where = f"{path}: row group {group}"
+        raise DataError(f"{where}: column '{field.name}' must be UTF-8 text ({error.reason})") from error
+    except BROKEN_PARQUET as error:
+        raise unreadable_group(path, group, error) from error
+    return [field.read(value, f"{path}: row group {group}, row {row}") for row, value in enumerate(values)]
+
+
+def unreadable_group(path: Path, group: int, error: BaseException) -> DataError:
+    """Words an error of reading parquet."""
+    return DataError(f"{path}: row group {group}: a readable parquet file is required ({first_line(error)})")
 
 
 def _read_range(path: Path, start: int, stop: int, search: int | None) -> tuple[int, bytes]:
@@ -203,7 +279,11 @@ def _cut(file: BinaryIO, offset: int, size: int, search: int | None) -> int:
     if offset <= 0 or offset >= size:
         return min(max(offset, 0), size)
     file.seek(offset - 1)
-    line = file.readline(-1 if search is None else search)
+    line = file.readline(LONGEST_RECORD + 1 if search is None else search)
+    if search is None and len(line) > LONGEST_RECORD:
+        raise DataError(
+            f"{file.name}: byte {offset}: a line must be at most {LONGEST_RECORD:,} bytes long; cut it into rows"
+        )
     if search is None or line.endswith(b"\n"):
         return min(offset - 1 + len(line), size)
     nearby = line[1:5]
@@ -211,7 +291,12 @@ def _cut(file: BinaryIO, offset: int, size: int, search: int | None) -> int:
     return offset + next(starts, len(nearby))
 
 
-def _decode(path: Path, offset: int, raw: bytes) -> str:
+def decode(path: Path, offset: int, raw: bytes) -> str:
+    """Decodes the bytes of a file from an offset on; a byte order mark at the beginning is dropped.
+
+    Raises:
+        DataError: they are not UTF-8.
+    """
     if offset == 0 and raw.startswith(b"\xef\xbb\xbf"):
         raw, offset = raw[3:], 3
     try:
@@ -224,6 +309,6 @@ def _decode(path: Path, offset: int, raw: bytes) -> str:
         ) from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the part of a library's message that fits into ours."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0][:200]

@@ -56,23 +56,35 @@ class Location:
     weight: float | None = None
 
 
-def parse_location(text: str) -> Location:
+def parse_location(text: str, field: str | None = None) -> Location:
     """Takes one string apart by this module's rule.
+
+    Args:
+        text: as written.
+        field: of the document where the string names none.
 
     Raises:
         DataError: it has another scheme or option, or a part of it is missing.
     """
-    if Path(text).exists():
-        return Location(Path(text))
+    if exists(text):
+        return Location(Path(text), field)
     head, sign, tail = text.rpartition("=")
     if sign and _WEIGHT.fullmatch(tail):
-        bare = parse_location(head)
-        if bare.weight is not None and not Path(head).exists():
+        bare = parse_location(head, field)
+        if bare.weight is not None and not exists(head):
             raise DataError(f"{text}: one weight is required (got two)")
         return Location(bare.place, bare.field, float(tail))
     place, sign, options = text.partition("?")
-    field = _field(text, options) if sign else None
+    field = _field(text, options) if sign else field
     return Location(_hub_name(place) if "://" in place else Path(place), field)
+
+
+def exists(text: str) -> bool:
+    """Whether a string is the path of something; one that cannot be a path is not."""
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _field(text: str, options: str) -> str:

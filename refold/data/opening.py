@@ -1,31 +1,24 @@
 """Opens training data."""
 
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from refold.data.blocks import Field, Form
+from refold.data.blocks import Form
 from refold.data.chat import ChatEncoder
+from refold.data.corpus import MOST_BYTES_PER_TOKEN, Data, open_together, weighted_parts
 from refold.data.encoder import Encoder, TextEncoder
-from refold.data.location import HubName, Location, open_dataset, open_hub, parse_location
-from refold.data.mixture import Interleave, MixedData, Mixture
-from refold.data.readers import DataSource, open_data
-from refold.data.streams import DatasetStream, DocumentStream, IterableStream
+from refold.data.mixture import Interleave, MixedData
+from refold.data.readers import DataSource
+from refold.data.spool import SPOOL_BYTES
+from refold.data.streams import DocumentStream
 from refold.data.training_data import WINDOW_TOKENS, StoredData, StreamedData, TrainingData, store
 from refold.errors import DataError
 
-DataArgument = str | Path | DataSource | DocumentStream | Mixture | Iterable[Any]
-"""What can be data: a string (`refold.data.location` has the spellings) or path; an opened source or stream; a mixture;
-a `datasets.Dataset` or `datasets.IterableDataset`; a list of all these; any other object that gives texts, or lists of
-messages, whenever it is iterated."""
-
 
 def open_training_data(
-    data: DataArgument,
+    data: Data,
     tokenizer: PreTrainedTokenizerBase,
     *,
     context: int,
@@ -77,7 +70,8 @@ def open_training_data(
                 cache_folder=cache_folder,
                 vocab_size=vocab_size,
                 workers=workers,
-                window_tokens=window_tokens,
+                # A window past the budget would be encoded and never read.
+                window_tokens=window_tokens if budget is None else max(context, min(window_tokens, budget)),
             )
         shards = store(
             part,
@@ -91,91 +85,14 @@ def open_training_data(
         shards.require_vocabulary(vocab_size)
         return StoredData(shards, context, seed)
 
-    parts = _weighted_parts(data)
+    limit = SPOOL_BYTES if budget is None else min(SPOOL_BYTES, MOST_BYTES_PER_TOKEN * budget + 2**20)
+    parts = weighted_parts(data, form)
     if len(parts) == 1:
-        return open_part(_one_source(parts[0][0], form), budget)
+        return open_part(open_together(parts[0][0], form, limit), budget)
     interleave = Interleave([weight for _, weight in parts])
     budgets: list[int | None] = [None] * len(parts)
     if budget is not None:
         num_sequences = -(-budget // context)
         budgets = [context * interleave.most(number, num_sequences) for number in range(len(parts))]
-    sources = [_one_source(part, form) for part, _ in parts]
+    sources = [open_together(part, form, limit) for part, _ in parts]
     return MixedData([open_part(*each) for each in zip(sources, budgets, strict=True)], interleave)
-
-
-def _weighted_parts(data: Any) -> list[tuple[list[Any], float]]:
-    """Returns lists of things that make up one source each, with weights; strings are taken apart."""
-    if isinstance(data, Mixture):
-        found = [(_entries(part), float(weight)) for part, weight in data.parts]
-        if not found:
-            raise DataError("data: a mixture of at least one part is required (got none)")
-        Interleave([weight for _, weight in found])
-        return found
-    entries = _entries(data)
-    weights = [entry.weight if isinstance(entry, Location) else None for entry in entries]
-    if all(weight is None for weight in weights):
-        return [(entries, 1.0)]
-    if None in weights:
-        raise DataError("data: weights for all parts or for none are required (got some); add `=WEIGHT` to the others")
-    found = [([entry], weight) for entry, weight in zip(entries, weights, strict=True) if weight is not None]
-    Interleave([weight for _, weight in found])
-    return found
-
-
-def _entries(data: Any) -> list[Any]:
-    given = data if isinstance(data, list | tuple) else [data]
-    if not given:
-        raise DataError("data: at least one file or data set is required (got an empty list)")
-    return [parse_location(each) if isinstance(each, str) else each for each in given]
-
-
-def _one_source(entries: Sequence[Any], form: Form) -> DataSource | DocumentStream:
-    """Opens what makes up one source; neighbouring files become one list of blocks."""
-    opened: list[DataSource | DocumentStream] = []
-    for field, group in groupby(entries, _field_of_path):
-        if field is None:
-            opened += [_open(entry, form) for entry in group]
-        else:
-            paths: list[Any] = [entry.place if isinstance(entry, Location) else entry for entry in group]
-            opened.append(open_data(paths, field=field or None, form=form))
-    if len(opened) == 1:
-        return opened[0]
-    blocks: list[Any] = []
-    for source in opened:
-        if isinstance(source, DocumentStream):
-            raise DataError(
-                f"{source.name}: weights are required for a stream beside other data (got none); give all parts weights"
-            )
-        blocks += source.blocks
-    name = ", ".join(source.name for source in opened)
-    return DataSource(tuple(blocks), repr([source.identity for source in opened]), name)
-
-
-def _field_of_path(entry: Any) -> str | None:
-    """Returns which field a path is read with, empty for the usual one; None for what is no path."""
-    if isinstance(entry, Path):
-        return ""
-    if isinstance(entry, Location) and isinstance(entry.place, Path):
-        return entry.field or ""
-    return None
-
-
-def _open(entry: Any, form: Form) -> DataSource | DocumentStream:
-    if isinstance(entry, DataSource | DocumentStream):
-        return entry
-    if isinstance(entry, Location):
-        assert isinstance(entry.place, HubName)
-        return open_hub(entry.place, Field.of(entry.field, form))
-    field = Field.of(None, form)
-    datasets = sys.modules.get("datasets")  # who has one of its objects has imported it
-    if datasets is not None:
-        if isinstance(entry, datasets.Dataset):
-            return open_dataset(entry, field, "data set in memory")
-        if isinstance(entry, datasets.IterableDataset):
-            return DatasetStream(entry, field, "streamed data set")
-        if isinstance(entry, datasets.DatasetDict | datasets.IterableDatasetDict):
-            raise DataError(f"data: one split is required (got a dict of {sorted(entry)}); give `data['train']`")
-    if isinstance(entry, Iterable):
-        return IterableStream(entry, field)
-    got = type(entry).__name__
-    raise DataError(f"data: a path, a source, a data set or an iterable of texts is required (got {got})")

@@ -1,25 +1,41 @@
-"""Text, jsonl and parquet as data sources: lists of blocks in any order."""
+"""Files, folders and texts in memory as data sources: lists of blocks in any order."""
 
 import hashlib
 import json
-import os
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from refold.data.blocks import Block, D, Field, Form, JsonLinesBlock, MemoryBlock, ParquetBlock, TextBlock, first_line
+from refold.data.blocks import (
+    BROKEN_PARQUET,
+    Block,
+    D,
+    Document,
+    Field,
+    Form,
+    JsonLinesBlock,
+    MemoryBlock,
+    ParquetBlock,
+    TextBlock,
+    check_column,
+    first_line,
+)
+from refold.data.chat import Conversation
+from refold.data.folder_walk import walk
+from refold.data.kinds import FileKind, recognise, require_file
+from refold.data.sequential import SequentialBlock
 from refold.errors import DataError
-from refold.suggest import did_you_mean
-
-KNOWN_EXTENSIONS = (".txt", ".md", ".py", ".jsonl", ".parquet")
-"""What a folder is searched for. A file named by itself may have any other extension, and is then plain text."""
 
 BLOCK_BYTES = 4 * 2**20
+PART_BLOCKS = 16
+"""A file that can be read only from its beginning is shuffled in parts of so many blocks' size."""
+
+logger = logging.getLogger("refold")
 
 
 @dataclass(frozen=True)
@@ -31,27 +47,40 @@ class DataSource(Generic[D]):
         identity: a text that changes when the documents may have changed (names, sizes and modification times of files;
             a digest of texts in memory). Key of caches.
         name: for messages.
+        files: what is read, where it lies in files.
     """
 
     blocks: tuple[Block[D], ...]
     identity: str
     name: str
+    files: tuple[Path, ...] = ()
+
+    @classmethod
+    def join(cls, sources: "Sequence[DataSource[Any]]") -> "DataSource[Any]":
+        """Puts sources end to end."""
+        return DataSource(
+            tuple(block for source in sources for block in source.blocks),
+            repr([source.identity for source in sources]),
+            ", ".join(source.name for source in sources),
+            tuple(file for source in sources for file in source.files),
+        )
 
     def documents(self, seed: int | None = None, epoch: int = 0) -> Iterator[D]:
         """Yields every document that is not empty, once.
 
         Args:
-            seed: blocks, and documents within each block, come in an order drawn from (seed, epoch); None: file order.
+            seed: blocks, and documents within each part of a block, come in an order drawn from (seed, epoch); None:
+                file order.
             epoch: another epoch is another order.
 
         Raises:
             DataError: as the blocks do.
         """
         for index in _order(len(self.blocks), seed, epoch, 0):
-            documents = self.blocks[index].documents()
-            for position in _order(len(documents), seed, epoch, 1 + index):
-                if documents[position]:
-                    yield documents[position]
+            for number, documents in enumerate(self.blocks[index].parts()):
+                for position in _order(len(documents), seed, epoch, 1 + index, *([number] if number else [])):
+                    if documents[position]:
+                        yield documents[position]
 
 
 def open_data(
@@ -63,103 +92,117 @@ def open_data(
 ) -> DataSource[Any]:
     """Opens files and folders as one data source; file contents are read later, block by block.
 
-    Folders are walked in sorted order for `KNOWN_EXTENSIONS`; hidden names are left out.
+    `refold.data.kinds` says which kinds of files there are. Folders are walked in sorted order; where they hold other
+    things than data, or data of several kinds, a line on stderr lists them.
 
     Args:
-        paths: files (`.jsonl`, `.parquet`, anything else is plain text) and folders.
-        field: the jsonl field and parquet column that holds the document; None: `text`, or `messages` for chat.
+        paths: files and folders.
+        field: the JSON field, and the CSV, parquet and data set column, that holds the document; None: `text`, or
+            `messages` for chat.
         form: whether documents are texts or conversations.
-        block_bytes: nominal size of a block of text and jsonl. Parquet has its row groups.
+        block_bytes: nominal size of a block of text and JSON lines. Parquet has its row groups.
 
     Raises:
-        DataError: a path is missing, unreadable, or a folder without known files; everything is empty; a parquet file
-            is broken or lacks the column; conversations are asked of plain text.
+        DataError: a path is missing, unreadable, of a kind that is not read, or a folder without data; everything is
+            empty; a file is broken, or its first row lacks the field; conversations are asked of plain text or CSV.
     """
-    given = [paths] if isinstance(paths, str | Path) else paths
-    files = [file for path in given for file in _files(Path(path))]
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    return open_paths(given, field=field, form=form, block_bytes=block_bytes)[0]
+
+
+def open_paths(
+    paths: Sequence[str | Path], *, field: str | None = None, form: Form = "text", block_bytes: int = BLOCK_BYTES
+) -> tuple[DataSource[Any], tuple[DataSource[Any], ...]]:
+    """Opens paths as one source and each that is not empty as another; see `open_data`."""
     wanted = Field.of(field, form)
-    blocks: list[Block[Any]] = []
-    identity: list[Any] = [wanted.name, block_bytes] if form == "text" else [wanted.name, block_bytes, form]
-    for path in files:
-        try:
-            status = path.stat()
-            identity.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
-            blocks += _blocks(path, status.st_size, wanted, block_bytes)
-        except OSError as error:
-            raise DataError(f"{path}: a readable file is required ({error.strerror or error})") from error
-    name = ", ".join(str(path) for path in given)
+    head: list[Any] = [wanted.name, block_bytes] if form == "text" else [wanted.name, block_bytes, form]
+    parts: list[DataSource[Any]] = []
+    entries: list[Any] = []
+    for path in map(Path, paths):
+        folder = walk(path, wanted)
+        if folder.says_more:
+            logger.warning("data: %s", folder.line)
+        opened = [_open_file(file, wanted, block_bytes) for file in folder.files]
+        blocks = tuple(block for _, blocks in opened for block in blocks)
+        own = [entry for entry, _ in opened]
+        entries += own
+        parts.append(DataSource(blocks, json.dumps([*head, *own]), str(path), folder.files))
+    name = ", ".join(part.name for part in parts)
+    blocks = tuple(block for part in parts for block in part.blocks)
     if not blocks:
         raise DataError(f"data: at least one document is required (got none in {name or 'an empty list of paths'})")
-    return DataSource(tuple(blocks), json.dumps(identity), name)
+    files = tuple(file for part in parts for file in part.files)
+    whole = DataSource(blocks, json.dumps([*head, *entries]), name, files)
+    return whole, tuple(part for part in parts if part.blocks)
 
 
-def from_documents(documents: Iterable[str], *, name: str = "documents in memory") -> DataSource[str]:
-    """Makes a data source of texts in memory.
+def _open_file(path: Path, field: Field, block_bytes: int) -> tuple[list[Any], Sequence[Block[Any]]]:
+    """Returns what stands for a file in the identity, and its blocks."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: a readable file is required ({error.strerror or error})") from error
+    entry: list[Any] = [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    if not status.st_size:
+        require_file(path)
+        return entry, ()
+    kind = recognise(path, field)
+    # The kinds that a file had by its ending alone, before there were more of them, are not named.
+    if kind.reads_from_start or kind.layout != {".parquet": "parquet", ".jsonl": "json_lines"}.get(path.suffix, "text"):
+        entry += [str(kind), kind.delimiter]
+    return entry, _blocks(path, status.st_size, kind, field, block_bytes)
+
+
+def from_documents(documents: Iterable[Document], *, name: str = "documents in memory") -> DataSource[Any]:
+    """Makes a data source of texts, or of checked conversations, in memory.
+
+    Args:
+        documents: read once.
+        name: for messages and results.
 
     Raises:
-        DataError: there is no text in them.
+        DataError: there is no text in them, or one is no string of Unicode text.
     """
-    texts = tuple(documents)
+    texts = tuple(
+        each if isinstance(each, Conversation) else Field("text").read_value(each, f"{name}: document {number}")
+        for number, each in enumerate(documents)
+    )
     if not any(texts):
         raise DataError(f"data: at least one document that is not empty is required (got {len(texts)} in {name})")
     digest = hashlib.sha256()
     for text in texts:
-        raw = text.encode()
+        raw = text.encode() if isinstance(text, str) else json.dumps(text.messages).encode()
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return DataSource((MemoryBlock(texts),), digest.hexdigest(), name)
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        found = []
-        for folder, folders, names in os.walk(path):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            found += [
-                Path(folder, name)
-                for name in sorted(names)
-                if name.endswith(KNOWN_EXTENSIONS) and not name.startswith(".")
-            ]
-        if not found:
-            raise DataError(f"{path}: files ending in {', '.join(KNOWN_EXTENSIONS)} are required (got none)")
-        return found
-    if not path.exists():
-        raise DataError(f"{path}: an existing file or folder is required (got nothing there)")
-    return [path]
-
-
-def _blocks(path: Path, size: int, field: Field, block_bytes: int) -> Sequence[Block[Any]]:
-    if size == 0:
-        return []
-    if path.suffix == ".parquet":
+def _blocks(path: Path, size: int, kind: FileKind, field: Field, block_bytes: int) -> Sequence[Block[Any]]:
+    if field.form == "chat" and kind.layout in ("text", "csv"):
+        raise DataError(f"{path}: JSON lines or parquet is required for conversations (got {kind})")
+    if kind.layout in ("csv", "parquet"):
+        field = replace(field, noun="column")
+    if kind.reads_from_start:
+        block = SequentialBlock(path, kind, field, block_bytes, PART_BLOCKS * block_bytes)
+        block.peek()
+        return [block]
+    if kind.layout == "parquet":
         return _parquet_blocks(path, field)
-    with path.open("rb"):  # permission is checked now and not an hour later
-        ranges = [(start, min(start + block_bytes, size)) for start in range(0, size, block_bytes)]
-    if path.suffix == ".jsonl":
-        return [JsonLinesBlock(path, start, stop, field) for start, stop in ranges]
-    if field.form == "chat":
-        raise DataError(f"{path}: jsonl or parquet is required for conversations (got plain text)")
-    return [TextBlock(path, start, stop) for start, stop in ranges]
+    make = JsonLinesBlock if kind.layout == "json_lines" else None
+    ranges = [(start, min(start + block_bytes, size)) for start in range(0, size, block_bytes)]
+    return [make(path, *each, field) if make else TextBlock(path, *each) for each in ranges]
 
 
 def _parquet_blocks(path: Path, field: Field) -> Sequence[Block[Any]]:
     try:
         file = pq.ParquetFile(path)
-    except pa.ArrowException as error:
+        schema = file.schema_arrow
+    except BROKEN_PARQUET as error:
         raise DataError(f"{path}: a readable parquet file is required ({first_line(error)})") from error
-    schema = file.schema_arrow
-    if field.name not in schema.names:
-        hint = did_you_mean(field.name, schema.names)
-        raise DataError(f"{path}: column '{field.name}' is required (got {schema.names}){hint}")
-    kind = schema.field(field.name).type
-    if field.form == "text" and not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise DataError(f"{path}: column '{field.name}' must hold strings (got {kind})")
-    if field.form == "chat" and not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        raise DataError(f"{path}: column '{field.name}' must hold lists of messages (got {kind})")
-    column = replace(field, noun="column")
-    return [ParquetBlock(path, index, column) for index in range(file.num_row_groups)]
+    check_column(schema, field, path)
+    return [ParquetBlock(path, index, field) for index in range(file.num_row_groups)]
 
 
-def _order(count: int, seed: int | None, epoch: int, stream: int) -> Iterable[int]:
+def _order(count: int, seed: int | None, epoch: int, *stream: int) -> Iterable[int]:
     if seed is None:
         return range(count)
-    return np.random.default_rng([seed, epoch, stream]).permutation(count).tolist()
+    return np.random.default_rng([seed, epoch, *stream]).permutation(count).tolist()

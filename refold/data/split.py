@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from refold.data.blocks import Block, Document
+from refold.data.mixture import MixedSource
 from refold.data.readers import DataSource
 from refold.errors import DataError
 
@@ -23,9 +24,13 @@ class HalfBlock(Block[Document]):
     held_out: bool
 
     def documents(self) -> Sequence[Document]:
-        pieces = (piece for document in self.block.documents() for piece in _pieces(document))
-        # By content: the side does not depend on the order of files, and equal pieces never stand on both sides.
-        return [piece for piece in pieces if (zlib.crc32(_content(piece)) % self.every == 0) == self.held_out]
+        return [piece for part in self.parts() for piece in part]
+
+    def parts(self) -> Iterator[Sequence[Document]]:
+        for part in self.block.parts():
+            pieces = (piece for document in part for piece in _pieces(document))
+            # By content: the side does not depend on the order of files, and equal pieces never stand on both sides.
+            yield [piece for piece in pieces if (zlib.crc32(_content(piece)) % self.every == 0) == self.held_out]
 
 
 def _pieces(document: Document) -> Iterable[Document]:
@@ -47,7 +52,7 @@ def cut(text: str, size: int = PIECE) -> Iterator[str]:
 
 
 def split(source: DataSource, every: int = EVERY) -> tuple[DataSource, DataSource]:
-    """Splits documents into training text and held-out text, one piece in `every`.
+    """Splits documents into training text and held-out text, one piece in `every`; of a mixture each part alone.
 
     Args:
         source: The documents.
@@ -56,6 +61,11 @@ def split(source: DataSource, every: int = EVERY) -> tuple[DataSource, DataSourc
     Raises:
         DataError: The text is too short to be split at all.
     """
+    if isinstance(source, MixedSource) and source.weights is not None:
+        pairs = [split(part, every) for part in source.parts]
+        held_out = [pair[1] for pair in pairs]
+        train = MixedSource.weighted([pair[0] for pair in pairs], source.weights)
+        return train, MixedSource.of_whole(DataSource.join(held_out), held_out)
     while every >= 2:
         train, held_out = (_side(source, every, held_out) for held_out in (False, True))
         if all(next(each.documents(), None) is not None for each in (train, held_out)):
@@ -67,4 +77,8 @@ def split(source: DataSource, every: int = EVERY) -> tuple[DataSource, DataSourc
 def _side(source: DataSource, every: int, held_out: bool) -> DataSource:
     blocks = tuple(HalfBlock(block, every, held_out) for block in source.blocks)
     side = "held-out" if held_out else "training"
-    return DataSource(blocks, f"{source.identity} {side} 1/{every}", f"{source.name} ({side} part)")
+    whole = DataSource(blocks, f"{source.identity} {side} 1/{every}", f"{source.name} ({side} part)")
+    if not isinstance(source, MixedSource):
+        return whole
+    parts = [_side(part, every, held_out) for part in source.parts]
+    return MixedSource.of_whole(whole, [part for part in parts if next(part.documents(), None) is not None])

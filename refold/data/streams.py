@@ -130,10 +130,8 @@ class _IterableCursor(Cursor):
 
     def next(self) -> Document | None:
         for item in self._iterator:
-            where = f"{self._name}: item {self._num_items}"
             self._num_items += 1
-            is_row = isinstance(item, Mapping)
-            if document := self._field.read_row(item, where) if is_row else self._field.read(item, where):
+            if document := _read_item(item, self._field, f"{self._name}: item {self._num_items - 1}"):
                 return document
         return None
 
@@ -164,6 +162,20 @@ class _DatasetCursor(_IterableCursor):
         except TypeError as error:
             raise DataError(f"{self._name}: a stream whose state is JSON is required ({error})") from error
         return {"items": self._num_items, "dataset": state}
+
+
+def read_items(items: Iterable[Any], field: Field, name: str) -> Iterator[Document]:
+    """Yields the documents of texts, rows or lists of messages; empty ones too.
+
+    Raises:
+        DataError: an item is none of these.
+    """
+    for number, item in enumerate(items):
+        yield _read_item(item, field, f"{name}: item {number}")
+
+
+def _read_item(item: Any, field: Field, where: str) -> Document:
+    return field.read_row(item, where) if isinstance(item, Mapping) else field.read(item, where)
 
 
 def _sample_digest(stream: DocumentStream, field: Field) -> str:

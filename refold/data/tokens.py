@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,22 @@ class TokenisedDocuments:
     def document(self, index: int) -> np.ndarray:
         """Returns the tokens of one document, its start token included."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+def join_tokenised(parts: Sequence[TokenisedDocuments]) -> TokenisedDocuments:
+    """Puts documents of one tokenizer end to end."""
+
+    def run_on(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        lengths = np.concatenate([np.diff(array) for array in arrays])
+        return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+    return TokenisedDocuments(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        offsets=run_on([part.offsets for part in parts]),
+        byte_offsets=run_on([part.byte_offsets for part in parts]),
+        document_start=parts[0].document_start,
+        is_whole_source=all(part.is_whole_source for part in parts),
+    )
 
 
 def tokenise(

@@ -9,6 +9,7 @@ from refold.scoring.agreement import Scores, TokenScores
 
 DocumentFloats = Float[np.ndarray, "num_documents"]
 DocumentCounts = Int64[np.ndarray, "num_documents"]
+_ALL = slice(None)
 
 
 class DocumentSums:
@@ -43,16 +44,20 @@ class DocumentSums:
                 wide = column.cpu().double() if column.is_floating_point() else column.cpu()
                 np.add.at(total, index, wide.sum(-1).numpy())
 
-    def total(self) -> Scores:
-        """Returns the sums over all documents; of one without a reference only the first four say something."""
-        num_tokens = int(self.num_tokens.sum())
+    def total(self, documents: slice = _ALL) -> Scores:
+        """Returns the sums over documents; agreement and KL mean nothing without a reference.
+
+        Args:
+            documents: Which; all unless said otherwise.
+        """
+        num_tokens = int(self.num_tokens[documents].sum())
         return Scores(
-            nll=float(self.nll.sum()),
+            nll=float(self.nll[documents].sum()),
             num_tokens=num_tokens,
-            num_correct=int(self.num_correct.sum()),
+            num_correct=int(self.num_correct[documents].sum()),
             num_compared=num_tokens,
-            num_agreeing=int(self.num_agreeing.sum()),
-            kl=float(self.kl.sum()),
+            num_agreeing=int(self.num_agreeing[documents].sum()),
+            kl=float(self.kl[documents].sum()),
         )
 
 

@@ -3,9 +3,9 @@
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,12 +14,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from refold.blueprint.quantisation import find_scheme
 from refold.checkpoint.manifest import hash_file
 from refold.checkpoint.provenance import Stage
-from refold.data.readers import DataSource, open_data
-from refold.data.tokens import scored_bytes, tokenise
+from refold.data.corpus import MOST_BYTES_PER_TOKEN, Data, open_text
+from refold.data.mixture import MixedSource
+from refold.data.readers import DataSource
+from refold.data.spool import SPOOL_BYTES
+from refold.data.tokens import TokenisedDocuments, join_tokenised, scored_bytes, tokenise
 from refold.errors import DataError, RefoldError
 from refold.evaluation.document_sums import DocumentCounts, ratio_error
 from refold.evaluation.reference import Reference
-from refold.evaluation.result import Comparison, DataFile, Evaluation, ExitScores, Machine, ModelFacts, Seconds
+from refold.evaluation.result import (
+    Comparison,
+    DataFile,
+    Evaluation,
+    ExitScores,
+    KindScores,
+    Machine,
+    ModelFacts,
+    Seconds,
+)
 from refold.evaluation.subject import Subject, open_subject, require_tokenizer
 from refold.evaluation.window_pass import Stopwatch, WindowPass, WindowProgress
 from refold.modeling.load import ModelLike
@@ -32,20 +44,56 @@ def describe_data(source: DataSource) -> tuple[DataFile, ...]:
     Raises:
         DataError: A file cannot be read.
     """
-    paths: dict[Path, None] = {}
-    num_bytes = 0
-    for block in source.blocks:
-        path = getattr(block, "path", None)
-        if path is None:
-            num_bytes += sum(len(text.encode()) for text in block.documents())
-        else:
-            paths[path] = None
-    if not paths:
+    if isinstance(source, MixedSource):
+        return tuple(file for part in source.parts for file in describe_data(part))
+    if not source.files:
+        num_bytes = sum(len(text.encode()) for text in source.documents())
         return (DataFile(name=source.name, bytes=num_bytes, sha256=source.identity),)
+    paths = dict.fromkeys(source.files)
     try:
         return tuple(DataFile(name=str(path), bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths)
     except OSError as error:
         raise DataError(f"data: readable files are required ({error.filename}: {error.strerror})") from error
+
+
+class ReadText(NamedTuple):
+    """Tokenised documents, those of one kind of text side by side.
+
+    Attributes:
+        documents: of all kinds.
+        kinds: by name, the range of documents of each kind; empty where there is one kind only.
+    """
+
+    documents: TokenisedDocuments
+    kinds: dict[str, slice]
+
+
+def read_text(source: DataSource, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> ReadText:
+    """Tokenises the documents in file order; of several kinds of text each gets an even share of the tokens.
+
+    Raises:
+        DataError: A kind has no text, or weights are given, which an evaluation has no use for.
+    """
+    if not isinstance(source, MixedSource):
+        return ReadText(tokenise(source, tokenizer, budget=max_tokens, seed=None), {})
+    if source.weights is not None:
+        raise DataError(
+            f"data: files without weights are required for an evaluation, which reports each by itself (got "
+            f"{source.name}); leave out `=WEIGHT`"
+        )
+    parts: list[TokenisedDocuments] = []
+    kinds: dict[str, slice] = {}
+    left, first = max_tokens, 0
+    for number, part in enumerate(source.parts):
+        # A kind shorter than its share leaves the rest to those after it.
+        budget = None if left is None else max(1, left // (len(source.parts) - number))
+        found = tokenise(part, tokenizer, budget=budget, seed=None)
+        left = None if left is None else left - found.num_tokens
+        name = part.name if part.name not in kinds else f"{part.name} ({number + 1})"
+        kinds[name] = slice(first, first + found.num_documents)
+        first += found.num_documents
+        parts.append(found)
+    return ReadText(join_tokenised(parts), kinds)
 
 
 def quantise_subject(subject: Subject, name: str) -> Subject:
@@ -75,7 +123,7 @@ BATCH_TOKENS = 4096
 
 def evaluate(
     model: ModelLike,
-    data: str | Path | Sequence[str | Path] | DataSource,
+    data: Data,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     against: ModelLike | Reference | None = None,
@@ -96,13 +144,15 @@ def evaluate(
 
     Args:
         model: Folder, hub id, or a loaded model.
-        data: Files and folders, or an open data source; documents are taken in file order.
+        data: Files and folders, texts, data frames, data sets, generators: see `refold.data.corpus`. Documents are
+            taken in file order. Of several things named side by side each is reported too, as a kind of text.
         tokenizer: Needed with a loaded model; else the folder's own.
         against: Another model with the same vocabulary, usually the source: both run on the same windows. As a
             `Reference`, which has a dtype and device of its own, it runs once for any number of evaluations.
         context: Tokens in a window; None: 1,024, or as many positions as the models have if that is less.
         stride: Tokens scored by each window of a document after its first; None: half the context.
-        max_tokens: Stop after so many tokens of the data, start tokens included; None: all of it.
+        max_tokens: Stop after so many tokens of the data, start tokens included, shared out evenly among several kinds;
+            None: all of it.
         batch_size: Windows in a batch; None: as many as 4,096 tokens hold.
         dtype: Of the weights of models that are loaded here; None: as stored, or float32 where that is slow.
         device: Where they are loaded to; None: the best there is, or where a loaded `model` lies.
@@ -123,7 +173,7 @@ def evaluate(
                 "quantise: a model's folder is required (got a loaded model, whose weights would be changed); save it"
             )
     watch = Stopwatch()
-    source = data if isinstance(data, DataSource) else open_data(data)
+    source = open_text(data, limit=SPOOL_BYTES if max_tokens is None else MOST_BYTES_PER_TOKEN * max_tokens + 2**20)
     with watch.measure("load"):
         subject = open_subject(model, tokenizer, dtype=dtype, device=device)
         if quantise is not None:
@@ -140,7 +190,7 @@ def evaluate(
     context, stride, batch_size = _sizes(positions, context, stride, batch_size)
     with watch.measure("tokenise"):
         files = describe_data(source)
-        tokenised = tokenise(source, vocabulary, budget=max_tokens, seed=None)
+        tokenised, kinds = read_text(source, vocabulary, max_tokens)
         sizes = scored_bytes(tokenised, vocabulary)
     scored = WindowPass(subject.model, other, tokenised.num_documents, watch)
     scored.run(tokenised, context, stride, batch_size, progress)
@@ -168,6 +218,7 @@ def evaluate(
         perplexity=total.perplexity,
         accuracy=total.accuracy,
         exits=_exits(scored, num_bytes),
+        kinds=tuple(_kind(name, scored, sizes, documents, other is not None) for name, documents in kinds.items()),
         against=None if other is None else _comparison(scored, other, sizes),
         seconds=seconds,
         tokens_per_second=total.num_tokens / (seconds.model + seconds.against + seconds.score),
@@ -209,6 +260,34 @@ def _exits(scored: WindowPass, num_bytes: int) -> tuple[ExitScores, ...]:
         )
         for depths, total, gated, right in zip(scored.exits, totals, scored.gated, scored.right_gates, strict=True)
     )
+
+
+def _kind(name: str, scored: WindowPass, sizes: DocumentCounts, documents: slice, is_compared: bool) -> KindScores:
+    total, own = scored.sums.total(documents), sizes[documents]
+    num_bytes = int(own.sum())
+    if not num_bytes:
+        raise DataError(f"{name}: a document of at least two tokens is required (got none); give more of it")
+    found = KindScores(
+        name=name,
+        documents=int((scored.sums.num_tokens[documents] > 0).sum()),
+        tokens=total.num_tokens,
+        bytes=num_bytes,
+        bits_per_byte=total.bits_per_byte(num_bytes),
+        bits_per_byte_error=ratio_error(scored.sums.nll[documents] / math.log(2), own),
+        perplexity=total.perplexity,
+        accuracy=total.accuracy,
+    )
+    if not is_compared:
+        return found
+    theirs = scored.against_sums
+    more = (scored.sums.nll[documents] - theirs.nll[documents]) / math.log(2)
+    comparison = {
+        "difference": found.bits_per_byte - theirs.total(documents).bits_per_byte(num_bytes),
+        "difference_error": ratio_error(more, own),
+        "agreement": total.agreement,
+        "kl": total.mean_kl,
+    }
+    return found.model_copy(update=comparison)
 
 
 def _comparison(scored: WindowPass, other: Reference, sizes: DocumentCounts) -> Comparison:

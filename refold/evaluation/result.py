@@ -79,6 +79,25 @@ class Comparison(_Record):
     """`KL(other || evaluated)`, nats per scored token."""
 
 
+class KindScores(_Record):
+    """How well a model predicts one of several kinds of text: one of the files or data sets named side by side."""
+
+    name: str
+    documents: int
+    tokens: int
+    """Scored tokens."""
+    bytes: int
+    bits_per_byte: float
+    bits_per_byte_error: float | None
+    perplexity: float
+    accuracy: float
+    difference: float | None = None
+    """Bits per byte minus those of the model compared with."""
+    difference_error: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+
+
 class Seconds(_Record):
     """Where the time went."""
 
@@ -137,6 +156,8 @@ class Evaluation(_Record):
     """Share of scored tokens that are the model's likeliest."""
     exits: tuple[ExitScores, ...] = ()
     """For each exit of the blueprint, top to bottom."""
+    kinds: tuple[KindScores, ...] = ()
+    """Of data named side by side, each by itself; the figures above are over all of it."""
     against: Comparison | None = None
     seconds: Seconds
     tokens_per_second: float

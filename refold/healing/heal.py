@@ -11,7 +11,7 @@ from refold.checkpoint import provenance
 from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import Source
 from refold.checkpoint.writer import count_bytes
-from refold.data.opening import DataArgument
+from refold.data.corpus import Data, describe_training
 from refold.healing.log import LOG_NAME
 from refold.healing.output import describe, tensor_specs, write_healed
 from refold.healing.prepared import HeldOutData, prepare
@@ -36,6 +36,7 @@ class HealResult:
         epochs: how often the last stage's data was seen; None where it has no end.
         held_out: step to bits per byte of the held-out text after it; 0: before training.
         learning_rates: of each stage, as the recipe or the sweep has them.
+        notes: lines on the data: the price of one kind of text.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class HealResult:
     epochs: float | None
     held_out: dict[int, float]
     learning_rates: tuple[float, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,7 +69,7 @@ class HealResult:
 def heal(
     model: str | Path | Source,
     destination: str | Path,
-    data: DataArgument,
+    data: Data,
     stages: HealStage | Sequence[HealStage],
     *,
     held_out: HeldOutData | None = None,
@@ -86,7 +88,8 @@ def heal(
     Args:
         model: A folded model, or any source (then the result is that source, trained further).
         destination: The folder to write: there whole afterwards, or not at all.
-        data: Files and folders of text, or an opened data source.
+        data: Text (see `refold.data.corpus`): files, folders, hub data sets, texts, data frames, generators; best of
+            several kinds with weights.
         stages: What to train, for how long and how.
         held_out: Text that is measured at intervals.
         teacher: What objectives learn from; None: what the model was folded from; of a source, a fixed copy of itself.
@@ -108,6 +111,7 @@ def heal(
     student: Any = load_model(located, dtype="auto", device=team.device)
     specs = tensor_specs(student)
     given = (stages,) if isinstance(stages, HealStage) else tuple(stages)
+    notes = describe_training(data, given[0].data) if given else ()
     with contextlib.ExitStack() as stack:
         folder = AtomicFolder(destination, overwrite, needed_bytes=count_bytes(specs))
         team.first(lambda: stack.enter_context(folder))
@@ -128,7 +132,7 @@ def heal(
 
         run = Run(prepared, student, work, folder.destination, team, options, train_teacher)
         run.train()
-        result = _result(run, folder.destination)
+        result = replace(_result(run, folder.destination), notes=notes)
         if team.is_first:
             lines = [_provenance(located, stage, options) for stage in run.done]
             facts = describe(run.done, result.losses)

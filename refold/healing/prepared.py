@@ -13,8 +13,8 @@ from refold.checkpoint import provenance
 from refold.checkpoint.companions import has_tokenizer
 from refold.checkpoint.locate import Source, locate
 from refold.checkpoint.manifest import content_hash
-from refold.data.opening import DataArgument, open_training_data
-from refold.data.readers import DataSource, open_data
+from refold.data.corpus import Data, open_text
+from refold.data.opening import open_training_data
 from refold.data.training_data import TrainingData
 from refold.errors import HealError, SourceError
 from refold.healing.groups import Trainable, WeightGroups
@@ -58,7 +58,7 @@ def choose_micro_batch(wish: int | None, context: int, config: Any, device: torc
 
 
 DEFAULT_CONTEXT = 1024
-HeldOutData = str | Path | Sequence[str | Path] | DataSource
+HeldOutData = Data
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def prepare(
     model: Source,
     student: PreTrainedModel,
     teacher: str | Path | Source | None,
-    data: DataArgument,
+    data: Data,
     held_out: HeldOutData | None,
     stages: Sequence[HealStage],
     work: Path,
@@ -189,7 +189,7 @@ def prepare(
         raise HealError(f"teacher: an objective that learns from one is required (got {teacher} with {names})")
     measured, identity["held_out"] = None, None
     if held_out is not None:
-        source = held_out if isinstance(held_out, DataSource) else open_data(held_out)
+        source = open_text(held_out)
         context = prepared[0].stage.context
         assert context is not None
         identity["held_out"] = source.identity

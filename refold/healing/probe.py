@@ -12,7 +12,7 @@ import torch
 
 from refold.checkpoint.locate import Source
 from refold.checkpoint.writer import count_bytes
-from refold.data.opening import DataArgument
+from refold.data.corpus import Data
 from refold.errors import HealError
 from refold.healing.checkpoints import NUM_KEPT
 from refold.healing.output import tensor_specs
@@ -59,7 +59,7 @@ class Estimate:
 
 def probe(
     model: str | Path | Source,
-    data: DataArgument,
+    data: Data,
     stages: HealStage | Sequence[HealStage],
     *,
     held_out: HeldOutData | None = None,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refold.checkpoint.atomic_file import is_unfinished, write_json
@@ -11,7 +11,9 @@ from refold.checkpoint.locate import PLAN_NAME, Source, locate
 from refold.checkpoint.lock import FolderLock
 from refold.checkpoint.manifest import check, is_refold_folder
 from refold.conversion.convert import carry_out
-from refold.data.readers import DataSource, open_data
+from refold.data.corpus import Data, open_text
+from refold.data.mixture import describe_one_kind
+from refold.data.readers import DataSource
 from refold.data.split import split
 from refold.errors import FolderError, RecipeError
 from refold.evaluation.evaluate import evaluate
@@ -130,6 +132,7 @@ class RunResult:
         healed: Evaluation of `model`.
         baselines: Evaluations of the rivals, by name.
         line: The report.
+        notes: Lines on the data: the price of one kind of text.
     """
 
     plan: Plan
@@ -138,6 +141,7 @@ class RunResult:
     healed: Evaluation
     baselines: dict[str, Evaluation]
     line: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -191,10 +195,10 @@ def run(
     source: str | Path,
     destination: str | Path,
     recipe: RecipeLike = "relaxed",
-    data: Sequence[str | Path] | DataSource = (),
+    data: Data = (),
     overrides: Sequence[str] = (),
     *,
-    held_out: Sequence[str | Path] | DataSource | None = None,
+    held_out: Data | None = None,
     settings: RunSettings | None = None,
     allow_larger: bool = False,
     command: str = "",
@@ -209,7 +213,8 @@ def run(
         source: Folder or hub id.
         destination: The run folder.
         recipe: Built-in name, YAML file, mapping or Recipe.
-        data: Text to heal on; without `held_out` a fiftieth of it, chosen by content, is kept for evaluation.
+        data: Text to heal and calibrate on (see `refold.data.corpus`), best of several kinds with weights; without
+            `held_out` a fiftieth of each kind, chosen by content, is kept for evaluation.
         overrides: `key.path=value` strings.
         held_out: Text to evaluate on.
         settings: Tokens, baselines and the like.
@@ -229,8 +234,11 @@ def run(
     model = read_source_model(located)
     plan = plan_model(model, loaded, allow_larger)
     stages = settings.stages(plan.recipe)
-    opened = data if isinstance(data, DataSource) else open_data(data)
-    train, test = split(opened) if held_out is None else (opened, _open(held_out))
+    opened = open_text(data)
+    train, test = split(opened) if held_out is None else (opened, open_text(held_out))
+    price = describe_one_kind(opened, "healing")
+    if price is not None and not (Path(destination) / RUN_NAME).exists():
+        say(price)
     chosen = default_baselines(plan) if settings.baselines is None else settings.baselines
     root = _claim(Path(destination), plan, settings, train, test)
     with FolderLock(root):
@@ -247,6 +255,7 @@ def run(
         result = _summarise(
             name, made, healed_model, unhealed, healed, {k: v for k, v in rivals.items() if v is not None}
         )
+        result = replace(result, notes=() if price is None else (price,))
         _write_summary(root, result, settings)
     return result
 
@@ -264,10 +273,6 @@ def _baseline(way: _Way, model: SourceModel, plan: Plan) -> Evaluation | None:
     if baseline.scheme is not None:
         return way.evaluate(start, "unhealed", baseline.scheme(plan))
     return way.evaluate(way.heal(start), "healed" if way.stages else "unhealed")
-
-
-def _open(data: Sequence[str | Path] | DataSource) -> DataSource:
-    return data if isinstance(data, DataSource) else open_data(data)
 
 
 def _stands(folder: Path) -> bool:
@@ -332,6 +337,7 @@ def _describe(arm: str, found: Evaluation) -> str:
 def _write_summary(root: Path, result: RunResult, settings: RunSettings) -> None:
     data = {
         "line": result.line,
+        "notes": list(result.notes),
         "model": str(result.model.relative_to(root)) if result.model.is_relative_to(root) else str(result.model),
         "cost": result.plan.cost.model_dump(mode="json"),
         "settings": vars(settings),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from refold.calibration.calibration import draw_streams, pack_calibration
 from refold.calibration.layers import SourceLayers
 from refold.checkpoint.reader import CheckpointReader
+from refold.data.mixture import MixedSource
 from refold.data.packing import PackedSequence
 from refold.data.readers import from_documents
 from refold.errors import DataError
@@ -132,3 +133,32 @@ def test_text_too_short_is_refused(make_model: Callable[..., Path]) -> None:
     data = from_documents(["A short one."])
     with pytest.raises(DataError, match=r"calibration: at least 128 tokens of text are required \(got \d+ in"):
         pack_calibration(data, load_tokenizer(make_model()), sequence_length=64, num_fit=2, num_held_out=1)
+
+
+def _tell(name: str, count: int) -> list[str]:
+    return [f"{name} {number}: {name} {number * 7} {name}." for number in range(count)]
+
+
+@pytest.mark.parametrize("num_fit", [0, 12])
+def test_a_mixture_gives_every_part_its_share_of_the_sequences(make_model: Callable[..., Path], num_fit: int) -> None:
+    tokenizer = load_tokenizer(make_model())
+    parts = [from_documents(_tell("sea", 300), name="sea"), from_documents(_tell("moon", 300), name="moon")]
+    mixed = MixedSource.weighted(parts, [3.0, 1.0])
+    packed = pack_calibration(mixed, tokenizer, sequence_length=16, num_fit=num_fit, num_held_out=8, seed=1)
+    for found, count in ((packed.fit, num_fit), (packed.held_out, 8)):
+        if found is None:
+            assert count == 0
+            continue
+        texts = [tokenizer.decode(row) for row in found.input_ids]
+        assert [sum("moon" in text for text in texts), len(texts)] == [count // 4, count]
+        assert all("moon" in text or "sea" in text for text in texts)
+    alone = pack_calibration(parts[1], tokenizer, sequence_length=16, num_fit=num_fit // 4, num_held_out=2, seed=1)
+    rows = packed.held_out.input_ids.tolist()
+    assert all(row in rows for row in alone.held_out.input_ids.tolist())
+
+
+def test_a_part_too_short_for_its_share_is_an_error_and_not_another_mixture(make_model: Callable[..., Path]) -> None:
+    parts = [from_documents(_tell("sea", 300)), from_documents(_tell("moon", 3), name="moon")]
+    mixed = MixedSource.weighted(parts, [1.0, 1.0])
+    with pytest.raises(DataError, match=r"8 sequences of 16 tokens are required of moon for its share \(got \d\)"):
+        pack_calibration(mixed, load_tokenizer(make_model()), sequence_length=16, num_fit=0, num_held_out=16)

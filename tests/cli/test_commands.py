@@ -17,26 +17,26 @@ FLAGS = {
     "demo": {"--out", "--heal-tokens", "--json"},
     "analyse": {
         "--data", "-d", "--out", "--tokens", "-t", "--context", "--seed", "--moments", "--no-spectra", "--device",
-        "--overwrite", "--json",
+        "--field", "--overwrite", "--json",
     },
     "plan": {"--recipe", "-r", "--set", "--measurements", "--context", "--lines", "--allow-larger", "--json"},
     "recipes": {"--protocols", "--json"},
     "convert": {
         "--recipe", "-r", "--set", "--calibration", "--measurements", "--device", "--overwrite", "--allow-larger",
-        "--json",
+        "--field", "--json",
     },
     "heal": {
-        "--data", "-d", "--tokens", "-t", "--protocol", "-p", "--recipe", "-r", "--set", "--objective",
+        "--data", "-d", "--field", "--tokens", "-t", "--protocol", "-p", "--recipe", "-r", "--set", "--objective",
         "--learning-rate", "--batch-tokens", "--context", "--seed", "--held-out", "--teacher", "--teacher-tokens",
         "--sweep", "--dry-run", "--sharded", "--report-to", "--device", "--overwrite", "--restart", "--json",
     },
     "evaluate": {
         "--data", "-d", "--against", "--context", "--stride", "--max-tokens", "--batch-size", "--device", "--dtype",
-        "--quantise", "--out", "--json",
+        "--field", "--quantise", "--out", "--json",
     },
     "run": {
         "--data", "-d", "--recipe", "-r", "--set", "--tokens", "-t", "--held-out", "--baseline", "--learning-rate",
-        "--eval-tokens", "--seed", "--device", "--allow-larger", "--json",
+        "--field", "--eval-tokens", "--seed", "--device", "--allow-larger", "--json",
     },
     "inspect": {"--verify", "--json"},
     "generate": {
@@ -244,3 +244,20 @@ def test_the_installed_command_answers() -> None:
     done = subprocess.run([sys.executable, "-m", "refold.cli", "--version"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert done.stdout.startswith("refold ")
+
+
+def test_a_column_is_named_once_for_all_files_and_kinds_are_reported(
+    shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"body": f"def f{number}(x):\n    return x + {number}\n", "text": ""} for number in range(6)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.csv").write_text("id,body\n" + "".join(f"{n},import os as o{n}\n" for n in range(6)))
+    data = ("--data", tmp_path / "a.json", "--data", tmp_path / "b.csv")
+    assert run("evaluate", shipped, *data, "--field", "body", "--json", monkeypatch=monkeypatch) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [Path(kind["name"]).name for kind in found["kinds"]] == ["a.json", "b.csv"]
+    assert found["bytes"] == sum(kind["bytes"] for kind in found["kinds"]) > 200
+    assert run("evaluate", shipped, *data, "--field", "body", monkeypatch=monkeypatch) == 0
+    assert "kind of text" in capsys.readouterr().out
+    assert run("evaluate", shipped, "--data", tmp_path / "b.csv", monkeypatch=monkeypatch) == 2
+    assert "column 'text' is required (got ['body', 'id'])" in capsys.readouterr().err

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from refold.conversion.convert import SCRATCH_NAME, convert
+from refold.data.mixture import Mixture
 from refold.errors import DataError, RecipeError
 from refold.modeling.load import load_model
 from refold.planning.build import UNMEASURED_RANKS, identity_blueprint
@@ -200,3 +202,21 @@ def test_weighing_changes_what_is_stored(source, text, tmp_path, weight):
     for linear in ("mixers.1.q_proj", "mlps.2.down_proj"):
         one, other = (held[f"model.{linear}.b.weight"] @ held[f"model.{linear}.a.weight"] for held in (plain, weighed))
         assert not torch.allclose(one, other, atol=1e-2)
+
+
+def test_a_mixture_is_measured_by_weight_and_one_kind_has_a_note(source, tmp_path, sentences):
+    kinds = [[f"{sentence} {number}" for number in range(40) for sentence in sentences], ["1 2 3 4 5 6 7 8 " * 400]]
+    made = {}
+    for name, data in {
+        "one": kinds[0],
+        "mixed": Mixture([(kinds[0], 1), (kinds[1], 1)]),
+        "again": Mixture([(kinds[0], 2), (kinds[1], 2)]),
+        "frame": pandas.DataFrame({"text": kinds[0]}),
+        "generator": (text for text in kinds[0]),
+    }.items():
+        plan_ = convert(source, tmp_path / name, RECIPES["factors"], calibration=data)
+        prices = [note for note in plan_.notes if "1.83 on encyclopedia text" in note]
+        assert len(prices) == (name not in ("mixed", "again"))
+        made[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert made["one"] == made["frame"] == made["generator"]
+    assert made["mixed"] == made["again"] != made["one"]

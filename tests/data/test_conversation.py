@@ -94,5 +94,7 @@ def test_parquet_without_lists_and_plain_text_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"column 'messages' must hold lists of messages \(got string\)"):
         open_data(tmp_path / "a.parquet", form="chat")
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(DataError, match=r"a\.txt: jsonl or parquet is required for conversations \(got plain text\)"):
+    with pytest.raises(
+        DataError, match=r"a\.txt: JSON lines or parquet is required for conversations \(got plain text\)"
+    ):
         open_data(tmp_path / "a.txt", form="chat")

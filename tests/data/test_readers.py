@@ -197,7 +197,9 @@ def test_bad_parquet_is_refused(tmp_path: Path):
 def test_missing_and_empty_data_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"nowhere\.txt: an existing file or folder is required"):
         open_data(tmp_path / "nowhere.txt")
-    with pytest.raises(DataError, match=r"files ending in \.txt, .*\.parquet are required \(got none\)"):
+    with pytest.raises(
+        DataError, match=r"files ending in \.txt, .*\.parquet are required, or these with \.gz or \.zst \(got none\)"
+    ):
         open_data(tmp_path)
     (tmp_path / "empty.txt").touch()
     with pytest.raises(DataError, match=r"at least one document is required \(got none in .*empty\.txt\)"):

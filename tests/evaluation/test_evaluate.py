@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refold.blueprint.quantisation import SCHEMES, quantised_bytes
 from refold.conversion.convert import convert
+from refold.data.mixture import Mixture
 from refold.data.readers import from_documents
 from refold.errors import DataError, RefoldError, SourceError
 from refold.evaluation.evaluate import DEFAULT_CONTEXT, evaluate
-from refold.evaluation.result import Evaluation
+from refold.evaluation.result import Evaluation, read_evaluation
 from refold.modeling import load
 from refold.modeling.load import load_model, load_tokenizer
 from refold.modeling.quantise import quantise_linears
@@ -431,3 +432,45 @@ def test_a_real_model_and_its_identity_fold_score_alike(name: str, material: Pat
     ids = AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False)["input_ids"]
     assert found.tokens == len(ids)
     assert stock.config.vocab_size > max(ids)
+
+
+def test_several_kinds_are_each_reported_and_the_whole_is_over_all(source: Path, folded: Path, sentences):
+    first, second = list(sentences[:4]), ["Numbers 1 2 3 4 5 and 6.", "More of them: 7 8 9."]
+    options: dict[str, Any] = {"against": source, "context": 16, "stride": 8, "device": "cpu"}
+    whole = evaluate(folded, [from_documents(first, name="prose"), from_documents(second, name="numbers")], **options)
+    assert [kind.name for kind in whole.kinds] == ["prose", "numbers"]
+    for kind, texts in zip(whole.kinds, (first, second), strict=True):
+        alone = evaluate(folded, texts, **options)
+        assert alone.kinds == ()
+        assert alone.against is not None
+        assert (kind.documents, kind.tokens, kind.bytes) == (alone.documents, alone.tokens, alone.bytes)
+        assert kind.bits_per_byte == pytest.approx(alone.bits_per_byte, rel=1e-5)
+        assert kind.bits_per_byte_error == pytest.approx(alone.bits_per_byte_error, rel=1e-4)
+        assert kind.difference == pytest.approx(alone.against.difference, abs=1e-6)
+        assert kind.kl == pytest.approx(alone.against.kl, rel=1e-4)
+        assert (kind.accuracy, kind.agreement) == pytest.approx((alone.accuracy, alone.against.agreement))
+    together = evaluate(folded, [*first, *second], **options)
+    assert whole.bits_per_byte == pytest.approx(together.bits_per_byte, rel=1e-5)
+    assert (whole.documents, whole.bytes) == (together.documents, together.bytes)
+    assert sum(kind.tokens for kind in whole.kinds) == whole.tokens
+
+
+def test_a_bound_on_tokens_is_shared_out_among_kinds(source: Path, sentences):
+    texts = [from_documents([sentence * 5], name=name) for sentence, name in zip(sentences, "abc", strict=False)]
+    short = from_documents(["Short."], name="short")
+    found = evaluate(source, [short, *texts], max_tokens=200, context=16, device="cpu")
+    # Start tokens count: a short kind leaves its rest to the others.
+    assert found.kinds[0].tokens < 20
+    assert [kind.tokens for kind in found.kinds[1:]] == pytest.approx([(200 - found.kinds[0].tokens) / 3] * 3, abs=3)
+    assert not found.is_whole_data
+
+
+def test_weights_are_refused_where_nothing_is_mixed(source: Path, sentences):
+    mixture = Mixture([(list(sentences), 1), (["Another kind of text here."], 2)])
+    with pytest.raises(DataError, match=r"files without weights are required for an evaluation.*leave out `=WEIGHT`"):
+        evaluate(source, mixture, device="cpu")
+
+
+def test_an_evaluation_of_kinds_is_read_back(source: Path, sentences, tmp_path: Path):
+    found = evaluate(source, [from_documents(sentences), from_documents(["Other text there."], name="b")], device="cpu")
+    assert read_evaluation(found.write(tmp_path)) == found

@@ -1,0 +1,244 @@
+"""Everything that a user can name as data, opened: paths, hub data sets, and objects in memory."""
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from refold.data.blocks import Document, Field, Form
+from refold.data.location import HubName, Location, exists, open_dataset, open_hub, parse_location
+from refold.data.mixture import Interleave, MixedSource, Mixture, describe_one_kind
+from refold.data.readers import DataSource, from_documents, open_paths
+from refold.data.spool import SPOOL_BYTES, spool
+from refold.data.streams import DatasetStream, DocumentStream, IterableStream, read_items
+from refold.errors import DataError
+
+Data = str | Path | Location | DataSource | DocumentStream | Mixture | Iterable[Any]
+"""Data is a string (`refold.data.location` has the spellings) or path; a list of texts, of rows or of messages; a
+pandas data frame or series; a `datasets.Dataset` or `datasets.IterableDataset`; a generator, or any other object that
+gives texts, rows or lists of messages whenever it is iterated; an opened source or stream; a list of several of these;
+or a mixture of them."""
+
+MOST_KINDS = 16
+"""Things named side by side count as kinds of text up to so many; more are one whole."""
+
+MOST_BYTES_PER_TOKEN = 16
+"""Well above the mean of any language: so much of a generator is read for every token that is asked for."""
+
+_PATH_END = re.compile(r"\.\w{1,7}(\?field=\S+)?(=[\d.]+)?$")
+_LONGEST_NAME = 255
+
+
+def open_text(data: Data, *, form: Form = "text", limit: int = SPOOL_BYTES) -> DataSource[Any]:
+    """Opens data as one source that can be read again and in any order.
+
+    Things named side by side become the parts of a `MixedSource`, with their weights where they have some.
+
+    Args:
+        data: what to read.
+        form: `text`, or `chat` for lists of messages.
+        limit: bytes that are kept of a generator or stream, which can be read only once or only from its beginning.
+
+    Raises:
+        DataError: data is missing, empty, broken or of another form; a weight is not above 0.
+    """
+    if isinstance(data, DataSource):
+        return data
+    opened: list[DataSource[Any]] = []
+    given = weighted_parts(data, form)
+    for entries, _ in given:
+        whole, parts = _open_together([_stored(entry, form, limit) for entry in entries], form)
+        assert isinstance(whole, DataSource)
+        if len(given) == 1:
+            if not 1 < len(parts) <= MOST_KINDS:
+                return whole
+            return MixedSource.of_whole(whole, [part for part in parts if isinstance(part, DataSource)])
+        opened.append(whole)
+    return MixedSource.weighted(opened, [weight for _, weight in given])
+
+
+def weighted_parts(data: Any, form: Form) -> list[tuple[list[Any], float]]:
+    """Takes data apart into lists of things that make up one source each, with weights.
+
+    Raises:
+        DataError: there is nothing, or only some have weights, or a weight is not above 0.
+    """
+    if isinstance(data, MixedSource) and data.weights is not None:
+        return [([part], weight) for part, weight in zip(data.parts, data.weights, strict=True)]
+    if isinstance(data, Mixture):
+        found = [(_entries(part, form), float(weight)) for part, weight in data.parts]
+        if not found:
+            raise DataError("data: a mixture of at least one part is required (got none)")
+        Interleave([weight for _, weight in found])
+        return found
+    entries = _entries(data, form)
+    weights = [entry.weight if isinstance(entry, Location) else None for entry in entries]
+    if all(weight is None for weight in weights):
+        return [(entries, 1.0)]
+    if None in weights:
+        raise DataError("data: weights for all parts or for none are required (got some); add `=WEIGHT` to the others")
+    found = [([entry], weight) for entry, weight in zip(entries, weights, strict=True) if weight is not None]
+    Interleave([weight for _, weight in found])
+    return found
+
+
+def describe_training(data: Data, form: Form = "text") -> tuple[str, ...]:
+    """Returns the notes on data to train on: a line where one thing alone was named, which may be text of one kind.
+
+    Raises:
+        DataError: as for `open_text`, where data is missing or weights are wrong.
+    """
+    if form == "chat":
+        return ()
+    given = weighted_parts(data, form)
+    entry = given[0][0][0]
+    if len(given) > 1 or len(given[0][0]) > 1:
+        return ()
+    if isinstance(entry, Location):
+        name = str(entry.place) if isinstance(entry.place, Path) else f"hf://{entry.place.name}"
+    else:
+        name = str(entry) if isinstance(entry, Path) else getattr(entry, "name", None) or "the data given"
+    line = describe_one_kind(entry if isinstance(entry, MixedSource) else name, "healing")
+    return () if line is None else (line,)
+
+
+def open_together(entries: Sequence[Any], form: Form, limit: int) -> DataSource | DocumentStream:
+    """Opens things that make up one source; what can be iterated only once is read now, up to a limit of bytes."""
+    kept = [_stored(entry, form, limit) if isinstance(entry, Iterator) else entry for entry in entries]
+    return _open_together(kept, form)[0]
+
+
+def _entries(data: Any, form: Form) -> list[Any]:
+    if not isinstance(data, list | tuple):
+        return [_entry(data)]
+    if not data:
+        raise DataError("data: at least one file or data set is required (got an empty list)")
+    documents = _documents_of(data, form)
+    return [_entry(each) for each in data] if documents is None else [documents]
+
+
+def _entry(given: Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    if "\n" in given:
+        raise DataError(
+            f"data: the path of a file is required (got a text of {len(given):,} characters); give it in a list"
+        )
+    return parse_location(given)
+
+
+def _documents_of(items: Sequence[Any], form: Form) -> DataSource | None:
+    """Returns a list's items as documents, where that is what they are: rows, conversations, or texts and no paths."""
+    field = Field.of(None, form)
+    name = "documents in memory"
+    are_rows = isinstance(items[0], Mapping)
+    are_talks = isinstance(items[0], list | tuple) and bool(items[0]) and isinstance(items[0][0], Mapping)
+    if are_rows or (are_talks and form == "chat"):
+        return from_documents(read_items(items, field, name), name=name)
+    texts = [item for item in items if isinstance(item, str)]
+    if form != "text" or len(texts) < len(items) or not any(_is_prose(text) for text in texts):
+        return None
+    for number, text in enumerate(texts):
+        if _may_be_path(text):
+            raise DataError(
+                f"data[{number}]: texts only, or paths only, are required in a list (got {text[:60]!r} among texts); "
+                f"give texts as refold.from_documents([...])"
+            )
+    return from_documents(texts, name=name)
+
+
+def _is_prose(text: str) -> bool:
+    """Whether a string cannot be meant as a path."""
+    if "\n" in text or len(text.encode("utf-8", "replace")) > _LONGEST_NAME:
+        return not exists(text)
+    return len(text.split()) > 3 and not _may_be_path(text)
+
+
+def _may_be_path(text: str) -> bool:
+    if "\n" in text or len(text.encode("utf-8", "replace")) > 16 * _LONGEST_NAME:
+        return False
+    is_name = (
+        _PATH_END.search(text) is not None or ("/" in text and len(text.split()) < 4) or "://" in text.split(" ")[0]
+    )
+    return is_name or (bool(text) and exists(text))
+
+
+def _open_together(
+    entries: Sequence[Any], form: Form
+) -> tuple[DataSource | DocumentStream, Sequence[DataSource | DocumentStream]]:
+    """Opens things that make up one source, and each of them; neighbouring files become one list of blocks."""
+    wholes: list[DataSource | DocumentStream] = []
+    parts: list[DataSource | DocumentStream] = []
+    for field, group in groupby(entries, _field_of_path):
+        if field is None:
+            opened = [_open(entry, form) for entry in group]
+            wholes += opened
+            parts += opened
+        else:
+            paths = [entry.place if isinstance(entry, Location) else entry for entry in group]
+            whole, each = open_paths(paths, field=field or None, form=form)
+            wholes.append(whole)
+            parts += each
+    if len(wholes) == 1:
+        return wholes[0], parts
+    sources: list[DataSource] = []
+    for source in wholes:
+        if isinstance(source, DocumentStream):
+            raise DataError(
+                f"{source.name}: weights are required for a stream beside other data (got none); give all parts weights"
+            )
+        sources.append(source)
+    return DataSource.join(sources), parts
+
+
+def _field_of_path(entry: Any) -> str | None:
+    """Returns which field a path is read with, empty for the usual one; None for what is no path."""
+    if isinstance(entry, Path):
+        return ""
+    if isinstance(entry, Location) and isinstance(entry.place, Path):
+        return entry.field or ""
+    return None
+
+
+def _open(entry: Any, form: Form) -> DataSource | DocumentStream:
+    if isinstance(entry, DataSource | DocumentStream):
+        return entry
+    if isinstance(entry, Location):
+        assert isinstance(entry.place, HubName)
+        return open_hub(entry.place, Field.of(entry.field, form))
+    field = Field.of(None, form)
+    datasets, pandas = sys.modules.get("datasets"), sys.modules.get("pandas")  # who has one of their objects has them
+    if datasets is not None:
+        if isinstance(entry, datasets.Dataset):
+            return open_dataset(entry, field, "data set in memory")
+        if isinstance(entry, datasets.IterableDataset):
+            return DatasetStream(entry, field, "streamed data set")
+        if isinstance(entry, datasets.DatasetDict | datasets.IterableDatasetDict):
+            raise DataError(f"data: one split is required (got a dict of {sorted(entry)}); give `data['train']`")
+    if pandas is not None and isinstance(entry, pandas.DataFrame):
+        if field.name not in entry.columns:
+            raise Field(field.name, form, "column").missing(map(str, entry.columns), "data frame")
+        entry = entry[field.name]
+    if pandas is not None and isinstance(entry, pandas.Series):
+        return from_documents(read_items(entry.tolist(), field, "data frame"), name="data frame")
+    if isinstance(entry, bytes | Mapping) or not isinstance(entry, Iterable):
+        got = type(entry).__name__
+        raise DataError(f"data: a path, a source, a data set or an iterable of texts is required (got {got})")
+    return IterableStream(entry, field)
+
+
+def _stored(entry: Any, form: Form, limit: int) -> Any:
+    """Returns an entry that can be read again in any order: what cannot is copied, up to a limit of bytes."""
+    field = Field.of(None, form)
+    if isinstance(entry, Iterator):
+        return spool(read_items(entry, field, "a generator"), "a generator", limit)
+    opened = entry if _field_of_path(entry) is not None else _open(entry, form)
+    return spool(_from_stream(opened), opened.name, limit) if isinstance(opened, DocumentStream) else opened
+
+
+def _from_stream(stream: DocumentStream) -> Iterator[Document]:
+    cursor = stream.start(None)
+    while (document := cursor.next()) is not None:
+        yield document

@@ -1,0 +1,88 @@
+"""Documents that come only once, kept on disk while they are needed, so that they can be read again in any order."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from refold.data.blocks import Block, Document
+from refold.data.chat import Conversation
+from refold.data.readers import BLOCK_BYTES, DataSource
+from refold.errors import DataError
+
+SPOOL_BYTES = 2**30
+"""Bytes of documents that are kept where the caller names no limit."""
+
+logger = logging.getLogger("refold")
+
+
+@dataclass(frozen=True)
+class SpoolBlock(Block[Document]):
+    """Documents between two places of a temporary file that has no name and goes with the process."""
+
+    file: BinaryIO
+    start: int
+    stop: int
+    name: str
+
+    def documents(self) -> Sequence[Document]:
+        """Returns the documents in the order in which they came."""
+        parts, place = [], self.start
+        while place < self.stop:
+            parts.append(os.pread(self.file.fileno(), self.stop - place, place))
+            place += len(parts[-1])
+        values = [json.loads(line) for line in b"".join(parts).splitlines()]
+        return [each if isinstance(each, str) else Conversation(tuple(each), self.name) for each in values]
+
+
+def spool(documents: Iterable[Document], name: str, limit: int = SPOOL_BYTES) -> DataSource[Any]:
+    """Reads documents once, into a temporary file, until they end or a limit is reached.
+
+    Args:
+        documents: each is read once.
+        name: for messages.
+        limit: bytes to keep; that the rest is left unread is said on stderr.
+
+    Returns:
+        A source whose identity is a hash of the documents, so that the same ones are recognised when a run goes on.
+
+    Raises:
+        DataError: there are none, or the temporary folder is full.
+    """
+    digest = hashlib.sha256()
+    starts, size, count = [0], 0, 0
+    # The blocks keep it open; the last one that goes closes it.
+    file: Any = tempfile.TemporaryFile()  # noqa: SIM115
+    iterator = iter(documents)
+    is_cut = False
+    try:
+        for document in iterator:
+            if not document:
+                continue
+            value = document if isinstance(document, str) else document.messages
+            line = json.dumps(value).encode() + b"\n"
+            file.write(line)
+            digest.update(line)
+            size, count = size + len(line), count + 1
+            if size - starts[-1] >= BLOCK_BYTES:
+                starts.append(size)
+            if size >= limit:
+                is_cut = True
+                break
+        file.flush()
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(
+            f"{name}: room for a copy is required in {tempfile.gettempdir()} ({reason}); free space, or set TMPDIR"
+        ) from error
+    if not count:
+        raise DataError(f"data: at least one document that is not empty is required (got none in {name})")
+    if is_cut:
+        logger.warning("data: the first %s documents (%.1f MB) of %s are read, no more", f"{count:,}", size / 1e6, name)
+    stops = [start for start in (*starts[1:], size) if start]
+    blocks = tuple(SpoolBlock(file, *span, name) for span in zip(starts, stops, strict=False) if span[0] < span[1])
+    return DataSource(blocks, digest.hexdigest(), name)
