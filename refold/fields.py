@@ -6,14 +6,19 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_WRITTEN = re.compile(r"(?P<number>\d[\d_]*(\.\d+)?(e\+?\d+)?)\s*(?P<suffix>[kmbgt]?)", re.IGNORECASE)
+from refold.suggest import MAX_NUMBER, shorten
 
 
 class Section(BaseModel):
     """Base of all recipe sections: immutable, unknown keys refused, fields documented where they stand."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_WRITTEN = re.compile(
+    r"(?P<number>\d[\d_]{0,30}(\.\d{1,30})?(e\+?\d{1,2})?)\s*(?P<suffix>[kmbgt]?)", re.IGNORECASE | re.ASCII
+)
 
 
 def read_amount(value: Any) -> Any:
@@ -28,8 +33,10 @@ def read_amount(value: Any) -> Any:
         return value
     match = _WRITTEN.fullmatch(value.strip())
     if match is None:
-        raise ValueError(f"must be a whole number such as 20000000, 20M or 1.5k (got {value!r})")
+        raise ValueError(f"must be a whole number such as 20000000, 20M or 1.5k (got {shorten(value)})")
     amount = Decimal(match["number"].replace("_", "")) * SUFFIXES[match["suffix"].lower()]
+    if amount > MAX_NUMBER:
+        raise ValueError(f"must be at most {MAX_NUMBER} (got {shorten(value)})")
     if amount != int(amount):
         raise ValueError(f"must be a whole number (got {value!r}, which is {amount})")
     return int(amount)
@@ -43,7 +50,7 @@ def refuse_repeats(values: tuple) -> tuple:
     """
     for value in values:
         if values.count(value) > 1:
-            raise ValueError(f"each may stand only once (got {value!r} {values.count(value)} times)")
+            raise ValueError(f"each may stand only once (got {shorten(value)} {values.count(value)} times)")
     return values
 
 
@@ -54,7 +61,7 @@ def _refuse_booleans(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, Field(strict=True, ge=1)]
-LayerIndex = Annotated[int, Field(strict=True, ge=0)]
-Amount = Annotated[int, BeforeValidator(read_amount), Field(strict=True, ge=1)]
+Count = Annotated[int, Field(strict=True, ge=1, le=MAX_NUMBER)]
+LayerIndex = Annotated[int, Field(strict=True, ge=0, le=MAX_NUMBER)]
+Amount = Annotated[int, BeforeValidator(read_amount), Field(strict=True, ge=1, le=MAX_NUMBER)]
 Real = Annotated[float, BeforeValidator(_refuse_booleans), Field(allow_inf_nan=False)]

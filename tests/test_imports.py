@@ -1,8 +1,10 @@
 """Imports go one way."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,16 @@ def test_planning_leaves_torch_and_transformers_out(arguments: list[str]) -> Non
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_extra_is_imported_somewhere() -> None:
+    extras = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    modules = {"flash-linear-attention": "fla"}
+    text = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py"))
+    for extra in extras.keys() - {"dev"}:
+        for wanted in extras[extra]:
+            name = re.split(r"[<>=!~ \[]", wanted)[0]
+            assert re.search(rf"\b{modules.get(name, name.replace('-', '_'))}\b", text), f"{extra}: {name} is not used"
 
 
 def test_relative_imports_are_not_used() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +12,10 @@ from refold.sources.measurements import Matrix, Measurements
 
 STYLES = (("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "D"))
 """Colour and marker: no figure relies on colour alone."""
-WIDTH, HEIGHT = 7.5, 4.0
+WIDTH, HEIGHT = 5.0, 3.6
+"""Inches: the text stays legible where a telephone shows a figure across its screen."""
+MAX_WRITTEN = 14
+"""Layers up to which a heat map has its numbers written in it."""
 
 
 def draw_influence(found: Measurements) -> Figure:
@@ -25,20 +29,20 @@ def draw_influence(found: Measurements) -> Figure:
     _count_layers(axes)
     axes.set_xlabel("layer")
     axes.set_ylabel("influence: 1 − cosine similarity")
-    axes.set_title("What each layer does to the stream")
-    axes.legend()
+    axes.set_title("Influence of each layer")
+    axes.legend(fontsize=8)
     return figure
 
 
 def draw_weights(found: Measurements) -> Figure:
     """Mean distance of all linears' weights between any two layers."""
     mean = np.mean([np.array(table) for table in found.similarity.weights.values()], axis=0)
-    return _heatmap(mean, "layer", "relative distance: 0 equal, 1 nothing in common", "How far apart weights are")
+    return _heatmap(mean, "layer", "relative distance", "Distance of weights")
 
 
 def draw_streams(found: Measurements) -> Figure:
     """Angular distance between the streams before any two layers."""
-    return _heatmap(found.similarity.streams, "stream before layer", "angular distance (of π)", "How far streams turn")
+    return _heatmap(found.similarity.streams, "stream before layer", "angular distance (of π)", "Distance of streams")
 
 
 def draw_spectra(found: Measurements) -> Figure:
@@ -55,8 +59,8 @@ def draw_spectra(found: Measurements) -> Figure:
     axes.set_ylim(0, 1)
     axes.set_xlabel("LoRA rank, as a share of the full rank")
     axes.set_ylabel("kept share of what tying loses")
-    axes.set_title("What LoRAs would give back, by way of tying")
-    axes.legend()
+    axes.set_title("Kept by LoRAs, by way of tying")
+    axes.legend(fontsize=8)
     return figure
 
 
@@ -70,8 +74,8 @@ def draw_moments(found: Measurements) -> Figure:
     _count_layers(axes)
     axes.set_xlabel("layer")
     axes.set_ylabel("participation ratio (directions in use)")
-    axes.set_title("How many directions linears see")
-    axes.legend()
+    axes.set_title("Directions that inputs of linears use")
+    axes.legend(fontsize=8)
     return figure
 
 
@@ -97,8 +101,21 @@ def _make(width: float = WIDTH) -> tuple[Figure, Axes]:
 
 
 def _heatmap(values: Matrix | Any, place: str, quantity: str, title: str) -> Figure:
-    figure, axes = _make(HEIGHT * 1.3)
-    image = axes.imshow(np.array(values), cmap="cividis", vmin=0)
+    """Draws distances of layers to others; the diagonal, which is 0, stays out of the scale of colours."""
+    figure, axes = _make(HEIGHT * 1.25)
+    table = np.array(values, dtype=float)
+    np.fill_diagonal(table, np.nan)
+    colours = matplotlib.colormaps["cividis"].copy()
+    colours.set_bad("#cccccc")
+    image = axes.imshow(table, cmap=colours)
+    if len(table) <= MAX_WRITTEN:
+        # As many digits as tell the colours apart.
+        digits = 3 if np.nanmax(table) - np.nanmin(table) < 0.05 else 2
+        middle = np.nanmean([np.nanmin(table), np.nanmax(table)]) if len(table) > 1 else 0.0
+        for (row, column), value in np.ndenumerate(table):
+            if np.isfinite(value):
+                dark = "black" if value > middle else "white"
+                axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", color=dark, fontsize=8 - digits)
     _count_layers(axes)
     axes.locator_params(axis="y", integer=True)
     axes.set_xlabel(place)

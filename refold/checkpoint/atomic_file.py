@@ -49,6 +49,36 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
+def require_free(path: str | Path, kind: str, is_kind: Callable[[Path], bool], overwrite: bool = False) -> Path:
+    """Checks that a file can be written where nobody else's file is lost.
+
+    Args:
+        path: The file.
+        kind: Name of such files in messages, such as `state file`.
+        is_kind: Tells whether an existing regular file is of this kind.
+        overwrite: An older file of this kind may be there.
+
+    Returns:
+        The path.
+
+    Raises:
+        FolderError: A folder, a link, a device, or a file of another kind is there; or any, without `overwrite`.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise FolderError(f"{path}: a file name is required (got a folder); name a file in it")
+        if not os.path.lexists(path):
+            return path
+        if not overwrite:
+            raise FolderError(f"{path}: a new file is required (it exists); choose another or pass --overwrite")
+        if path.is_symlink() or not path.is_file() or not is_kind(path):
+            raise FolderError(f"{path}: a {kind} is required to be overwritten (got another file); choose another name")
+    except OSError as error:
+        raise FolderError(f"{path}: a writable place is required ({error.strerror}); choose another") from error
+    return path
+
+
 def is_unfinished(path: Path) -> bool:
     """Says whether a file is what `write_file` had begun when its process was killed."""
     return _UNFINISHED.fullmatch(path.name) is not None

@@ -182,7 +182,7 @@ def header_length(first: bytes, file_bytes: int, *, where: str) -> int:
     (length,) = struct.unpack("<Q", first[:8])
     if length > MAX_HEADER_BYTES:
         raise SourceError(
-            f"{where}: a header of at most {MAX_HEADER_BYTES} bytes is required (got {length}); "
+            f"{where}: the header must be at most {MAX_HEADER_BYTES} bytes (got {length}); "
             f"this is not a safetensors file, or a damaged one"
         )
     if 8 + length > file_bytes:

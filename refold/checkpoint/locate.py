@@ -11,6 +11,7 @@ from typing import Any
 
 from refold.checkpoint.folder import settle
 from refold.checkpoint.headers import CheckpointHeaders, collect_headers, read_header_bytes
+from refold.checkpoint.other_folders import GGUF, explain_missing_config
 from refold.errors import SourceError
 
 CONFIG_NAME = "config.json"
@@ -60,7 +61,9 @@ class Source(ABC):
             SourceError: it is missing or not a JSON object.
         """
         if CONFIG_NAME not in self.names():
-            raise SourceError(f"{self.where}: {CONFIG_NAME} is required (missing); give a transformers model folder")
+            raise SourceError(
+                f"{self.where}: {CONFIG_NAME} is required ({explain_missing_config(self.names(), self.path)}"
+            )
         try:
             config = json.loads(self._read(CONFIG_NAME))
         except (ValueError, RecursionError) as error:
@@ -133,7 +136,8 @@ def locate(source: str | Path) -> Source:
     if path.is_dir():
         return FolderSource(path)
     if path.exists():
-        raise SourceError(f"{text}: a model folder is required (got a file); give the folder it lies in")
+        got = GGUF.replace(";", ");", 1) if path.suffix.lower() == ".gguf" else "a file); give the folder it lies in"
+        raise SourceError(f"{text}: a model folder is required (got {got}")
     match = _HUB_ID.fullmatch(text) if isinstance(source, str) else None
     if match is None:
         raise SourceError(

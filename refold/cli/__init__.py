@@ -4,15 +4,14 @@ import sys
 
 
 def main() -> None:
-    """Runs `refold`. The user's mistakes are one line on stderr and exit status 2."""
-    from refold.cli.app import app
-    from refold.errors import RefoldError
+    """Runs `refold`: any exception becomes one line on stderr and an exit status (see `refold.cli.failures`)."""
+    from refold.cli.failures import one_line_each
 
-    try:
-        app()
-    except RefoldError as error:
-        print(f"refold: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 2))
-    except KeyboardInterrupt:
-        print("refold: interrupted", file=sys.stderr)
-        sys.exit(130)
+    with one_line_each():
+        from refold.cli.app import app
+
+        for stream in (sys.stdout, sys.stderr):
+            # Names of files may hold bytes that are no text.
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        sys.exit(app(args=sys.argv[1:] or ["--help"], prog_name="refold", standalone_mode=False) or 0)

@@ -15,13 +15,13 @@ def command(
         list[str] | None,
         typer.Option("--data", "-d", help="Text, best of several kinds with weights: A=0.5. Left out: random tokens."),
     ] = None,
-    field: options.Field = None,
+    field: options.FieldOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write: measurements.json, figures, index.html.")] = None,
-    tokens: Annotated[str, typer.Option("--tokens", "-t", help="Tokens to run, from all over the text.")] = "16k",
-    context: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 512,
-    seed: Annotated[int, typer.Option(help="Which sequences of the text.")] = 0,
-    moments: Annotated[bool, typer.Option("--moments", help="Also store second moments of linears' inputs.")] = False,
-    no_spectra: Annotated[bool, typer.Option("--no-spectra", help="Leave out what tying would lose: quicker.")] = False,
+    tokens: options.AnalysisTokens = 16_384,
+    context: options.Context = 512,
+    seed: options.Seed = 0,
+    moments: options.Moments = False,
+    no_spectra: options.NoSpectra = False,
     device: options.Device = "cpu",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -30,9 +30,7 @@ def command(
     from refold.analysis.analyse import AnalysisSettings, analyse
     from refold.cli.analysis_tables import print_measurements
 
-    amount = options.parse_amount(tokens)
-    assert amount is not None
-    settings = AnalysisSettings(amount, context, seed, moments, not no_spectra, device or "cpu")
+    settings = AnalysisSettings(tokens, context, seed, moments, not no_spectra, device or "cpu")
     with progress("analysing", "steps") as report:
         found = analyse(
             source, out, options.locate_data(data, field), settings=settings, overwrite=overwrite, progress=report

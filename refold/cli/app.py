@@ -1,14 +1,27 @@
 """All sub-commands, in the order a user meets them."""
 
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from refold.cli import analyse, convert, demo, evaluate, export, generate, heal, inspect, plan, recipes, run
+from refold.cli.failures import one_line_each
 from refold.version import __version__
+
+
+class _Commands(TyperGroup):
+    """Reports exceptions of commands before typer does, which ends without a word on Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with one_line_each():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="refold",
+    cls=_Commands,
     help="Fold a pretrained language model into one that is cheaper to store and run, heal it, measure it, export it.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -17,7 +17,7 @@ def command(
         list[str] | None,
         typer.Option(help="Text that fits are weighted by and drops measured on; several kinds: A=0.5. Repeatable."),
     ] = None,
-    field: options.Field = None,
+    field: options.FieldOption = None,
     measurements: options.MeasurementsOption = None,
     device: options.Device = "cpu",
     overwrite: options.Overwrite = False,

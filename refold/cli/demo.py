@@ -6,21 +6,24 @@ from typing import Annotated
 
 import typer
 
+from refold.cli import options
 from refold.cli.show import note, print_json
 
 
 def command(
     out: Annotated[Path, typer.Option("--out", help="Folder the folded models are left in.")] = Path("refold-demo"),
-    heal_tokens: Annotated[str, typer.Option(help="Healing tokens for each of the two healed models.")] = "100k",
+    heal_tokens: Annotated[
+        int,
+        typer.Option(parser=options.amount, metavar="AMOUNT", help="Healing tokens for each of the two healed models."),
+    ] = 100_000,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Fold the shipped model in several ways, heal two, measure all. Some minutes on two cores, no network."""
     from refold.cli.demo_tables import demo_data, print_demo
-    from refold.cli.options import parse_amount
     from refold.studies.demo import demo
 
     started = time.monotonic()
-    found = demo(out, heal_tokens=parse_amount(heal_tokens) or 0, say=note)
+    found = demo(out, heal_tokens=heal_tokens, say=note)
     if json:
         print_json(demo_data(found))
     else:

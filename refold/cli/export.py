@@ -9,7 +9,7 @@ from refold.cli.show import note
 
 
 def command(
-    model: options.Model,
+    model: options.FoldedModel,
     out: options.Out,
     to: Annotated[
         str, typer.Option("--to", help="Format: dense (a stock transformers folder, LoRAs merged).")

@@ -2,56 +2,40 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from refold.cli import options
 from refold.cli.show import format_bytes, note, progress
+from refold.errors import RefoldError
 
 
 def command(
     model: options.Model,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Text to continue; `-` reads standard input.")
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="The prompt is a user's message: apply the chat template.")
-    ] = False,
-    stream: Annotated[bool, typer.Option("--stream", help="Print text as it comes.")] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(help="At most so many tokens. Left out: 128.")] = None,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from so many likeliest tokens; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    save_state: Annotated[
-        Path | None, typer.Option(help="Read the prompt, write what the model remembers to this file, and stop.")
-    ] = None,
-    state: Annotated[
-        Path | None, typer.Option(help="Go on from what --save-state wrote; the prompt is what follows, if anything.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older state file.")] = False,
-    adapters: Annotated[
-        str | None, typer.Option(help="Folder healed from MODEL with `--protocol domain`: its adapters instead.")
-    ] = None,
-    exit_depth: Annotated[int | None, typer.Option(help="Run only so many depths.")] = None,
+    prompt: options.Prompt = None,
+    chat: options.Chat = False,
+    stream: options.Stream = False,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    seed: options.Seed = 0,
+    save_state: options.SaveState = None,
+    state: options.State = None,
+    overwrite: options.Overwrite = False,
+    adapters: options.Adapters = None,
+    exit_depth: options.ExitDepth = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
     """Continue a prompt with a folded model, or with a source."""
-    from refold.errors import RefoldError
     from refold.generation.generate import TextGenerator
     from refold.generation.sampling import Sampling
     from refold.generation.state import require_free
     from refold.modeling.adapters import load_adapters
 
-    if prompt is None and state is None:
-        raise RefoldError("prompt: a text to continue is required (got none); give --prompt, or --state to go on")
+    _require_task(prompt, state, save_state, generates=stream or bool(exit_depth or max_new_tokens))
     text = sys.stdin.read() if prompt == "-" else prompt or ""
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
     if save_state is not None:
-        if stream or max_new_tokens is not None or exit_depth is not None:
-            raise RefoldError("save_state: nothing is generated with it; leave out what says how, and use --state next")
         require_free(save_state, overwrite)
     generator = TextGenerator(model, dtype=dtype, device=device)
     if adapters is not None:
@@ -62,9 +46,19 @@ def command(
             read = generator.read_prompt(text, chat=chat, state=begun, on_progress=on_progress)
         read.save(save_state, overwrite)
         note(f"{len(read.token_ids):,} tokens read; {save_state} keeps {format_bytes(read.num_bytes)} of them")
-    elif stream:
-        for piece in generator.stream(text, sampling, chat=chat, exit_depth=exit_depth, state=begun):
-            print(piece, end="", flush=True)
-        print()
-    else:
-        print(generator.generate([text], sampling, chat=chat, exit_depth=exit_depth, state=begun)[0])
+        return
+    how = {"chat": chat, "exit_depth": exit_depth, "state": begun}
+    for piece in generator.stream(text, sampling, **how) if stream else generator.generate([text], sampling, **how):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _require_task(prompt: str | None, state: Path | None, save_state: Path | None, generates: bool) -> None:
+    """Checks that there is something to read, and that a state is not both written and continued."""
+    if prompt is None and state is None:
+        raise RefoldError("prompt: a text to continue is required (got none); give --prompt, or --state to go on")
+    if save_state is not None and generates:
+        raise RefoldError(
+            "save_state: nothing is generated with it; leave out --stream, --max-new-tokens and --exit-depth, and use "
+            "--state next"
+        )

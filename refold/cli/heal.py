@@ -12,7 +12,7 @@ def command(
     model: options.Model,
     out: options.Out,
     data: options.TrainingDataOption,
-    field: options.Field = None,
+    field: options.FieldOption = None,
     tokens: Annotated[
         str | None, typer.Option("--tokens", "-t", help="Training tokens of all stages, such as 20M.")
     ] = None,

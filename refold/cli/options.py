@@ -1,16 +1,71 @@
 """Options that several sub-commands share."""
 
+import math
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from refold.suggest import MAX_NUMBER, shorten
+
+
+def amount(text: str | int) -> int:
+    """Reads `20M`, `1.5k` or a plain number of tokens: the parser of an option.
+
+    Raises:
+        typer.BadParameter: Anything else.
+    """
+    from refold.fields import read_amount
+
+    try:
+        number = read_amount(text)
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(f"must be a whole number such as 20M (got {shorten(text)})")
+        return number
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def whole(least: int) -> Callable[[str | int], int]:
+    """Returns the parser of an option that is a whole number of at least `least`."""
+
+    def parse(text: str | int) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise typer.BadParameter(f"must be a whole number (got {shorten(text)})") from None
+        if number < least:
+            raise typer.BadParameter(f"must be at least {least} (got {shorten(number)})")
+        if number > MAX_NUMBER:
+            raise typer.BadParameter(f"must be at most {MAX_NUMBER} (got {shorten(number)})")
+        return number
+
+    return parse
+
+
+def real(text: str | float) -> float:
+    """Reads a number: the parser of an option.
+
+    Raises:
+        typer.BadParameter: It is none, or not finite.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise typer.BadParameter(f"must be a finite number (got {shorten(text)})")
+    return number
+
+
 SourceOption = Annotated[
     str, typer.Argument(help="Folder of a transformers checkpoint, or hub id `org/name[@revision]`.")
 ]
 Model = Annotated[str, typer.Argument(help="A folded model's folder; a source's folder or hub id works too.")]
+FoldedModel = Annotated[str, typer.Argument(help="Folder, or hub id, of a folded model; a source needs no export.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write. It is there whole afterwards, or not at all.")]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", "-r", help="Built-in name (see `refold recipes`) or YAML file.")
@@ -30,7 +85,7 @@ TrainingDataOption = Annotated[
         help="Text, JSON lines, CSV, parquet, folders, hf://org/name; several kinds with weights: A=0.7. Repeatable.",
     ),
 ]
-Field = Annotated[
+FieldOption = Annotated[
     str | None, typer.Option("--field", help="JSON field, or CSV or parquet column, with the text. Left out: text.")
 ]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Left out: the best one there is.")]
@@ -47,6 +102,56 @@ AllowLarger = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+# Of `analyse`.
+AnalysisTokens = Annotated[
+    int,
+    typer.Option("--tokens", "-t", parser=amount, metavar="AMOUNT", help="Tokens to run, from all over the text."),
+]
+Context = Annotated[int, typer.Option(parser=whole(2), metavar="N", help="Tokens of each sequence.")]
+Seed = Annotated[int, typer.Option(parser=whole(0), metavar="N", help="Seed of the draws.")]
+Moments = Annotated[bool, typer.Option("--moments", help="Also store second moments of linears' inputs.")]
+NoSpectra = Annotated[bool, typer.Option("--no-spectra", help="Do not measure the loss by tying: quicker.")]
+# Of `evaluate`.
+Against = Annotated[str | None, typer.Option(help="Also compare with this model: agreement, KL, difference.")]
+WindowContext = Annotated[
+    int | None,
+    typer.Option("--context", parser=whole(1), metavar="N", help="Tokens in a window. Default: as the model."),
+]
+Stride = Annotated[
+    int | None, typer.Option(parser=whole(1), metavar="N", help="Tokens a window moves on. Default: half the context.")
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(parser=amount, metavar="AMOUNT", help="Read no more than this, such as 200k.")
+]
+BatchSize = Annotated[
+    int | None, typer.Option(parser=whole(1), metavar="N", help="Windows at a time. Default: 4,096 tokens of them.")
+]
+Quantise = Annotated[
+    str | None, typer.Option(help="int8 or int4: round the weights of linears, and count their bytes so.")
+]
+ResultFile = Annotated[Path | None, typer.Option("--out", help="Also write the result to this file as JSON.")]
+# Of `generate`.
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; `-` reads standard input.")]
+Chat = Annotated[bool, typer.Option("--chat", help="The prompt is a user's message: apply the chat template.")]
+Stream = Annotated[bool, typer.Option("--stream", help="Print text as it comes.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(parser=whole(1), metavar="N", help="New tokens, at most. Default: 128.")
+]
+Temperature = Annotated[float, typer.Option(parser=real, metavar="X", help="0: always the likeliest token.")]
+TopP = Annotated[
+    float, typer.Option(parser=real, metavar="X", help="Sample from the likeliest tokens of this total probability.")
+]
+TopK = Annotated[int, typer.Option(parser=whole(0), metavar="N", help="Sample from so many likeliest tokens; 0: all.")]
+SaveState = Annotated[
+    Path | None, typer.Option(help="Read the prompt, write the model's state after it to this file, and stop.")
+]
+State = Annotated[Path | None, typer.Option(help="Continue a state of --save-state; the prompt, if any, follows it.")]
+Adapters = Annotated[
+    str | None, typer.Option(help="Folder healed from MODEL with `--protocol domain`: its adapters instead.")
+]
+ExitDepth = Annotated[int | None, typer.Option(parser=whole(1), metavar="N", help="Run only so many depths.")]
+
+
 def command_line() -> str:
     """The command as typed, for the provenance."""
     return shlex.join(["refold", *sys.argv[1:]])
@@ -61,17 +166,6 @@ def locate_data(data: list[str] | None, field: str | None) -> list[Any] | None:
     return [parse_location(each, field) for each in data]
 
 
-def parse_amount(text: str | None) -> int | None:
-    """Reads `20M`, `1.5k` or a plain number of tokens.
-
-    Raises:
-        typer.BadParameter: Anything else.
-    """
-    if text is None:
-        return None
-    from refold.fields import read_amount
-
-    try:
-        return read_amount(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+def parse_amount(text: str | int | None) -> int | None:
+    """Reads a number of tokens where an option without a parser of its own holds one."""
+    return None if text is None else amount(text)

@@ -13,7 +13,9 @@ def command(
     recipe: options.RecipeOption = None,
     set_: options.Set = None,
     measurements: options.MeasurementsOption = None,
-    context: Annotated[int, typer.Option(help="Context length at which cache and FLOPs are counted.")] = 8192,
+    context: Annotated[
+        int, typer.Option(parser=options.whole(1), metavar="N", help="Context at which cache and FLOPs are counted.")
+    ] = 8192,
     lines: Annotated[bool, typer.Option("--lines", help="Also say how every tensor group is made.")] = False,
     allow_larger: options.AllowLarger = False,
     json: options.Json = False,

@@ -1,10 +1,11 @@
 """Plans as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from refold.cli.show import format_bytes, format_count, print_table
-from refold.planning.lines import compare_memory
+from refold.blueprint.cost import Cost
+from refold.cli.show import format_bytes, format_count, print_table, print_text
+from refold.planning.lines import MemoryNeeds, compare_memory
 from refold.planning.plan import PlannedRecipe, StackPlan
 
 LABELS = {
@@ -14,6 +15,10 @@ LABELS = {
     "cache_bytes": "cache at {context:,} tokens",
     "flops": "FLOPs per token there",
 }
+
+TEXT = {"required": "yes", "useful": "helps", "unused": "-"}
+SMALL_SHARE = 1.2
+"""Parameters over those without embedding and head from which the embedding is worth a line."""
 
 
 def print_plan(made: StackPlan, context: int, lines: bool) -> None:
@@ -35,11 +40,13 @@ def print_plan(made: StackPlan, context: int, lines: bool) -> None:
     )
     name = made.source.path or f"{made.source.id}@{made.source.revision}"
     print_table(("", "source", "target", "ratio"), rows, f"{name} ({made.source.model_type}, {made.source.dtype})")
-    print(f"less memory than its source (weights, cache and state): {memory.describe()}")
+    print_text(f"less memory than its source (weights, cache and state): {memory.describe()}")
     depths, blueprint = made.blueprint.num_depths, made.blueprint
     print(f"\n{depths} depths run {len(blueprint.mixers)} stored mixers and {len(blueprint.mlps)} stored MLPs")
+    if made.cost.source.parameters > SMALL_SHARE * made.cost.source.non_embedding_parameters:
+        print_text(_floor(made.cost.source), "- ")
     for said in made.notes:
-        print(f"- {said}")
+        print_text(said, "- ")
     if lines:
         print()
         table = [(line.tensors, line.how, str(line.count), _span(line.layers), line.reason) for line in made.lines]
@@ -53,49 +60,57 @@ def as_json(made: StackPlan) -> dict[str, Any]:
 
 
 def print_all(planned: Sequence[PlannedRecipe], context: int) -> None:
-    """All built-in recipes side by side, the source first."""
-    rows = []
-    first = next((each.plan for each in planned if each.plan is not None), None)
-    if first is not None:
-        source = {row.quantity: row.source for row in first.summary(context)}
-        rows.append(_row("source", source, source, "-", "no"))
+    """Prints all built-in recipes side by side, the source first, then by weight bytes."""
+    plans = {each.name: each.plan for each in planned if each.plan is not None}
+    if plans:
+        source = next(iter(plans.values())).cost.source
+        rows = [("source", *_costs(source, source, context), "-", "-")]
+        for name, made in sorted(plans.items(), key=lambda item: item[1].cost.target.weight_bytes):
+            memory = compare_memory(made.cost.source, made.cost.target)
+            rows.append(
+                (name, *_costs(made.cost.target, source, context), _less_memory(memory), TEXT[made.calibration])
+            )
+        columns = ("recipe", "bytes", "of source", f"cache at {context:,}", "FLOPs per token", "less memory", "text")
+        print_table(columns, rows)
+        print()
+        print_text(_floor(source))
+        print_text("less memory: context from which weights, cache and state together take less than the source's")
+        print_text("text: `yes` requires calibration text (--calibration), `helps` is better with some")
+        print_text(_healing(plans))
     for each in planned:
         if each.plan is None:
-            rows.append((each.name, each.error or "", "", "", "", "", "", ""))
-            continue
-        summary = each.plan.summary(context)
-        target = {row.quantity: row.target for row in summary}
-        source = {row.quantity: row.source for row in summary}
-        memory = compare_memory(each.plan.cost.source, each.plan.cost.target)
-        healing = "yes" if each.plan.needs_healing else "no"
-        rows.append(_row(each.name, target, source, memory.describe(), healing))
-    print_table(
-        (
-            "recipe",
-            "parameters",
-            "weight bytes",
-            "of source",
-            f"cache at {context:,}",
-            "less memory",
-            "FLOPs per token",
-            "needs healing",
-        ),
-        rows,
-    )
+            print_text(f"{each.name} does not fit: {each.error}", "- ")
 
 
-def _row(name: str, cost: dict[str, int], source: dict[str, int], less_memory: str, healing: str) -> tuple[str, ...]:
-    share = cost["weight_bytes"] / source["weight_bytes"]
+def _costs(cost: Cost, source: Cost, context: int) -> tuple[str, ...]:
     return (
-        name,
-        format_count(cost["parameters"]),
-        format_bytes(cost["weight_bytes"]),
-        f"{share:.0%}",
-        format_bytes(cost["cache_bytes"]),
-        less_memory,
-        format_count(cost["flops"]),
-        healing,
+        format_bytes(cost.weight_bytes),
+        f"{cost.weight_bytes / source.weight_bytes:.0%}",
+        format_bytes(cost.cache_bytes(context)),
+        format_count(cost.flops(context)),
     )
+
+
+def _less_memory(memory: MemoryNeeds) -> str:
+    if memory.smaller_from is None:
+        return "never"
+    return f"from {memory.smaller_from:,}" if memory.smaller_from else "always"
+
+
+def _floor(source: Cost) -> str:
+    """Says how much of a source no recipe makes smaller."""
+    embeddings = source.parameters - source.non_embedding_parameters
+    share = embeddings / source.parameters
+    return (
+        f"embedding and head are {share:.0%} of the source's parameters ({format_count(embeddings)}): no recipe makes "
+        f"them smaller"
+    )
+
+
+def _healing(plans: Mapping[str, StackPlan]) -> str:
+    exact = ", ".join(name for name, made in plans.items() if not made.needs_healing)
+    which = f"all but {exact}" if exact else "all of them"
+    return f"{which} need healing (`refold heal`) before they are of use"
 
 
 def _span(layers: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ def command(
     source: options.SourceOption,
     out: Annotated[Path, typer.Argument(help="Run folder. The same command again goes on where it was interrupted.")],
     data: options.TrainingDataOption,
-    field: options.Field = None,
+    field: options.FieldOption = None,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Built-in name or YAML file.")] = "relaxed",
     set_: options.Set = None,
     tokens: Annotated[

@@ -2,9 +2,17 @@
 
 import contextlib
 import json
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+MAX_WORD_WIDTH = 40
+"""Words of tables that are never broken."""
+MAX_NUMBER_WIDTH = 16
+"""Cells of numbers with a unit, which stay on one line."""
 
 
 def print_json(data: Any) -> None:
@@ -13,18 +21,56 @@ def print_json(data: Any) -> None:
     print(json.dumps(plain, indent=2, default=str))
 
 
+def console_width() -> int:
+    """Returns the columns that a line may take: the terminal's, or `COLUMNS`; 240 where stdout is a file."""
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        return 240
+    return max(40, shutil.get_terminal_size().columns)
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Prints a table, words to the left, numbers to the right; as wide as it needs where stdout is no terminal."""
+    """Prints a table, words to the left, numbers to the right; lines break between words where they must."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for index, name in enumerate(columns):
-        is_number = index > 0 and any(row[index][:2].strip("+-").isdigit() for row in rows)
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    cells = [[row[index] for row in rows] for index in range(len(columns))]
+    is_number = [any(cell[:2].strip("+-").isdigit() for cell in column) for column in cells]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    widths = _column_widths(columns, cells, is_number)
+    for index, (name, width) in enumerate(zip(columns, widths, strict=True)):
+        justify = "right" if index > 0 and is_number[index] else "left"
+        table.add_column(name, justify=justify, overflow="fold", width=width)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 240, markup=False, highlight=False).print(table)
+    if title is not None:
+        print_text(title)
+    Console(width=sum(widths) + 2 * len(widths), markup=False, highlight=False).print(table)
+
+
+def _column_widths(columns: Sequence[str], cells: Sequence[Sequence[str]], is_number: Sequence[bool]) -> list[int]:
+    """Returns widths that fit the terminal without breaking a word, or the narrowest that do not."""
+    widths, least, whole_cells = [], [], []
+    for name, column, number in zip(columns, cells, is_number, strict=True):
+        # Numbers stay beside their units.
+        whole = [cell for cell in column if number and len(cell) <= MAX_NUMBER_WIDTH]
+        longest = max(map(len, (*name.split(), *" ".join(column).split(), *whole)), default=1)
+        widths.append(max(map(len, (name, *column))) or 1)
+        least.append(min(longest, MAX_WORD_WIDTH, widths[-1]))
+        whole_cells.append(max(least[-1], *map(len, column), 1))
+    # Names of columns break before cells do; then the column that can give most becomes narrower.
+    for floor in (whole_cells, least):
+        while sum(widths) + 2 * (len(widths) - 1) > console_width() and any(map(int.__gt__, widths, floor)):
+            index = max(range(len(widths)), key=lambda each: widths[each] - floor[each])
+            widths[index] -= 1
+    return widths
+
+
+def print_text(text: str, bullet: str = "") -> None:
+    """Prints a sentence, its lines broken between words, as an entry of a list with `bullet`."""
+    width = console_width()
+    print(
+        textwrap.fill(text, width, initial_indent=bullet, subsequent_indent=" " * len(bullet), break_on_hyphens=False)
+    )
 
 
 def format_bytes(count: int | float) -> str:

@@ -97,9 +97,8 @@ def convert(
     plan = plan_model(model, loaded, allow_larger, read_influence(model, measurements))
     if calibration is not None and not (stored_maps(plan.blueprint, plan.starts) or reads_text(plan)):
         raise RecipeError(
-            "calibration: a recipe that has a use for text is required (nothing of this one is chosen or weighed by or "
-            "fitted to some); leave it out, set relax.weight, factor.weight or drop.block.by, or take a mixer of type "
-            "linear_attention"
+            "calibration: this recipe does not use calibration text; remove --calibration, or set relax.weight, "
+            "factor.weight or drop.block.by, or use a mixer of type linear_attention"
         )
     text = None if calibration is None else open_text(calibration, limit=CALIBRATION_BYTES)
     moments = stored_moments(measurements) if text is None and plan.recipe.weight == "activations" else None

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from refold.data.blocks import Document, Field, Form
+from refold.data.field import Document, Field, Form
 from refold.data.location import HubName, Location, exists, open_dataset, open_hub, parse_location
 from refold.data.mixture import Interleave, MixedSource, Mixture, describe_one_kind
 from refold.data.readers import DataSource, from_documents, open_paths

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from refold.data.blocks import BROKEN_PARQUET, Field, OtherContentError, check_column
+from refold.data.blocks import BROKEN_PARQUET, check_column
+from refold.data.field import Field, OtherContentError
 from refold.data.kinds import (
     COMPRESSIONS,
     ROW_ENDINGS,

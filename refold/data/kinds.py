@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import pyarrow as pa
 
-from refold.data.blocks import Field, OtherContentError
+from refold.data.field import Field, OtherContentError
 from refold.errors import DataError
 
 Layout = Literal["text", "json_lines", "json", "csv", "parquet"]

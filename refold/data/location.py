@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from refold.data.blocks import Block, Document, Field, first_line
+from refold.data.blocks import Block, first_line
+from refold.data.field import Document, Field
 from refold.data.readers import BLOCK_BYTES, DataSource
 from refold.data.streams import DatasetStream
 from refold.errors import DataError

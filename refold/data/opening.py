@@ -5,10 +5,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from refold.data.blocks import Form
 from refold.data.chat import ChatEncoder
 from refold.data.corpus import MOST_BYTES_PER_TOKEN, Data, open_together, weighted_parts
 from refold.data.encoder import Encoder, TextEncoder
+from refold.data.field import Form
 from refold.data.mixture import Interleave, MixedData
 from refold.data.readers import DataSource
 from refold.data.spool import SPOOL_BYTES

@@ -15,9 +15,6 @@ from refold.data.blocks import (
     BROKEN_PARQUET,
     Block,
     D,
-    Document,
-    Field,
-    Form,
     JsonLinesBlock,
     MemoryBlock,
     ParquetBlock,
@@ -26,6 +23,7 @@ from refold.data.blocks import (
     first_line,
 )
 from refold.data.chat import Conversation
+from refold.data.field import Document, Field, Form
 from refold.data.folder_walk import walk
 from refold.data.kinds import FileKind, recognise, require_file
 from refold.data.sequential import SequentialBlock

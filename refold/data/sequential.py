@@ -12,17 +12,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from refold.data.blocks import (
-    BROKEN_PARQUET,
-    Block,
-    Document,
-    Field,
-    OtherContentError,
-    check_column,
-    decode,
-    parquet_documents,
-    read_json_row,
-)
+from refold.data.blocks import BROKEN_PARQUET, Block, check_column, decode, parquet_documents, read_json_row
+from refold.data.field import Document, Field, OtherContentError
 from refold.data.kinds import LONGEST_RECORD, ByteStream, FileKind, open_stream, unreadable
 from refold.errors import DataError
 

@@ -5,7 +5,8 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from refold.data.blocks import Block, Document
+from refold.data.blocks import Block
+from refold.data.field import Document
 from refold.data.mixture import MixedSource
 from refold.data.readers import DataSource
 from refold.errors import DataError

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from refold.data.blocks import Block, Document
+from refold.data.blocks import Block
 from refold.data.chat import Conversation
+from refold.data.field import Document
 from refold.data.readers import BLOCK_BYTES, DataSource
 from refold.errors import DataError
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from refold.data.blocks import Document, Field, first_line
+from refold.data.blocks import first_line
 from refold.data.encoder import EncodedDocument, Encoder, Encoding
+from refold.data.field import Document, Field
 from refold.errors import DataError
 
 _SAMPLE = 8

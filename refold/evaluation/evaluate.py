@@ -238,7 +238,7 @@ def _sizes(
         raise DataError(f"context: at least 1 token is required (got {context})")
     for name, limit in known.items():
         if context > limit:
-            raise DataError(f"context: at most the {limit} positions of {name} are required (got {context})")
+            raise DataError(f"context: must be at most {limit}, the positions of {name} (got {context})")
     stride = max(1, context // 2) if stride is None else stride
     batch_size = max(1, BATCH_TOKENS // context) if batch_size is None else batch_size
     if batch_size < 1:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from refold.checkpoint.atomic_file import write_text
+from refold.checkpoint.atomic_file import require_free, write_text
 from refold.errors import FolderError
 
 FILE_NAME = "evaluation.json"
@@ -168,20 +168,37 @@ class Evaluation(_Record):
     time: str
     """Local time with offset."""
 
-    def write(self, path: str | Path) -> Path:
+    def write(self, path: str | Path, overwrite: bool = False) -> Path:
         """Writes the evaluation, whole or not at all, and returns the file's path.
 
         Args:
             path: The file, or a folder that gets an `evaluation.json`.
+            overwrite: Replace an older evaluation; a file of anything else is refused all the same.
 
         Raises:
-            FolderError: The file cannot be written.
+            FolderError: The file exists, or cannot be written.
         """
-        path = Path(path)
-        if path.is_dir():
-            path = path / FILE_NAME
+        path = require_free_evaluation(path, overwrite)
         write_text(path, self.model_dump_json(indent=2) + "\n")
         return path
+
+
+def require_free_evaluation(path: str | Path, overwrite: bool = False) -> Path:
+    """Checks that an evaluation can be written to a file, and returns its path; arguments as `Evaluation.write`.
+
+    Raises:
+        FolderError: Something is there that must not be replaced.
+    """
+    path = Path(path)
+    return require_free(path / FILE_NAME if path.is_dir() else path, "report of `evaluate`", _is_evaluation, overwrite)
+
+
+def _is_evaluation(path: Path) -> bool:
+    try:
+        read_evaluation(path)
+    except FolderError:
+        return False
+    return True
 
 
 def read_evaluation(path: str | Path) -> Evaluation:

@@ -86,7 +86,7 @@ def _read_blueprint(located: Source, config: dict) -> Blueprint:
     if config.get("model_type") != MODEL_TYPE:
         raise ExportError(
             f"{located.where}: a folded model is required (got model_type {config.get('model_type')!r}); it is not one "
-            f"of refold's and needs no export"
+            f"of refold's and needs no export: use it as it is, or fold it with `refold convert`"
         )
     try:
         return Blueprint.model_validate(config.get("blueprint"))

@@ -212,7 +212,7 @@ def write_windows(layers: tuple[Layer, ...], family: str) -> dict[str, Any]:
     """The inverse of `read_windows`; raises where more than one window occurs."""
     windows = sorted({layer.window for layer in layers if layer.window is not None})
     if len(windows) > 1:
-        raise SourceError(f"{family}: at most one size of window is required to be written as {family} (got {windows})")
+        raise SourceError(f"{family}: the sizes of windows must be at most one (got {windows})")
     return {
         "sliding_window": windows[0] if windows else None,
         "layer_types": [LAYER_TYPES[layer.window is not None] for layer in layers],

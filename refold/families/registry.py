@@ -9,20 +9,24 @@ from refold.errors import SourceError
 from refold.families import gemma, gemma2, gemma3, gemma3_text, gpt_neox, llama, mistral, olmo2, phi3, qwen2, qwen3
 from refold.families.arch import ArchSpec
 from refold.families.family import Family
-from refold.suggest import must_be_one_of
+from refold.families.unsupported import explain_unsupported
 
 _MODULES = (llama, mistral, gpt_neox, qwen2, qwen3, gemma, gemma2, gemma3_text, gemma3, olmo2, phi3)
 FAMILIES: Mapping[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 
 
-def find_family(model_type: str | None) -> Family:
+def find_family(model_type: object, config: Mapping[str, Any] | None = None) -> Family:
     """Returns the family of a `model_type`.
 
+    Args:
+        model_type: As `config.json` gives it.
+        config: The whole of `config.json`, for the reason of a refusal.
+
     Raises:
-        SourceError: No such family, with the list of those there are.
+        SourceError: No such family, with the reason and the list of those there are.
     """
-    if model_type is None or model_type not in FAMILIES:
-        raise SourceError(f"config.json: model_type: {must_be_one_of(model_type, FAMILIES)}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise SourceError(f"config.json: model_type: {explain_unsupported(model_type, FAMILIES, config)}")
     return FAMILIES[model_type]
 
 
@@ -32,7 +36,7 @@ def read_arch(config: Mapping[str, Any]) -> ArchSpec:
     Raises:
         SourceError: An unknown family, a missing field, or a value refold cannot run.
     """
-    family = find_family(config.get("model_type"))
+    family = find_family(config.get("model_type"), config)
     try:
         return family.read_config(config)
     except ValidationError as error:

@@ -244,13 +244,13 @@ class TextGenerator:
             return wanted or DEFAULT_NEW_TOKENS
         if longest >= limit:
             raise RefoldError(
-                f"prompt: at most {limit - 1} tokens are required, so that one more fits the model's {limit} positions "
+                f"prompt: must be at most {limit - 1} tokens, so that one more fits the model's {limit} positions "
                 f"(got {longest}); shorten it"
             )
         if wanted is not None and longest + wanted > limit:
             raise RefoldError(
-                f"max_new_tokens: at most {limit - longest} are required after a prompt of {longest} tokens, so that "
-                f"all fit the model's {limit} positions (got {wanted})"
+                f"max_new_tokens: must be at most {limit - longest} after a prompt of {longest} tokens, so that all "
+                f"fit the model's {limit} positions (got {wanted})"
             )
         return wanted or min(DEFAULT_NEW_TOKENS, limit - longest)
 

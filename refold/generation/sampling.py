@@ -34,7 +34,7 @@ class Sampling:
         if not 0 <= self.temperature < float("inf"):
             raise RefoldError(f"temperature: 0 (greedy) or more is required (got {self.temperature})")
         if not 0 < self.top_p <= 1:
-            raise RefoldError(f"top_p: a probability above 0, at most 1, is required (got {self.top_p})")
+            raise RefoldError(f"top_p: must be above 0 and at most 1 (got {self.top_p})")
         if self.top_k < 0:
             raise RefoldError(f"top_k: 0 (all tokens) or more is required (got {self.top_k})")
         if not 0 <= self.seed < 2**63:

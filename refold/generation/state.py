@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from refold.checkpoint.atomic_file import write_file
+from refold.checkpoint import atomic_file
 from refold.checkpoint.headers import parse_header, read_header_bytes
 from refold.errors import RefoldError, SourceError
 from refold.generation.kept_layers import KeptLayers, join, kept_names, take
@@ -106,7 +106,7 @@ class PromptState:
             "dtype": self.dtype,
             "tokens_seen": self.kept.tokens_seen,
         }
-        write_file(path, lambda unfinished: _write(unfinished, tensors, said))
+        atomic_file.write_file(path, lambda unfinished: _write(unfinished, tensors, said))
 
     def require_model(self, model: PreTrainedModel, where: str = "state") -> None:
         """Checks that a model is the one that read the prompt.
@@ -220,19 +220,15 @@ def require_free(path: str | Path, overwrite: bool = False) -> Path:
     Raises:
         RefoldError: Something is there.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise RefoldError(f"{path}: a file name is required (got a folder); name a file in it")
-    if path.exists() and not overwrite:
-        raise RefoldError(f"{path}: a new file is required (it exists); choose another or pass --overwrite")
-    if path.exists():
-        try:
-            _read_header(path)
-        except RefoldError:
-            raise RefoldError(
-                f"{path}: a state file is required to be overwritten (got another file); choose another name"
-            ) from None
-    return path
+    return atomic_file.require_free(path, "state file", _is_state, overwrite)
+
+
+def _is_state(path: Path) -> bool:
+    try:
+        _read_header(path)
+    except RefoldError:
+        return False
+    return True
 
 
 def _write(path: Path, tensors: dict[str, Tensor], said: dict[str, Any]) -> None:

@@ -202,7 +202,7 @@ def _decide(stage: HealStage, student: PreTrainedModel, device: torch.device) ->
     config: Any = student.config
     if stage.context is not None and stage.context > config.max_position_embeddings:
         known = config.max_position_embeddings
-        raise HealError(f"context: at most the model's {known} positions are required (got {stage.context})")
+        raise HealError(f"context: must be at most {known}, the model's positions (got {stage.context})")
     context = stage.context or max(2, min(DEFAULT_CONTEXT, config.max_position_embeddings, stage.tokens))
     autocast = choose_precision(stage.precision, device, config.hidden_size)
     precision = "float32" if autocast is None else "bfloat16"

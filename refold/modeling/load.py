@@ -97,9 +97,9 @@ def open_source(source: str | Path | Source) -> tuple[Source, Path]:
     """
     located = source if isinstance(source, Source) else locate(source)
     folder = settle(located.fetch())
-    model_type = located.read_config().get("model_type")
-    if model_type != MODEL_TYPE:
-        find_family(model_type)
+    config = located.read_config()
+    if config.get("model_type") != MODEL_TYPE:
+        find_family(config.get("model_type"), config)
     located.headers()
     return located, folder
 

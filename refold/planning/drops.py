@@ -149,7 +149,7 @@ def _count(drop: Dropping, available: int, where: str) -> int:
     count = drop.count if drop.share is None else round(drop.share * available)
     assert count is not None
     if count > available:
-        raise RecipeError(f"{where}.count: at most {available} can be left out (got {count}); lower it")
+        raise RecipeError(f"{where}.count: must be at most {available} (got {count}); lower it")
     return count
 
 

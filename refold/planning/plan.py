@@ -74,6 +74,14 @@ class StackPlan(Frozen):
         ]
 
     @property
+    def calibration(self) -> Literal["required", "useful", "unused"]:
+        """Use of calibration text: linears are fitted on some; or drops and feature maps can be measured on some."""
+        if self.recipe.needs_text:
+            return "required"
+        has_use = self.recipe.measures_influence or stored_maps(self.blueprint, self.starts)
+        return "useful" if has_use else "unused"
+
+    @property
     def needs_healing(self) -> bool:
         """Whether the target computes something else than its source."""
         return self.starts.weights == "fresh" or not all(
@@ -243,8 +251,8 @@ def _require_smaller(costs: CostPair, context: int) -> None:
     if larger and not any(target[name] < source[name] for name in source):
         name = larger[0]
         raise RecipeError(
-            f"recipe: a target that is smaller than its source in something is required (got {name} "
-            f"{target[name]:,} for {source[name]:,}, nothing smaller); lower the rank, raise fold.loops, or allow it"
+            f"recipe: the folded model would be larger than its source ({name} {target[name]:,} > {source[name]:,}) "
+            f"and smaller in nothing; lower relax.rank, raise fold.loops, or pass --allow-larger"
         )
 
 

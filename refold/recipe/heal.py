@@ -11,7 +11,7 @@ from refold.blueprint.owned.registry import OWNED
 from refold.fields import Amount, Count, LayerIndex, Real, Section, read_amount
 from refold.recipe.objectives import StageObjectives
 from refold.recipe.yaml import parse_yaml
-from refold.suggest import must_be_one_of
+from refold.suggest import must_be_one_of, shorten
 
 Share = Annotated[Real, Field(ge=0, le=1)]
 Groups = tuple[Annotated[str, Field(min_length=1)], ...]
@@ -177,11 +177,12 @@ def read_heal(value: Any) -> Any:
     changes = dict(value)
     name, tokens = changes.pop("protocol", None), read_amount(changes.pop("tokens", None))
     if name is None:
-        raise ValueError(
-            f"must be a list of stages, or a mapping with `protocol` (got keys {', '.join(map(str, value))})"
-        )
+        keys = ", ".join(str(key)[:40] for key in list(value)[:6])
+        raise ValueError(f"must be a list of stages, or a mapping with `protocol` (got keys {keys})")
+    if not isinstance(name, str) or name not in _built_in():
+        raise ValueError(f"protocol {must_be_one_of(name, _built_in())}")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise ValueError(f"protocol {name}: requires `tokens`, such as 20M (got {tokens!r})")
+        raise ValueError(f"protocol {name}: requires `tokens`, such as 20M (got {shorten(tokens)})")
     return expand_protocol(name, tokens, changes)
 
 

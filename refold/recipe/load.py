@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from refold.errors import RecipeError
 from refold.recipe.mistakes import describe_mistakes
 from refold.recipe.recipe import Recipe
-from refold.recipe.yaml import parse_yaml
-from refold.suggest import did_you_mean
+from refold.recipe.yaml import MAX_BYTES, MAX_DEPTH, parse_yaml
+from refold.suggest import MAX_ECHO, did_you_mean, shorten
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe | None
 """What stands for a recipe: a built-in name, a YAML file, its parsed content, a Recipe, or None for the empty one."""
@@ -72,45 +72,55 @@ def _read(recipe: RecipeLike) -> tuple[str, dict[str, Any]]:
 
 
 def _read_file(recipe: str | Path) -> str:
-    path = Path(recipe)
+    path, shown = Path(recipe), str(recipe)[:MAX_ECHO]
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            # No more than is accepted: a path may name a device without an end.
+            return file.read(4 * MAX_BYTES + 1).decode("utf-8")
     except UnicodeDecodeError:
-        raise RecipeError(f"recipe {recipe}: UTF-8 text is required (got other bytes)") from None
+        raise RecipeError(f"recipe {shown}: UTF-8 text is required (got other bytes)") from None
     except OSError as error:
         if isinstance(recipe, str) and path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
             raise RecipeError(
-                f"recipe: must be one of {', '.join(_built_in_files())} or the path of a YAML file (got '{recipe}')"
-                f"{did_you_mean(recipe, _built_in_files())}"
+                f"recipe: must be one of {', '.join(_built_in_files())} or the path of a YAML file "
+                f"(got {shorten(recipe)}){did_you_mean(recipe, _built_in_files())}"
             ) from None
-        raise RecipeError(f"recipe {recipe}: a readable YAML file is required ({error.strerror})") from None
+        raise RecipeError(
+            f"recipe {shown}: a readable YAML file is required ({error.strerror}); check the path"
+        ) from None
+    except ValueError:
+        # A zero byte in the name.
+        raise RecipeError(f"recipe {shorten(str(recipe))}: the path of a YAML file is required; check it") from None
 
 
 def _override(data: Any, override: str) -> dict[str, Any]:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
+    shown = f"--set {override[:MAX_ECHO]}"
     if not equals or not all(keys):
-        raise RecipeError(f"--set {override}: `key.path=value` is required, such as fold.loops=3")
-    return _replaced(data, keys, parse_yaml(text, f"--set {override}"), override, ())
+        raise RecipeError(f"{shown}: `key.path=value` is required, such as fold.loops=3")
+    if len(keys) > MAX_DEPTH:
+        raise RecipeError(f"{shown}: the path must have at most {MAX_DEPTH} keys (got {len(keys):,})")
+    return _replaced(data, keys, parse_yaml(text, shown), shown, ())
 
 
-def _replaced(data: Any, keys: Sequence[str], value: Any, override: str, above: tuple[str, ...]) -> Any:
+def _replaced(data: Any, keys: Sequence[str], value: Any, where: str, above: tuple[str, ...]) -> Any:
     if not keys:
         return value
     key, here = keys[0], ".".join(above)
     if isinstance(data, (list, tuple)):
-        if not key.isdecimal() or int(key) >= len(data):
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < len(data)):
             raise RecipeError(
-                f"--set {override}: {here} is a list of {len(data)}; an index below that is required (got '{key}')"
+                f"{where}: {here} is a list of {len(data)}; an index below that is required (got {shorten(key)})"
             )
         index = int(key)
-        return [*data[:index], _replaced(data[index], keys[1:], value, override, (*above, key)), *data[index + 1 :]]
+        return [*data[:index], _replaced(data[index], keys[1:], value, where, (*above, key)), *data[index + 1 :]]
     if data is not None and not isinstance(data, Mapping):
         raise RecipeError(
-            f"--set {override}: {here} must be a mapping to hold '{key}' (got {data!r}); set it as a whole"
+            f"{where}: {here} must be a mapping to hold {shorten(key)} (got {shorten(data)}); set it as a whole"
         )
     section = dict(data or {})
-    section[key] = _replaced(section.get(key), keys[1:], value, override, (*above, key))
+    section[key] = _replaced(section.get(key), keys[1:], value, where, (*above, key))
     return section
 
 

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from refold.suggest import did_you_mean
+from refold.suggest import did_you_mean, shorten
 
 _BOUNDS = {
     "greater_than_equal": ("ge", "at least"),
@@ -15,6 +15,8 @@ _BOUNDS = {
     "less_than_equal": ("le", "at most"),
     "less_than": ("lt", "below"),
 }
+MAX_MISTAKES = 30
+"""Mistakes that are told at once."""
 # A union's branch, taken by the type of what was given: what would have been right besides it.
 _ALTERNATIVES = {"<full>": " or a whole number", "<name>": " or a list"}
 _TYPES = {
@@ -36,7 +38,9 @@ def describe_mistakes(error: ValidationError, model: type[BaseModel]) -> list[st
         error: What pydantic raised.
         model: The model that was validated, for the legal keys.
     """
-    return [f"{_path(item)}: {_explain(item, model)}" for item in error.errors(include_url=False)]
+    found = error.errors(include_url=False)
+    lines = [f"{_path(item)}: {_explain(item, model)}" for item in found[:MAX_MISTAKES]]
+    return [*lines, f"... and {len(found) - MAX_MISTAKES} more"] if len(found) > MAX_MISTAKES else lines
 
 
 def _location(item: ErrorDetails) -> tuple[int | str, ...]:
@@ -47,7 +51,7 @@ def _location(item: ErrorDetails) -> tuple[int | str, ...]:
 def _path(item: ErrorDetails) -> str:
     path = ""
     for key in _location(item):
-        path += f"[{key}]" if isinstance(key, int) else f".{key}"
+        path += f"[{key}]" if isinstance(key, int) else f".{str(key)[:100]}"
     return path.lstrip(".") or "recipe"
 
 
@@ -65,16 +69,18 @@ def _explain(item: ErrorDetails, model: type[BaseModel]) -> str:
         return str(context["error"])
     if kind == "literal_error":
         legal = re.findall(r"'([^']*)'", context["expected"])
-        return f"must be {_one_of(legal)}{_alternative(item)} (got {got!r}){did_you_mean(str(got), legal)}"
+        return f"must be {_one_of(legal)}{_alternative(item)} (got {shorten(got)}){_closest(got, legal)}"
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
-        return f"must be {words} {context[key]} (got {got!r})"
+        return f"must be {words} {context[key]} (got {shorten(got)})"
     if kind in ("too_short", "string_too_short"):
-        return f"must not be empty (got {got!r})"
+        return f"must not be empty (got {shorten(got)})"
     required = _TYPES.get(kind.split("_")[0])
     if required is not None:
-        return f"must be {required}{_alternative(item)} (got {got!r})"
-    return f"{item['msg'].lower()} (got {got!r})"
+        lacks_blank = required == "a mapping" and isinstance(got, str) and ":" in got
+        hint = "; write a blank after the colon" if lacks_blank else ""
+        return f"must be {required}{_alternative(item)} (got {shorten(got)}){hint}"
+    return f"{item['msg'].lower()} (got {shorten(got)})"
 
 
 def _key_of(model: type[BaseModel], name: str) -> str:
@@ -83,6 +89,10 @@ def _key_of(model: type[BaseModel], name: str) -> str:
 
 def _alternative(item: ErrorDetails) -> str:
     return _ALTERNATIVES.get(str(item["loc"][-1]), "") if item["loc"] else ""
+
+
+def _closest(got: Any, legal: list[str]) -> str:
+    return did_you_mean(got, legal) if isinstance(got, str) else ""
 
 
 def _one_of(legal: list[str]) -> str:

@@ -11,13 +11,13 @@ from refold.recipe.drop import Drop, LayerList
 from refold.recipe.heal import HealStage, read_heal
 from refold.recipe.share_kv import ShareKv
 from refold.recipe.tying import TYING_INITS
-from refold.suggest import did_you_mean, must_be_one_of
+from refold.suggest import did_you_mean, must_be_one_of, shorten
 
 
 def _known_init(name: str) -> str:
     if name not in TYING_INITS:
         raise ValueError(
-            f"must be one of {', '.join(TYING_INITS)} or a list of source layers (got {name!r})"
+            f"must be one of {', '.join(TYING_INITS)} or a list of source layers (got {shorten(name)})"
             f"{did_you_mean(name, TYING_INITS)}"
         )
     return name

@@ -94,6 +94,9 @@ def test_the_folder_holds_measurements_figures_and_one_page(planted: Path, tmp_p
     page = (out / "index.html").read_text()
     assert page.count("<svg") == 5
     assert f"least important, block: layers {IDLE}" in page
+    assert "<h2>Conclusion</h2>" in page
+    assert f"Layers {IDLE} change the stream by less than a third of the median" in page
+    assert page.count('<div class="scroll"><table>') == page.count("<table>")  # Nothing is cut off on a telephone.
     assert not re.search(r"<(script|img|link)|(src|href)=\"http", page)
 
 

@@ -190,7 +190,7 @@ def test_damaged_header(tmp_path: Path, header: object, num_data_bytes: int, mes
         (struct.pack("<Q", 100) + b"{}", r"truncated: the header needs 108 bytes \(got 10\)"),
         (
             struct.pack("<Q", 2**63) + b"{}",
-            r"a header of at most 100000000 bytes is required \(got 9223372036854775808\)",
+            r"the header must be at most 100000000 bytes \(got 9223372036854775808\)",
         ),
     ],
 )

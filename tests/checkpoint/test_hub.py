@@ -167,7 +167,9 @@ def test_a_shard_in_the_cache_is_not_asked_for(fake: Hub, monkeypatch: pytest.Mo
 
 def test_a_damaged_remote_header_is_named(fake: Hub) -> None:
     (fake.folder / "model-00002-of-00002.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(SourceError, match=rf"org/name@{COMMIT}/model-00002-of-00002\.safetensors: a header of at most"):
+    with pytest.raises(
+        SourceError, match=rf"org/name@{COMMIT}/model-00002-of-00002\.safetensors: the header must be at most"
+    ):
         locate("org/name").headers()
 
 

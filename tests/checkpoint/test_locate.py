@@ -74,7 +74,7 @@ def test_a_path_object_never_asks_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_files_and_nothing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").touch()
-    with pytest.raises(SourceError, match=r"x\.gguf: a model folder is required \(got a file\)"):
+    with pytest.raises(SourceError, match=r"x\.gguf: a model folder is required \(got a GGUF file"):
         locate(str(tmp_path / "x.gguf"))
     with pytest.raises(SourceError, match=r"source: a folder or a hub id .* is required .got nothing"):
         locate("")

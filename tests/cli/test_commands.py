@@ -1,50 +1,21 @@
 """The command line: right input works in its short form, wrong input is one line and exit status 2."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import typer.main
 
 from refold.cli import main
-from refold.cli.app import app
 from refold.errors import HealError
 from refold.recipe.heal import HealStage
+from refold.recipe.load import built_in_recipes
 
-FLAGS = {
-    "demo": {"--out", "--heal-tokens", "--json"},
-    "analyse": {
-        "--data", "-d", "--out", "--tokens", "-t", "--context", "--seed", "--moments", "--no-spectra", "--device",
-        "--field", "--overwrite", "--json",
-    },
-    "plan": {"--recipe", "-r", "--set", "--measurements", "--context", "--lines", "--allow-larger", "--json"},
-    "recipes": {"--protocols", "--json"},
-    "convert": {
-        "--recipe", "-r", "--set", "--calibration", "--measurements", "--device", "--overwrite", "--allow-larger",
-        "--field", "--json",
-    },
-    "heal": {
-        "--data", "-d", "--field", "--tokens", "-t", "--protocol", "-p", "--recipe", "-r", "--set", "--objective",
-        "--learning-rate", "--batch-tokens", "--context", "--seed", "--held-out", "--teacher", "--teacher-tokens",
-        "--sweep", "--dry-run", "--sharded", "--report-to", "--device", "--overwrite", "--restart", "--json",
-    },
-    "evaluate": {
-        "--data", "-d", "--against", "--context", "--stride", "--max-tokens", "--batch-size", "--device", "--dtype",
-        "--field", "--quantise", "--out", "--json",
-    },
-    "run": {
-        "--data", "-d", "--recipe", "-r", "--set", "--tokens", "-t", "--held-out", "--baseline", "--learning-rate",
-        "--field", "--eval-tokens", "--seed", "--device", "--allow-larger", "--json",
-    },
-    "inspect": {"--verify", "--json"},
-    "generate": {
-        "--prompt", "-p", "--chat", "--stream", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed",
-        "--save-state", "--state", "--overwrite", "--adapters", "--exit-depth", "--device", "--dtype",
-    },
-    "export": {"--to", "--dtype", "--overwrite"},
-}  # fmt: skip
+LIST_FLAGS = Path(__file__).parents[2] / "scripts" / "list_flags.py"
+FLAGS = Path(__file__).with_name("flags.txt")
+"""All flags, from `python scripts/list_flags.py`. A setting that is a key of the recipe gets none: --set gives it."""
 
 
 def run(*arguments: str | Path, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -58,12 +29,8 @@ def run(*arguments: str | Path, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_flags_are_these() -> None:
-    commands = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
-    found = {
-        name: {option for parameter in command.params for option in parameter.opts if option.startswith("-")}
-        for name, command in commands.items()
-    }
-    assert found == FLAGS
+    listed = subprocess.run([sys.executable, LIST_FLAGS], capture_output=True, text=True, check=True, timeout=60)
+    assert listed.stdout == FLAGS.read_text(), "run `python scripts/list_flags.py > tests/cli/flags.txt` if intended"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +41,10 @@ def test_flags_are_these() -> None:
         (["plan", "SOURCE", "--set", "fold.lops=2"], "did you mean 'loops'"),
         (["plan", "SOURCE", "-r", "recursive", "--set", "fold.init=[0,99,1,2,3,4]"], "out of range"),
         (["convert", "SOURCE", "EXISTING"], "never overwritten"),
-        (["convert", "SOURCE", "OUT", "--calibration", "LATIN"], "calibration: a recipe that has a use for text"),
+        (
+            ["convert", "SOURCE", "OUT", "--calibration", "LATIN"],
+            "calibration: this recipe does not use calibration text",
+        ),
         (["analyse", "/nowhere"], "no such folder"),
         (["analyse", "SOURCE", "--out", "EXISTING"], "never overwritten"),
         (["analyse", "SOURCE", "--data", "LATIN"], "UTF-8"),
@@ -88,6 +58,23 @@ def test_flags_are_these() -> None:
         (["evaluate", "SOURCE", "--data", "LATIN"], "UTF-8"),
         (["evaluate", "SOURCE", "--data", "LATIN", "--quantise", "int3"], "must be one of int8, int4 (got 'int3')"),
         (["heal", "SOURCE", "OUT", "--data", "LATIN", "--tokens", "many"], "many"),
+        (["evaluate", "SOURCE", "--data", "LATIN", "--out", "CONFIG"], "it exists"),
+        (["evaluate", "SOURCE", "--data", "LATIN", "--out", "CONFIG", "--overwrite"], "got another file"),
+        (["evaluate", "SOURCE", "--data", "LATIN", "--out", "/dev/null", "--overwrite"], "got another file"),
+        (["evaluate", "SOURCE", "--data", "LATIN", "--out", "LINK", "--overwrite"], "got another file"),
+        (["evaluate", "SOURCE", "--data", "LATIN", "--max-tokens", "-5"], "--max-tokens: must be a whole number"),
+        (["evaluate", "SOURCE", "--data", "LATIN", "--stride", "0"], "--stride: must be at least 1 (got 0)"),
+        (["analyse", "SOURCE", "--tokens", "-5"], "--tokens: must be a whole number"),
+        (["plan", "SOURCE", "--context", "x"], "--context: must be a whole number (got 'x')"),
+        (["plan", "SOURCE", "--context", "-3"], "--context: must be at least 1 (got -3)"),
+        (["demo", "--heal-tokens", "many"], "--heal-tokens: must be a whole number"),
+        (["generate", "SOURCE", "-p", "x", "--temperature", "warm"], "--temperature: must be a finite number"),
+        (["plan", "SOURCE", "--nope"], "No such option: --nope"),
+        (["plan", "SOURCE", "--set", "relax.rank={energy:0.5}"], "write 'energy: 0.5'"),
+        (["plan", "SOURCE", "--set", "seed=2024-13-45"], "seed: must be a whole number (got '2024-13-45')"),
+        (["plan", "SOURCE", "--set", "mixers=[{type: [mamba]}]"], "type: must be one of"),
+        (["plan", "SOURCE", "--set", "heal={protocol: {a: 1}}"], "protocol must be one of"),
+        (["export", "SOURCE", "OUT"], "a folded model is required"),
         (["generate", "SOURCE", "-p", "x", "--chat"], "chat template"),
         (["generate", "SOURCE"], "give --prompt, or --state to go on"),
         (["generate", "SOURCE", "-p", "x", "--save-state", "LATIN"], "it exists"),
@@ -114,17 +101,24 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(
         "EXISTING": tmp_path / "mine",
         "LATIN": tmp_path / "latin.txt",
         "NEW": tmp_path / "new.state",
+        "CONFIG": shipped / "config.json",
+        "LINK": tmp_path / "link",
     }
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "latin.txt")
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
     before = sorted(path.name for path in tmp_path.rglob("*"))
+    config = (shipped / "config.json").read_bytes()
     status = run(*(places.get(argument, argument) for argument in arguments), monkeypatch=monkeypatch)
     errors = capsys.readouterr().err
     assert status == 2
     assert "Traceback" not in errors
     assert says in " ".join(errors.split()), errors
+    assert len(errors.splitlines()) == 1 or " mistakes\n" in errors, errors
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert (shipped / "config.json").read_bytes() == config
+    assert Path("/dev/null").is_char_device()
 
 
 @pytest.mark.parametrize(("given", "expected"), [((), 3), (("--seed", "0"), 0), (("--seed", "5"), 5)])
@@ -261,3 +255,42 @@ def test_a_column_is_named_once_for_all_files_and_kinds_are_reported(
     assert "kind of text" in capsys.readouterr().out
     assert run("evaluate", shipped, "--data", tmp_path / "b.csv", monkeypatch=monkeypatch) == 2
     assert "column 'text' is required (got ['body', 'id'])" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_recipes_side_by_side_are_readable(
+    columns: int, shipped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert run("plan", shipped, monkeypatch=monkeypatch) == 0
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert max(map(len, lines)) <= columns
+    table = [line.split() for line in lines if re.match(r"\S+ +[\d.]+ [kMG]B", line)]
+    names = [row[0] for row in table]
+    assert names[0] == "source"
+    assert set(names[1:]) == set(built_in_recipes())  # No name is broken.
+    units = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+    sizes = [float(row[1]) * units[row[2]] for row in table[1:]]
+    assert sizes == sorted(sizes)
+    texts = {row[0]: row[-1] for row in table}
+    assert (texts["lowrank"], texts["pruned"], texts["recursive"]) == ("yes", "helps", "-")
+    said = " ".join(printed.split())
+    assert "embedding and head are 8% of the source's parameters" in said
+    assert "all of them need healing" in said
+    assert "needs healing" not in said
+
+
+def test_a_result_is_replaced_only_when_asked(
+    shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "found.json"
+    text.write_text("def f():\n    return 1\n" * 20)
+    wanted = ("evaluate", shipped, "-d", text, "--max-tokens", "64", "--context", "32", "--out", out)
+    assert run(*wanted, monkeypatch=monkeypatch) == 0
+    first = out.read_text()
+    assert run(*wanted, monkeypatch=monkeypatch) == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert out.read_text() == first
+    assert run(*wanted, "--overwrite", monkeypatch=monkeypatch) == 0
+    assert out.read_text() != first

@@ -178,7 +178,9 @@ def test_a_fit_of_fresh_queries_is_refused_when_planned(source: Path) -> None:
 
 
 def test_text_that_nothing_uses_is_refused(source: Path, text: DataSource, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"calibration: a recipe that has a use for text .* leave it out"):
+    with pytest.raises(
+        RecipeError, match=r"calibration: this recipe does not use calibration text; remove --calibration"
+    ):
         convert(source, tmp_path / "out", {"fold": {"loops": 2}}, calibration=text)
 
 

@@ -181,7 +181,7 @@ def test_text_is_required_where_errors_are_weighed_by_some(source, tmp_path, wei
 
 def test_text_that_nothing_uses_is_refused(source, text, tmp_path):
     for recipe in ({"fold": FOLD}, {"factor": {"parameters": 0.5, "weight": "none"}}):
-        with pytest.raises(RecipeError, match=r"calibration: a recipe that has a use for text is required"):
+        with pytest.raises(RecipeError, match=r"calibration: this recipe does not use calibration text"):
             convert(source, tmp_path / "out", recipe, calibration=text)
 
 

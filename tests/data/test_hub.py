@@ -8,7 +8,7 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi, constants, errors
 
-from refold.data.blocks import Field
+from refold.data.field import Field
 from refold.data.location import HubName, open_hub
 from refold.data.readers import DataSource
 from refold.data.streams import DatasetStream

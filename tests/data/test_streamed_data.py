@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from refold.data.blocks import Field
 from refold.data.encoder import TextEncoder
+from refold.data.field import Field
 from refold.data.packing import IGNORED
 from refold.data.streams import DatasetStream, DocumentStream, IterableStream
 from refold.data.training_data import StreamedData

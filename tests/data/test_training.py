@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from refold.data.blocks import Field
+from refold.data.field import Field
 from refold.data.mixture import Mixture
 from refold.data.opening import open_training_data
 from refold.data.packing import IGNORED, PackedSequences

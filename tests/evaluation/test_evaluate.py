@@ -285,7 +285,7 @@ def test_bfloat16_weights_are_used_as_asked(source, sentences):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context": 257}, r"context: at most the 256 positions of .* are required \(got 257\)"),
+        ({"context": 257}, r"context: must be at most 256, the positions of .* \(got 257\)"),
         ({"context": 0}, r"context: at least 1 token is required \(got 0\)"),
         ({"context": 8, "stride": 9}, r"a stride between 1 and the context of 8 tokens is required \(got 9\)"),
         ({"batch_size": 0}, r"batch_size: at least 1 window is required \(got 0\)"),

@@ -35,6 +35,25 @@ def test_a_folder_gets_a_file_of_the_usual_name(evaluation: Evaluation, tmp_path
     assert json.loads((tmp_path / "evaluation.json").read_text())["stride"] == 8
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_only_an_older_evaluation_is_replaced(evaluation: Evaluation, tmp_path: Path, overwrite: bool):
+    config, link, folder = tmp_path / "config.json", tmp_path / "link.json", tmp_path / "folder"
+    config.write_text('{"model_type": "llama"}')
+    evaluation.write(tmp_path / "real.json")
+    link.symlink_to(tmp_path / "real.json")
+    (folder / "evaluation.json").mkdir(parents=True)
+    for path in (config, link, folder, Path("/dev/null")):
+        with pytest.raises(FolderError, match=r"(got another file|got a folder|it exists)"):
+            evaluation.write(path, overwrite)
+    assert config.read_text() == '{"model_type": "llama"}'
+    assert link.is_symlink()
+    if overwrite:
+        evaluation.write(tmp_path / "real.json", overwrite)
+    else:
+        with pytest.raises(FolderError, match=r"real.json: a new file is required \(it exists\)"):
+            evaluation.write(tmp_path / "real.json")
+
+
 def test_a_place_that_cannot_be_written_is_named(evaluation: Evaluation, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FolderError, match=r"e.json: a writable place is required \(.*\); choose another"):

@@ -178,12 +178,12 @@ def test_messages_the_template_refuses_are_named(folded):
 def test_a_prompt_that_fills_the_model_is_refused(generator):
     long = "q" * 256
     for call in (lambda: generator.generate([long]), lambda: generator.stream(long)):
-        with pytest.raises(RefoldError, match=r"prompt: at most 255 tokens are required, .* \(got 257\); shorten it"):
+        with pytest.raises(RefoldError, match=r"prompt: must be at most 255 tokens, .* \(got 257\); shorten it"):
             call()
 
 
 def test_more_new_tokens_than_fit_are_refused_and_the_default_takes_what_fits(generator):
-    with pytest.raises(RefoldError, match=r"max_new_tokens: at most 55 are required after a prompt of 201 tokens"):
+    with pytest.raises(RefoldError, match=r"max_new_tokens: must be at most 55 after a prompt of 201 tokens"):
         generator.generate(["q" * 200], Sampling(max_new_tokens=56))
     for prompt, room in (("q" * 200, 55), ("q", DEFAULT_NEW_TOKENS)):
         ids = encode_prompt(generator.tokenizer, prompt, chat=False)

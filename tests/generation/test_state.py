@@ -162,7 +162,7 @@ def test_a_recurrent_model_reads_past_its_sources_positions(open_model):
         ["q" * 200], long, state=generator.read_prompt("q" * 200)
     )
     for kind in ("source", "hybrid", "folded"):
-        with pytest.raises(RefoldError, match=r"prompt: at most 255 tokens are required"):
+        with pytest.raises(RefoldError, match=r"prompt: must be at most 255 tokens"):
             open_model(kind).read_prompt("q" * 400)
     state = generator.read_prompt("q" * 400)
     assert len(state.token_ids) == 401
@@ -170,7 +170,7 @@ def test_a_recurrent_model_reads_past_its_sources_positions(open_model):
 
 def test_the_state_counts_against_the_positions(generator):
     state = generator.read_prompt("q" * 200)
-    with pytest.raises(RefoldError, match=r"prompt: at most 255 tokens are required, .* \(got 261\)"):
+    with pytest.raises(RefoldError, match=r"prompt: must be at most 255 tokens, .* \(got 261\)"):
         generator.generate(["q" * 60], state=state)
 
 

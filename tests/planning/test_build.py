@@ -276,7 +276,7 @@ REFUSED = [
         r"fold\.init: must be average where relax\.init is joint.*\(got lower\)",
     ),
     ({"drop": {"block": {"count": 6}}}, r"drop\.block: at least one layer must remain \(all 6 would go\)"),
-    ({"drop": {"block": {"count": 7}}}, r"drop\.block\.count: at most 6 can be left out \(got 7\)"),
+    ({"drop": {"block": {"count": 7}}}, r"drop\.block\.count: must be at most 6 \(got 7\)"),
     ({"drop": {"block": {"layers": [6]}}}, r"drop\.block\.layers: layer 6 is out of range \(6 source layers: 0\.\.5\)"),
     ({"drop": {"block": {"parameters": "1k"}}}, r"drop\.block\.parameters: at least [\d,]+ are required for one layer"),
     (
@@ -285,7 +285,7 @@ REFUSED = [
     ),
     (
         {"drop": {"block": {"layers": [2]}, "attention": {"count": 6}}},
-        r"drop\.attention\.count: at most 5 can be left out",
+        r"drop\.attention\.count: must be at most 5",
     ),
     ({"exits": {"at": "loops"}}, r"exits\.at: loops needs a block that runs as a whole two or more times"),
     ({"exits": {"at": "loops"}, "fold": {**FOLD2, "pattern": "sequence"}}, r"exits\.at: loops needs a block"),

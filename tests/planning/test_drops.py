@@ -95,7 +95,7 @@ def test_a_fold_ties_what_is_left(make_arch) -> None:
 @pytest.mark.parametrize(
     ("drop", "message"),
     [
-        ({"sublayers": {"count": 13}}, r"drop\.sublayers\.count: at most 12 can be left out \(got 13\)"),
+        ({"sublayers": {"count": 13}}, r"drop\.sublayers\.count: must be at most 12 \(got 13\)"),
         ({"sublayers": {"count": 12}}, r"drop\.sublayers: at least one must remain \(all 12 would go\)"),
         ({"sublayers": {"parameters": 10}}, r"drop\.sublayers\.parameters: at least [\d,]+ are required for one of"),
         ({"sublayers": {"count": 1, "share": 0.5}}, r"exactly one of count, share, parameters is required"),

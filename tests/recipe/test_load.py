@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,11 @@ MISTAKES = [
     ({"heal": {"protocol": "distill", "tokens": 1}}, r"heal: protocol must be one of .* did you mean 'distil'"),
     ({"heal": {"protocol": "distil"}}, r"heal: protocol distil: requires `tokens`, such as 20M \(got None\)"),
     ({1: 2}, r"\[1\]: keys should be strings"),
+    ({"seed": "2024-13-45"}, r"seed: must be a whole number \(got '2024-13-45'\)"),
+    ({"seed": 2**63}, r"seed: must be at most 9223372036854775807"),
+    ({"mixers": [{"type": ["mamba"]}]}, r"mixers\[0\]: type: must be one of .* \(got \['mamba'\]\)"),
+    ({"heal": {"protocol": {"a": 1}, "tokens": 1}}, r"heal: protocol must be one of .* \(got {'a': 1}\)"),
+    ({"heal": [{"tokens": "1e99"}]}, r"heal\[0\]\.tokens: must be at most 9223372036854775807 \(got '1e99'\)"),
 ]
 
 
@@ -171,6 +177,23 @@ def test_all_mistakes_are_reported_at_once():
         ("relaxed\n", r"bad\.yaml: a mapping of sections is required \(got text\)"),
         ("fold: !!python/object:os.system {}\n", r"bad\.yaml, line 1: valid YAML is required"),
         ("fold: \x07\n", r"bad\.yaml: valid YAML is required"),
+        ("? [a]\n: b\n", r"line 1: .*a key must be text \(got a list or a mapping\)"),
+        ("seed: !!int abc\n", r"line 1: .*a whole number is required \(got 'abc'\)"),
+        ("seed: 0x_\n", r"line 1: .*a whole number is required \(got '0x_'\)"),
+        ("seed: !!float abc\n", r"a number is required \(got 'abc'\)"),
+        ("seed: !!bool maybe\n", r"true or false is required \(got 'maybe'\)"),
+        ("seed: !!timestamp 2024-01-01\n", r"could not determine a constructor"),
+        ("seed: " + "9" * 5000, r"a number must have at most 40 digits \(got 5,000\)"),
+        ("seed: 99999999999999999999\n", r"a whole number must be at most 9223372036854775807"),
+        ("fold: " + "[" * 3000, r"must be at most 50 levels deep"),
+        ("fold: &a [*a]\n", r"an anchor must not hold an alias of itself"),
+        ("<<: 1\n", r"a mapping, or a list of mappings, is required after `<<`"),
+        ("fold: {<<: [1]}\n", r"a mapping, or a list of mappings, is required after `<<`"),
+        ('description: "\\ud800"\n', r"Unicode text is required \(got half a surrogate pair\)"),
+        ('description: "\\UFFFFFFFF"\n', r"an escape or a directive is out of range"),
+        ("relax:\n  rank: {energy:0.5}\n", r"line 2: .*a blank is required after the colon .*write 'energy: 0\.5'"),
+        ("fold:\n  loops:2\n", r"fold: must be a mapping \(got 'loops:2'\); write a blank after the colon"),
+        ("x: " + "a" * 2_000_000, r"must be at most 1,048,576 characters"),
     ],
 )
 def test_a_broken_file_is_refused_with_its_line(tmp_path, text, message):
@@ -211,3 +234,47 @@ def test_what_is_no_file_and_no_built_in_is_refused(tmp_path):
 def test_a_wrong_override_is_refused(overrides, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe("relaxed", overrides)
+
+
+LAUGHS = "\n".join(
+    ["a0: &a0 [x, x, x, x, x, x, x, x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]
+)
+
+
+def test_aliases_are_counted_as_often_as_they_are_used(tmp_path):
+    file = tmp_path / "laughs.yaml"
+    file.write_text(LAUGHS)
+    began = time.process_time()
+    with pytest.raises(RecipeError, match=r"line 5: .*must hold at most 20,000 values") as caught:
+        load_recipe(file)
+    assert time.process_time() - began < 5
+    assert len(str(caught.value)) < 500
+
+
+def test_values_are_repeated_shortly(tmp_path):
+    file = tmp_path / "long.yaml"
+    file.write_text(LAUGHS.replace("\n", "\n", 1).split("\na4")[0] + "\nfold: *a3\nseed: " + "x" * 9000)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    assert max(map(len, str(caught.value).splitlines())) < 500
+    with pytest.raises(RecipeError) as caught:
+        load_recipe({}, ["fold.loops=" + "x" * 9000])
+    assert len(str(caught.value)) < 500
+    with pytest.raises(RecipeError, match=r"the path must have at most 50 keys"):
+        load_recipe({}, [".".join("a" * 9000) + "=1"])
+    with pytest.raises(RecipeError, match=r"an index below that is required"):
+        load_recipe({"heal": [{"tokens": 1}]}, [f"heal.{'1' * 5000}.tokens=1"])
+
+
+def test_many_mistakes_end_with_their_number(tmp_path):
+    with pytest.raises(RecipeError, match=r"\.\.\. and 70 more$"):
+        load_recipe({f"key{n}": 1 for n in range(100)})
+
+
+def test_merge_keys_are_read_and_own_keys_win(tmp_path):
+    file = tmp_path / "merged.yaml"
+    file.write_text(
+        "heal:\n  - &first {tokens: 10M, seed: 3}\n  - &second {<<: *first, seed: 4}\n"
+        "  - {<<: [{seed: 9}, *second], tokens: 1k}\n"
+    )
+    assert [(stage.tokens, stage.seed) for stage in load_recipe(file).heal] == [(10**7, 3), (10**7, 4), (1000, 9)]
