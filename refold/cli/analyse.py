@@ -20,7 +20,7 @@ def command(
     tokens: options.AnalysisTokens = 16_384,
     context: options.Context = 512,
     seed: options.Seed = 0,
-    moments: options.Moments = False,
+    moments: options.MomentsOption = False,
     no_spectra: options.NoSpectra = False,
     device: options.Device = "cpu",
     overwrite: options.Overwrite = False,

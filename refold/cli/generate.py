@@ -10,7 +10,7 @@ from refold.errors import RefoldError
 
 def command(
     model: options.Model,
-    prompt: options.Prompt = None,
+    prompt: options.PromptOption = None,
     chat: options.Chat = False,
     stream: options.Stream = False,
     max_new_tokens: options.MaxNewTokens = None,
@@ -19,7 +19,7 @@ def command(
     top_k: options.TopK = 0,
     seed: options.Seed = 0,
     save_state: options.SaveState = None,
-    state: options.State = None,
+    state: options.StateOption = None,
     overwrite: options.Overwrite = False,
     adapters: options.Adapters = None,
     exit_depth: options.ExitDepth = None,

@@ -109,7 +109,7 @@ AnalysisTokens = Annotated[
 ]
 Context = Annotated[int, typer.Option(parser=whole(2), metavar="N", help="Tokens of each sequence.")]
 Seed = Annotated[int, typer.Option(parser=whole(0), metavar="N", help="Seed of the draws.")]
-Moments = Annotated[bool, typer.Option("--moments", help="Also store second moments of linears' inputs.")]
+MomentsOption = Annotated[bool, typer.Option("--moments", help="Also store second moments of linears' inputs.")]
 NoSpectra = Annotated[bool, typer.Option("--no-spectra", help="Do not measure the loss by tying: quicker.")]
 # Of `evaluate`.
 Against = Annotated[str | None, typer.Option(help="Also compare with this model: agreement, KL, difference.")]
@@ -131,7 +131,7 @@ Quantise = Annotated[
 ]
 ResultFile = Annotated[Path | None, typer.Option("--out", help="Also write the result to this file as JSON.")]
 # Of `generate`.
-Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; `-` reads standard input.")]
+PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; `-` reads standard input.")]
 Chat = Annotated[bool, typer.Option("--chat", help="The prompt is a user's message: apply the chat template.")]
 Stream = Annotated[bool, typer.Option("--stream", help="Print text as it comes.")]
 MaxNewTokens = Annotated[
@@ -145,7 +145,9 @@ TopK = Annotated[int, typer.Option(parser=whole(0), metavar="N", help="Sample fr
 SaveState = Annotated[
     Path | None, typer.Option(help="Read the prompt, write the model's state after it to this file, and stop.")
 ]
-State = Annotated[Path | None, typer.Option(help="Continue a state of --save-state; the prompt, if any, follows it.")]
+StateOption = Annotated[
+    Path | None, typer.Option(help="Continue a state of --save-state; the prompt, if any, follows it.")
+]
 Adapters = Annotated[
     str | None, typer.Option(help="Folder healed from MODEL with `--protocol domain`: its adapters instead.")
 ]

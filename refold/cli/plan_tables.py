@@ -46,7 +46,7 @@ def print_plan(made: StackPlan, context: int, lines: bool) -> None:
     if made.cost.source.parameters > SMALL_SHARE * made.cost.source.non_embedding_parameters:
         print_text(_floor(made.cost.source), "- ")
     for said in made.notes:
-        print_text(said, "- ")
+        print_text(said.text, "- ")
     if lines:
         print()
         table = [(line.tensors, line.how, str(line.count), _span(line.layers), line.reason) for line in made.lines]

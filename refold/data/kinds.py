@@ -17,7 +17,7 @@ import pyarrow as pa
 from refold.data.field import Field, OtherContentError
 from refold.errors import DataError
 
-Layout = Literal["text", "json_lines", "json", "csv", "parquet"]
+FileLayout = Literal["text", "json_lines", "json", "csv", "parquet"]
 """`json_lines`: a row per line; `json`: one array of rows, or rows one after another over any number of lines."""
 Compression = Literal["", "gzip", "zstd"]
 
@@ -96,7 +96,7 @@ class FileKind:
         delimiter: between the fields of a CSV row.
     """
 
-    layout: Layout
+    layout: FileLayout
     compression: Compression = ""
     delimiter: str = ""
 
@@ -236,7 +236,7 @@ def _read_head(path: Path, compression: Compression) -> bytes:
             return b""
 
 
-def _layout(head: bytes, ending: str, field: Field) -> tuple[Layout, str]:
+def _layout(head: bytes, ending: str, field: Field) -> tuple[FileLayout, str]:
     if ending in _DELIMITERS:
         return "csv", _delimiter(head, _DELIMITERS[ending], field)
     begin = head.lstrip()
