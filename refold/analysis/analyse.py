@@ -1,7 +1,7 @@
 """Measures a source in one streamed pass over its layers and two over its weights."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from refold.data.mixture import describe_one_kind
 from refold.data.packing import IGNORED, PackedSequence
 from refold.data.readers import DataSource
 from refold.errors import DataError, SourceError
-from refold.modeling.load import load_tokenizer
+from refold.modeling.load import choose_device, load_tokenizer
 from refold.sources.measurements import MOMENTS_NAME, MeasuredText, Measurements, MomentSummary, Similarity
 from refold.sources.pieces import PieceReader
 from refold.sources.source_model import SourceModel, read_source_model, record_source
@@ -92,6 +92,7 @@ def analyse(
         SourceError: The source is missing, broken or unknown, or has no weights.
     """
     settings = settings or AnalysisSettings()
+    settings = replace(settings, device=str(choose_device(settings.device)))
     if settings.moments and out is None:
         raise DataError("analyse: a folder is required where moments are stored (got none); give --out DIR")
     located = source if isinstance(source, Source) else locate(source)

@@ -14,6 +14,7 @@ from torch import Tensor
 from refold.calibration.layers import SourceLayers
 from refold.calibration.weighting import Moments
 from refold.checkpoint.atomic_file import write_json
+from refold.checkpoint.locate import is_same_source
 from refold.checkpoint.tensor_file import write_tensors
 from refold.data.packing import PackedSequence
 from refold.errors import SourceError
@@ -84,7 +85,7 @@ class MomentStore:
             raise SourceError(
                 f"{self.folder}: a folder of moments is required ({str(error)[:80]}); measure them again"
             ) from None
-        if signed["source"] != source:
+        if not is_same_source(signed["source"], source):
             raise SourceError(f"{self.folder}: moments of this source are required (they are another's); measure them")
         if with_gradients and not has_gradients:
             raise SourceError(f"{self.folder}: moments of gradients are required for `weight: fisher` (none there)")

@@ -41,6 +41,18 @@ class Truncated:
         """Returns some of the triples, as a decomposition of the same matrix."""
         return Truncated(self.u[:, triples], self.s[triples], self.v[:, triples], self.energy)
 
+    def project(self, matrix: Float[Tensor, "rows columns"]) -> "Truncated":
+        """Returns another matrix with nearly the same singular vectors, projected on those of its shorter side.
+
+        At full rank that is the matrix itself. Vectors of the longer side are then only about orthogonal.
+        """
+        by_rows = matrix.shape[0] <= matrix.shape[1]
+        scaled = matrix.T @ self.u if by_rows else matrix @ self.v
+        s = torch.linalg.vector_norm(scaled, dim=0)
+        turned = scaled / s.clamp(min=torch.finfo(s.dtype).tiny)
+        energy = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
+        return Truncated(self.u, s, turned, energy) if by_rows else Truncated(turned, s, self.v, energy)
+
     def factors(self) -> tuple[Float[Tensor, "rank columns"], Float[Tensor, "rows rank"]]:
         """A = V^T and B = U S of arXiv 2410.20672, section 2.3, so that B A is the truncated matrix."""
         return self.v.T.contiguous(), self.u * self.s

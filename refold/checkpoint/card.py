@@ -4,6 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from refold.checkpoint.source_file import read_file
+from refold.errors import SourceError
+
 CARD_NAME = "README.md"
 STOCK_USAGE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,8 +20,8 @@ _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 def read_licence(folder: Path) -> str | None:
     """Returns the `license:` a model card names, or None."""
     try:
-        front = _FRONT.match((folder / CARD_NAME).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
+        front = _FRONT.match(read_file(folder / CARD_NAME).decode("utf-8"))
+    except (SourceError, UnicodeDecodeError):
         return None
     found = re.search(r"^license:\s*(\S+)\s*$", front.group(1), re.MULTILINE) if front else None
     return found.group(1) if found else None

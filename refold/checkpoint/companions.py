@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
+from refold.checkpoint.source_file import open_file, parse_object, read_file
 from refold.errors import SourceError
 
 _TOKENIZER_FILES = {
@@ -32,6 +33,13 @@ _VOCABULARIES = (
     {"tekken.json"},
 )
 _OTHER_FILES = {"chat_template.jinja", "chat_template.json", "generation_config.json"}
+_OBJECTS = {
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+}
 _TEMPLATE_FOLDER = "additional_chat_templates"
 _LICENCES = ("licen[cs]e*", "notice*", "copying*", "use_policy*")
 _NEVER = {".py", ".pyc", ".so", ".sh", ".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".pkl"}
@@ -62,21 +70,49 @@ def has_tokenizer(names: Collection[str]) -> bool:
     return any(needed <= set(names) for needed in _VOCABULARIES)
 
 
-def copy_companions(source_folder: Path, target_folder: Path) -> Companions:
-    """Copies a model's companions; links, such as a hub cache's, are followed to their content.
+def check_companions(folder: Path) -> list[str]:
+    """Checks that a model's companions may be read and published, and returns their names.
 
     Raises:
-        SourceError: a companion is there and cannot be read.
+        SourceError: a companion cannot be read, is no plain file, or lies outside the folder; or one of the small JSON
+            files holds no object.
     """
-    candidates = [path.name for path in source_folder.iterdir()]
-    candidates += [f"{_TEMPLATE_FOLDER}/{path.name}" for path in (source_folder / _TEMPLATE_FOLDER).glob("*.jinja")]
-    names = sorted(name for name in candidates if is_companion(name) and not (source_folder / name).is_dir())
+    entries = list(folder.iterdir())
+    for path in entries:
+        # Whoever reads a pipe waits for ever, even of a file that only transformers looks at.
+        if path.exists() and not path.is_file() and not path.is_dir():
+            open_file(path).close()
+    candidates = [path.name for path in entries]
+    candidates += [f"{_TEMPLATE_FOLDER}/{path.name}" for path in (folder / _TEMPLATE_FOLDER).glob("*.jinja")]
+    names = sorted(name for name in candidates if is_companion(name) and not (folder / name).is_dir())
     for name in names:
-        try:
-            content = (source_folder / name).open("rb")
-        except OSError as error:
-            raise SourceError(f"{source_folder / name}: cannot be read ({error.strerror}); check the file") from None
+        _require_inside(folder, name)
+        open_file(folder / name).close()
+        if name in _OBJECTS:
+            parse_object(read_file(folder / name), str(folder / name), "mend the file or remove it")
+    return names
+
+
+def copy_companions(source_folder: Path, target_folder: Path) -> Companions:
+    """Copies a model's companions; links within the folder or into its hub cache are followed to their content.
+
+    Raises:
+        SourceError: as `check_companions`.
+    """
+    names = check_companions(source_folder)
+    for name in names:
         (target_folder / name).parent.mkdir(exist_ok=True)
-        with content, (target_folder / name).open("wb") as target:
+        with open_file(source_folder / name) as content, (target_folder / name).open("wb") as target:
             shutil.copyfileobj(content, target, 1 << 20)
     return Companions(tuple(names), has_tokenizer(names))
+
+
+def _require_inside(folder: Path, name: str) -> None:
+    """Refuses a link out of the folder: a copy would publish a file that nobody meant to. The hub's cache keeps the
+    files of `snapshots/COMMIT` in `blobs`."""
+    root, real = folder.resolve(), (folder / name).resolve()
+    allowed = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise SourceError(
+            f"{folder / name}: a file inside the model's folder is required (it links to {real}); copy it there"
+        )

@@ -1,8 +1,8 @@
 """Safetensors headers: names, dtypes, shapes and byte ranges of a checkpoint, read without data and without torch."""
 
 import hashlib
-import json
 import math
+import os
 import struct
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from refold.checkpoint.source_file import open_file, parse_object, read_file
 from refold.errors import SourceError
 from refold.suggest import did_you_mean
 
@@ -94,16 +95,10 @@ def read_headers(folder: Path, *, config_only: bool = False) -> CheckpointHeader
     except OSError as error:
         raise SourceError(f"{folder}: a readable folder is required ({error.strerror}); check the path") from None
 
-    def read(name: str) -> bytes:
-        try:
-            return (folder / name).read_bytes()
-        except OSError as error:
-            raise SourceError(f"{folder / name}: cannot be read ({error.strerror}); check the file") from None
-
     return collect_headers(
         str(folder),
         names,
-        read,
+        lambda name: read_file(folder / name),
         lambda files: (read_header_bytes(folder / file) for file in files),
         config_only=config_only,
     )
@@ -166,13 +161,13 @@ def collect_headers(
 
 def read_header_bytes(path: Path) -> tuple[bytes, int]:
     """Returns a safetensors file's JSON header, unparsed, and the file's size in bytes."""
-    try:
-        with path.open("rb") as file:
-            file_bytes = path.stat().st_size
+    with open_file(path) as file:
+        try:
+            file_bytes = os.fstat(file.fileno()).st_size
             length = header_length(file.read(8), file_bytes, where=str(path))
             return file.read(length), file_bytes
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror}); check the file") from None
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read ({error.strerror}); check the file") from None
 
 
 def header_length(first: bytes, file_bytes: int, *, where: str) -> int:
@@ -202,8 +197,10 @@ def parse_header(header: bytes, file: str, file_bytes: int, *, where: str) -> di
     Raises:
         SourceError: not JSON, not of the format, or byte ranges that do not tile the file's data exactly.
     """
-    entries = _parse_json(header, where, "a JSON header")
-    entries.pop("__metadata__", None)
+    entries = _parse_json(header, where)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise SourceError(f"{where}: __metadata__ of texts is required (got {str(metadata)[:60]}); {_AGAIN}")
     base = 8 + len(header)
     infos = {name: _parse_entry(where, name, entry, file, base) for name, entry in entries.items()}
     ordered = dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)))
@@ -261,7 +258,7 @@ def _is_counts(value: Any) -> bool:
 
 
 def _read_index(where: str, raw: bytes) -> dict[str, str]:
-    weight_map = _parse_json(raw, where, "a JSON index").get("weight_map")
+    weight_map = _parse_json(raw, where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{where}: a weight_map of tensor names to shards is required; {_AGAIN}")
     for name, file in weight_map.items():
@@ -270,20 +267,13 @@ def _read_index(where: str, raw: bytes) -> dict[str, str]:
     return weight_map
 
 
-def _parse_json(raw: bytes, where: str, what: str) -> dict[str, Any]:
+def _parse_json(raw: bytes, where: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) != len(pairs):
             raise ValueError("a key stands twice")
         return dict(pairs)
 
-    try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition("\n")[0][:80]
-        raise SourceError(f"{where}: {what} is required ({reason}); {_AGAIN}") from None
-    if not isinstance(value, dict):
-        raise SourceError(f"{where}: {what} with an object is required (got {type(value).__name__})")
-    return value
+    return parse_object(raw, where, _AGAIN, unique)
 
 
 def _require_no_weights(where: str, names: Collection[str], config_only: bool) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 from refold.checkpoint.companions import is_companion
 from refold.checkpoint.headers import INDEX_NAME, header_length, read_header_bytes
 from refold.checkpoint.locate import CONFIG_NAME, Source
+from refold.checkpoint.source_file import open_file
 from refold.errors import SourceError
 
 _FIRST_BYTES = 1 << 16  # holds most headers whole, so that one request per shard does
 _NUM_CONNECTIONS = 8
+_COMPARED_BYTES, _NUM_COMPARED = 4096, 8
 
 
 class HubSource(Source):
@@ -94,6 +96,25 @@ class HubSource(Source):
         except OSError as error:
             raise SourceError(f"{self.where}/{name}: cannot be read ({error.strerror}); check the hub cache") from None
 
+    def _compared_ranges(self, num_bytes: int) -> Iterable[tuple[int, int]]:
+        # A few places over the network tell a head of its own; whole tensors are compared once they are fetched.
+        size = min(_COMPARED_BYTES, num_bytes)
+        places = {(num_bytes - size) * part // (_NUM_COMPARED - 1) for part in range(_NUM_COMPARED)}
+        return ((start, size) for start in sorted(places))
+
+    def _read_range(self, file: str, start: int, size: int) -> bytes:
+        from huggingface_hub import hf_hub_url, try_to_load_from_cache
+
+        cached = try_to_load_from_cache(self.hub_id, file, revision=self._commit)
+        local = self._snapshot / file if self._snapshot is not None else cached
+        if isinstance(local, str | Path):
+            with open_file(Path(local)) as opened:
+                opened.seek(start)
+                return opened.read(size)
+        with _explained(self.where):
+            url = hf_hub_url(self.hub_id, file, revision=self._commit)
+            return _get_range(url, size, start)[0]
+
     def _read_headers(self, files: Sequence[str]) -> Iterable[tuple[bytes, int]]:
         with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
             return list(pool.map(self._read_header, files))
@@ -119,11 +140,11 @@ class _Unreachable(SourceError):
     pass
 
 
-def _get_range(url: str, num_bytes: int) -> tuple[bytes, int]:
-    """Returns a remote file's first bytes and its whole size."""
+def _get_range(url: str, num_bytes: int, start: int = 0) -> tuple[bytes, int]:
+    """Returns bytes of a remote file from `start` on, and its whole size."""
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    headers = {**build_hf_headers(), "Range": f"bytes=0-{num_bytes - 1}", "Accept-Encoding": "identity"}
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{start + num_bytes - 1}", "Accept-Encoding": "identity"}
     with get_session().stream("GET", url, headers=headers, timeout=30) as response:
         if response.status_code >= 400:
             response.read()
@@ -132,13 +153,14 @@ def _get_range(url: str, num_bytes: int) -> tuple[bytes, int]:
             size = int(response.headers["Content-Range"].rpartition("/")[2])
         else:
             size = int(response.headers.get("Content-Length", 0))
+            num_bytes += start  # a server without ranges begins at the front
         raw = bytearray()
         # A server without ranges sends the whole file: stop reading where we have what we asked for.
         for chunk in response.iter_bytes(1 << 16):
             raw += chunk
             if len(raw) >= num_bytes:
                 break
-    return bytes(raw[:num_bytes]), size
+    return bytes(raw[:num_bytes])[start if response.status_code != 206 else 0 :], size
 
 
 @contextmanager

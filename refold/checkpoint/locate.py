@@ -1,21 +1,27 @@
 """Where a source lies: a folder, or a repository of the hub when its id is given."""
 
 import hashlib
-import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from refold.checkpoint.folder import settle
-from refold.checkpoint.headers import CheckpointHeaders, collect_headers, read_header_bytes
+from refold.checkpoint.headers import CheckpointHeaders, TensorInfo, collect_headers, read_header_bytes
+from refold.checkpoint.manifest import content_hash, listed_hashes
 from refold.checkpoint.other_folders import GGUF, explain_missing_config
+from refold.checkpoint.source_file import open_file, parse_object, read_file
 from refold.errors import SourceError
 
 CONFIG_NAME = "config.json"
 PLAN_NAME = "plan.json"
+Fingerprint = Mapping[str, str | None]
+"""What tells a source from another, or from itself before a change; None: not known."""
+_SAMPLE_BYTES = 4096
+"""Of each tensor, from its middle, that the fingerprint covers."""
+_BLOCK_BYTES = 1 << 22
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
 
 
@@ -26,10 +32,12 @@ class Source(ABC):
         path: its folder, or None on the hub.
         hub_id: its `org/name`, or None in a folder.
         revision: on the hub, the commit it was resolved to.
+        ignore_tensors: pattern and reason of tensors that are not required to have a place when it is loaded.
     """
 
     path: Path | None = None
     hub_id: str | None = None
+    ignore_tensors: Sequence[tuple[str, str]] = ()
 
     @property
     def revision(self) -> str | None:
@@ -52,6 +60,9 @@ class Source(ABC):
     def _read(self, name: str) -> bytes: ...
 
     @abstractmethod
+    def _read_range(self, file: str, start: int, size: int) -> bytes: ...
+
+    @abstractmethod
     def _read_headers(self, files: Sequence[str]) -> Iterable[tuple[bytes, int]]: ...
 
     def read_config(self) -> dict[str, Any]:
@@ -64,14 +75,7 @@ class Source(ABC):
             raise SourceError(
                 f"{self.where}: {CONFIG_NAME} is required ({explain_missing_config(self.names(), self.path)}"
             )
-        try:
-            config = json.loads(self._read(CONFIG_NAME))
-        except (ValueError, RecursionError) as error:
-            reason = str(error)[:80]
-            raise SourceError(f"{self.where}/{CONFIG_NAME}: JSON is required ({reason}); mend the file") from None
-        if not isinstance(config, dict):
-            raise SourceError(f"{self.where}/{CONFIG_NAME}: a JSON object is required (got {type(config).__name__})")
-        return config
+        return parse_object(self._read(CONFIG_NAME), f"{self.where}/{CONFIG_NAME}", "mend the file")
 
     def headers(self, *, config_only: bool = False) -> CheckpointHeaders | None:
         """Returns the checkpoint's headers; with `config_only`, None where there are no weights.
@@ -84,9 +88,37 @@ class Source(ABC):
         return self._headers
 
     def fingerprint(self) -> dict[str, str | None]:
-        """Returns `config_sha256` and `index_sha256` (of the index, or a single file's header); None where missing."""
+        """Returns what tells this source from others: `config_sha256` and `index_sha256` (of the index, or a single
+        file's header), None where missing.
+
+        Of a folder also, where they are known: `sample_sha256` (4 KiB from the middle of each tensor) and
+        `files_sha256` (of the weight files' own hashes, which a manifest of refold's lists).
+        """
         config = hashlib.sha256(self._read(CONFIG_NAME)).hexdigest() if CONFIG_NAME in self.names() else None
-        return {"config_sha256": config, "index_sha256": self._headers.sha256 if self._headers else None}
+        index = self._headers.sha256 if self._headers else None
+        return {"config_sha256": config, "index_sha256": index, **self._hash_data()}
+
+    def _hash_data(self) -> dict[str, str | None]:
+        """Returns `sample_sha256` and `files_sha256` where they are known; a commit of the hub needs neither."""
+        return {}
+
+    def hash_files(self) -> str | None:
+        """Returns `files_sha256` by reading every weight file; None on the hub, where the commit stands for it."""
+        return None
+
+    def holds_same_data(self, one: TensorInfo, other: TensorInfo) -> bool:
+        """Says whether two tensors hold the same bytes; of another dtype or shape they do not."""
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        return all(
+            self._read_range(one.file, one.start + start, size)
+            == self._read_range(other.file, other.start + start, size)
+            for start, size in self._compared_ranges(one.num_bytes)
+        )
+
+    def _compared_ranges(self, num_bytes: int) -> Iterable[tuple[int, int]]:
+        """Start and size of the parts that `holds_same_data` reads."""
+        return ((start, min(_BLOCK_BYTES, num_bytes - start)) for start in range(0, num_bytes, _BLOCK_BYTES))
 
     @cached_property
     def _headers(self) -> CheckpointHeaders | None:
@@ -113,13 +145,47 @@ class FolderSource(Source):
         return self.path
 
     def _read(self, name: str) -> bytes:
-        try:
-            return (self.path / name).read_bytes()
-        except OSError as error:
-            raise SourceError(f"{self.path / name}: cannot be read ({error.strerror}); check the file") from None
+        return read_file(self.path / name)
+
+    def _read_range(self, file: str, start: int, size: int) -> bytes:
+        with open_file(self.path / file) as opened:
+            opened.seek(start)
+            return opened.read(size)
+
+    def _hash_data(self) -> dict[str, str | None]:
+        if self._headers is None:
+            return {}
+        digest = hashlib.sha256()
+        for file in self._headers.files:
+            with open_file(self.path / file) as opened:
+                for info in self._headers.tensors.values():
+                    if info.file == file:
+                        opened.seek(info.start + max(0, (info.num_bytes - _SAMPLE_BYTES) // 2))
+                        digest.update(opened.read(min(_SAMPLE_BYTES, info.num_bytes)))
+        hashes = listed_hashes(self.path, sorted(self._headers.files))
+        return {"sample_sha256": digest.hexdigest()} | (
+            {} if hashes is None else {"files_sha256": _join_hashes(hashes)}
+        )
+
+    def hash_files(self) -> str | None:
+        headers = self.headers(config_only=True)
+        return (
+            None
+            if headers is None
+            else _join_hashes([content_hash(self.path / file) for file in sorted(headers.files)])
+        )
 
     def _read_headers(self, files: Sequence[str]) -> Iterable[tuple[bytes, int]]:
         return (read_header_bytes(self.path / file) for file in files)
+
+
+def _join_hashes(hashes: Sequence[str]) -> str:
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def is_same_source(one: Fingerprint, other: Fingerprint) -> bool:
+    """Says whether two fingerprints may be of one source: all that both know is the same."""
+    return all(one[key] == other[key] for key in one.keys() & other.keys() if None not in (one[key], other[key]))
 
 
 def locate(source: str | Path) -> Source:

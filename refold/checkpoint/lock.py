@@ -122,8 +122,15 @@ class FolderLock:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "started": _start_time(os.getpid()),
         }
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps(owner).encode(), 0)
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps(owner).encode(), 0)
+        except OSError:
+            # A full disk: the file is held and says nothing, so nobody else could tell whose it is.
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            os.close(fd)
+            raise
         _held.add(fd)
         self._fd = fd
 
@@ -134,7 +141,7 @@ class FolderLock:
 def _read_owner(path: Path) -> dict[str, Any]:
     try:
         owner = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}
 

@@ -3,17 +3,20 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from refold.errors import FolderError
+from refold.checkpoint.source_file import read_file
+from refold.errors import FolderError, SourceError
 from refold.version import __version__
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 # The model card is for people to edit; `verify` still names it when it changed, loading does not mind.
 _EDITABLE = {"README.md"}
+# A folder whose manifest does not list these cannot be verified.
+_REQUIRED = (".safetensors", ".safetensors.index.json", "config.json", "state.json")
 _BLOCK_BYTES = 1 << 20
 
 
@@ -42,8 +45,8 @@ def write_manifest(folder: Path, known_hashes: Mapping[str, str] | None = None) 
 def is_refold_folder(folder: Path) -> bool:
     """Says whether the folder was written by refold, whole or damaged since: its manifest is ours."""
     try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        manifest = json.loads(read_file(folder / MANIFEST_NAME))
+    except (SourceError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and "refold" in manifest and isinstance(manifest.get("files"), dict)
 
@@ -74,10 +77,13 @@ def verify(folder: Path, progress: Callable[[int], None] | None = None) -> tuple
         Files that the manifest does not list. They do no harm and are only named.
 
     Raises:
-        FolderError: every file that is missing, of another size or of other content, each named.
+        FolderError: every file that is missing, of another size or of other content, and weights and config that the
+            manifest does not list, each named.
     """
     files = _read_files(folder)
     faults = dict(_compare_sizes(folder))
+    extra = [name for name in _list_files(folder) if name not in files]
+    faults |= {name: "not listed" for name in extra if name.endswith(_REQUIRED)}
     for name, entry in files.items():
         if name not in faults and hash_file(folder / name, progress) != entry["sha256"]:
             faults[name] = "content differs from its sha256"
@@ -87,7 +93,7 @@ def verify(folder: Path, progress: Callable[[int], None] | None = None) -> tuple
             f"{folder}: the files of {MANIFEST_NAME} are required unchanged (got {listed}); "
             f"copy the folder again or make it anew"
         )
-    return tuple(name for name in _list_files(folder) if name not in files)
+    return tuple(extra)
 
 
 def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -108,21 +114,36 @@ def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
 def content_hash(path: Path) -> str:
     """Returns a file's sha256 as hex digits: from its folder's manifest, or read from the file.
 
-    The manifest is believed where the file has its size and was not written after it, which is how refold leaves a
-    folder; anything else is hashed.
+    The manifest is believed as `listed_hashes` says; anything else is hashed.
 
     Raises:
         FolderError: the file cannot be read, or the folder's manifest is damaged.
     """
-    if is_refold_folder(path.parent):
-        entry = _read_files(path.parent).get(path.name)
+    known = listed_hashes(path.parent, [path.name])
+    return hash_file(path) if known is None else known[0]
+
+
+def listed_hashes(folder: Path, names: Sequence[str]) -> list[str] | None:
+    """Returns the sha256 of some files as the folder's manifest has them; None where it is not to be believed.
+
+    It is believed of files that have its size and were not written after it, which is how refold leaves a folder.
+
+    Raises:
+        FolderError: the folder's manifest is damaged.
+    """
+    if not is_refold_folder(folder):
+        return None
+    listed, hashes = _read_files(folder), []
+    for name in names:
+        entry = listed.get(name)
         try:
-            found, listed = path.stat(), (path.parent / MANIFEST_NAME).stat()
+            found, manifest = (folder / name).stat(), (folder / MANIFEST_NAME).stat()
         except OSError:
-            entry = None
-        if entry is not None and found.st_size == entry["bytes"] and found.st_mtime_ns <= listed.st_mtime_ns:
-            return entry["sha256"]
-    return hash_file(path)
+            return None
+        if entry is None or found.st_size != entry["bytes"] or found.st_mtime_ns > manifest.st_mtime_ns:
+            return None
+        hashes.append(entry["sha256"])
+    return hashes
 
 
 def _list_files(folder: Path) -> list[str]:
@@ -156,7 +177,7 @@ def _read_files(folder: Path) -> dict[str, dict[str, Any]]:
         got = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise FolderError(f"{path}: manifest format {FORMAT} is required (got {got}); use the refold that wrote it")
     files = manifest.get("files")
-    if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
+    if not isinstance(files, dict) or not files or not all(_is_entry(name, entry) for name, entry in files.items()):
         raise FolderError(f"{path}: `files` with bytes and sha256 of each is required; copy the folder again")
     return files
 

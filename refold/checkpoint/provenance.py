@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from refold.checkpoint.locate import Source, locate
+from refold.checkpoint.locate import Source, is_same_source, locate
 from refold.errors import FolderError, SourceError
 from refold.version import __version__
 
@@ -72,7 +72,7 @@ def read(folder: Path) -> list[Stage]:
         return [Stage(**{key: value for key, value in stage.items() if key in known}) for stage in data["stages"]]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"{path}: a list of stages is required ({str(error)[:80]}); copy the folder again") from None
 
 
@@ -103,10 +103,21 @@ def teacher(folder: Path) -> Source:
     elif not Path(place).is_dir():
         raise SourceError(f"{folder}: its source {place} is required (missing); put it back or name the teacher")
     source = locate(place)
-    fingerprint = found.source.get("fingerprint")
-    if fingerprint and source.fingerprint() != fingerprint:
+    fingerprint = found.source.get("fingerprint") or {}
+    current = source.fingerprint()
+    if fingerprint.get("files_sha256") and "files_sha256" not in current and source.path is not None:
+        # Files written after their manifest: training reads them all, so hashing them is worth it.
+        current["files_sha256"] = source.hash_files()
+    if not is_same_source(fingerprint, current):
         raise SourceError(
             f"{folder}: its source {place} is required as it was converted (config or weights changed since); "
             f"put it back or name the teacher"
         )
+    source.ignore_tensors = _ignored(found)
     return source
+
+
+def _ignored(convert: Stage) -> tuple[tuple[str, str], ...]:
+    """The `ignore_tensors` of a convert stage's recipe."""
+    given = convert.recipe.get("ignore_tensors") or ()
+    return tuple((str(each["name"]), str(each["reason"])) for each in given)

@@ -12,6 +12,7 @@ from types import TracebackType
 
 import torch
 
+from refold.checkpoint.finite import require_finite
 from refold.checkpoint.hashing import RunningHash
 from refold.checkpoint.headers import INDEX_NAME, SINGLE_NAME
 from refold.checkpoint.tensor_file import lay_out, tensor_bytes, write_all
@@ -38,6 +39,7 @@ class ShardedWriter:
         tensors: name -> (shape, dtype) of everything to be written.
         max_shard_bytes: data bytes per file; a larger tensor has a file of its own.
         metadata: the header's `__metadata__`.
+        is_finite: whether every number must be finite; state that is only kept to go on from may be anything.
 
     Attributes:
         hashes: after `close`, sha256 by file name; give them to `AtomicFolder.hashes`.
@@ -53,8 +55,10 @@ class ShardedWriter:
         tensors: TensorSpecs,
         max_shard_bytes: int = 4 * GIB,
         metadata: Mapping[str, str] | None = None,
+        is_finite: bool = True,
     ):
         self.folder = folder
+        self._is_finite = is_finite
         self.hashes: dict[str, str] = {}
         self._specs = {name: (tuple(shape), dtype) for name, (shape, dtype) in tensors.items()}
         # Two shards may be hashed at a time, and one flushed: hashing waits for a core, flushing for the disk.
@@ -92,7 +96,8 @@ class ShardedWriter:
             tensor: of the planned shape and dtype; from another device, or not contiguous, it is copied first.
 
         Raises:
-            FolderError: the tensor does not fit the plan, was written before, or the disk does not take it.
+            FolderError: the tensor does not fit the plan, was written before, or the disk does not take it; or a number
+                in it is not finite.
         """
         if name not in self._specs:
             raise FolderError(f"{self.folder}: tensor {name} has no place (not planned)")
@@ -105,6 +110,11 @@ class ShardedWriter:
         shard = self._shard_of[name]
         if name in shard.written:
             raise FolderError(f"{self.folder}: tensor {name} is required once (written before)")
+        if self._is_finite:
+            # Of the folder's hidden sibling nobody has heard.
+            require_finite(
+                tensor, name, "output", FolderError, "the model's numbers have overflowed or were never finite"
+            )
         try:
             shard.write(name, tensor)
         except OSError as error:

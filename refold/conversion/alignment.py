@@ -13,7 +13,6 @@ from torch import Tensor
 from refold.blueprint.initialisation import Align
 from refold.blueprint.schema import Blueprint, Pool
 from refold.calibration.frames import HeadFrame, LayerFrame, assign
-from refold.errors import SourceError
 from refold.families.arch import ArchSpec
 from refold.mixers.attention import attention_linears
 from refold.mixers.mlp import MLP
@@ -115,12 +114,7 @@ def _read(
     found: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
     for layer in layers:
         for name in names:
-            weight = found[layer][name] = pieces.read(f"{pool}.{name}.weight", layer, torch.float32).to(device)
-            if not bool(weight.isfinite().all()):
-                raise SourceError(
-                    f"fold.align: finite weights are required (got others in {name} of layer {layer}); leave it out, "
-                    f"or mend the source"
-                )
+            found[layer][name] = pieces.read(f"{pool}.{name}.weight", layer, torch.float32).to(device)
     return found
 
 

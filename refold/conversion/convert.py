@@ -11,7 +11,7 @@ from refold.blueprint.tensors import target_tensors
 from refold.calibration.layers import SourceLayers
 from refold.checkpoint import provenance
 from refold.checkpoint.card import read_licence, write_card
-from refold.checkpoint.companions import copy_companions
+from refold.checkpoint.companions import check_companions, copy_companions
 from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import PLAN_NAME, Source, locate
 from refold.checkpoint.reader import CheckpointReader
@@ -32,6 +32,7 @@ from refold.data.mixture import describe_one_kind
 from refold.data.readers import DataSource
 from refold.errors import RecipeError, SourceError
 from refold.modeling.configuration import RefoldConfig
+from refold.modeling.load import choose_device
 from refold.planning.approximation import require_text, stored_maps
 from refold.planning.notes import Note
 from refold.planning.plan import Draft, Plan, StackPlan, plan_model, read_influence
@@ -121,10 +122,13 @@ def carry_out(
     With `moments`, a folder that `keep_moments` filled, errors are weighed by those instead of by the text.
 
     Raises:
-        SourceError: The source is not the one the plan was made for, or has no weights and not all start fresh.
+        SourceError: The source is not the one the plan was made for, has no weights and not all start fresh, or holds a
+            number that is not finite.
+        RefoldError: No such device.
         RecipeError: A feature map is to be fitted to text and there is none.
         DataError: The calibration text is too short, or cannot be read.
     """
+    device = str(choose_device(device))
     maps = stored_maps(draft.blueprint, draft.starts)
     require_text(maps, calibration is not None)
     require_calibration(draft, calibration is not None, moments is not None)
@@ -132,12 +136,14 @@ def carry_out(
     has_weights = source.headers(config_only=True) is not None
     if not has_weights and reads_weights(draft, calibration is not None):
         raise SourceError(f"{source.where}: safetensors weights are required (only config.json is there)")
-    fingerprint = source.fingerprint()
-    if draft.source.config_sha256 not in (None, fingerprint["config_sha256"]):
-        raise SourceError(f"{source.where}: the source of the plan is required (config.json differs); plan again")
+    if not draft.source.is_of(source):
+        raise SourceError(
+            f"{source.where}: the source of the plan is required (config.json or weights differ); plan again"
+        )
     dtype = getattr(torch, draft.source.dtype)
     specs = _specs(draft, dtype)
     folder = source.fetch()
+    check_companions(folder)
     with (
         AtomicFolder(destination, overwrite, needed_bytes=count_bytes(specs)) as out,
         CheckpointReader(folder) if has_weights else nullcontext() as reader,

@@ -7,17 +7,18 @@ from typing import Any
 from refold.blueprint.cost import cost
 from refold.blueprint.schema import Blueprint
 from refold.checkpoint import provenance
+from refold.checkpoint.folded_tensors import check_folded_tensors, read_blueprint
 from refold.checkpoint.folder import settle
 from refold.checkpoint.headers import read_headers
 from refold.checkpoint.locate import PLAN_NAME, locate
 from refold.checkpoint.manifest import verify as verify_files
+from refold.checkpoint.stored_dtype import DTYPE_BYTES, stored_dtype
 from refold.errors import FolderError
 from refold.families.arch import Frozen
 from refold.planning.approximation import Approximation
 from refold.planning.build import identity_blueprint
 from refold.planning.lines import MemoryNeeds, compare_memory
 from refold.planning.plan import CostPair, read_plan
-from refold.sources.source_model import DTYPE_BYTES
 
 
 class Inspection(Frozen):
@@ -56,14 +57,15 @@ def inspect(folder: str | Path, *, verify: bool = False) -> Inspection:
         raise FolderError(
             f"{folder}: a folded model is required (got model_type {config.get('model_type')!r}); use plan"
         )
-    blueprint = Blueprint.model_validate(config["blueprint"])
+    blueprint = read_blueprint(str(path), config)
     headers = read_headers(path)
     assert headers is not None
+    check_folded_tensors(str(path), blueprint, headers)
     num_files = len(headers.files)
     if verify:
         verify_files(path)
         num_files = len(json.loads((path / "manifest.json").read_text())["files"])
-    dtype = str(config.get("dtype") or "float32").removeprefix("torch.")
+    dtype = stored_dtype(str(path), headers)
     plan = read_plan(path / PLAN_NAME) if (path / PLAN_NAME).exists() else None
     size = DTYPE_BYTES[dtype]
     costs = CostPair(source=cost(identity_blueprint(blueprint.arch), size), target=cost(blueprint, size))

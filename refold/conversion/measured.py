@@ -18,7 +18,7 @@ from refold.conversion.alignment import align_layers
 from refold.data.packing import PackedSequence
 from refold.data.readers import DataSource
 from refold.errors import FolderError, RecipeError
-from refold.modeling.load import load_tokenizer
+from refold.modeling.load import choose_device, load_tokenizer
 from refold.planning.allocation import Choice, allocate, keep_energy
 from refold.planning.build import identity_blueprint
 from refold.planning.factors import linear_budget, lora_parameters, stored_linears, stored_parameters
@@ -178,7 +178,7 @@ def keep_moments(source: str | Path, recipe: RecipeLike, text: DataSource, folde
         FolderError: The folder is there.
         RecipeError, SourceError, DataError: As `convert`.
     """
-    loaded = load_recipe(recipe).resolved()
+    loaded, device = load_recipe(recipe).resolved(), str(choose_device(device))
     model = read_source_model(source)
     try:
         folder.mkdir(parents=True)

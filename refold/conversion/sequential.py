@@ -265,11 +265,12 @@ class SequentialFitter:
         self._fitted.write(pair, {f"{pair}.a": a.cpu(), f"{pair}.b": b.cpu()})
 
     def _stored(self, name: str, given: LinearGroup) -> Tensor:
+        # As they are written: pairs correct that.
         if given.stored_rank is None:
-            return self._fitted[f"{name}.weight"]
+            return given.round(self._fitted[f"{name}.weight"])
         if not given.stored_rank:
             return torch.zeros_like(next(iter(given.members.values())).weight, device="cpu")
-        return self._fitted[f"{name}.b.weight"] @ self._fitted[f"{name}.a.weight"]
+        return given.round(self._fitted[f"{name}.b.weight"]) @ given.round(self._fitted[f"{name}.a.weight"])
 
 
 def _look(linear: str, place: _Place, stack: TargetStack) -> tuple[Drift, Drift]:

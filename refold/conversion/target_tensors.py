@@ -12,6 +12,7 @@ from refold.calibration.curves import LinearSources, linear_sources, read_weight
 from refold.calibration.moments import MomentStore
 from refold.conversion.starts.group import FittedBasis, LinearGroup, Member
 from refold.conversion.starts.registry import fit
+from refold.errors import SourceError
 from refold.mixers.spec import Fill
 from refold.nn.fills import make_fill
 from refold.planning.plan import Plan
@@ -141,13 +142,20 @@ class TargetBuilder:
             weightings=weightings,
             stored_rank=kept.factors.get(group.linear),
             basis_rank=kept.bases.get(group.linear),
+            dtype=self._dtype,
             seed=tensor_seed(starts.seed, f"{stored_name(group)}.weight") % 2**31,
         )
 
     def fit(self, group: LinearSources, given: LinearGroup) -> Iterator[tuple[str, Tensor]]:
         """Yields name and float32 value of every tensor of a stored linear and its LoRAs, fitted together."""
         starts, prefix = self._plan.starts, stored_name(group)
-        found = fit(given, starts.lora or "svd", starts.svd)
+        try:
+            found = fit(given, starts.lora or "svd", starts.svd)
+        except torch.linalg.LinAlgError as error:
+            reason = str(error).partition("\n")[0][:100]
+            raise SourceError(
+                f"{prefix}: weights with finite squares are required ({reason}); the source's numbers are too large"
+            ) from error
         if isinstance(found, FittedBasis):
             yield f"{prefix}.a.weight", found.a.cpu()
             for depth, coefficients in found.coefficients.items():

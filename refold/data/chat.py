@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from refold.data.chat_template import TemplateFault, apply_chat_template
 from refold.data.encoder import EncodedDocument, Encoder
 from refold.errors import DataError
 from refold.suggest import did_you_mean
@@ -142,13 +142,14 @@ class ChatEncoder(Encoder):
 
     def _encode_marked(self, conversation: Conversation) -> EncodedDocument:
         try:
-            found: Any = self.tokenizer.apply_chat_template(
+            found: Any = apply_chat_template(
+                self.tokenizer,
                 list(conversation.messages),
                 return_dict=True,
                 return_assistant_tokens_mask=True,
                 tokenizer_kwargs={"verbose": False},
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except TemplateFault as error:
             raise _refused(conversation, error) from error
         text = str(self.tokenizer.decode(found["input_ids"], clean_up_tokenization_spaces=False))
         return self._document(conversation, found["input_ids"], np.array(found["assistant_masks"], dtype=bool), text)
@@ -178,12 +179,13 @@ class ChatEncoder(Encoder):
     def _render(self, conversation: Conversation, num_messages: int, add_generation_prompt: bool = False) -> str:
         try:
             # In a list of its own, or no messages at all would be refused: some templates begin with the assistant.
-            texts: Any = self.tokenizer.apply_chat_template(
+            texts: Any = apply_chat_template(
+                self.tokenizer,
                 [list(conversation.messages[:num_messages])],
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except TemplateFault as error:
             raise _refused(conversation, error) from error
         return texts[0]
 
@@ -198,6 +200,5 @@ class ChatEncoder(Encoder):
         return EncodedDocument(np.array(ids, dtype=self.dtype), is_target, len(text.encode("utf-8", "replace")))
 
 
-def _refused(conversation: Conversation, error: Exception) -> DataError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-    return DataError(f"{conversation.where}: messages that the chat template takes are required ({reason})")
+def _refused(conversation: Conversation, error: TemplateFault) -> DataError:
+    return DataError(f"{conversation.where}: messages that the chat template takes are required ({error})")

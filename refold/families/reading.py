@@ -6,7 +6,7 @@ from typing import Any
 
 from refold.errors import SourceError
 from refold.families.arch import ArchSpec, Layer, Rope
-from refold.suggest import must_be_one_of
+from refold.suggest import must_be_one_of, shorten
 
 # The numbers each kind needs; of what else a config carries beside them only ROPE_OPTIONS have an effect.
 ROPE_KINDS = {
@@ -39,7 +39,7 @@ def read_size(config: Mapping[str, Any], key: str, default: int) -> int:
     if value is None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise SourceError(f"config.json: `{key}` must be a positive whole number (got {value!r})")
+        raise SourceError(f"config.json: `{key}` must be a positive whole number (got {shorten(value)})")
     return value
 
 
@@ -90,6 +90,10 @@ def read_decoder(
     if is_grouped:
         kv_heads = read_size(config, "num_key_value_heads", kv_heads)
         own_head = read_size(config, "head_dim", own_head if head_dim is None else head_dim)
+    if not own_head:
+        raise SourceError(
+            f"config.json: `hidden_size` must be at least num_attention_heads (got {hidden_size} and {heads})"
+        )
     return {
         "vocab_size": require(config, "vocab_size"),
         "hidden_size": hidden_size,

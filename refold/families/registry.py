@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from refold.errors import SourceError
 from refold.families import gemma, gemma2, gemma3, gemma3_text, gpt_neox, llama, mistral, olmo2, phi3, qwen2, qwen3
 from refold.families.arch import ArchSpec
+from refold.families.config_fields import check_fields
 from refold.families.family import Family
 from refold.families.unsupported import explain_unsupported
 
@@ -37,6 +38,7 @@ def read_arch(config: Mapping[str, Any]) -> ArchSpec:
         SourceError: An unknown family, a missing field, or a value refold cannot run.
     """
     family = find_family(config.get("model_type"), config)
+    check_fields(config)
     try:
         return family.read_config(config)
     except ValidationError as error:
@@ -44,5 +46,5 @@ def read_arch(config: Mapping[str, Any]) -> ArchSpec:
         field = ".".join(str(key) for key in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise SourceError(
-            f"config.json: {field}: {message} (got {first['input']!r})" if field else f"config.json: {message}"
+            f"config.json: {field}: {message} (got {shorten(first['input'])})" if field else f"config.json: {message}"
         ) from error

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from refold.errors import RefoldError
@@ -179,6 +187,7 @@ class TextGenerator:
                 input_ids=batch.input_ids.to(device),
                 attention_mask=batch.attention_mask.to(device),
                 streamer=streamer,
+                logits_processor=LogitsProcessorList([_FiniteLogits(str(model.config._name_or_path))]),
                 **options,
                 **extra,
             )
@@ -324,6 +333,23 @@ def generate(
     if texts:
         raise RefoldError("prompt: texts or the messages of one conversation are required (got both in one list)")
     return generator.generate([messages], sampling, chat=True, exit_depth=exit_depth)[0]
+
+
+class _FiniteLogits(LogitsProcessor):
+    """Passes logits on as they are, and raises where the largest of a row is not finite: NaN, or an overflow."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        largest = scores.max(dim=-1).values  # NaN where a row holds one
+        if not bool(torch.isfinite(largest).all()):
+            value = float(largest[~torch.isfinite(largest)][0])
+            raise RefoldError(
+                f"{self._name}: finite predictions are required (got {value} for token {input_ids.shape[1]}); the "
+                f"weights are broken, or the dtype is too narrow: try float32"
+            )
+        return scores
 
 
 def _position_limit(model: PreTrainedModel) -> int | None:

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int64
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from refold.data.chat_template import TemplateFault, apply_chat_template
 from refold.data.encoder import document_start_token
 from refold.errors import RefoldError
 
@@ -51,8 +51,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, ch
         )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(each) for each in prompt]
     try:
-        encoded: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    except (TemplateError, KeyError, TypeError) as error:
+        encoded: Any = apply_chat_template(tokenizer, messages, add_generation_prompt=True, return_dict=True)
+    except TemplateFault as error:
         raise RefoldError(f"chat: messages that the chat template takes are required ({error})") from error
     return list(encoded["input_ids"])
 

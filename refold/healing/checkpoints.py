@@ -1,5 +1,6 @@
 """Checkpoints of a run: the newest two, each a whole folder or none, and finding the newest that is whole."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -98,7 +99,7 @@ class Checkpoints:
         path = self.folder / f"step-{state.total_steps:09d}"
         specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         with AtomicFolder(path, overwrite=True, needed_bytes=count_bytes(specs)) as out:
-            with ShardedWriter(out.path, specs) as writer:
+            with ShardedWriter(out.path, specs, is_finite=False) as writer:
                 for name, tensor in tensors.items():
                     writer.write(name, tensor)
             out.hashes.update(writer.hashes)
@@ -111,6 +112,32 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """Returns the newest checkpoint's folder, None where there is none."""
         return next(iter(self._paths()), None)
+
+    def newest_good(self) -> Path | None:
+        """Returns the newest checkpoint that was not written between bad steps, None where there is none."""
+        for path in self._paths():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                if not json.loads((path / STATE_NAME).read_text())["state"]["bad_steps"]:
+                    return path
+        return None
+
+    def require_space(self, num_bytes: int) -> None:
+        """Checks that the checkpoints of a run fit the disk, those counted that lie there already.
+
+        Args:
+            num_bytes: Of one checkpoint.
+
+        Raises:
+            FolderError: They do not fit.
+        """
+        wanted, place = (NUM_KEPT + 1) * num_bytes, self.folder.parent
+        held = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        free = shutil.disk_usage(place).free
+        if free + held < wanted:
+            raise FolderError(
+                f"{place}: {wanted:,} bytes of disk are required for {NUM_KEPT + 1} checkpoints (free: {free:,}); make "
+                f"room or choose another output"
+            )
 
     def load(self) -> tuple[RunState, dict[str, Tensor]] | None:
         """Returns state and tensors of the newest checkpoint that is whole, None where there is none.

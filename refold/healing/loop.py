@@ -101,6 +101,8 @@ class Loop:
                 if self.state.bad_steps >= MAX_BAD_STEPS:
                     raise self._diverged()
                 is_due = self.team.is_first and time.monotonic() - saved_at >= self.checkpoint_seconds
+                # Between bad steps nothing is kept that a later run should begin with.
+                is_due = is_due and not self.state.bad_steps
                 # Signals and clocks differ between processes, so all of them go by the sum.
                 interrupted, due = self.team.sum([float(signals.received is not None), float(is_due)])
                 if due or interrupted:
@@ -253,7 +255,7 @@ class Loop:
         )
 
     def _kept(self) -> str:
-        last = None if self.checkpoints is None else self.checkpoints.newest()
+        last = None if self.checkpoints is None else self.checkpoints.newest_good()
         return f"the last good checkpoint is {last}" if last is not None else "there is no checkpoint yet"
 
     def _diverged(self) -> HealError:

@@ -183,7 +183,9 @@ def prepare(
     if any(each.wants_teacher for each in prepared):
         found = _find_teacher(model, teacher)
         _require_same_tokens(tokenizer, found)
-        identity["teacher"] = {**found.fingerprint(), "weights": _hash_weights(found)}
+        # All weights are hashed, so the fingerprint's sample of them adds nothing.
+        known = {key: value for key, value in found.fingerprint().items() if key in ("config_sha256", "index_sha256")}
+        identity["teacher"] = {**known, "weights": _hash_weights(found)}
     elif teacher is not None:
         names = ", ".join(name for each in prepared for name in each.objectives)
         raise HealError(f"teacher: an objective that learns from one is required (got {teacher} with {names})")

@@ -104,6 +104,7 @@ class Run:
             # Dropout, where a source has some, draws from torch's generators, which belong to the caller.
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(self.prepared.stages[0].stage.seed)
+            self.team.first(lambda: self._checkpoints.require_space(self._checkpoint_bytes()))
             tensors = self._resume()
             model = self.team.wrap(self._training)
             log = None
@@ -166,6 +167,12 @@ class Run:
         training_state.restore_weights(self.student, tensors)
         self._display.tell(f"resumed at step {self.state.total_steps} of {self.prepared.num_steps}")
         return tensors
+
+    def _checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint: float32 weights, and two moments of those that train, at most."""
+        sizes = {name: 4 * value.numel() for name, value in self.student.named_parameters()}
+        trained = max(sum(sizes[name] for name in stage.trainable.trained) for stage in self.prepared.stages)
+        return sum(sizes.values()) + 2 * trained
 
     def _begin_stage(self) -> None:
         """Moves on to the next stage, and keeps a checkpoint without what belonged to the last one's optimizers."""

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from refold.blueprint.tensors import target_tensors
+from refold.checkpoint.finite import require_finite
 from refold.checkpoint.locate import Source
 from refold.checkpoint.reader import CheckpointReader
 from refold.errors import FolderError, RefoldError
@@ -55,5 +56,7 @@ def load_adapters(model: nn.Module, source: str | Path | Source) -> int:
                 )
         for name in sorted(adapters):
             own = cast("nn.Parameter", model.get_parameter(name))
-            own.copy_(reader.read(name).to(own.device, own.dtype))
+            found = reader.read(name)
+            require_finite(found, name, str(folder), FolderError, "heal the adapters again")
+            own.copy_(found.to(own.device, own.dtype))
     return len(adapters)

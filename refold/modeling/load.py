@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import json
 import logging
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from refold.checkpoint.companions import has_tokenizer
+from refold.checkpoint.companions import check_companions, has_tokenizer
+from refold.checkpoint.expected_tensors import expect_tensors
+from refold.checkpoint.finite import require_finite
+from refold.checkpoint.folded_tensors import check_folded_tensors, read_blueprint
 from refold.checkpoint.folder import settle
-from refold.checkpoint.locate import Source, locate
+from refold.checkpoint.headers import INDEX_NAME
+from refold.checkpoint.locate import FolderSource, Source, locate
+from refold.checkpoint.source_file import parse_object, read_file
+from refold.checkpoint.stored_dtype import stored_dtype as read_stored_dtype
 from refold.errors import RefoldError, SourceError
-from refold.families.registry import find_family
 from refold.modeling.configuration import MODEL_TYPE
 from refold.modeling.registration import register
+from refold.recipe.recipe import IgnoredTensor
 from refold.suggest import must_be_one_of
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -89,19 +97,37 @@ def _tell_replaced(dtype: torch.dtype) -> None:
 
 
 def open_source(source: str | Path | Source) -> tuple[Source, Path]:
-    """Locates a model, fetches it where it is on the hub, and checks that it is whole and of a known family.
+    """Locates a model, fetches it where it is on the hub, and checks that it is whole and holds what its config says.
 
     Raises:
-        SourceError: Missing, unreachable or of an unknown family.
-        FolderError: A folder refold wrote is torn.
+        SourceError: Missing, unreachable or of an unknown family; or tensors are missing, misshapen or without a place.
+        FolderError: A folder refold wrote is torn, or its weights are not those of its blueprint.
     """
+    located, folder, _ = _open(source)
+    return located, folder
+
+
+def _open(source: str | Path | Source) -> tuple[Source, Path, str]:
+    """Does what `open_source` does, and returns the stored dtype besides."""
     located = source if isinstance(source, Source) else locate(source)
     folder = settle(located.fetch())
-    config = located.read_config()
-    if config.get("model_type") != MODEL_TYPE:
-        find_family(config.get("model_type"), config)
-    located.headers()
-    return located, folder
+    return located, folder, _check(folder, located.ignore_tensors)
+
+
+def _check(folder: Path, ignore_tensors: Sequence[tuple[str, str]]) -> str:
+    """Holds a folder's tensors against its config, and checks what travels with them; returns the stored dtype."""
+    here = FolderSource(folder)
+    config = here.read_config()
+    is_folded = config.get("model_type") == MODEL_TYPE
+    expected = None if is_folded else expect_tensors(here, config)
+    headers = here.headers()
+    assert headers is not None
+    check_companions(folder)
+    if expected is None:
+        check_folded_tensors(here.where, read_blueprint(here.where, config), headers)
+        return read_stored_dtype(here.where, headers)
+    expected.check([IgnoredTensor(name=name, reason=reason) for name, reason in ignore_tensors])
+    return read_stored_dtype(here.where, headers, expected.tensors)
 
 
 def load_model(
@@ -115,36 +141,85 @@ def load_model(
 
     Args:
         source: Folder, hub id, or a located source.
-        dtype: Dtype of the weights; `auto`: as stored; None: as stored where that computes fast, else float32, which
-            holds the same numbers; `stored_dtype` then says what they are stored in.
+        dtype: Dtype of the weights; `auto`: the one most stored numbers have, whatever the config says; None: that one
+            where it computes fast, else float32, which holds the same numbers; `stored_dtype` then says what they are
+            stored in.
         device: Where to put it; None: `choose_device()`.
         attn_implementation: transformers' name of an attention back-end; None: its choice.
 
     Raises:
-        SourceError: Missing, broken, or of an unknown family.
+        SourceError: Missing, broken, of an unknown family, too large for memory, or a weight is not finite.
         FolderError: Torn, or weights that are not those of its blueprint.
+        RefoldError: No such dtype or device.
     """
     register()
-    _, folder = open_source(source)
+    target = device if isinstance(device, torch.device) else choose_device(device)
+    wanted = choose_dtype(dtype)
+    _, folder, stored = _open(source)
+    if wanted == "auto":
+        wanted = getattr(torch, stored)
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    try:
-        with _without_bars():
+    with _explained(folder):
+        with _without_bars(), _loadable(folder) as path:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=choose_dtype(dtype),
+                path,
+                dtype=wanted,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
                 **options,
             )
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{folder}: cannot be loaded ({str(error).splitlines()[0][:160]})") from error
-    target = device if isinstance(device, torch.device) else choose_device(device)
-    if dtype is None and not computes_fast(model.dtype, target):
-        _tell_replaced(model.dtype)
-        model.stored_dtype = model.dtype
-        model = model.float()
-    return model.to(target).eval()
+        model.config._name_or_path = model.name_or_path = str(folder)
+        for name, weight in model.named_parameters():
+            require_finite(weight, name, str(folder), SourceError, "take an undamaged copy of the checkpoint")
+        if dtype is None and not computes_fast(model.dtype, target):
+            _tell_replaced(model.dtype)
+            model.stored_dtype = model.dtype
+            model = model.float()
+        return model.to(target).eval()
+
+
+@contextlib.contextmanager
+def _explained(folder: Path, part: str = "") -> Iterator[None]:
+    """Turns the errors that loaders raise for what a folder holds, or for want of memory, into one line."""
+    try:
+        yield
+    except RefoldError:
+        raise
+    except Exception as error:
+        # The loaders raise almost every type there is, tokenizers even `Exception` itself.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        if is_out_of_memory(error):
+            raise SourceError(
+                f"{folder}: enough memory for its weights is required ({reason}); free some, or choose a smaller "
+                f"dtype or another device"
+            ) from error
+        raise SourceError(f"{folder}: {part}cannot be loaded ({reason})") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Says whether an error tells that memory ran out; PyTorch's CPU allocator has no type of its own for that."""
+    words = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(each in str(error) for each in words)
+
+
+@contextlib.contextmanager
+def _loadable(folder: Path) -> Iterator[Path]:
+    """Gives a folder that transformers can load: itself, or one of links where its index has no `metadata`."""
+    if not (folder / INDEX_NAME).exists():
+        yield folder
+        return
+    index = parse_object(read_file(folder / INDEX_NAME), str(folder / INDEX_NAME), "download it again")
+    if isinstance(index.get("metadata"), dict):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="refold-index-") as name:
+        linked = Path(name)
+        for path in folder.iterdir():
+            if path.name != INDEX_NAME:
+                (linked / path.name).symlink_to(path.resolve())
+        (linked / INDEX_NAME).write_text(json.dumps({**index, "metadata": {}}), encoding="utf-8")
+        yield linked
 
 
 def stored_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -175,7 +250,6 @@ def load_tokenizer(source: str | Path | Source) -> PreTrainedTokenizerBase:
     folder = settle(located.fetch())
     if not has_tokenizer([path.name for path in folder.iterdir()]):
         raise SourceError(f"{folder}: a tokenizer is required (none there); copy the tokenizer's files into it")
-    try:
+    check_companions(folder)
+    with _explained(folder, "its tokenizer "):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0][:160]})") from error

@@ -172,8 +172,9 @@ def plan_model(
     """Plans a conversion of a source that has been read, and whose layers may have been measured; see `plan`."""
     recipe = recipe.resolved()
     influence = influence if recipe.measures_influence else None
-    built = build_blueprint(model.arch, recipe, influence)
-    return _assemble(model, recipe, *built, allow_larger=allow_larger, influence=influence)
+    blueprint, starts, notes = build_blueprint(model.arch, recipe, influence)
+    notes = (*model.notes, *notes)
+    return _assemble(model, recipe, blueprint, starts, notes, allow_larger=allow_larger, influence=influence)
 
 
 def replan(draft: Draft, model: SourceModel, blueprint: Blueprint, outdated: NoteKind = "pending") -> Draft:

@@ -4,8 +4,12 @@ import torch
 from torch import Tensor
 
 from refold.blueprint.source_tensors import canonical_tensors
+from refold.checkpoint.finite import require_finite
 from refold.checkpoint.reader import CheckpointReader
+from refold.errors import SourceError
 from refold.sources.source_model import SourceModel
+
+MEND = "take an undamaged copy of the checkpoint"
 
 
 class PieceReader:
@@ -19,6 +23,7 @@ class PieceReader:
     def __init__(self, model: SourceModel, reader: CheckpointReader | None):
         self.model, self.reader = model, reader
         self._shapes = canonical_tensors(model.arch)
+        self._checked: set[str] = set()
 
     def read(self, canonical: str, layer: int | None, dtype: torch.dtype, repeat: int = 1) -> Tensor:
         """Returns a canonical tensor on the CPU in `dtype`; an unfused one in its own dtype is a view of the file.
@@ -26,11 +31,14 @@ class PieceReader:
         With `repeat` each of its heads (`head_dim` rows) stands so many times in a row.
 
         Raises:
-            SourceError: Its file is damaged.
+            SourceError: Its file is damaged, or a number in it is not finite.
         """
         assert self.reader is not None
         name, rule, index = self.model.locate(canonical, layer)
         packed = self.reader.read(name)
+        if name not in self._checked:
+            require_finite(packed, name, str(self.reader.path), SourceError, MEND)
+            self._checked.add(name)
         rows = self._shapes[canonical][0]
         if rule.layout == "rows":
             start = sum(self._shapes[piece][0] for piece in rule.pieces[:index])

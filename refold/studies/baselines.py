@@ -51,7 +51,7 @@ class Baseline:
     """
 
     description: str
-    start: Callable[[BaselineJob], str | Path]
+    start: Callable[[BaselineJob], str | Path | Source]
     needs_healing: bool
     scheme: Callable[[StackPlan], str] | None = None
 
@@ -154,8 +154,8 @@ def _start_lowrank(job: BaselineJob) -> Path:
     return job.convert(plan_model(job.model, recipe))
 
 
-def _start_source(job: BaselineJob) -> str | Path:
-    return job.source.where
+def _start_source(job: BaselineJob) -> Source:
+    return job.source
 
 
 def _start_scratch(job: BaselineJob) -> Path:

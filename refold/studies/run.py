@@ -21,6 +21,7 @@ from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation, read_evaluation
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
+from refold.modeling.load import choose_device
 from refold.planning.plan import Draft, Plan, StackPlan, plan_model, read_plan
 from refold.recipe.heal import HealStage, scale_stages
 from refold.recipe.load import RecipeLike, load_recipe
@@ -165,10 +166,10 @@ class _Way:
             carry_out(plan, self.source, target, command=self.command, calibration=self.train)
         return target
 
-    def heal(self, start: str | Path) -> Path:
+    def heal(self, start: str | Path | Source) -> Path | Source:
         """Runs the stages; without any, the start is what is measured."""
         if not self.stages:
-            return Path(start)
+            return start if isinstance(start, Source) else Path(start)
         target = self.folder / "model"
         if not _stands(target):
             self.say(f"{self.folder.name}: healing for {sum(stage.tokens for stage in self.stages):,} tokens")
@@ -176,7 +177,7 @@ class _Way:
             heal(start, target, self.train, self.stages, device=self.settings.device, options=options)
         return target
 
-    def evaluate(self, model: str | Path, name: str, quantise: str | None = None) -> Evaluation:
+    def evaluate(self, model: str | Path | Source, name: str, quantise: str | None = None) -> Evaluation:
         path = self.folder / f"{name}.json"
         if not path.exists():
             self.say(f"{self.folder.name}: evaluating ({name})")
@@ -226,6 +227,7 @@ def run(
         RefoldError: As the stages do, or the folder holds something else.
     """
     settings = settings or RunSettings()
+    choose_device(settings.device)
     loaded = load_recipe(recipe, overrides)
     name = (
         recipe if isinstance(recipe, str) and "/" not in recipe and not recipe.endswith((".yaml", ".yml")) else "folded"
@@ -233,6 +235,7 @@ def run(
     located = locate(source)
     model = read_source_model(located)
     plan = plan_model(model, loaded, allow_larger)
+    located.ignore_tensors = tuple((each.name, each.reason) for each in plan.recipe.ignore_tensors)
     stages = settings.stages(plan.recipe)
     opened = open_text(data)
     train, test = split(opened) if held_out is None else (opened, open_text(held_out))
@@ -242,7 +245,7 @@ def run(
     chosen = default_baselines(plan) if settings.baselines is None else settings.baselines
     root = _claim(Path(destination), plan, settings, train, test)
     with FolderLock(root):
-        against = Reference(located.where, device=settings.device)
+        against = Reference(located, device=settings.device)
         folded = _Way(root / "folded", located, train, test, settings, stages, command, say, against)
         for_all = whole_model_stages(stages)
         ways = {arm: _Way(root / arm, located, train, test, settings, for_all, command, say, against) for arm in chosen}
@@ -250,6 +253,7 @@ def run(
         made = read_plan(converted / PLAN_NAME)
         unhealed = folded.evaluate(converted, "unhealed")
         healed_model = folded.heal(converted)
+        assert isinstance(healed_model, Path)
         healed = folded.evaluate(healed_model, "healed") if stages else unhealed
         rivals = {arm: _baseline(way, model, made) for arm, way in ways.items()}
         result = _summarise(
@@ -299,6 +303,8 @@ def _claim(root: Path, plan: StackPlan, settings: RunSettings, train: DataSource
     path = root / RUN_NAME
     if path.exists():
         begun = json.loads(path.read_text(encoding="utf-8"))
+        # A run that an older version began does not know all of the source's fingerprint.
+        wanted["source"] = {key: value for key, value in wanted["source"].items() if key in begun.get("source", {})}
         different = sorted(key for key in wanted if begun.get(key) != wanted[key])
         if different:
             raise FolderError(
@@ -308,7 +314,10 @@ def _claim(root: Path, plan: StackPlan, settings: RunSettings, train: DataSource
         return root
     if root.exists() and not all(is_unfinished(path) for path in root.iterdir()):
         raise FolderError(f"{root}: a new folder, or one of an earlier run, is required (it holds other files)")
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"{root}: a writable place is required ({error.strerror}); choose another output") from None
     write_json(path, wanted)
     return root
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from refold.checkpoint import hub
 from refold.checkpoint.hub import HubSource
-from refold.checkpoint.locate import locate
+from refold.checkpoint.locate import is_same_source, locate
 from refold.errors import SourceError
 
 COMMIT = "c" * 40
@@ -141,7 +141,8 @@ def test_planning_asks_for_headers_only(fake: Hub) -> None:
     assert len(headers.tensors) == 901
     assert headers.files == {path.name: path.stat().st_size for path in fake.folder.glob("model-*")}
     assert headers == locate(fake.folder).headers()
-    assert source.fingerprint() == locate(fake.folder).fingerprint()
+    assert source.fingerprint() == {key: locate(fake.folder).fingerprint()[key] for key in source.fingerprint()}
+    assert is_same_source(source.fingerprint(), locate(fake.folder).fingerprint())
     assert fake.calls[0] == ("info", "main")
     assert set(fake.calls[1:]) == {
         ("download", "config.json"),

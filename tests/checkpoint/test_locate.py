@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from refold.checkpoint import hub
+from refold.checkpoint.companions import check_companions
 from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.headers import read_header_bytes
-from refold.checkpoint.locate import FolderSource, locate
+from refold.checkpoint.locate import FolderSource, is_same_source, locate
+from refold.checkpoint.manifest import write_manifest
 from refold.errors import FolderError, SourceError
 
 
@@ -160,3 +162,50 @@ def test_planning_a_folder_imports_nothing_heavy(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "manifest.json"])
+def test_a_pipe_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    fill(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+
+    def read() -> None:
+        source = locate(tmp_path)
+        source.read_config()
+        source.headers()
+        check_companions(tmp_path)
+
+    with pytest.raises(SourceError, match=r"cannot be read \(not a plain file\)"):
+        read()
+
+
+def test_the_fingerprint_covers_a_sample_of_every_tensor(tmp_path: Path) -> None:
+    fill(tmp_path)
+    before = locate(tmp_path).fingerprint()
+    path = tmp_path / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    after = locate(tmp_path).fingerprint()
+    assert {key for key in before if before[key] != after[key]} == {"sample_sha256"}
+    assert not is_same_source(before, after)
+    # What an older version wrote knows less, and is compared by that.
+    assert is_same_source({key: before[key] for key in ("config_sha256", "index_sha256")}, after)
+
+
+def test_a_manifest_gives_the_fingerprint_the_hashes_of_whole_files(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(100_000)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    write_manifest(tmp_path)
+    before = locate(tmp_path).fingerprint()
+    assert before["files_sha256"] == locate(tmp_path).hash_files()
+    path = tmp_path / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # outside the sample
+    path.write_bytes(bytes(data))
+    os.utime(path, (path.stat().st_atime, path.stat().st_mtime + 10))
+    after = locate(tmp_path)
+    assert after.fingerprint()["sample_sha256"] == before["sample_sha256"]
+    assert "files_sha256" not in after.fingerprint()
+    assert after.hash_files() != before["files_sha256"]

@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -152,4 +153,17 @@ def test_a_lock_that_cannot_be_made(tmp_path: Path) -> None:
         pytest.raises(FolderError, match=r"a lock file beside it is required .No such file"),
         FolderLock(tmp_path / "a" / "b"),
     ):
+        pass
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(FolderError, match="No space left on device"), FolderLock(tmp_path / "out"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with FolderLock(tmp_path / "out"):
         pass

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from refold.checkpoint.manifest import check, content_hash, hash_file, is_refold_folder, verify, write_manifest
+from refold.checkpoint.manifest import (
+    MANIFEST_NAME,
+    check,
+    content_hash,
+    hash_file,
+    is_refold_folder,
+    verify,
+    write_manifest,
+)
 from refold.errors import FolderError
 
 
@@ -132,3 +140,16 @@ def test_a_file_that_is_not_there_has_no_hash(folder: Path) -> None:
     (folder / "weights").unlink()
     with pytest.raises(FolderError, match="weights: cannot be read"):
         content_hash(folder / "weights")
+
+
+def test_a_manifest_that_lists_nothing_or_leaves_weights_out_does_not_verify(folder: Path) -> None:
+    path = folder / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "files": {}}))
+    for examine in (check, verify):
+        with pytest.raises(FolderError, match="`files` with bytes and sha256 of each is required"):
+            examine(folder)
+    path.write_text(json.dumps(manifest))
+    (folder / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(FolderError, match=r"model\.safetensors \(not listed\)"):
+        verify(folder)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from refold.checkpoint.folder import settle
 from refold.checkpoint.locate import locate
 from refold.checkpoint.manifest import verify
 from refold.conversion.convert import carry_out, convert
+from refold.conversion.target_tensors import TargetBuilder
 from refold.data.readers import from_documents
 from refold.errors import FolderError, RecipeError, RefoldError, SourceError
+from refold.modeling.load import load_model
 from refold.planning.plan import plan, read_plan
 
 RELAXED = {"fold": {"loops": 2}, "relax": {"rank": 4, "vectors": "own"}}
@@ -230,7 +233,7 @@ def test_a_folded_folder_is_no_source(source, tmp_path):
 
 def test_a_plan_is_carried_out_on_its_own_source_only(source, make_source, tmp_path):
     made = plan(source)
-    with pytest.raises(SourceError, match=r"the source of the plan is required \(config\.json differs\)"):
+    with pytest.raises(SourceError, match=r"the source of the plan is required \(config\.json or weights differ\)"):
         carry_out(made, locate(make_source("gpt_neox")), tmp_path / "out")
 
 
@@ -297,3 +300,30 @@ def test_a_kill_during_conversion_leaves_the_old_or_the_new_folder(make_source, 
 @pytest.mark.long
 def test_twenty_kills_during_conversion_leave_the_old_or_the_new_folder(make_source, tmp_path):
     kill_at_random(make_source("llama"), tmp_path, 20)
+
+
+@pytest.mark.parametrize("init", ["svd", "joint"])
+@pytest.mark.parametrize("loops", [2, 4])
+def test_pairs_of_a_bfloat16_source_correct_the_rounding_of_the_stored_weight(
+    make_source, tmp_path, monkeypatch, init, loops
+):
+    source = make_source("llama", dtype="bfloat16")
+    relax = {"rank": 48, "init": init, "vectors": "own"}
+    recipe = {"fold": {"loops": loops, "init": "average"}, "relax": relax}
+    convert(source, tmp_path / "out", recipe, allow_larger=True)
+    linear_group = TargetBuilder.linear_group
+
+    def to_unrounded(self, group):
+        return replace(linear_group(self, group), dtype=torch.float32)
+
+    monkeypatch.setattr(TargetBuilder, "linear_group", to_unrounded)
+    convert(source, tmp_path / "unrounded", recipe, allow_larger=True)
+    ids = torch.arange(96).reshape(4, 24)
+    with torch.no_grad():
+        wanted, *found = (
+            load_model(folder, device="cpu", dtype="float32")(ids).logits
+            for folder in (source, tmp_path / "out", tmp_path / "unrounded")
+        )
+    # Pairs are rounded too, which no start can correct.
+    errors = [float((each - wanted).square().mean()) for each in found]
+    assert errors[0] < 0.9 * errors[1]

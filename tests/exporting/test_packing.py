@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from refold.checkpoint.expected_tensors import ExpectedTensors
 from refold.checkpoint.locate import locate
 from refold.checkpoint.reader import CheckpointReader
 from refold.exporting.dense import pack_pieces
@@ -40,7 +41,8 @@ def test_pieces_packed_are_read_back_as_they_were(layout: Layout, kind: str, tmp
     save_file({"fused": packed}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     family = replace(find_family("llama"), rules=(rule,))
-    model = SourceModel(locate(tmp_path), arch, family, "float32", None, {})
+    located = locate(tmp_path)
+    model = SourceModel(located, "float32", ExpectedTensors(located.where, arch, family, None, {}))
     with CheckpointReader(tmp_path) as checkpoint:
         reader = PieceReader(model, checkpoint)
         for name, piece in zip(names, pieces, strict=True):

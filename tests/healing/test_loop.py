@@ -46,9 +46,19 @@ def test_an_infinite_gradient_is_skipped_too(healing, monkeypatch):
 
 def test_three_such_steps_in_a_row_end_the_run(healing, monkeypatch):
     _spoil(monkeypatch, {5, 6, 7})
-    with pytest.raises(HealError, match=r"neither in 3 steps in a row, up to step 7; the last good .*step-000000006"):
+    with pytest.raises(HealError, match=r"neither in 3 steps in a row, up to step 7; the last good .*step-000000004"):
         healing(checkpoint_seconds=0.0)
     assert not healing.destination.exists()
+
+
+def test_no_checkpoint_is_written_between_bad_steps(healing, monkeypatch):
+    _spoil(monkeypatch, {5, 6, 7})
+    with pytest.raises(HealError, match=r"neither in 3 steps in a row, up to step 7; the last good .*step-000000004\)"):
+        healing(checkpoint_seconds=0.0)
+    assert sorted(path.name for path in (healing.work / "checkpoints").iterdir()) == [
+        "step-000000003",
+        "step-000000004",
+    ]
 
 
 def test_micro_batches_add_up_to_the_batch(healing, tmp_path):

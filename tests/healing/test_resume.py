@@ -210,3 +210,14 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(healing, monkeypatch):
     monkeypatch.undo()
     healing.hook = None
     assert healing().resumed_from == 3
+
+
+def test_space_for_all_checkpoints_is_asked_for_at_the_start(healing, monkeypatch):
+    usage, seen = shutil.disk_usage, []
+    # Enough for the result and for one checkpoint.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=300_000))
+    healing.hook = seen.append
+    with pytest.raises(FolderError, match=r"bytes of disk are required for 3 checkpoints \(free: 300,000\)"):
+        healing()
+    assert not seen
+    assert not healing.work.exists()

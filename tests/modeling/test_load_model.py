@@ -1,11 +1,13 @@
+import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from refold.errors import RefoldError, SourceError
+from refold.errors import FolderError, RefoldError, SourceError
 from refold.modeling import load
 from refold.modeling.load import choose_device, choose_dtype, computes_fast, load_model, load_tokenizer, stored_dtype
 from refold.modeling.model import RefoldForCausalLM
@@ -107,3 +109,41 @@ def test_a_tokenizer_goes_with_the_model(material, tmp_path):
     convert(source, tmp_path / "out")
     ours, theirs = load_tokenizer(tmp_path / "out"), load_tokenizer(source)
     assert ours.encode("Once upon a time") == theirs.encode("Once upon a time")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_too_little_memory_is_one_line(fold, monkeypatch, error):
+    from transformers import AutoModelForCausalLM
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(SourceError, match=r"enough memory for its weights is required \(.*\); free some") as caught:
+        load_model(fold("llama"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_blueprint_of_other_tensors_is_refused_before_anything_is_made(fold, tmp_path):
+    folder = Path(shutil.copytree(fold("llama"), tmp_path / "out"))
+    (folder / "manifest.json").unlink()
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    blueprint = config["blueprint"]
+
+    def write(**changes):
+        path.write_text(json.dumps({**config, "blueprint": {**blueprint, **changes}}))
+
+    write(arch={**blueprint["arch"], "hidden_size": 64})
+    with pytest.raises(FolderError, match=r"weights must be those of its blueprint \(model.* has shape "):
+        load_model(folder)
+    write(depths=[*blueprint["depths"], {**blueprint["depths"][0], "mixer": 77}])
+    with pytest.raises(FolderError, match=r"config\.json: blueprint"):
+        load_model(folder)

@@ -79,7 +79,7 @@ def _share(
     stacked, common = (group.weightings or GroupWeightings(inputs, {})).stack(weights)
     if common.is_plain:
         a = truncated_svd(stacked, group.basis_rank, svd, group.seed).v.T
-        return Basis(a.contiguous(), {depth: weight @ a.T for depth, weight in weights.items()})
+        return Basis(a.contiguous(), {depth: weight @ a.T for depth, weight in weights.items()}).rounded(group)
     a = common.truncate(stacked, group.basis_rank, svd, group.seed).v.T.double()
     moments = {depth: each.double() for depth, each in inputs.items() if each is not None}
     # W_b C_b, which both halves of a round need.
@@ -91,7 +91,7 @@ def _share(
     lengths = torch.linalg.vector_norm(a, dim=1).clamp(min=torch.finfo(torch.float64).tiny)
     return Basis(
         (a / lengths[:, None]).float(), {depth: (each * lengths).float() for depth, each in coefficients.items()}
-    )
+    ).rounded(group)
 
 
 def _coefficients(seen: Mapping[int, Tensor], moments: BasisInputs, a: Float[Tensor, "rank in"]) -> dict[int, Tensor]:

@@ -37,6 +37,7 @@ class LinearGroup:
         stored_rank: Rank the stored weight is kept at, as two factors; 0: nothing is stored; None: the whole matrix.
         basis_rank: Rank of the basis where no more than that is stored.
         seed: For random starts; differs between groups.
+        dtype: What stored tensors are rounded to when they are written. Pairs correct the rounded ones.
     """
 
     sources: tuple[Float[Tensor, "out in"], ...]
@@ -45,6 +46,11 @@ class LinearGroup:
     stored_rank: int | None = None
     basis_rank: int | None = None
     seed: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def round(self, tensor: Tensor) -> Tensor:
+        """Returns a float32 tensor as it is read back once it is stored."""
+        return tensor.to(self.dtype).float()
 
     def weighting(self, depth: int) -> Weighting:
         """Returns how an error at one depth is weighed."""
@@ -60,14 +66,16 @@ class LinearGroup:
         return total
 
     def store(self, weight: Float[Tensor, "out in"], svd: SvdMode) -> "Stored":
-        """Returns what is stored of a weight all depths share: itself, or the nearest of the stored rank."""
+        """Returns what is stored of a weight all depths share, rounded: itself, or the nearest of the stored rank."""
         if self.stored_rank is None:
-            return Stored(weight)
+            return Stored(self.round(weight))
         if self.stored_rank == 0:
             return Stored(torch.zeros_like(weight), factors=())
         weighting = Weighting() if self.weightings is None else self.weightings.of_all()
         found = weighting.truncate(weight, self.stored_rank, svd, self.seed)
-        return Stored(found.matrix(), found.factors())
+        a, b = (self.round(each) for each in found.factors())
+        # In float32 the product of its own, which differs in the last bit, would move what was written before.
+        return Stored(found.matrix() if self.dtype == torch.float32 else b @ a, (a, b))
 
 
 @dataclass(frozen=True)
@@ -111,8 +119,12 @@ class Basis:
     coefficients: Mapping[int, Float[Tensor, "out rank"]]
 
     def weight(self, depth: int) -> Float[Tensor, "out in"]:
-        """Returns what is computed at a depth."""
+        """Returns the weight that is computed at a depth."""
         return self.coefficients[depth] @ self.a
+
+    def rounded(self, group: LinearGroup) -> "Basis":
+        """Returns the basis and coefficients as they are read back once they are stored."""
+        return Basis(group.round(self.a), {depth: group.round(each) for depth, each in self.coefficients.items()})
 
 
 @dataclass(frozen=True)

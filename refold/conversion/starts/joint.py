@@ -19,6 +19,8 @@ from refold.calibration.weighting import Weighting
 from refold.conversion.starts.group import Fitted, LinearGroup, Member, Stored
 from refold.conversion.starts.zero import mean_weight, zero_pair
 
+LOST = 10.0
+"""Times the rounding of the stored weight: an error so large hardly changes where the pair corrects rounding too."""
 ROUNDS = 6
 """Alternating rounds for three and more members; further ones change the loss by less than a percent."""
 
@@ -36,6 +38,7 @@ def fit_joint(group: LinearGroup, svd: SvdMode) -> Fitted:
     if len(members) == 2 and group.stored_rank is None:
         corrections = _share_difference(group, members, svd)
         stored = Stored(group.mean(_corrected(members, corrections)))
+        stored, corrections = _as_stored(stored, corrections, group, svd)
     else:
         stored, corrections = _alternate(group, members, svd)
     pairs, kept = {}, {}
@@ -102,4 +105,22 @@ def _alternate(group: LinearGroup, members: dict[int, Member], svd: SvdMode) -> 
                 corrections[depth] = weightings[depth].truncate(residual, member.rank, svd, group.seed)
     if group.stored_rank is None:
         stored = Stored(group.mean(_corrected(members, corrections)))
+        stored, corrections = _as_stored(stored, corrections, group, svd)
     return stored, corrections
+
+
+def _as_stored(
+    stored: Stored, corrections: dict[int, Truncated], group: LinearGroup, svd: SvdMode
+) -> tuple[Stored, dict[int, Truncated]]:
+    """Rounds a whole stored weight as it is written, and fits a pair anew where rounding is not lost in its error."""
+    rounded = group.round(stored.weight)
+    noise = float(torch.linalg.vector_norm(rounded - stored.weight))
+    if not noise:
+        return stored, corrections
+    found = dict(corrections)
+    for depth, member in group.members.items():
+        residual = member.weight - rounded
+        left = residual - corrections[depth].matrix() if depth in corrections else residual
+        if member.rank and float(torch.linalg.vector_norm(left)) < LOST * noise:
+            found[depth] = group.weighting(depth).truncate(residual, member.rank, svd, group.seed)
+    return Stored(rounded), found

@@ -10,8 +10,10 @@ from refold.conversion.starts.zero import mean_weight, zero_pair
 def fit_svd(group: LinearGroup, svd: SvdMode) -> Fitted:
     """B = U_r S_r and A = V_r^T of residual = source weight minus stored weight; a zero residual gets the zero start.
 
-    With two members and the mean of their weights stored whole, the residuals are opposite and, where errors are not
-    weighed, one decomposition serves both. Where they are weighed by what linears see, so is the mean.
+    The residual is taken to the weight as it is stored, rounded to the dtype of the target. With two members and the
+    mean of their weights stored whole, the residuals are opposite (but for that rounding) and, where errors are not
+    weighed, the singular vectors of one serve both. Where errors are weighed by the inputs of linears, so is the
+    mean.
     """
     weighted = group.weightings is not None and len(group.sources) == len(group.members)
     mean = mean_weight(group.sources)
@@ -34,8 +36,10 @@ def fit_svd(group: LinearGroup, svd: SvdMode) -> Fitted:
                 shared = group.weighting(depth).truncate(residual, most, svd, group.seed)
                 found = shared.take(slice(member.rank))
                 sign = 1.0
-            else:
+            elif group.dtype == torch.float32:
                 found, sign = shared.take(slice(member.rank)), -1.0
+            else:
+                found, sign = shared.take(slice(member.rank)).project(residual), 1.0
         else:
             found, sign = group.weighting(depth).truncate(residual, member.rank, svd, group.seed), 1.0
         a, b = found.factors()

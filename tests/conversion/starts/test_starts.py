@@ -289,3 +289,38 @@ def test_a_factored_weight_of_one_layer_is_its_truncation(start):
     metric = metric_of({0: METRIC.inputs[0]}, METRIC.outputs)
     found = STARTS[start](weigh(group(given, 0), metric, 4), "exact")
     assert torch.allclose(found.stored.weight, metric.of(0).truncate(given[0], 4, "exact", 0).matrix(), atol=1e-4)
+
+
+def half(tensor: Tensor) -> Tensor:
+    return tensor.bfloat16().float()
+
+
+@pytest.mark.parametrize("init", ["svd", "joint"])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("stored_rank", [None, 5])
+def test_full_rank_pairs_correct_the_stored_weight_as_it_is_rounded(init, count, stored_rank):
+    given = [half(weight) for weight in weights(count)]
+    made = replace(group(given, *[10] * count), stored_rank=stored_rank, dtype=torch.bfloat16)
+    errors = []
+    for each in (made, replace(made, dtype=torch.float32)):
+        found = STARTS[init](each, "exact")
+        stored = half(found.stored.weight)
+        if found.stored.factors:
+            a, b = (half(factor) for factor in found.stored.factors)
+            stored = b @ a
+        # The pairs in float32: what is left is the rounding of the stored weight, which they are to correct.
+        errors.append(
+            max(float((w - stored - c).abs().max()) for w, c in zip(given, corrections(found).values(), strict=True))
+        )
+    assert errors[0] < 2e-5
+    assert errors[1] > 1e-3
+
+
+def test_rounding_that_is_lost_in_the_error_costs_no_second_fit(monkeypatch):
+    given = [half(weight) for weight in weights(2)]
+    made = replace(group(given, 2, 2), dtype=torch.bfloat16)
+    wide = fit_joint(replace(made, dtype=torch.float32), "exact")
+    found = fit_joint(made, "exact")
+    assert torch.equal(found.stored.weight, half(wide.stored.weight))
+    for depth, correction in corrections(found).items():
+        assert torch.equal(correction, corrections(wide)[depth])

@@ -1,0 +1,52 @@
+"""The tensors a folded model must have by its blueprint, held against those its folder has; torch-free."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from refold.blueprint.schema import Blueprint
+from refold.blueprint.tensors import target_tensors
+from refold.checkpoint.headers import CheckpointHeaders
+from refold.errors import FolderError
+from refold.suggest import shorten
+
+MAX_NAMED = 5
+
+
+def read_blueprint(where: str, config: Mapping[str, Any]) -> Blueprint:
+    """Returns the blueprint in a folded model's raw `config.json`.
+
+    Raises:
+        FolderError: There is none, or it is damaged.
+    """
+    try:
+        return Blueprint.model_validate(config.get("blueprint"))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in ("blueprint", *first["loc"]))
+        reason = first["msg"].removeprefix("Value error, ")
+        raise FolderError(
+            f"{where}/config.json: {key}: {reason} (got {shorten(first['input'])}); convert the source again"
+        ) from None
+
+
+def check_folded_tensors(where: str, blueprint: Blueprint, headers: CheckpointHeaders) -> None:
+    """Checks that a folded model's folder holds every tensor of its blueprint, in its shape.
+
+    Raises:
+        FolderError: Tensors are missing or have another shape.
+    """
+    faults: list[str] = []
+    for tensor in target_tensors(blueprint):
+        stored = headers.tensors.get(tensor.name)
+        if stored is None:
+            faults.append(f"{tensor.name} is missing")
+        elif tuple(stored.shape) != tuple(tensor.shape):
+            faults.append(f"{tensor.name} has shape {list(stored.shape)}, not {shorten(list(tensor.shape))}")
+        # Of a damaged blueprint with millions of depths the first few say enough.
+        if len(faults) > MAX_NAMED:
+            break
+    if faults:
+        shown = ", ".join(faults[:MAX_NAMED]) + (", ..." if len(faults) > MAX_NAMED else "")
+        raise FolderError(f"{where}: weights must be those of its blueprint ({shown}); convert the source again")
