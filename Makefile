@@ -31,6 +31,7 @@ test: $(STAMPS)/dev
 	$(TEST) -m "not long"
 
 test-long: $(STAMPS)/dev
+	$(RUN_PYTHON) scripts/fetch_transformers_tests.py
 	$(TEST) -m long
 
 # Under eight minutes on one card; `make gpu DEVICE=cpu` rehearses with tiny sizes and writes no page.

@@ -42,6 +42,7 @@ SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     *(
         (f"heal[].objective.{name}", options)
         for name, field in objectives.StageObjectives.model_fields.items()
+        if name != "registered"
         for options in get_args(field.annotation)
         if options is not type(None)
     ),

@@ -33,6 +33,7 @@ _API = {
     "Reference": "refold.evaluation.reference",
     "RunSettings": "refold.studies.run",
     "HealOptions": "refold.healing.run",
+    "register_objective": "refold.healing.objectives.registry",
     "load_adapters": "refold.modeling.adapters",
     "load_model": "refold.modeling.load",
     "load_tokenizer": "refold.modeling.load",

@@ -12,6 +12,7 @@ PUBLIC = {
     "analyse", "plan", "convert", "inspect", "heal", "evaluate", "generate", "export", "run",
     "Recipe", "HealStage", "HealOptions", "RunSettings", "AnalysisSettings", "Reference",
     "load_adapters", "load_model", "load_tokenizer", "RefoldError", "Mixture", "from_documents",
+    "register_objective",
     "__version__",
 }  # fmt: skip
 

@@ -181,6 +181,7 @@ def _draw(
             num_fit=0,
             num_held_out=rows,
             seed=settings.seed,
+            vocab_size=model.arch.vocab_size,
         ).held_out
     return drawn, MeasuredText(
         kind="random" if text is None else "text",

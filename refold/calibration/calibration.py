@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from refold.data.mixture import Interleave, MixedSource
 from refold.data.packing import PackedSequence, PackedSequences, stack
 from refold.data.readers import DataSource
-from refold.data.tokens import TokenisedDocuments, tokenise
+from refold.data.tokens import TokenisedDocuments, require_known_tokens, tokenise
 from refold.errors import DataError
 from refold.families.arch import ArchSpec
 
@@ -43,6 +43,7 @@ def pack_calibration(
     num_fit: int,
     num_held_out: int,
     seed: int = 0,
+    vocab_size: int | None = None,
 ) -> CalibrationText:
     """Packs calibration text; documents are kept apart by their positions.
 
@@ -55,14 +56,19 @@ def pack_calibration(
         num_fit: Sequences to fit to; fewer where the text is short. With 0 all of the text is held out.
         num_held_out: Sequences to measure on; fewer where the text is short.
         seed: Which sequences.
+        vocab_size: Tokens the source knows, to check; None: no check.
 
     Raises:
-        DataError: The text is shorter than two sequences, or a part of a mixture than its share.
+        DataError: The text is shorter than two sequences, or a part of a mixture than its share; or it has tokens that
+            the source does not know.
     """
     if isinstance(data, MixedSource) and data.weights is not None:
-        return _pack_mixture(data, Interleave(data.weights), tokenizer, sequence_length, num_fit, num_held_out, seed)
+        return _pack_mixture(
+            data, Interleave(data.weights), tokenizer, sequence_length, num_fit, num_held_out, seed, vocab_size
+        )
     wanted = num_fit + num_held_out
     tokens = tokenise(data, tokenizer, budget=READ_AHEAD * wanted * sequence_length, seed=seed)
+    require_known_tokens(f"calibration: {data.name}", tokens.tokens, vocab_size)
     total = tokens.num_tokens // sequence_length
     if total < 2:
         raise DataError(
@@ -86,6 +92,7 @@ def _pack_mixture(
     num_fit: int,
     num_held_out: int,
     seed: int,
+    vocab_size: int | None,
 ) -> CalibrationText:
     """Packs each part by itself and deals its sequences to the places that are its own."""
     counts = [
@@ -103,6 +110,7 @@ def _pack_mixture(
             num_fit=fit,
             num_held_out=held_out or 1,
             seed=seed,
+            vocab_size=vocab_size,
         )
         got = (0 if found.fit is None else len(found.fit.input_ids)), len(found.held_out.input_ids)
         if got[0] < fit or got[1] < held_out:

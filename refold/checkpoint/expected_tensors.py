@@ -89,10 +89,14 @@ class ExpectedTensors:
                 mend = "take them off `ignore_tensors`"
             raise SourceError(f"{self.where}: {_count(missing, 'required tensor')} missing: {_some(missing)}; {mend}")
         for name, expected in self.tensors.items():
-            if tuple(names[name].shape) != expected.shape:
+            shape = tuple(names[name].shape)
+            if shape != expected.shape:
+                mend = "config.json must belong to these weights"
+                if expected.rule.pieces[0] in (EMBEDDING, HEAD) and shape[1:] == expected.shape[1:]:
+                    mend = f"set vocab_size to {shape[0]} in config.json if the embedding was resized"
                 raise SourceError(
-                    f"{self.where}: {name}: shape {list(expected.shape)} is required by config.json "
-                    f"(got {list(names[name].shape)}); config.json must belong to these weights"
+                    f"{self.where}: {name}: shape {list(expected.shape)} is required by config.json (got "
+                    f"{list(shape)}); {mend}"
                 )
         return ignored
 

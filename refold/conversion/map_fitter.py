@@ -235,6 +235,7 @@ class MapFitter:
             num_fit=self._settings.fit_sequences if is_fitted else 0,
             num_held_out=self._settings.held_out_sequences,
             seed=self._plan.starts.seed,
+            vocab_size=self._plan.blueprint.arch.vocab_size,
         )
 
     def _walk(self, packed: CalibrationText | None) -> Iterator[tuple[SourceLayer, Streams, Streams]]:

@@ -205,6 +205,7 @@ def pack_text(model: SourceModel, text: DataSource, recipe: Recipe) -> PackedSeq
         num_fit=0,
         num_held_out=max(1, recipe.calibration.tokens // length),
         seed=recipe.seed,
+        vocab_size=model.arch.vocab_size,
     ).held_out
 
 

@@ -16,6 +16,7 @@ from refold.checkpoint.atomic_file import flush
 from refold.checkpoint.lock import FolderLock
 from refold.data.encoder import EncodedDocument
 from refold.data.packing import PackedSequences
+from refold.data.tokens import require_known_tokens
 from refold.errors import DataError
 
 INDEX_NAME = "index.json"
@@ -144,12 +145,7 @@ class TokenShards:
         Raises:
             DataError: a token is not below the vocabulary's size.
         """
-        largest = self.index.largest_token
-        if vocab_size is not None and largest >= vocab_size:
-            raise DataError(
-                f"{self.index.name}: tokens below the model's {vocab_size} are required (got {largest}); use the "
-                f"tokenizer the model was trained with"
-            )
+        require_known_tokens(self.index.name, [self.index.largest_token], vocab_size)
 
 
 def tokens_name(number: int) -> str:

@@ -18,7 +18,7 @@ from refold.data.encoder import Encoding, TextEncoder, digest, document_start_to
 from refold.data.readers import DataSource
 from refold.errors import DataError
 
-__all__ = ["TokenisedDocuments", "document_start_token", "tokenise"]
+__all__ = ["TokenisedDocuments", "document_start_token", "require_known_tokens", "tokenise"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,25 @@ def join_tokenised(parts: Sequence[TokenisedDocuments]) -> TokenisedDocuments:
         document_start=parts[0].document_start,
         is_whole_source=all(part.is_whole_source for part in parts),
     )
+
+
+def require_known_tokens(where: str, tokens: np.ndarray | Sequence[int], vocab_size: int | None) -> None:
+    """Checks that a model's embedding has a row for every token.
+
+    Args:
+        where: Names the text or the data in the message.
+        tokens: Token ids.
+        vocab_size: Rows of the embedding; None: no check.
+
+    Raises:
+        DataError: A token is not below it: the tokenizer is longer than the embedding.
+    """
+    largest = int(max(tokens, default=0)) if isinstance(tokens, Sequence) else int(tokens.max(initial=0))
+    if vocab_size is not None and largest >= vocab_size:
+        raise DataError(
+            f"{where}: tokens below the model's {vocab_size} are required (got {largest}); use the tokenizer the model "
+            f"was trained with, or resize the model's embedding to the tokenizer"
+        )
 
 
 def tokenise(

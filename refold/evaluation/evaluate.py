@@ -5,10 +5,11 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refold.blueprint.quantisation import find_scheme
@@ -18,7 +19,7 @@ from refold.data.corpus import MOST_BYTES_PER_TOKEN, Data, open_text
 from refold.data.mixture import MixedSource
 from refold.data.readers import DataSource
 from refold.data.spool import SPOOL_BYTES
-from refold.data.tokens import TokenisedDocuments, join_tokenised, scored_bytes, tokenise
+from refold.data.tokens import TokenisedDocuments, join_tokenised, require_known_tokens, scored_bytes, tokenise
 from refold.errors import DataError, RefoldError
 from refold.evaluation.document_sums import DocumentCounts, ratio_error
 from refold.evaluation.reference import Reference
@@ -191,6 +192,8 @@ def evaluate(
     with watch.measure("tokenise"):
         files = describe_data(source)
         tokenised, kinds = read_text(source, vocabulary, max_tokens)
+        num_rows = cast("nn.Embedding", subject.model.get_input_embeddings()).num_embeddings
+        require_known_tokens(source.name, tokenised.tokens, num_rows)
         sizes = scored_bytes(tokenised, vocabulary)
     scored = WindowPass(subject.model, other, tokenised.num_documents, watch)
     scored.run(tokenised, context, stride, batch_size, progress)

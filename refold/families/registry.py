@@ -11,6 +11,7 @@ from refold.families.arch import ArchSpec
 from refold.families.config_fields import check_fields
 from refold.families.family import Family
 from refold.families.unsupported import explain_unsupported
+from refold.suggest import shorten
 
 _MODULES = (llama, mistral, gpt_neox, qwen2, qwen3, gemma, gemma2, gemma3_text, gemma3, olmo2, phi3)
 FAMILIES: Mapping[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}

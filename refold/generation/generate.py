@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from refold.data.tokens import require_known_tokens
 from refold.errors import RefoldError
 from refold.generation.prompts import Messages, encode_continuation, encode_prompt, pad_left
 from refold.generation.sampling import DEFAULT_NEW_TOKENS, Sampling
@@ -137,7 +138,13 @@ class TextGenerator:
         return load_state(path, self.model)
 
     def _encode(self, prompts: Sequence[Prompt], chat: bool, state: PromptState | None) -> list[list[int]]:
-        """Token ids of prompts, with those of the state they go on from."""
+        """Token ids of prompts, with those of the state they go on from; the model knows each."""
+        ids = self._token_ids(prompts, chat, state)
+        for each in ids:
+            require_known_tokens("prompt", each, cast("nn.Embedding", self.model.get_input_embeddings()).num_embeddings)
+        return ids
+
+    def _token_ids(self, prompts: Sequence[Prompt], chat: bool, state: PromptState | None) -> list[list[int]]:
         if state is None:
             return [encode_prompt(self.tokenizer, prompt, chat) for prompt in prompts]
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]

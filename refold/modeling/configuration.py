@@ -25,7 +25,8 @@ class RefoldConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    # A list, because transformers' Trainer adds one to it.
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
     blueprint: dict[str, Any] | None = None
     vocab_size: int = 0
@@ -65,6 +66,12 @@ class RefoldConfig(PreTrainedConfig):
         if self.blueprint is None:
             raise RecipeError("config.json: `blueprint` is required (not there); is this a refold folder?")
         return Blueprint.model_validate(self.blueprint)
+
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """Sets the size of the vocabulary, here and in the blueprint."""
+        blueprint = self.read_blueprint()
+        resized = blueprint.model_copy(update={"arch": blueprint.arch.model_copy(update={"vocab_size": vocab_size})})
+        self.blueprint, self.vocab_size = resized.model_dump(mode="json"), vocab_size
 
     def _derive(self, blueprint: Blueprint) -> None:
         arch = blueprint.arch

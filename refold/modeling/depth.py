@@ -14,10 +14,12 @@ from refold.blueprint.owned.vectors import VECTORS
 from refold.blueprint.schema import POOLS, Blueprint, Pool
 from refold.mixers.spec import Fill, Shape
 from refold.modeling.configuration import RefoldConfig
+from refold.modeling.padding import as_given, in_order
 from refold.nn.fills import make_fill
 from refold.nn.lora import LoraPair, Own
 from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.key_values import Exchange, KeyHeads, KeyValue
+from refold.nn.mixers.memory import StateView
 from refold.nn.mixers.registry import MIXERS
 from refold.nn.part import Lora, OwnVectors, StoredPart
 
@@ -181,7 +183,10 @@ class Depth(GradientCheckpointingLayer):
             pairs = tuple(zip(read[::2], read[1::2], strict=True))
             context.prefix = self.prefix
             context.exchange = None if self.heads is None else Exchange(self.heads, pairs)
-            update = self._scale("mixer", mixer(hidden_states, self.view, context, lora, self.own_vectors("mixer")))
+            order = context.order if isinstance(self.view, StateView) else None
+            given = (hidden_states, context) if order is None else in_order(order, hidden_states, context)
+            update = mixer(given[0], self.view, given[1], lora, self.own_vectors("mixer"))
+            update = self._scale("mixer", update if order is None else as_given(order, update))
         stream = self._add(hidden_states, update, mlp, lora) if residual or update is None else update
         if self.heads is None or not self.heads.is_read:
             return stream

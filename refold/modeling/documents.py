@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from refold.modeling.padding import first_tokens
+
 
 def _count_tokens(
     attention_mask: Tensor | None, past_length: int | Tensor, positions: Int[Tensor, "B T"]
@@ -45,6 +47,15 @@ def document_starts(
     slots = (torch.arange(positions.shape[1], device=positions.device) + past_length).expand_as(positions)
     begins = positions[:, 1:] != positions[:, :-1] + 1
     reached = (slots[:, :1] - positions[:, :1]).clamp(min=0)
+    if attention_mask is not None:
+        real = attention_mask.to(positions.device).bool()
+        counted = positions == _count_tokens(attention_mask, past_length, positions)
+        current = real[:, -positions.shape[1] :]
+        begins = begins & current[:, 1:] & (current[:, :-1] | ~counted[:, 1:])
+        # `generate` counts on from the position it gave the last padding: such a row stays one document.
+        is_padding = ~real & (torch.arange(real.shape[1], device=real.device) >= reached)
+        is_padding = is_padding & (torch.arange(real.shape[1], device=real.device) <= slots[:, :1])
+        reached = reached.masked_fill(is_padding.any(dim=1, keepdim=True) | counted[:, :1], 0)
     starts = torch.cat((reached, torch.where(begins, slots[:, 1:], 0)), dim=1)
     return starts.cummax(dim=1).values
 
@@ -55,7 +66,7 @@ def state_resets(
     past_length: int | Tensor,
     tokens: int,
 ) -> Bool[Tensor, "B T"] | None:
-    """Returns where recurrent states are emptied: where a document begins, and at the first token after left padding.
+    """Returns where recurrent states are emptied: where a document begins, and at the first token of a padded row.
 
     None where that is nowhere, which on an unpadded row is the case from the second token on.
 
@@ -70,12 +81,13 @@ def state_resets(
         slots = torch.arange(tokens, device=document_starts.device) + past_length
         found = document_starts == slots
     is_compiling = torch.compiler.is_compiling()
-    if attention_mask is not None and attention_mask.ndim == 2 and not (is_compiling and tokens == 1):
-        # With the token before: padding may end where an earlier call did.
-        real = attention_mask[:, -tokens - 1 :].bool()
-        if is_compiling or not bool(real.all()):
-            if real.shape[1] == tokens:
-                real = torch.cat((real[:, :1], real), dim=1)
-            begins = real[:, 1:] & ~real[:, :-1]
-            found = begins if found is None else found | begins
+    if attention_mask is None or attention_mask.ndim != 2 or (is_compiling and tokens == 1):
+        return found
+    # With the token before: padding may end where an earlier call did.
+    if is_compiling or not bool(attention_mask[:, -tokens - 1 :].all()):
+        begins = first_tokens(attention_mask, tokens)
+        if attention_mask.shape[1] == tokens:
+            # Such a mask does not tell whether tokens came before; where none did, there is no state to empty.
+            begins = torch.cat((torch.zeros_like(begins[:, :1]), begins[:, 1:]), dim=1)
+        found = begins if found is None else found | begins
     return found

@@ -19,6 +19,7 @@ from refold.modeling.depth import Depth, Lent
 from refold.modeling.documents import document_starts, state_resets
 from refold.modeling.masks import build_masks, padding_mask
 from refold.modeling.outputs import CausalOutput, StackOutput
+from refold.modeling.padding import first_tokens, padding_first
 from refold.modeling.pretrained import RefoldPreTrainedModel
 from refold.nn.exits import ExitParts
 from refold.nn.mixers.context import MixerContext
@@ -238,9 +239,14 @@ class RefoldModel(RefoldPreTrainedModel):
         starts = document_starts(position_ids, mask_2d, past_length)
         if position_ids is None:
             position_ids = (torch.arange(tokens, device=hidden_states.device) + past_length).unsqueeze(0)
-        resets = None
+        resets = order = None
         if self._is_recurrent:
-            resets = state_resets(starts, padding_mask(attention_mask), past_length, tokens)
+            padding = padding_mask(attention_mask)
+            resets = state_resets(starts, padding, past_length, tokens)
+            order = padding_first(padding, past_length, tokens, has_cache=cache is not None)
+            if padding is not None and order is not None:
+                begins = first_tokens(padding, tokens)
+                resets = (begins if resets is None else resets | begins).gather(1, order)
             if not self._windows:
                 count_tokens(cache, self._first_counting, hidden_states)
         masks = build_masks(self.config, self._windows, hidden_states, attention_mask, cache, past_length, starts)
@@ -248,7 +254,7 @@ class RefoldModel(RefoldPreTrainedModel):
         extra = {"position_ids": position_ids, **(extra or {})}
         return {
             (window, rope): MixerContext(
-                None if rope is None else rotations[rope], masks.get(window), starts, resets, cache, extra
+                None if rope is None else rotations[rope], masks.get(window), starts, resets, cache, extra, order=order
             )
             for window, rope in self._kinds
         }
@@ -317,8 +323,9 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
         Args:
             labels: Targets in transformers' convention (shifted inside, -100 ignored); adds `loss`.
             logits_to_keep: Only so many last positions get logits (0: all), or the positions themselves.
+            **kwargs: Arguments of the attention back-end and of the loss function, such as `shift_labels` (targets that
+                are shifted already), `num_items_in_batch` and `ignore_index`.
         """
-        loss_arguments = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
         stack: StackOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -336,7 +343,7 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
         logits = self.project_logits(stack.last_hidden_state[:, kept], last)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **loss_arguments)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         exit_logits = None
         if stack.exit_hidden_states is not None:
             places = zip(self.model.exit_depths, stack.exit_hidden_states, strict=False)

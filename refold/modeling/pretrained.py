@@ -12,6 +12,7 @@ from refold.errors import FolderError
 from refold.modeling.cache_name import CACHE_NAMES
 from refold.modeling.configuration import COUNTING, RECURRENT, RefoldConfig
 from refold.modeling.depth import Depth
+from refold.nn.exits import HeadLora
 from refold.nn.mixers.attention import AttentionView
 from refold.nn.mixers.registry import MIXERS
 from refold.nn.part import StoredPart
@@ -86,6 +87,15 @@ class RefoldPreTrainedModel(PreTrainedModel):
                     f"({len(names)} {problem.replace('_', ' ')}: {shown}); convert the source again"
                 )
         return (model, info) if wants_info else model
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resizes the vocabulary as transformers does, in the blueprint and in the adapters on the head as well."""
+        embedding: Any = super().resize_token_embeddings(*args, **kwargs)
+        self.config.resize_vocabulary(embedding.num_embeddings)
+        for module in self.modules():
+            if isinstance(module, HeadLora):
+                module.resize(embedding.num_embeddings)
+        return embedding
 
     def compile_parts(self) -> None:
         """Compiles each stored part once; all depths that run it share the compiled code.

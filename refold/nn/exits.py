@@ -21,6 +21,14 @@ class HeadLora(LoraPair):
         """Adds B (A x) to what the shared head gave."""
         return relax(logits, hidden_states, self.pair)
 
+    @torch.no_grad()
+    def resize(self, vocab_size: int) -> None:
+        """Cuts B to `vocab_size` tokens, or adds zeros for new ones, whose logits are then the shared head's."""
+        kept = self.b[:vocab_size]
+        resized = kept.new_zeros(vocab_size, kept.shape[1])
+        resized[: len(kept)] = kept
+        self.b = nn.Parameter(resized, requires_grad=self.b.requires_grad)
+
 
 class Gate(nn.Module):
     """Predicts whether an exit's likeliest token is that of the full depth: `sigmoid(w x + b)`, one half at first.

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from refold.mixers.spec import Fill, Shape
@@ -43,7 +44,7 @@ def _identity(fill: Fill, shape: Shape, generator: torch.Generator | None) -> Te
     blocks = [torch.eye(size).expand(heads, size, size)]
     # Copies would get the same gradients and never part, so further directions are other orthonormal ones.
     for _ in range(-(-directions // size) - 1):
-        blocks.append(torch.linalg.qr(torch.randn(heads, size, size, generator=generator))[0])
+        blocks.append(_random_basis(heads, size, generator))
     return fill.low * torch.cat(blocks, dim=-1)[..., :directions]
 
 
@@ -51,10 +52,16 @@ def _orthogonal(fill: Fill, shape: Shape, generator: torch.Generator | None) -> 
     heads, size, directions = shape
     blocks = []
     for _ in range(-(-directions // size)):
-        basis, _ = torch.linalg.qr(torch.randn(heads, size, size, generator=generator))
+        basis = _random_basis(heads, size, generator)
         lengths = torch.randn(heads, size, size, generator=generator).norm(dim=-1)
         blocks.append(basis * lengths.unsqueeze(1))
     return torch.cat(blocks, dim=-1)[..., :directions]
+
+
+def _random_basis(heads: int, size: int, generator: torch.Generator | None) -> Float[Tensor, "H K K"]:
+    """Draws orthonormal matrices uniformly (Haar): signs that make R's diagonal positive (arXiv math-ph/0609050)."""
+    basis, triangle = torch.linalg.qr(torch.randn(heads, size, size, generator=generator))
+    return basis * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
 
 def _cosine(fill: Fill, shape: Shape, generator: torch.Generator | None) -> Tensor:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 CPU_SEGMENT_NUMBERS = 2**18
 """What a `[N, B, H, C, C]` holds while a segment is worked on: enough to be quick, little enough to stay in cache."""
@@ -92,32 +93,33 @@ def look(numbers: Int[Tensor, "B T"], segment: Segment) -> Sight:
     )
 
 
-def later_left_out(sums: Float[Tensor, "*X T"]) -> Float[Tensor, "*X T T"]:
-    """sums_i - sums_j for j <= i, else -inf: there exp might overflow."""
-    later = torch.ones(sums.shape[-1], sums.shape[-1], dtype=torch.bool, device=sums.device).triu(1)
-    return (sums[..., :, None] - sums[..., None, :]).masked_fill_(later, -torch.inf)
+def segment_sums(x: Float[Tensor, "*X T"]) -> Float[Tensor, "*X T T"]:
+    """x_{j+1} + ... + x_i for j <= i, else -inf. Each is summed by itself: differences of long sums lose digits."""
+    later = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).triu()
+    sums = x[..., :, None].masked_fill(later, 0.0).cumsum(-2)
+    return sums.masked_fill_(later.triu(1), -torch.inf)
 
 
 def pairwise_decay(decays: Float[Tensor, "*X C"], block: int = 16) -> Float[Tensor, "*X C C"]:
     """exp(g_{j+1} + ... + g_i) for j <= i, else 0.
 
     Between blocks it is the product of the way to the later block's start and the way from there: far fewer
-    exponentials than pairs, none of them above 1, and no differences of long sums.
+    exponentials than pairs, none of them above 1. No sum is a difference of longer ones, so weak decays keep their
+    digits beside strong ones.
     """
     size = decays.shape[-1]
-    if size <= block or size % block:
-        return later_left_out(decays.cumsum(-1)).exp_()
-    num_blocks = size // block
-    sums = decays.unflatten(-1, (num_blocks, block)).cumsum(-1)
-    order = torch.arange(num_blocks, device=decays.device)
-    is_between = (order[:, None, None] < order[:, None]) & (order[:, None, None] > order)
-    between = torch.tensordot(sums[..., -1], is_between.to(sums.dtype), dims=1)
-    between = between.masked_fill_(order[:, None] <= order, -torch.inf)
-    reach = (between[..., None] + (sums[..., -1:] - sums)[..., None, :, :]).exp_().flatten(-2)
+    if size <= block:
+        return segment_sums(decays).exp_()
+    blocks = functional.pad(decays, (0, -size % block)).unflatten(-1, (-1, block))
+    sums = blocks.cumsum(-1)
+    until = functional.pad(suffix_sums(blocks, -1)[..., 1:], (0, 1))
+    # To the start of a block, so one block fewer; nothing reaches the first.
+    between = functional.pad(segment_sums(sums[..., -1])[..., :-1, :], (0, 0, 1, 0), value=-torch.inf)
+    reach = (between[..., None] + until[..., None, :, :]).exp_().flatten(-2)
     pairs = sums.exp()[..., None] * reach[..., None, :]
-    within = later_left_out(sums).exp_()
-    pairs.unflatten(-1, (num_blocks, block)).diagonal(dim1=-4, dim2=-2).copy_(within.movedim(-3, -1))
-    return pairs.flatten(-3, -2)
+    within = segment_sums(blocks).exp_()
+    pairs.unflatten(-1, (-1, block)).diagonal(dim1=-4, dim2=-2).copy_(within.movedim(-3, -1))
+    return pairs.flatten(-3, -2)[..., :size, :size]
 
 
 def cut(tokens: int, size: int) -> list[slice]:

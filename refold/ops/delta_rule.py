@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 
 from refold.ops.chunking import (
     Segment,
@@ -172,7 +173,8 @@ def _read(inputs: Inputs, numbers: Tensor | None, segment: Segment) -> _Chunks:
     dtype = compute_dtype(inputs[2])
     *of_tokens, decays = (to_chunks(x, segment, dtype) for x in inputs)
     sums = decays.cumsum(-1)
-    factors = (pairwise_decay(decays), sums.exp(), (sums[..., -1:] - sums).exp_(), sums[..., -1].exp())
+    until = functional.pad(suffix_sums(decays, -1)[..., 1:], (0, 1))
+    factors = (pairwise_decay(decays), sums.exp(), until.exp_(), sums[..., -1].exp())
     if numbers is not None:
         factors = (factor * seen for factor, seen in zip(factors, look(numbers, segment), strict=True))
     pairs, into, onto, across = (factor.flatten(1, 2) for factor in factors)
@@ -194,9 +196,7 @@ def _write(chunks: _Chunks, start: Float[Tensor, "X K V"]) -> tuple[_Written, Fl
     likeness = chunks.k @ chunks.k.mT
     system = (likeness * chunks.pairs).mul_(chunks.beta)
     size = chunks.v.shape[-1]
-    known = chunks.v.new_empty(*chunks.v.shape[:-1], size + chunks.k.shape[-1])
-    torch.mul(chunks.v, chunks.beta, out=known[..., :size])
-    torch.mul(chunks.k, chunks.beta * chunks.into, out=known[..., size:])
+    known = torch.cat((chunks.v * chunks.beta, chunks.k * (chunks.beta * chunks.into)), dim=-1)
     # Transposed, because LAPACK's matrices are stored by columns: nothing is copied to another order.
     solved = torch.linalg.solve_triangular(system.mT, known.mT, upper=True, left=False, unitriangular=True).mT
     u, readers = solved[..., :size], solved[..., size:]

@@ -18,7 +18,6 @@ from refold.ops.chunking import (
     Segment,
     Sight,
     compute_dtype,
-    later_left_out,
     look,
     pairwise_decay,
     suffix_sums,
@@ -132,8 +131,7 @@ def matrix(
             mixing = scores.tril()
         else:
             per_token = log_decay.to(dtype).expand(*q.shape[:2], -1)
-            # Differences of sums over all tokens need more digits than the sums.
-            weights = later_left_out(per_token.transpose(1, 2).double().cumsum(-1)).to(dtype).exp()
+            weights = pairwise_decay(per_token.transpose(1, 2))
             mixing = (scores[:, :, None] * weights.unflatten(1, (groups, -1))).flatten(1, 2)
         return within_documents(mixing, resets)
 

@@ -30,6 +30,11 @@ GROUPS = tuple(dict.fromkeys(("all", "transferred", "fresh", "adapters", "shared
 
 def _read_objective(value: Any) -> Any:
     """Reads `distil`, `[distil, hidden_states]`, or a mapping whose values are options, a weight, or nothing."""
+    if callable(value):
+        raise ValueError(
+            "the name of an objective is required (got a function or class); subclass Objective and give it a name by "
+            "refold.register_objective"
+        )
     if isinstance(value, str):
         return {value: {}}
     if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):

@@ -1,8 +1,15 @@
 """What a healing stage can minimise: the options of each objective, under the name a recipe gives it."""
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from refold.fields import Count, Real, Section
 
@@ -92,6 +99,10 @@ class ExitsOptions(ObjectiveOptions):
         return self
 
 
+REGISTERED: dict[str, type[ObjectiveOptions]] = {}
+"""Options of objectives that `refold.register_objective` added in this process, by name."""
+
+
 class StageObjectives(Section):
     """What a stage minimises: one key for each objective, the value holding its options."""
 
@@ -108,13 +119,45 @@ class StageObjectives(Section):
     exits: ExitsOptions | None = None
     """Early exits, towards the output at full depth (arXiv 2410.20672, section 3.7)."""
 
+    registered: dict[str, SerializeAsAny[ObjectiveOptions]] = Field(default_factory=dict)
+    """Objectives of your own, by their names in `refold.register_objective`; in Python alone, as `objective: name`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_registered(cls, value: Any) -> Any:
+        own = {name: value[name] for name in REGISTERED if name in value} if isinstance(value, dict) else {}
+        if not own:
+            return value
+        kept = {name: options for name, options in value.items() if name not in own}
+        return {**kept, "registered": {**kept.get("registered", {}), **own}}
+
+    @field_validator("registered", mode="before")
+    @classmethod
+    def _read_registered(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        unknown = [name for name in value if name not in REGISTERED]
+        if unknown:
+            raise ValueError(
+                f"a name given to refold.register_objective is required (got {unknown[0]}); register it in this "
+                f"process first"
+            )
+        return {name: REGISTERED[name].model_validate(options or {}) for name, options in value.items()}
+
+    @model_serializer(mode="wrap")
+    def _write(self, write: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        # Without any, a stage is written as it was before there were registered ones: runs resume by that.
+        found = write(self)
+        return found if self.registered else {name: value for name, value in found.items() if name != "registered"}
+
     @model_validator(mode="after")
     def _at_least_one(self) -> "StageObjectives":
         if not self.chosen():
-            raise ValueError(f"at least one of {', '.join(type(self).model_fields)} is required (got none)")
+            built_in = [name for name in type(self).model_fields if name != "registered"]
+            raise ValueError(f"at least one of {', '.join(built_in)} is required (got none)")
         return self
 
     def chosen(self) -> dict[str, ObjectiveOptions]:
         """Returns the objectives that are there, by name, in the order of the class."""
-        found = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: options for name, options in found.items() if options is not None}
+        found = {name: getattr(self, name) for name in type(self).model_fields if name != "registered"}
+        return {name: options for name, options in found.items() if options is not None} | self.registered

@@ -51,6 +51,34 @@ def test_random_directions_are_orthogonal_in_blocks_and_as_long_as_gaussian_ones
     assert float(found.norm(dim=1).mean()) == pytest.approx(math.sqrt(32), rel=0.05)
 
 
+def test_orthogonal_directions_are_drawn_uniformly():
+    """What `torch.linalg.qr` gives has signs of its own; features along it are off exp(q . k) on average."""
+    heads, size = 40_000, 8
+    found = made("orthogonal", (heads, size, size)).double()
+    means = found.mean(dim=0)
+    # A mean of 40,000 numbers of variance 1 is off by 0.005.
+    assert float(means.abs().max()) < 0.025
+    plain = torch.linalg.qr(torch.randn(heads, size, size, generator=torch.Generator().manual_seed(1)))[0].double()
+    assert float((plain * size**0.5).mean(dim=0).abs().max()) > 0.3
+
+    generator = torch.Generator().manual_seed(2)
+    query, key = (0.3 * torch.randn(200, size, generator=generator, dtype=torch.float64) for _ in range(2))
+    kernel = (query * key).sum(-1).exp()
+
+    def error(directions):
+        both = torch.einsum("nk,hkd->hnd", query + key, directions).exp().mean(dim=(0, 2))
+        squares = (query.square() + key.square()).sum(-1)
+        return float(((both * (-squares / 2).exp() - kernel) / kernel).abs().mean())
+
+    assert error(found) < 0.005
+    assert error(plain * torch.randn(heads, size, size, generator=generator).norm(dim=-1)[:, None]) > 0.05
+
+
+def test_further_identity_directions_are_drawn_uniformly():
+    found = made("identity", (20_000, 4, 8), 1.0)[..., 4:].mean(dim=0)
+    assert float(found.abs().max()) < 0.02
+
+
 def test_constants_and_normals():
     assert torch.equal(made("constant", (3,), 2.5), torch.full((3,), 2.5))
     assert float(made("normal", (5000,), 0.3).std()) == pytest.approx(0.3, rel=0.05)

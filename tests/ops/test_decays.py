@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from refold.ops.chunking import pairwise_decay
+
 pytestmark = pytest.mark.usefixtures("small_segments")
 BOTH = pytest.mark.parametrize("recurrence", ["scalar-token-2", "channel"], indirect=True)
 
@@ -69,3 +71,34 @@ def test_gradients_of_the_matrix_of_channels_are_those_of_differences(recurrence
 def test_a_chunk_size_that_cannot_be_halved_is_refused(recurrence: Any) -> None:
     with pytest.raises(AssertionError, match=r"chunk_size: a power of two is required \(got 48\)"):
         recurrence.ops.chunked(**recurrence.inputs(3), chunk_size=48)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("share", [0.05, 0.3])
+@pytest.mark.parametrize("recurrence", ["scalar-token-4", "scalar-token-2", "delta", "channel"], indirect=True)
+def test_weak_decays_keep_their_digits_beside_strong_ones(recurrence: Any, share: float, tokens: int) -> None:
+    """Outputs, states and gradients of float32 chunks lie within 1e-5 of a token loop in float64."""
+    inputs = recurrence.inputs(tokens, torch.float32)
+    g = inputs["log_decay"].detach()
+    is_strong = torch.rand(g.shape, generator=torch.Generator().manual_seed(tokens)) < share
+    inputs["log_decay"] = torch.where(is_strong, -60.0, 0.1 * g).requires_grad_()
+    exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    found = recurrence.results(recurrence.ops.chunked, inputs)
+    wanted = recurrence.results(recurrence.ops.naive, exact)
+    for one, other in zip(found, wanted, strict=True):
+        assert float((one - other).detach().abs().max()) <= 1e-5 * max(float(other.detach().abs().max()), 1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 63, 64])
+def test_pairwise_decays_are_those_of_float64(size: int) -> None:
+    random = torch.Generator().manual_seed(size)
+    decays = -torch.rand(3, size, generator=random)
+    decays = torch.where(torch.rand(3, size, generator=random) < 0.3, -60.0, decays)
+    sums = decays.double().cumsum(-1)
+    wanted = (sums[..., :, None] - sums[..., None, :]).exp().tril()
+    torch.testing.assert_close(pairwise_decay(decays).double(), wanted, rtol=2e-6, atol=1e-12)
+    # Subtracting float32 sums is what loses them.
+    if size > 16:
+        lossy = decays.cumsum(-1)
+        lossy = (lossy[..., :, None] - lossy[..., None, :]).exp().tril().double()
+        assert float((lossy - wanted).abs().max()) > 1e-5

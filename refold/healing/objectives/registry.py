@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from refold.errors import HealError
 from refold.healing.objectives.attention_matrices import AttentionMatrices
 from refold.healing.objectives.distil import Distil
 from refold.healing.objectives.exits import Exits
@@ -9,7 +10,7 @@ from refold.healing.objectives.hidden_states import HiddenStates
 from refold.healing.objectives.mixer_outputs import MixerOutputs
 from refold.healing.objectives.next_token import NextToken
 from refold.healing.objectives.objective import Objective
-from refold.recipe.objectives import StageObjectives
+from refold.recipe.objectives import REGISTERED, ObjectiveOptions, StageObjectives
 
 OBJECTIVES: Mapping[str, type[Objective]] = {
     "next_token": NextToken,
@@ -20,7 +21,35 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
     "exits": Exits,  # https://arxiv.org/abs/2410.20672
 }
 
+_registered: dict[str, type[Objective]] = {}
+
+
+def register_objective(name: str, objective: type, options: type = ObjectiveOptions) -> None:
+    """Adds an objective of your own to those that a `HealStage` of this process can name.
+
+    A run that is resumed needs it again. Registering a name a second time replaces the first.
+
+    Args:
+        name: The name in `HealStage(objective=name)`.
+        objective: A subclass of `Objective`.
+        options: Its options, a subclass of `ObjectiveOptions`; the plain one has a weight alone.
+
+    Raises:
+        HealError: The name is a built-in objective's or no identifier, or a class is of another kind.
+    """
+    if name in OBJECTIVES or name == "registered" or not name.isidentifier():
+        raise HealError(
+            f"register_objective: a name that is no built-in objective's is required (got '{name}'); built in are "
+            f"{', '.join(OBJECTIVES)}"
+        )
+    if not issubclass(objective, Objective):
+        raise HealError(f"register_objective: a subclass of Objective is required (got {objective!r})")
+    if not issubclass(options, ObjectiveOptions):
+        raise HealError(f"register_objective: a subclass of ObjectiveOptions is required (got {options!r})")
+    REGISTERED[name], _registered[name] = options, objective
+
 
 def make_objectives(chosen: StageObjectives) -> dict[str, Objective]:
     """Makes the objectives of a stage, by name."""
-    return {name: OBJECTIVES[name](options) for name, options in chosen.chosen().items()}
+    known = {**OBJECTIVES, **_registered}
+    return {name: known[name](options) for name, options in chosen.chosen().items()}

@@ -21,6 +21,8 @@ class MixerContext:
             document begins; None where each row is one document. No mixer may look, or carry state, across it.
         resets: `[B, T]`, true where a document, or after left padding the row, begins: recurrent states are emptied
             there; None: nowhere in this call.
+        order: `[B, T]`, an order of the tokens with padding first, in which recurrent mixers take them in and `resets`
+            are given; None: as they are.
         cache: Cache indexed by depth, or None.
         extra: Further arguments for the attention back-end.
         exchange: Keys and values of earlier depths, and a place for the depth's own; None: all are its own.
@@ -35,3 +37,4 @@ class MixerContext:
     extra: dict[str, Any] = field(default_factory=dict)
     exchange: Exchange | None = None
     prefix: Tensor | None = None
+    order: Tensor | None = None

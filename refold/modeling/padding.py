@@ -1,0 +1,85 @@
+"""Padding as recurrent mixers see it: moved before the tokens of its row, where it cannot touch their state."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from refold.errors import RefoldError
+from refold.nn.mixers.context import MixerContext
+
+
+def padding_first(
+    attention_mask: Tensor | None, past_length: int | Tensor, tokens: int, has_cache: bool
+) -> Int[Tensor, "B T"] | None:
+    """Returns an order of a call's tokens that puts padding first; None where the given order serves.
+
+    A recurrence takes in every token of a row, so padding between or after tokens would change the state that later
+    tokens read.
+
+    Args:
+        attention_mask: `[B, past + T]` or `[B, T]` with zeros at padding, or None.
+        past_length: Number of slots already in the cache.
+        tokens: T.
+        has_cache: Whether the state after the last token is kept. Without a cache, padding that only tokens of padding
+            follow changes nothing.
+
+    Raises:
+        RefoldError: Earlier calls left a state, and padding follows a token of its row in this call.
+    """
+    if attention_mask is None or attention_mask.ndim != 2 or (torch.compiler.is_compiling() and tokens == 1):
+        return None
+    real = attention_mask.bool()
+    current = real[:, -tokens:]
+    if not torch.compiler.is_compiling():
+        if bool(current.all()):
+            return None
+        is_late = ~current & _seen(real)[:, -tokens:]
+        if not has_cache:
+            is_late = is_late & _seen(current.flip(1)).flip(1)
+        if not bool(is_late.any()):
+            return None
+        if bool((torch.as_tensor(past_length) > 0) & _goes_on(real, current)):
+            raise RefoldError(
+                "attention_mask: padding before the tokens of a row is required where mixers keep a state and a cache "
+                "goes on (got padding after tokens); set padding_side='left' or pad in the first call alone"
+            )
+    return current.int().argsort(dim=1, stable=True)
+
+
+def first_tokens(attention_mask: Tensor, tokens: int) -> Bool[Tensor, "B T"]:
+    """Returns where the first token of each row is that is no padding."""
+    real = attention_mask.bool()
+    return (real & (real.cumsum(1) == 1))[:, -tokens:]
+
+
+def in_order(
+    order: Int[Tensor, "B T"], hidden_states: Float[Tensor, "B T D"], context: MixerContext
+) -> tuple[Float[Tensor, "B T D"], MixerContext]:
+    """Returns the stream and the rotations in another order of tokens; `resets` are in that order already."""
+    rotation = context.rotation
+    if rotation is not None:
+        rotation = _pick(rotation[0], order), _pick(rotation[1], order)
+    return _pick(hidden_states, order), replace(context, rotation=rotation)
+
+
+def as_given(order: Int[Tensor, "B T"], ordered: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    """Returns tokens that were put in `order` as they were before."""
+    return _pick(ordered, order.argsort(dim=1))
+
+
+def _pick(x: Tensor, order: Int[Tensor, "B T"]) -> Tensor:
+    index = order.view(*order.shape, *[1] * (x.dim() - 2))
+    return x.expand(len(order), *x.shape[1:]).gather(1, index.expand(-1, -1, *x.shape[2:]))
+
+
+def _seen(real: Bool[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
+    """True from the first token of a row on."""
+    return real.cumsum(1) > 0
+
+
+def _goes_on(real: Bool[Tensor, "B S"], current: Bool[Tensor, "B T"]) -> Tensor:
+    """Whether a row may have had tokens in earlier calls; a mask of this call alone does not say."""
+    earlier = real[:, : real.shape[1] - current.shape[1]]
+    return earlier.any() if earlier.shape[1] else torch.tensor(True, device=real.device)
