@@ -48,7 +48,8 @@ class Measure:
         entry: dict[str, Any] = {"type": "linear_attention", "feature_map": name, "features": rank, "window": window}
         if name in LEARNED:
             entry["fit"] = "calibration"
-        plan = plan_model(self._model, load_recipe({"mixers": [entry], "seed": self._seed}), allow_larger=True)
+        recipe = load_recipe({"mixers": [entry], "seed": self._seed})
+        plan = plan_model(self._model, recipe, allow_larger=True).settle()
         folder = self._model.source.fetch()
         with CheckpointReader(folder) as reader:
             fitter = MapFitter(plan, self._model, PieceReader(self._model, reader), settings=self._settings)

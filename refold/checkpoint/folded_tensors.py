@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from refold.blueprint.former import current_names
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.tensors import target_tensors
 from refold.checkpoint.headers import CheckpointHeaders
@@ -37,9 +38,9 @@ def check_folded_tensors(where: str, blueprint: Blueprint, headers: CheckpointHe
     Raises:
         FolderError: Tensors are missing or have another shape.
     """
-    faults: list[str] = []
+    names, faults = current_names(blueprint, headers.tensors), list[str]()
     for tensor in target_tensors(blueprint):
-        stored = headers.tensors.get(tensor.name)
+        stored = headers.tensors.get(names.get(tensor.name, ""))
         if stored is None:
             faults.append(f"{tensor.name} is missing")
         elif tuple(stored.shape) != tuple(tensor.shape):

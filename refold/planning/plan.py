@@ -172,9 +172,9 @@ def plan_model(
     """Plans a conversion of a source that has been read, and whose layers may have been measured; see `plan`."""
     recipe = recipe.resolved()
     influence = influence if recipe.measures_influence else None
-    blueprint, starts, notes = build_blueprint(model.arch, recipe, influence)
-    notes = (*model.notes, *notes)
-    return _assemble(model, recipe, blueprint, starts, notes, allow_larger=allow_larger, influence=influence)
+    blueprint, starts, said = build_blueprint(model.arch, recipe, influence)
+    said = (*notes(model.notes), *said)
+    return _assemble(model, recipe, blueprint, starts, said, allow_larger=allow_larger, influence=influence)
 
 
 def replan(draft: Draft, model: SourceModel, blueprint: Blueprint, outdated: NoteKind = "pending") -> Draft:

@@ -143,8 +143,8 @@ def test_other_safetensors_are_no_fallback(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (b"{", "a JSON index is required"),
-        (b"[1]", "a JSON index with an object is required .got list"),
+        (b"{", "JSON is required"),
+        (b"[1]", "a JSON object is required .got list"),
         (b"{}", "a weight_map of tensor names to shards is required"),
         (b'{"weight_map": {"a": "../x.safetensors"}}', "a must name a .safetensors file beside the index"),
         (b'{"weight_map": {"a": "x.bin"}}', "a must name a .safetensors file beside the index"),
@@ -159,11 +159,11 @@ def test_bad_index(tmp_path: Path, index: bytes, message: str) -> None:
 @pytest.mark.parametrize(
     ("header", "num_data_bytes", "message"),
     [
-        (b"not json", 0, "a JSON header is required"),
-        (b'{"a": {}, "a": {}}', 0, "a JSON header is required .a key stands twice"),
-        (b"[" * 5000, 0, "a JSON header is required .nested too deeply"),
-        (b"\xff{}", 0, "a JSON header is required"),
-        ([], 0, "a JSON header with an object is required .got list"),
+        (b"not json", 0, "JSON is required"),
+        (b'{"a": {}, "a": {}}', 0, "JSON is required .a key stands twice"),
+        (b"[" * 5000, 0, "JSON is required .nested too deeply"),
+        (b"\xff{}", 0, "JSON is required"),
+        ([], 0, "a JSON object is required .got list"),
         ({"a": {"dtype": "F32"}}, 0, "tensor a needs dtype, shape and two data_offsets"),
         ({"a": entry(offsets=(0, 8, 9))}, 8, "tensor a needs dtype, shape and two data_offsets"),
         ({"a": entry(shape=(-2,))}, 8, "tensor a needs dtype, shape and two data_offsets"),
@@ -202,10 +202,10 @@ def test_damaged_length(tmp_path: Path, raw: bytes, message: str) -> None:
 
 def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(SourceError, match=r"model\.safetensors: cannot be read \(Is a directory\)"):
+    with pytest.raises(SourceError, match=r"model\.safetensors: cannot be read \(not a plain file\)"):
         read_headers(tmp_path)
     (tmp_path / "model.safetensors.index.json").mkdir()
-    with pytest.raises(SourceError, match=r"index\.json: cannot be read \(Is a directory\)"):
+    with pytest.raises(SourceError, match=r"index\.json: cannot be read \(not a plain file\)"):
         read_headers(tmp_path)
 
 

@@ -170,7 +170,7 @@ class TestOwnHead:
 
     def test_both_are_kept_with_a_note(self, tied, text, tmp_path):
         made = plan(tied)
-        assert any("a different lm_head.weight is stored: both are kept" in note for note in made.notes)
+        assert any("a different lm_head.weight is stored: both are kept" in note for note in map(str, made.notes))
         assert not made.blueprint.arch.tied_head
         convert(tied, tmp_path / "out")
         stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -183,7 +183,7 @@ class TestOwnHead:
         change(tied, lambda tensors: {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
         made = plan(tied)
         assert made.blueprint.arch.tied_head
-        assert not any("lm_head" in note for note in made.notes)
+        assert not any("lm_head" in note for note in map(str, made.notes))
         convert(tied, tmp_path / "out")
         assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
 

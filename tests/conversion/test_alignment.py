@@ -58,7 +58,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 def test_a_source_in_other_frames_computes_the_same(make_source, variant):
     folder = make_source(variant)
     model = read_source_model(folder)
-    made = plan_model(model, load_recipe(None), allow_larger=True)
+    made = plan_model(model, load_recipe(None), allow_larger=True).settle()
     frames = {layer: random_frame(model.arch, layer) for layer in (1, 2)}
     with CheckpointReader(folder) as reader:
         pieces = PieceReader(model, reader)
@@ -224,9 +224,9 @@ def test_scaled_means_have_the_mean_norm(make_source, tmp_path, relax):
     [
         (
             {"fold": {"loops": 2, "align": "both"}},
-            r"fold\.align: fold\.init average is required for both.*stepwise",
+            r"fold\.align: both requires fold\.init average.*stepwise",
         ),
-        ({"fold": {"loops": 2, "scale": "norm"}}, r"fold\.scale: fold\.init average is required for norm"),
+        ({"fold": {"loops": 2, "scale": "norm"}}, r"fold\.scale: norm requires fold\.init average"),
         (
             {"fold": {"loops": 2, "align": "both"}, "weights": "fresh"},
             r"fold\.align: must be none where weights are",

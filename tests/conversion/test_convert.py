@@ -238,7 +238,7 @@ def test_a_plan_is_carried_out_on_its_own_source_only(source, make_source, tmp_p
 
 
 def test_a_larger_target_has_to_be_allowed(source, tmp_path):
-    with pytest.raises(RecipeError, match="smaller than its source"):
+    with pytest.raises(RecipeError, match="larger than its source"):
         convert(source, tmp_path / "out", {"fold": {"loops": 2}, "relax": {"rank": "full"}})
 
 

@@ -43,7 +43,7 @@ def swap(**options: Any) -> dict[str, Any]:
 
 
 def run(source: Path, recipe: dict[str, Any], text: DataSource | None = None) -> MapFitter:
-    made, model = plan(source, recipe, allow_larger=True), read_source_model(source)
+    made, model = plan(source, recipe, allow_larger=True).settle(), read_source_model(source)
     with CheckpointReader(source) as reader:
         fitter = MapFitter(made, model, PieceReader(model, reader), settings=SMALL)
         fitter.run(text)

@@ -121,7 +121,8 @@ def test_only_what_is_weighed_is_fitted_in_sequence(source):
     order = {"calibration": {"order": "sequential"}}
     for recipe in ({}, {"fold": {"loops": 2}, "relax": {"rank": 4}}, {"factor": {"parameters": 0.5, "weight": "none"}}):
         with pytest.raises(
-            RecipeError, match=r"calibration\.order: linears weighed .* \(got weight: none\); set relax"
+            RecipeError,
+            match=r"calibration\.order: sequential requires linears weighted .* \(got weight: none\); set relax",
         ):
             plan(source, {**order, **recipe})
     with pytest.raises(RecipeError, match=r"calibration\.order: .*\(got fresh weights\)"):
