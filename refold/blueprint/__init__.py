@@ -1,1 +1,1 @@
-"""The one description everything else reads: a stack of depths over pools of stored parts. Free of torch."""
+"""The description of a model that all other packages read: a stack of depths over pools of stored parts. Torch-free."""

@@ -1,4 +1,4 @@
-"""What stored parts and depths consist of: the linears and vectors of their specs that are used."""
+"""The linears and vectors that stored parts hold and depths run, without those that no depth needs."""
 
 from collections.abc import Mapping
 
@@ -11,20 +11,20 @@ Linears = dict[str, tuple[int, int]]
 
 
 def part_linears(blueprint: Blueprint, pool: Pool, part: int) -> Linears:
-    """Returns the linears a stored part holds, without those that none of its depths runs."""
+    """Returns the linears of a stored part that at least one of its depths runs."""
     spec = part_spec(blueprint, pool, part)
     unused = unused_names(blueprint, pool, part)
     return {name: shape for name, shape in spec.linears(blueprint.arch).items() if name not in unused}
 
 
 def part_vectors(blueprint: Blueprint, pool: Pool, part: int) -> dict[str, Shape]:
-    """Returns the norms and biases of a stored part, wherever they are kept, without those that no depth uses."""
+    """Returns the norms and biases of a part that at least one depth uses, whether the part or a depth stores them."""
     spec = part_spec(blueprint, pool, part)
     return _without(spec.vectors(blueprint.arch), unused_names(blueprint, pool, part))
 
 
 def depth_linears(blueprint: Blueprint, index: int) -> Linears:
-    """Returns every linear a depth runs. Names of mixer and MLP linears never meet."""
+    """Returns every linear that a depth runs. No linear of a mixer has the name of a linear of the MLP."""
     depth = blueprint.depths[index]
     found: Linears = {}
     if depth.mixer is not None:
@@ -37,14 +37,14 @@ def depth_linears(blueprint: Blueprint, index: int) -> Linears:
 
 
 def linear_pools(blueprint: Blueprint, index: int) -> dict[str, Pool]:
-    """Returns the pool of each linear that a depth runs, in the order they run."""
+    """Returns the pool of each linear that a depth runs, in the order of execution."""
     mixer = blueprint.depths[index].mixer
     of_mixer = {} if mixer is None else part_linears(blueprint, "mixer", mixer)
     return {linear: "mixer" if linear in of_mixer else "mlp" for linear in depth_linears(blueprint, index)}
 
 
 def depth_factors(blueprint: Blueprint, index: int) -> dict[str, int]:
-    """Returns the rank of each linear a depth runs as two factors, wherever those are kept."""
+    """Returns the rank of each linear that a depth runs as two factors, whether the part or the depth stores them."""
     depth = blueprint.depths[index]
     mixer = {} if depth.mixer is None else blueprint.mixers[depth.mixer].factors
     mlp = {} if depth.mlp is None else blueprint.mlps[depth.mlp].factors
@@ -52,7 +52,7 @@ def depth_factors(blueprint: Blueprint, index: int) -> dict[str, int]:
 
 
 def depth_coefficients(blueprint: Blueprint, index: int) -> dict[str, int]:
-    """Returns the rank of each linear a depth runs of which only a basis is stored, the coefficients being its own."""
+    """Returns the rank of each linear of a depth whose part stores only a basis, so that the depth has coefficients."""
     depth = blueprint.depths[index]
     mixer = {} if depth.mixer is None else blueprint.mixers[depth.mixer].bases
     bases = {**mixer, **({} if depth.mlp is None else blueprint.mlps[depth.mlp].bases)}
@@ -61,7 +61,7 @@ def depth_coefficients(blueprint: Blueprint, index: int) -> dict[str, int]:
 
 
 def depth_vectors(blueprint: Blueprint, index: int, pool: Pool) -> dict[str, Shape]:
-    """Returns the norms and biases a depth uses of its mixer, or of its MLP."""
+    """Returns the norms and biases that a depth uses in one pool: those of its mixer, or of its MLP."""
     depth = blueprint.depths[index]
     part = getattr(depth, pool)
     if part is None:
@@ -71,7 +71,7 @@ def depth_vectors(blueprint: Blueprint, index: int, pool: Pool) -> dict[str, Sha
 
 
 def unused_names(blueprint: Blueprint, pool: Pool, part: int) -> frozenset[str]:
-    """Returns the linears and norms of a stored part that none of its depths runs, so that they are not stored."""
+    """Returns the linears and norms of a stored part that no depth runs, and which are therefore not stored."""
     if pool == "mlp":
         return frozenset()
     idle = [idle_names(blueprint, user) for user in blueprint.users("mixer", part)]
@@ -79,13 +79,13 @@ def unused_names(blueprint: Blueprint, pool: Pool, part: int) -> frozenset[str]:
 
 
 def users_of(blueprint: Blueprint, pool: Pool, part: int, name: str) -> tuple[int, ...]:
-    """Returns the depths that use one linear, norm or bias of a stored part, top to bottom.
+    """Returns the depths that use one linear, norm or bias of a stored part, in the order of execution.
 
     Args:
         blueprint: The stack.
-        pool: Of the part.
-        part: Its index.
-        name: As in the part, such as `k_proj.weight`.
+        pool: The pool of the part.
+        part: The index of the part.
+        name: The tensor's name in the part, such as `k_proj.weight`.
     """
     owner = name.split(".", 1)[0]
     users = blueprint.users(pool, part)
@@ -93,12 +93,12 @@ def users_of(blueprint: Blueprint, pool: Pool, part: int, name: str) -> tuple[in
 
 
 def part_spec(blueprint: Blueprint, pool: Pool, part: int) -> PartSpec:
-    """Returns the typed object of a stored part: its mixer, or the MLP."""
+    """Returns the typed object of a stored part: the mixer or the MLP."""
     return MLP if pool == "mlp" else blueprint.mixers[part].mixer
 
 
 def idle_names(blueprint: Blueprint, index: int) -> frozenset[str]:
-    """Returns the linears and norms of its mixer that a depth does not run, because it makes no keys and values."""
+    """Returns the linears and norms of its mixer that a depth does not run, because it computes no keys and values."""
     mixer = blueprint.depths[index].mixer
     if mixer is None or blueprint.made_heads(index):
         return frozenset()

@@ -1,12 +1,13 @@
-"""What a blueprint costs: parameters, bytes, cache, FLOPs; counted from its tensors and specs, never from a formula."""
+"""Cost of a blueprint: parameters, bytes, cache and FLOPs, counted from its tensors and specs."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from refold.blueprint.contents import depth_linears, linear_pools
 from refold.blueprint.owned.exits import count_exit_parameters, gate_flops, head_flops
-from refold.blueprint.owned.registry import OWNED
+from refold.blueprint.owned.kind import OwnedKind
+from refold.blueprint.owned.registry import owned_kinds
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.tensor_kind import Place
 from refold.blueprint.tensors import target_tensors
@@ -18,72 +19,72 @@ STATE_BYTES = 4  # recurrent states are float32
 
 
 class ContextFlops(Frozen):
-    """FLOPs that grow with the context: `flops` for each token looked back to, at most `max_tokens` (None: all)."""
+    """FLOPs that grow with the context: `flops` for each visible token, at most `max_tokens` of them (None: all)."""
 
     flops: int
     max_tokens: int | None
 
 
 class ExitCost(Frozen):
-    """What it costs to leave the stack early."""
+    """Cost of one early exit."""
 
     depths: int
-    """How many depths run."""
+    """Number of depths that run."""
     parameters: int
-    """Stored for this exit alone."""
+    """Parameters that only this exit uses."""
     flops_per_token: int
-    """One token through these depths, the gates it passes, and the head with the exit's LoRA."""
+    """FLOPs of one token: these depths, the gates before the exit, and the head with the exit's LoRA."""
 
 
 class Cost(Frozen):
-    """What a model costs to store and to run. FLOPs count a multiply-add as two."""
+    """Cost of storing and running a model. A multiply-add counts as two FLOPs."""
 
     parameters: int
-    """All that are stored, exits' own included."""
+    """All stored parameters, those of exits included."""
     non_embedding_parameters: int
-    """Without embedding and head, the way sizes are quoted."""
+    """All parameters except embedding and head: the number by which papers state sizes."""
     weight_bytes: int
     cache: tuple[CacheCost, ...]
-    """For one sequence; one entry for each window, widest first."""
+    """KV cache of one sequence: one entry for each window size, widest first."""
     state_bytes: int
-    """Recurrent state of one sequence, with the last inputs of convolutions and windows; and the keys and values of
-    prefixes, which all sequences of a cache share."""
+    """Recurrent state of one sequence, the last inputs of convolutions and windows, and the keys and values of
+    prefixes. All sequences of a cache share the prefixes."""
     flops_per_token: int
-    """One token through every depth and the head: all linears with their LoRAs. Not counted: embedding look-up, norms,
-    activations, rotary embedding, biases, keys and values of prefixes, which are made once, and exits, which a token
-    that runs every depth does not use."""
+    """FLOPs of one token through every depth and the head: all linears with their LoRAs. Not counted: embedding
+    look-up, norms, activations, rotary embedding, biases, keys and values of prefixes (computed once), and exits (a
+    token that runs every depth does not use them)."""
     flops_per_context_token: int
-    """One token, for each token it looks back to while all windows still reach it."""
+    """FLOPs of one token for each visible token, as long as the context fits into every window."""
     context_flops: tuple[ContextFlops, ...]
-    """The same, one entry for each window, widest first."""
+    """The same FLOPs by window: one entry for each window size, widest first."""
     exits: tuple[ExitCost, ...] = ()
-    """Top to bottom."""
+    """Costs of the exits, in the order of the depths."""
 
     def cache_bytes(self, context: int) -> int:
-        """Bytes cached for one sequence of `context` tokens, recurrent state included."""
+        """Returns the bytes cached for one sequence of `context` tokens, recurrent state included."""
         return self.state_bytes + sum(each.bytes_per_token * _reached(context, each.max_tokens) for each in self.cache)
 
     def memory_bytes(self, context: int) -> int:
-        """Bytes of weights, cache and state together."""
+        """Returns the bytes of weights, cache and state together."""
         return self.weight_bytes + self.cache_bytes(context)
 
     def flops(self, context: int) -> int:
-        """FLOPs for the token after `context` tokens."""
+        """Returns the FLOPs of the token that follows `context` tokens."""
         return self.flops_per_token + sum(
             each.flops * _reached(context, each.max_tokens) for each in self.context_flops
         )
 
 
 class ParameterCount(NamedTuple):
-    """Parameters by where they stand."""
+    """Numbers of parameters by place in the model."""
 
     embedding: int
     head: int
     final_norm: int
     layer: int
-    """The mean of all depths; of a source, one layer."""
+    """Mean over all depths; for a source, the parameters of one layer."""
     exits: int
-    """What exits have of their own."""
+    """Parameters that only exits use."""
 
     non_embedding: int
 
@@ -95,8 +96,8 @@ class ParameterCount(NamedTuple):
 def smaller_from(source: Cost, target: Cost) -> int | None:
     """Returns the context length from which on a target needs less memory than its source.
 
-    Weights, cache and state of one sequence are counted. Their difference is linear between windows' ends, so this is
-    the exact length: 0 where the target is smaller at every length, None where it is not from any length on.
+    Memory is weights, cache and state of one sequence. The difference in memory is linear between two window sizes, so
+    the length is exact. 0: the target is smaller at every length; None: the target never becomes and stays smaller.
     """
 
     def excess(context: int) -> int:
@@ -107,7 +108,7 @@ def smaller_from(source: Cost, target: Cost) -> int | None:
     growth = excess(first + 1) - excess(first)
     if growth > 0 or (growth == 0 and excess(first) >= 0):
         return None
-    # Each piece ends below zero, so where it begins above it falls by the same amount at each token.
+    # Each linear piece ends below zero. If it begins at or above zero, it falls by the same amount for each token.
     for begin in (first, *earlier):
         if excess(begin) >= 0:
             return begin + excess(begin) // (excess(begin) - excess(begin + 1)) + 1
@@ -119,7 +120,7 @@ def _reached(context: int, window: int | None) -> int:
 
 
 def count_parameters(blueprint: Blueprint) -> ParameterCount:
-    """Counts the parameters of a blueprint, each stored one once."""
+    """Counts the parameters of a blueprint; a tied parameter counts once."""
     counted: Counter[Place] = Counter()
     for tensor in target_tensors(blueprint):
         counted[tensor.kind.place] += tensor.num_elements
@@ -134,13 +135,13 @@ def count_parameters(blueprint: Blueprint) -> ParameterCount:
 
 
 def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
-    """Prices a blueprint.
+    """Computes the cost of a blueprint.
 
     Args:
-        blueprint: What to price.
+        blueprint: The blueprint.
         dtype_bytes: Bytes of one weight and of one cached number.
     """
-    counted, arch = count_parameters(blueprint), blueprint.arch
+    counted, arch, kinds = count_parameters(blueprint), blueprint.arch, owned_kinds(blueprint)
     cached: Counter[int | None] = Counter()
     looked_back: Counter[int | None] = Counter()
     state = 0
@@ -152,7 +153,7 @@ def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
         cached[depth.window] += dtype_bytes * mixer.cache_elements_per_token(arch) * made // arch.num_key_value_heads
         looked_back[depth.window] += mixer.flops_per_context_token(arch)
         state += STATE_BYTES * mixer.state_elements(arch) + dtype_bytes * mixer.kept_elements(arch)
-        state += dtype_bytes * sum(kind.kept_elements(blueprint, index) for kind in OWNED)
+        state += dtype_bytes * sum(kind.kept_elements(blueprint, index) for kind in kinds)
     return Cost(
         parameters=counted.total,
         non_embedding_parameters=counted.non_embedding,
@@ -160,19 +161,19 @@ def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
         cache=tuple(CacheCost(size, window) for window, size in _widest_first(cached)),
         state_bytes=state,
         flops_per_token=_head_flops(blueprint)
-        + sum(_depth_flops(blueprint, index) for index in range(blueprint.num_depths)),
+        + sum(_depth_flops(blueprint, index, kinds) for index in range(blueprint.num_depths)),
         flops_per_context_token=looked_back.total(),
         context_flops=tuple(
             ContextFlops(flops=count, max_tokens=window) for window, count in _widest_first(looked_back)
         ),
-        exits=tuple(_exit_costs(blueprint)),
+        exits=tuple(_exit_costs(blueprint, kinds)),
     )
 
 
-def _exit_costs(blueprint: Blueprint) -> Iterator[ExitCost]:
+def _exit_costs(blueprint: Blueprint, kinds: Sequence[OwnedKind]) -> Iterator[ExitCost]:
     flops, arch = _head_flops(blueprint), blueprint.arch
     for index, depth in enumerate(blueprint.depths):
-        flops += _depth_flops(blueprint, index)
+        flops += _depth_flops(blueprint, index, kinds)
         if depth.exit is not None:
             flops += gate_flops(arch, depth.exit)
             yield ExitCost(
@@ -186,9 +187,9 @@ def _head_flops(blueprint: Blueprint) -> int:
     return 2 * blueprint.arch.vocab_size * blueprint.arch.hidden_size
 
 
-def _depth_flops(blueprint: Blueprint, index: int) -> int:
+def _depth_flops(blueprint: Blueprint, index: int, kinds: Sequence[OwnedKind]) -> int:
     depth, flops = blueprint.depths[index], _linear_flops(blueprint, index)
-    flops += sum(kind.flops(blueprint, index) for kind in OWNED)
+    flops += sum(kind.flops(blueprint, index) for kind in kinds)
     if depth.mixer is not None:
         flops += blueprint.mixers[depth.mixer].mixer.flops_per_token(blueprint.arch)
     if depth.mlp is not None:
@@ -197,7 +198,7 @@ def _depth_flops(blueprint: Blueprint, index: int) -> int:
 
 
 def _linear_flops(blueprint: Blueprint, index: int) -> int:
-    """FLOPs of the stored linears, factors and bases that one token passes at a depth."""
+    """Counts the FLOPs of the stored linears, factors and bases for one token at a depth."""
     linears, total = depth_linears(blueprint, index), 0
     for name, pool in linear_pools(blueprint, index).items():
         (rows, columns), stored = linears[name], blueprint.pool(pool)[getattr(blueprint.depths[index], pool)]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def read_part(value: Any) -> Any:
-    """Returns a stored mixer with `mixer: {type, ...}`, given one with `type` and `options` beside each other."""
+    """Converts a stored mixer with the keys `type` and `options` into the present form `mixer: {type, ...}`."""
     if not isinstance(value, Mapping) or not value.keys() & {"type", "options"}:
         return value
     part = dict(value)
@@ -23,9 +23,9 @@ def read_part(value: Any) -> Any:
 
 
 def read_stack(value: Any) -> Any:
-    """Returns a blueprint whose depths name their linears as in this version.
+    """Renames the linears in the ranks of all depths to their present names.
 
-    A rank belongs to a linear of the depth's mixer or MLP, so only the stack tells which mixer's names it has.
+    The present name depends on the mixer of the depth, so the whole stack is needed.
     """
     if not isinstance(value, Mapping):
         return value
@@ -39,9 +39,9 @@ def read_stack(value: Any) -> Any:
 
 
 def former_patterns(blueprint: "Blueprint") -> dict[str, str]:
-    """Returns the tensor names of earlier versions, as regular expressions, and their replacements.
+    """Returns regular expressions for the tensor names of earlier versions, with their replacements.
 
-    A mixer renames only its own tensors, whose names no other version of it has: names of this version match nothing.
+    Each mixer renames only its own tensors. The present names match no expression.
     """
     parts: dict[type[MixerSpec], list[str]] = {}
     for index, part in enumerate(blueprint.mixers):
@@ -58,7 +58,7 @@ def former_patterns(blueprint: "Blueprint") -> dict[str, str]:
 
 
 def current_names(blueprint: "Blueprint", names: Iterable[str]) -> dict[str, str]:
-    """Returns the tensors of a folder, by their names in this version, with their names in the folder."""
+    """Returns a mapping of present tensor names to the names that a folder uses."""
     patterns, found = former_patterns(blueprint), {}
     for name in names:
         current = name

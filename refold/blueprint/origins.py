@@ -16,13 +16,13 @@ class Origin:
     """The source layers and the method that a target tensor is initialised with.
 
     Attributes:
-        how: `copied` from one layer (or from outside the layers); `averaged` over `layers`; `fresh`; `factorised`: from
-            a truncated SVD, of a residual where it is a LoRA; `joint`: fitted together with all that share the linear.
-        canonical: Name of the source's canonical tensor, such as `mixer.q_proj.weight`; of a LoRA that of its linear,
-            of a gate its own name in its exit.
-        repeat: How often each head of the source's tensor stands in the target's, before anything else is done.
-        layers: Source layers read for it. Of `factorised` the layer the depth stands for; of `joint` all layers tied to
-            the part. Empty outside the layers, and for `fresh`.
+        how: `copied` from one layer (or from outside the layers); `averaged` over `layers`; `fresh`; `factorised`: by a
+            truncated SVD (for a LoRA, of a residual); `joint`: fitted together with all tensors of the tied linear.
+        canonical: Name of the source's canonical tensor, such as `mixer.q_proj.weight`. For a LoRA, the weight of its
+            linear; for a gate, its own name in the exit.
+        repeat: Number of times that each head of the source's tensor is repeated before any other step.
+        layers: Source layers that are read. For `factorised`, the source layer of the depth; for `joint`, all layers
+            tied to the part. Empty outside the layers and for `fresh`.
     """
 
     how: How
@@ -32,13 +32,13 @@ class Origin:
 
 
 def carried_tensor(blueprint: Blueprint, starts: Initialisation, part: int, local: str) -> Carried | None:
-    """Returns the source tensor that a tensor of a stored mixer is taken from; None where it is fresh.
+    """Returns the source tensor that a tensor of a stored mixer is taken from; None for a fresh tensor.
 
     Args:
         blueprint: The target.
-        starts: Its initialisation.
+        starts: The initialisation of the target.
         part: Index of the stored mixer.
-        local: The tensor's name in it.
+        local: The tensor's name in the mixer.
     """
     found = blueprint.mixers[part].mixer.carried(blueprint.arch).get(local)
     if found is None or found.misfit:
@@ -50,13 +50,13 @@ def carried_tensor(blueprint: Blueprint, starts: Initialisation, part: int, loca
 def carry_over(
     blueprint: Blueprint, starts: Initialisation, pool: Pool, part: int, local: str
 ) -> tuple[Carried, tuple[int, ...]] | None:
-    """Returns the source tensor and the source layers of a tensor of a part; None where the tensor is fresh.
+    """Returns the source tensor and the source layers of a tensor of a part; None for a fresh tensor.
 
     Args:
         blueprint: The target.
-        starts: Its initialisation.
-        pool: Of the part.
-        part: Its index.
+        starts: The initialisation of the target.
+        pool: The pool of the part.
+        part: The index of the part.
         local: The tensor's name in the part, such as `q_proj.weight`.
     """
     carried = carried_tensor(blueprint, starts, part, local) if pool == "mixer" else Carried(f"{pool}.{local}")
@@ -65,7 +65,7 @@ def carry_over(
 
 
 def averaged(carried: Carried, sources: tuple[int, ...]) -> Origin:
-    """Returns the origin of a mean over source layers; of one layer it is a copy."""
+    """Returns the origin `averaged` for several source layers, and `copied` for a single one."""
     return Origin("copied" if len(sources) == 1 else "averaged", carried.canonical, sources, carried.repeat)
 
 
@@ -75,14 +75,15 @@ def is_relaxed(blueprint: Blueprint, pool: Pool, part: int, linear: str) -> bool
 
 
 def tied_layers(blueprint: Blueprint, pool: Pool, part: int, local: str) -> tuple[int, ...]:
-    """Returns the source layers that the depths using one tensor of a part stand for, top to bottom."""
+    """Returns the source layers of all depths that use one tensor of a part, in the order of the depths."""
     return tuple(blueprint.depths[user].source for user in users_of(blueprint, pool, part, local))
 
 
 def sources_of(blueprint: Blueprint, pool: Pool, part: int, local: str) -> tuple[int, ...]:
-    """Returns the source layers one tensor of a part is initialised from.
+    """Returns the source layers that one tensor of a part is initialised from.
 
-    They are the part's; of a mean over several only those whose depths use the tensor, if any of them does.
+    A part with one source layer uses that layer. A mean over several layers takes only those whose depths use the
+    tensor, or all of them if no such depth does.
     """
     sources = blueprint.pool(pool)[part].sources
     if len(sources) < 2:
@@ -92,10 +93,10 @@ def sources_of(blueprint: Blueprint, pool: Pool, part: int, local: str) -> tuple
 
 
 def describe_weighting(starts: Initialisation) -> str:
-    """Returns the end of a plan line's reason that names the error metric; empty where errors are not weighted."""
-    return "" if starts.weight == "none" else f", weighed by {starts.weight}"
+    """Returns the last words of a plan line's reason, which name the error metric; empty for the metric `none`."""
+    return "" if starts.weight == "none" else f", weighted by {starts.weight}"
 
 
 def describe_svd(of: str, starts: Initialisation) -> str:
-    """Returns the reason of a plan line for factors that a truncated SVD gives."""
+    """Returns the reason of a plan line for factors computed by a truncated SVD."""
     return f"truncated SVD of {of}{describe_weighting(starts)} (svd: {starts.svd})"

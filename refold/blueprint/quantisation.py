@@ -1,4 +1,4 @@
-"""Weight-only quantisation: how wide the integers are, what shares a scale, and how many bytes that makes."""
+"""Weight-only quantisation schemes: width of the integers, size of the groups, and bytes of the result."""
 
 from math import ceil
 
@@ -13,19 +13,19 @@ SCALE_BYTES = 2  # bfloat16
 
 
 class Scheme(Frozen):
-    """Linears' weights as integers, packed without gaps inside a row, each group of a row's numbers with one scale.
+    """A scheme that stores weights of linears as integers, packed inside a row without gaps, with one scale per group.
 
-    With a zero point, an integer of the same width for each group, a group's range lies where its numbers do; without,
-    it is centred on zero. Embedding, head, norms, biases and LoRAs beside a stored weight are left as they are.
+    With a zero point (one integer of the same width per group) the range of a group need not be symmetric; without, the
+    range is symmetric about zero. Embedding, head, norms, biases and LoRAs beside a stored weight keep their dtype.
     """
 
     bits: int
     group: int | None
-    """Neighbours in a row (inputs) that share a scale; the last group may be smaller. None: the whole row."""
+    """Number of neighbours in a row (inputs) that share a scale; the last group may be smaller. None: the whole row."""
     has_zero_point: bool
 
     def num_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of one weight `[rows, columns]`: integers, scales and zero points."""
+        """Returns the bytes of one weight `[rows, columns]`: integers, scales and zero points."""
         groups = 1 if self.group is None else ceil(columns / self.group)
         zero_points = ceil(groups * self.bits / 8) if self.has_zero_point else 0
         return rows * (ceil(columns * self.bits / 8) + groups * SCALE_BYTES + zero_points)
@@ -35,14 +35,14 @@ SCHEMES = {
     "int8": Scheme(bits=8, group=None, has_zero_point=False),
     "int4": Scheme(bits=4, group=32, has_zero_point=True),
 }
-"""By the name a user gives, most precise first."""
+"""All schemes by name, most precise first."""
 
 
 def find_scheme(name: str) -> Scheme:
-    """Returns the scheme of a name.
+    """Returns the scheme with a name.
 
     Raises:
-        RefoldError: There is none.
+        RefoldError: No scheme has this name.
     """
     if name not in SCHEMES:
         raise RefoldError(f"quantise: {must_be_one_of(name, tuple(SCHEMES))}")
@@ -50,7 +50,7 @@ def find_scheme(name: str) -> Scheme:
 
 
 def is_quantised(blueprint: Blueprint, tensor: TargetTensor) -> bool:
-    """Says whether a tensor is the weight of a linear, whole or one of its two factors, wherever it is kept.
+    """Says whether a tensor is quantised: the weight of a linear, or a factor of it, in a part or at a depth.
 
     LoRA factors count as quantised weights only where the linear has no stored weight of its own.
     """
@@ -58,12 +58,12 @@ def is_quantised(blueprint: Blueprint, tensor: TargetTensor) -> bool:
 
 
 def quantised_bytes(blueprint: Blueprint, dtype_bytes: int, scheme: Scheme) -> int:
-    """Weight bytes of a blueprint whose linears are quantised.
+    """Returns the weight bytes of a blueprint after quantisation.
 
     Args:
-        blueprint: Its linears are those of `is_quantised`.
-        dtype_bytes: Bytes of one number of all other tensors.
-        scheme: How.
+        blueprint: The blueprint; `is_quantised` selects the tensors.
+        dtype_bytes: Bytes of one number in all other tensors.
+        scheme: The quantisation scheme.
     """
     total = 0
     for tensor in target_tensors(blueprint):

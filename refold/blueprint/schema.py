@@ -1,4 +1,4 @@
-"""The blueprint: which parts are stored, and how the stack that uses them is executed."""
+"""The blueprint: the stored parts, and the stack of depths that runs them."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -21,20 +21,20 @@ class Part(Frozen):
     """A stored part: weights that one or more depths use."""
 
     sources: tuple[Index, ...] = ()
-    """Source layers it is made from; none: fresh weights."""
+    """Source layers that the part is computed from; empty: fresh weights."""
     factors: dict[str, Index] = Field(default_factory=dict)
-    """Rank of each linear that is kept as two factors instead of a matrix; 0: nothing of it is stored here, and the
-    LoRAs of the depths that use the part are all there is of it."""
+    """Rank of each linear that is stored as two factors instead of a matrix. 0: the part stores nothing of the linear,
+    and the LoRAs of the depths replace it."""
     bases: dict[str, Rank] = Field(default_factory=dict)
-    """Rank of each linear of which only a basis A `[rank, in]` is stored here: each depth that runs it has its own
-    coefficients B `[out, rank]`, and gets B (A x) (Basis Sharing, arXiv 2410.03765)."""
+    """Rank of each linear of which the part stores only a basis A `[rank, in]`. Each depth has its own coefficients B
+    `[out, rank]` and computes B (A x) (Basis Sharing, arXiv 2410.03765)."""
 
 
 class MixerPart(Part):
-    """A stored token mixer with the norms that belong to it."""
+    """A stored token mixer with its norms."""
 
     mixer: AnyMixer = Attention()
-    """Which mixer, with its options resolved against the source."""
+    """The mixer, with options resolved against the source."""
 
     @model_validator(mode="before")
     @classmethod
@@ -43,43 +43,43 @@ class MixerPart(Part):
 
 
 class MlpPart(Part):
-    """A stored MLP with the norms that belong to it."""
+    """A stored MLP with its norms."""
 
 
 class Exit(Frozen):
-    """A place where the stack may be left early, through a norm and the head all depths share.
+    """An early exit behind a depth: a norm, then the head that all depths share.
 
-    `refold.blueprint.owned.exits` says which tensors are an exit's own.
+    `refold.blueprint.owned.exits` lists the tensors that only an exit uses.
     """
 
     norm: Literal["shared", "own"] = "shared"
-    """Whether it uses the final norm, or one of its own."""
+    """The norm of the exit: the final norm (`shared`), or a norm that only this exit uses (`own`)."""
     head_rank: Annotated[int, Field(ge=0)] = 0
-    """Rank of the LoRA on the shared head that only this exit uses."""
+    """Rank of the LoRA on the shared head that only this exit uses; 0: no LoRA."""
     gate: bool = False
-    """Whether a small linear predicts if the exit's likeliest token is that of the full depth."""
+    """Whether the exit has a gate: a small linear that predicts if the exit and the full depth agree on the token."""
 
     @property
     def has_parts(self) -> bool:
-        """Whether anything is stored for this exit alone."""
+        """Whether any tensor is stored for this exit alone."""
         return self.norm == "own" or self.head_rank > 0 or self.gate
 
     def describe(self) -> str:
-        """Returns its parts in words, such as `own norm, head rank 8, gate`; `shared` where it has none."""
+        """Returns the exit's own parts in words, such as `own norm, head rank 8, gate`; `shared` without any."""
         parts = (self.norm == "own", "own norm"), (self.head_rank, f"head rank {self.head_rank}"), (self.gate, "gate")
         return ", ".join(name for there, name in parts if there) or "shared"
 
 
 class KvRead(Frozen):
-    """Key-value heads whose keys and values a depth does not make itself."""
+    """Key-value heads whose keys and values a depth reads from an earlier depth."""
 
     depth: Index
-    """The earlier depth that makes them, from its own stream, with its own weights, norm and rotation."""
+    """The earlier depth that computes keys and values from its own input, with its own weights, norm and rotation."""
     heads: Annotated[tuple[Index, ...], Field(min_length=1)]
-    """Which heads: of both depths the same."""
+    """Indices of the heads, which are the same at both depths."""
 
     def describe(self, num_heads: int) -> str:
-        """Returns the depth in words, such as `3`, or `3 (heads 0, 1)` where those are not all `num_heads`."""
+        """Returns the earlier depth in words, such as `3`, or `3 (heads 0, 1)` for fewer than `num_heads` heads."""
         listed = ", ".join(map(str, self.heads))
         return f"{self.depth}" if len(self.heads) == num_heads else f"{self.depth} (heads {listed})"
 
@@ -88,28 +88,28 @@ class DepthSpec(Frozen):
     """One executed layer."""
 
     source: Index
-    """The source layer it stands for."""
+    """The source layer that the depth replaces."""
     mixer: Index | None
-    """Which stored mixer it runs; None: dropped."""
+    """Index of the stored mixer that the depth runs; None: dropped."""
     mlp: Index | None
-    """Which stored MLP it runs; None: dropped."""
+    """Index of the stored MLP that the depth runs; None: dropped."""
     ranks: dict[str, Rank] = Field(default_factory=dict)
-    """LoRA rank for each linear that is relaxed here."""
+    """LoRA rank of each linear that the depth relaxes."""
     vectors: Literal["tied", "own"] = "tied"
-    """Whether norms, q/k norms and biases live in the stored parts, or here."""
+    """Place of norms, q/k norms and biases: in the stored parts (`tied`) or in the depth (`own`)."""
     gain: Literal["tied", "own"] = "tied"
-    """`own`: mixer and MLP each have a scale, kept here, on everything they add to the residual stream."""
+    """`own`: the depth scales the output of its mixer and of its MLP by one number each."""
     prefix: Index = 0
-    """How many vectors of its own every token attends to besides tokens; 0: none."""
+    """Number of prefix vectors that every token of the depth attends to; 0: none."""
     window: Annotated[int, Field(gt=0)] | None = None
     rope: Rope | None = None
     kv: tuple[KvRead, ...] = ()
-    """Key-value heads read from earlier depths; those that are not named are its own."""
+    """Key-value heads that the depth reads from earlier depths; it computes all others itself."""
     exit: Exit | None = None
 
 
 class Blueprint(Frozen):
-    """A stack: pools of stored parts, and the depths that use them, in the order they run."""
+    """A stack: pools of stored parts, and the depths that run them, in the order of execution."""
 
     arch: ArchSpec
     mixers: tuple[MixerPart, ...]
@@ -125,15 +125,15 @@ class Blueprint(Frozen):
         return self.mixers if pool == "mixer" else self.mlps
 
     def users(self, pool: Pool, part: int) -> tuple[int, ...]:
-        """Returns the depths that use a stored part, top to bottom."""
+        """Returns the depths that use a stored part, in the order of execution."""
         return tuple(index for index, depth in enumerate(self.depths) if getattr(depth, pool) == part)
 
     def keeps_vectors(self, pool: Pool, part: int) -> bool:
-        """Says whether a stored part holds its own norms and biases (its users are `tied`), or each user does."""
+        """Says whether a stored part holds its norms and biases; otherwise each depth that uses the part does."""
         return self.depths[self.users(pool, part)[0]].vectors == "tied"
 
     def made_heads(self, index: int) -> tuple[int, ...]:
-        """Returns the key-value heads a depth makes: those it looks at itself, and those later depths read from it."""
+        """Returns the key-value heads that a depth computes, for its own attention or for later depths that read."""
         depth = self.depths[index]
         if depth.mixer is None:
             return ()
@@ -143,7 +143,7 @@ class Blueprint(Frozen):
         return tuple(head for head in every if head in wanted)
 
     def is_read(self, index: int) -> bool:
-        """Says whether a later depth reads keys and values of this one."""
+        """Says whether a later depth reads keys and values of the depth `index`."""
         return any(read.depth == index for depth in self.depths for read in depth.kv)
 
     @model_validator(mode="before")

@@ -1,4 +1,4 @@
-"""Every tensor a source must have, by its name in the checkpoint, and where a canonical piece lies in it."""
+"""The tensors that a source checkpoint must have, and the place of each canonical tensor in them."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,10 +15,10 @@ class SourceTensor:
     """One tensor of a source checkpoint.
 
     Attributes:
-        name: As in the checkpoint, such as `model.layers.3.self_attn.q_proj.weight`.
-        shape: The shape it must have.
-        rule: What it holds.
-        layer: The layer it belongs to; None outside the layers.
+        name: Name in the checkpoint, such as `model.layers.3.self_attn.q_proj.weight`.
+        shape: Required shape.
+        rule: The canonical tensors inside.
+        layer: Index of its layer; None outside the layers.
     """
 
     name: str
@@ -28,7 +28,7 @@ class SourceTensor:
 
 
 class SourcePiece(NamedTuple):
-    """Where a canonical tensor lies: piece number `index` of the checkpoint's tensor `name`, packed as `rule` says."""
+    """The place of a canonical tensor: piece number `index` of the checkpoint's tensor `name`, packed as in `rule`."""
 
     name: str
     rule: TensorRule
@@ -49,7 +49,7 @@ def canonical_tensors(arch: ArchSpec) -> dict[str, Shape]:
 
 
 def source_tensors(arch: ArchSpec, family: Family) -> dict[str, SourceTensor]:
-    """Returns all tensors a checkpoint of this architecture must have, by name."""
+    """Returns all tensors that a checkpoint of an architecture must have, by name."""
     canonical = canonical_tensors(arch)
     found: dict[str, SourceTensor] = {}
     for rule in family.rules:

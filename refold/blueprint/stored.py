@@ -1,4 +1,4 @@
-"""Kinds of tensors that are stored once: embedding, head, final norm, and the linears and vectors of parts."""
+"""Tensor kinds outside the depths: embedding, head, final norm, and the linears and vectors of stored parts."""
 
 from refold.blueprint.initialisation import Initialisation
 from refold.blueprint.origins import (
@@ -19,12 +19,12 @@ ZEROS = Fill("constant")
 
 
 def norm_fill(arch: ArchSpec, local: str) -> Fill:
-    """Returns the values of a fresh norm or bias: a weight scales by one (`norm.weight`), a bias adds nothing."""
+    """Returns the initial values of a fresh norm weight (effective scale 1) or bias (0)."""
     return Fill("constant", 1.0 - arch.norm.offset) if local.endswith("norm.weight") else ZEROS
 
 
 def vector_fill(blueprint: Blueprint, pool: Pool, part: int, local: str) -> Fill:
-    """Returns the values of a fresh vector of a part, wherever it is kept."""
+    """Returns the initial values of a fresh vector of a part, whether the part or a depth stores the vector."""
     if pool == "mixer":
         asked = blueprint.mixers[part].mixer.fills(blueprint.arch).get(local)
         if asked is not None:
@@ -33,11 +33,13 @@ def vector_fill(blueprint: Blueprint, pool: Pool, part: int, local: str) -> Fill
 
 
 def matrix_fill(blueprint: Blueprint) -> Fill:
-    """Returns the values of a fresh matrix."""
+    """Returns the initial values of a fresh matrix."""
     return Fill("normal", blueprint.arch.initializer_range)
 
 
 class _OutsideStack(TensorKind):
+    """A tensor outside the stack, which is copied from the source."""
+
     def origin(self, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> Origin:
         return Origin("fresh" if starts.weights == "fresh" else "copied", tensor.name.removeprefix("model."))
 
@@ -46,14 +48,14 @@ class _OutsideStack(TensorKind):
 
 
 class EmbeddingTensor(_OutsideStack):
-    """The embedding, which a tied head shares. A row gets a gradient only when its token occurs, so none decays."""
+    """The embedding, which a tied head shares. No weight decay: a row has a gradient only if its token occurs."""
 
     place = "embedding"
     groups = frozenset({"embeddings"})
 
 
 class HeadTensor(_OutsideStack):
-    """The head where it is not the embedding; it decays, but Muon's updates are for matrices inside the stack."""
+    """The untied head. It has weight decay, but AdamW updates it, because Muon is for matrices inside the stack."""
 
     place = "head"
     groups = frozenset({"head"})
@@ -63,7 +65,7 @@ class HeadTensor(_OutsideStack):
 
 
 class FinalNormTensor(_OutsideStack):
-    """Weight or bias of the norm before the head."""
+    """The weight or bias of the norm before the head."""
 
     place = "final_norm"
     groups = frozenset({"vectors"})
@@ -73,7 +75,7 @@ class FinalNormTensor(_OutsideStack):
 
 
 class VectorTensor(TensorKind):
-    """A norm, a bias or another vector of a mixer, stored in its part."""
+    """A norm, a bias or another vector, stored in a part."""
 
     groups = frozenset({"vectors"})
 
@@ -88,7 +90,7 @@ class VectorTensor(TensorKind):
 
 
 class LinearKind(TensorKind):
-    """A matrix of a linear, or one of the matrices that it is kept as: fitted, trained and quantised as a matrix."""
+    """The weight matrix of a linear, or a factor of it: fitted, trained and quantised as a matrix."""
 
     is_fitted = True
 
@@ -122,7 +124,7 @@ class LinearTensor(LinearKind):
 
 
 class FactorTensor(LinearKind):
-    """Factor A or B of a linear that is kept as two, or the basis A that depths with coefficients share."""
+    """Factor A or B of a linear that is stored as two factors, or the basis A that several depths share."""
 
     def origin(self, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> Origin:
         assert tensor.pool is not None
@@ -138,7 +140,7 @@ class FactorTensor(LinearKind):
         return Origin("factorised", carried.canonical, sources, carried.repeat)
 
     def fill(self, blueprint: Blueprint, tensor: TargetTensor) -> Fill:
-        # So that the product of two fresh factors varies as a fresh matrix does.
+        # The product of two fresh factors then has the variance of a fresh matrix.
         return Fill("normal", tensor.shape[0] ** -0.5) if tensor.local.endswith(".a.weight") else matrix_fill(blueprint)
 
     def explain(self, made: Origin, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> str | None:

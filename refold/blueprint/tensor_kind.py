@@ -1,4 +1,8 @@
-"""Kinds of tensors of a target: everything that depends on the purpose of a tensor, in one object for each purpose."""
+"""The base class of tensor kinds, and the description of one target tensor.
+
+A kind is one object for each purpose of tensors (LoRA, norm, gate, ...). It holds every rule that depends on the
+purpose, so that no other code asks for a tensor's name.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,17 +15,17 @@ from refold.blueprint.schema import Blueprint, Pool
 from refold.mixers.spec import Fill, Shape
 
 Place = Literal["embedding", "head", "final_norm", "stack", "exits"]
-"""Where parameters are counted."""
+"""Entry of the parameter count that a tensor belongs to."""
 
 
 class TensorKind(ABC):
-    """Answers every question about tensors of one purpose: origin, fresh values, training, cost and plan text."""
+    """The rules for tensors of one purpose: origin, initial values, training, quantisation and plan text."""
 
     place: ClassVar[Place] = "stack"
     groups: ClassVar[frozenset[str]] = frozenset()
-    """Groups of a heal stage that the tensors belong to, besides those of their pool."""
+    """Names of the heal groups that the tensors belong to, besides the group of their pool."""
     is_fitted: ClassVar[bool] = False
-    """Whether the tensors are computed from a linear of the source, with everything that shares the linear."""
+    """Whether the tensors are computed from linears of the source, together with all tensors of the tied linear."""
 
     @abstractmethod
     def origin(self, blueprint: Blueprint, starts: Initialisation, tensor: "TargetTensor") -> Origin:
@@ -29,18 +33,18 @@ class TensorKind(ABC):
 
     @abstractmethod
     def fill(self, blueprint: Blueprint, tensor: "TargetTensor") -> Fill:
-        """Returns the values of a fresh tensor."""
+        """Returns the initial values of a fresh tensor."""
 
     def explain(self, made: Origin, blueprint: Blueprint, starts: Initialisation, tensor: "TargetTensor") -> str | None:
-        """Returns the reason of a plan line; None where the way the source stores the tensor gives it."""
+        """Returns the reason in a plan line; None: the plan derives the reason from the layout of the source."""
         return None
 
     def line_name(self, tensor: "TargetTensor") -> str:
-        """Returns the name under which a plan line lists a tensor; `*` stands for the tensors that form one group."""
+        """Returns the name of a tensor in a plan line; a `*` joins several tensors to one line."""
         return tensor.name
 
     def is_matrix(self, tensor: "TargetTensor") -> bool:
-        """Says whether Muon updates the tensor: a matrix between embedding and head."""
+        """Says whether Muon updates the tensor, which is for matrices between embedding and head."""
         return False
 
     def decays(self, tensor: "TargetTensor") -> bool:
@@ -57,14 +61,14 @@ class TargetTensor:
     """One tensor of the target.
 
     Attributes:
-        name: As in the model folder, such as `model.mixers.0.q_proj.weight`.
-        shape: Its shape.
-        kind: Its purpose.
-        pool: `mixer` or `mlp` for tensors of a part and for those that a depth owns beside a part.
+        name: Name in the model folder, such as `model.mixers.0.q_proj.weight`.
+        shape: Shape.
+        kind: Kind, which holds the rules for tensors of its purpose.
+        pool: `mixer` or `mlp`, for tensors of a part and for tensors of a depth that act on a part.
         part: Index of the stored part; None for tensors of a depth.
-        depth: Index of the depth that owns it; None for tensors of a part or outside the stack.
-        local: Name inside its part, such as `q_proj.weight` or `input_norm.weight`; of LoRA and coefficients the
-            linear's, `q_proj`; of an exit the name inside the exit, such as `lora.lm_head.a`.
+        depth: Index of the depth that owns the tensor; None for tensors of a part or outside the stack.
+        local: Name inside the part, such as `q_proj.weight` or `input_norm.weight`. For LoRAs and coefficients, the
+            name of the linear, such as `q_proj`; for exits, the name inside the exit, such as `lora.lm_head.a`.
     """
 
     name: str
@@ -77,7 +81,7 @@ class TargetTensor:
 
     @property
     def linear(self) -> str:
-        """The linear that a weight, factor, LoRA or coefficient tensor belongs to, such as `q_proj`."""
+        """Name of the linear that a weight, factor, LoRA or coefficient tensor belongs to, such as `q_proj`."""
         return self.local.split(".")[0]
 
     @property
@@ -86,11 +90,11 @@ class TargetTensor:
 
     @property
     def groups(self) -> frozenset[str]:
-        """Groups of a heal stage, such as `mixers` and `adapters`."""
+        """Names of the heal groups that the tensor belongs to, such as `mixers` and `adapters`."""
         return self.kind.groups | (frozenset() if self.pool is None else {f"{self.pool}s"})
 
     def part_in(self, blueprint: Blueprint) -> int:
-        """Returns the stored part that the tensor belongs to, or that the depth owning it runs."""
+        """Returns the index of the stored part: the tensor's own, or the one that its depth runs."""
         assert self.pool is not None
         if self.part is not None:
             return self.part
@@ -104,5 +108,5 @@ class TargetTensor:
         return self.kind.origin(blueprint, starts, self)
 
     def fill(self, blueprint: Blueprint) -> Fill:
-        """Returns the values of the tensor where it is fresh."""
+        """Returns the initial values of the tensor, should it be fresh."""
         return self.kind.fill(blueprint, self)

@@ -1,29 +1,29 @@
-"""Every tensor of a folded model, by name: what the cost counts, the converter writes and the model loads."""
+"""The list of all tensors of a folded model, which the cost counts, the converter writes and the model loads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from refold.blueprint.contents import depth_linears, part_linears, part_vectors
-from refold.blueprint.owned.registry import OWNED
+from refold.blueprint.owned.kind import OwnedKind
+from refold.blueprint.owned.registry import owned_kinds
 from refold.blueprint.schema import POOLS, Blueprint, Pool
 from refold.blueprint.stored import EMBEDDING, FACTOR, FINAL_NORM, HEAD, LINEAR, VECTOR
-from refold.blueprint.tensor_kind import Place, TargetTensor
+from refold.blueprint.tensor_kind import TargetTensor
 from refold.mixers.spec import norm_vectors
 
 
 def target_tensors(blueprint: Blueprint) -> Iterator[TargetTensor]:
-    """Yields every tensor of the target once, in the order it is stored.
-
-    That is: embedding, parts, depths, exits, final norm, head.
-    """
-    arch = blueprint.arch
+    """Yields every tensor of the target in storage order: embedding, parts, depths, exits, final norm, head."""
+    arch, kinds = blueprint.arch, owned_kinds(blueprint)
+    inside = [kind for kind in kinds if kind.place == "stack"]
+    outside = [kind for kind in kinds if kind.place == "exits"]
     yield TargetTensor("model.embed_tokens.weight", (arch.vocab_size, arch.hidden_size), EMBEDDING)
     for pool in POOLS:
         for index in range(len(blueprint.pool(pool))):
             yield from _part_tensors(blueprint, pool, index)
     for index in range(blueprint.num_depths):
-        yield from _depth_tensors(blueprint, index)
+        yield from _depth_tensors(blueprint, index, inside)
     for index in range(blueprint.num_depths):
-        yield from _owned(blueprint, index, "exits")
+        yield from (tensor for kind in outside for tensor in kind.tensors(blueprint, index))
     for local, shape in norm_vectors("norm", arch.norm, arch.hidden_size).items():
         yield TargetTensor(f"model.{local}", shape, FINAL_NORM, local=local)
     if not arch.tied_head:
@@ -46,7 +46,7 @@ def _part_tensors(blueprint: Blueprint, pool: Pool, index: int) -> Iterator[Targ
 def _stored_linear(
     prefix: str, linear: str, shape: tuple[int, int], pool: Pool, part: int, rank: int | None
 ) -> Iterator[TargetTensor]:
-    """A matrix, or two factors of a rank, or with rank 0 nothing."""
+    """Yields the tensors of one linear in a part: a matrix (rank None), two factors, or nothing (rank 0)."""
     rows, columns = shape
     if rank is None:
         local = f"{linear}.weight"
@@ -57,11 +57,8 @@ def _stored_linear(
             yield TargetTensor(f"{prefix}.{local}", each, FACTOR, pool, part=part, local=local)
 
 
-def _depth_tensors(blueprint: Blueprint, index: int) -> Iterator[TargetTensor]:
-    """Everything that a depth owns in the stack; tensors of one linear stand together, in the order linears run."""
+def _depth_tensors(blueprint: Blueprint, index: int, kinds: Sequence[OwnedKind]) -> Iterator[TargetTensor]:
+    """Yields the tensors of a depth inside the stack, sorted by linear in the order of execution."""
     order = {linear: place for place, linear in enumerate(depth_linears(blueprint, index))}
-    yield from sorted(_owned(blueprint, index, "stack"), key=lambda tensor: order.get(tensor.local, -1))
-
-
-def _owned(blueprint: Blueprint, index: int, place: Place) -> Iterator[TargetTensor]:
-    return (tensor for kind in OWNED if kind.place == place for tensor in kind.tensors(blueprint, index))
+    tensors = (tensor for kind in kinds for tensor in kind.tensors(blueprint, index))
+    yield from sorted(tensors, key=lambda tensor: order.get(tensor.local, -1))

@@ -212,8 +212,8 @@ def test_depths_that_run_nothing_are_left_out_and_half_depths_are_named(folded, 
 @pytest.mark.parametrize(
     ("exits", "line"),
     [
-        ({"at": [1]}, "- early exits are not part of a stock model and are gone\n"),
-        ({"at": [1], "gate": True}, "are gone, and so are their own norms, LoRAs and gates\n"),
+        ({"at": [1]}, "- a stock model has no early exits: they are dropped\n"),
+        ({"at": [1], "gate": True}, "are dropped, with their own norms, LoRAs and gates\n"),
     ],
 )
 def test_a_line_says_that_exits_are_gone(make_source, tmp_path, exits, line):

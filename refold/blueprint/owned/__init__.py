@@ -1,1 +1,1 @@
-"""Kinds of tensors that one depth owns: one descriptor each, torch-free."""
+"""Tensor kinds that belong to one depth, such as LoRAs and gains: one class for each. Torch-free."""

@@ -1,4 +1,4 @@
-"""Coefficients of shared bases: the output-side factor of a linear whose basis several depths share."""
+"""Coefficients of shared bases: the second factor of a linear whose first factor, the basis, several depths share."""
 
 from collections.abc import Iterator
 
@@ -14,9 +14,10 @@ from refold.blueprint.tensor_kind import TargetTensor
 
 
 class BasisCoefficients(OwnedKind, LinearKind):
-    """B `[out, rank]` of y = B (A x) for each linear of which the part stores the basis A alone (Basis Sharing)."""
+    """B `[out, rank]` of y = B (A x), for each linear of which the part stores only the basis A (Basis Sharing)."""
 
     url = "https://arxiv.org/abs/2410.03765"
+    field = "bases"
 
     def tensors(self, blueprint: Blueprint, index: int) -> Iterator[TargetTensor]:
         ranks, linears = depth_coefficients(blueprint, index), depth_linears(blueprint, index)

@@ -1,4 +1,4 @@
-"""Exit parts: the norm, the LoRA on the head and the gate that one early exit owns, and the FLOPs of leaving there."""
+"""Tensors that only one early exit uses: its norm, its LoRA on the head and its gate, with their FLOPs."""
 
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -17,11 +17,11 @@ URLS: Mapping[str, str] = {
     "norm": "https://arxiv.org/abs/2312.04916",
     "gate": "https://arxiv.org/abs/2207.07061",
 }
-"""Where exits of tied stacks, exits with norms of their own, and learned exit signals are described."""
+"""Papers on exits of tied stacks, on exits with own norms, and on learned exit gates."""
 
 
 def exit_tensors(arch: ArchSpec, spec: Exit) -> dict[str, Shape]:
-    """Returns name, such as `norm.weight`, to shape of the tensors of an exit, in the order they are stored."""
+    """Returns name, such as `norm.weight`, and shape of the tensors of an exit, in storage order."""
     found: dict[str, Shape] = {}
     if spec.norm == "own":
         found |= norm_vectors("norm", arch.norm, arch.hidden_size)
@@ -34,24 +34,25 @@ def exit_tensors(arch: ArchSpec, spec: Exit) -> dict[str, Shape]:
 
 
 def count_exit_parameters(arch: ArchSpec, spec: Exit) -> int:
-    """Counts the numbers an exit stores."""
+    """Counts the parameters of an exit."""
     return sum(prod(shape) for shape in exit_tensors(arch, spec).values())
 
 
 def head_flops(arch: ArchSpec, spec: Exit) -> int:
-    """Counts the FLOPs of the LoRA on the head for a token that leaves here."""
+    """Counts the FLOPs of the exit's LoRA on the head, for one token that leaves at the exit."""
     return 2 * spec.head_rank * (arch.hidden_size + arch.vocab_size)
 
 
 def gate_flops(arch: ArchSpec, spec: Exit) -> int:
-    """Counts the FLOPs of the gate for a token that passes it."""
+    """Counts the FLOPs of the exit's gate for one token."""
     return 2 * arch.hidden_size if spec.gate else 0
 
 
 class ExitTensors(OwnedKind):
-    """Norm, head LoRA and gate of the exit behind a depth. Untrained, they leave through the shared norm and head."""
+    """Norm, head LoRA and gate of the exit behind a depth. At initialisation they equal the shared norm and head."""
 
     url = URLS["exits"]
+    field = "exit"
     place = "exits"
     column = "exit"
     groups = frozenset({"exits"})
@@ -91,8 +92,8 @@ class ExitTensors(OwnedKind):
         if made.how == "copied":
             return "the final norm"
         if tensor.local.startswith("lora."):
-            return "Gaussian A, zero B: leaves through the shared head at first"
-        return "zeros: says one half at first" if tensor.local.startswith("gate.") else "weights: fresh"
+            return "Gaussian A, zero B: the exit begins with the shared head"
+        return "zeros: the gate begins at one half" if tensor.local.startswith("gate.") else "weights: fresh"
 
     def line_name(self, tensor: TargetTensor) -> str:
         return tensor.name if _is_norm(tensor) else tensor.name.rpartition(".")[0] + ".*"
@@ -104,8 +105,8 @@ class ExitTensors(OwnedKind):
         exits = [depth.exit for depth in blueprint.depths if depth.exit is not None]
         if not exits:
             return ()
-        own = ", and so are their own norms, LoRAs and gates" if any(each.has_parts for each in exits) else ""
-        return (f"early exits are not part of a stock model and are gone{own}",)
+        own = ", with their own norms, LoRAs and gates" if any(each.has_parts for each in exits) else ""
+        return (f"a stock model has no early exits: they are dropped{own}",)
 
 
 def _is_norm(tensor: TargetTensor) -> bool:

@@ -1,4 +1,4 @@
-"""Gains: the scale of everything that the mixer, or the MLP, of one depth adds to the residual stream."""
+"""Gains: one number for each part of a depth that scales the part's output before the residual sum."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,14 +14,14 @@ from refold.mixers.spec import Fill
 
 
 class ResidualGain(OwnedKind):
-    """The scalar g of x + g F(x), one for each part F that the depth runs (ReZero, equation 1, which begins at 0).
+    """The scalar g of x + g F(x), one for each part F that the depth runs (ReZero, equation 1).
 
-    Here g is 1 at first, so that the depth computes the same bits as without it. One number for each part and depth is
-    the smallest relaxation there is; its multiplication is no more than the addition beside it, so that `cost` leaves
-    it out as it leaves out norms.
+    ReZero initialises g to 0, refold to 1, so that the depth first computes the same bits as without a gain. The cost
+    does not count the multiplication by g, just as it does not count norms.
     """
 
     url = "https://arxiv.org/abs/2003.04887"
+    field = "gain"
     groups = frozenset({"adapters", "gains"})
 
     def tensors(self, blueprint: Blueprint, index: int) -> Iterator[TargetTensor]:
@@ -40,7 +40,7 @@ class ResidualGain(OwnedKind):
         if not any(counts):
             return ()
         depths = sum(map(bool, counts))
-        return (f"relax.gain: {depths} depths scale what their parts add ({sum(counts)} parameters, 1 until trained)",)
+        return (f"relax.gain: {depths} depths scale the output of their parts ({sum(counts)} parameters, 1 at first)",)
 
     def origin(self, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> Origin:
         return Origin("fresh", f"{tensor.pool}.{tensor.local}")
@@ -52,7 +52,7 @@ class ResidualGain(OwnedKind):
         return "ones: without effect at first"
 
     def merge(self, merge: Merge, blueprint: Blueprint, index: int, pool: Pool, local: str) -> Merge:
-        """Scales the last weight and bias of the part: of its output norm where it has one, else of its projection."""
+        """Scales the last weight and bias of the part: those of its output norm, or else of its output projection."""
         owner, _, kind = local.rpartition(".")
         if blueprint.depths[index].gain == "tied" or owner != self._owner(blueprint.arch, pool):
             return merge

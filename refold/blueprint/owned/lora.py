@@ -14,7 +14,7 @@ from refold.mixers.spec import Fill
 
 
 def span(ranks: list[int]) -> str:
-    """Returns the smallest and the largest of some ranks, such as `2..8`."""
+    """Returns the range of some ranks in words, such as `2..8`, or `4` if all are equal."""
     least, *others = sorted(set(ranks))
     return f"{least}..{others[-1]}" if others else str(least)
 
@@ -23,6 +23,7 @@ class LoraFactors(OwnedKind, LinearKind):
     """A `[rank, in]` and B `[out, rank]` for each linear with a rank at the depth (RRT, section 2.3)."""
 
     url = "https://arxiv.org/abs/2410.20672"
+    field = "ranks"
     groups = frozenset({"adapters"})
 
     def tensors(self, blueprint: Blueprint, index: int) -> Iterator[TargetTensor]:
@@ -38,7 +39,7 @@ class LoraFactors(OwnedKind, LinearKind):
         return span(list(ranks.values())) if ranks else ""
 
     def origin(self, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> Origin:
-        """Returns the origin; a LoRA is fresh where the stored weight is its depth's own source: nothing to correct."""
+        """Returns the origin. A LoRA is fresh if the stored weight equals the depth's source, without an error."""
         assert tensor.pool is not None
         assert tensor.depth is not None
         part, local = tensor.part_in(blueprint), f"{tensor.linear}.weight"
@@ -69,7 +70,7 @@ class LoraFactors(OwnedKind, LinearKind):
         return tensor.name.rpartition(".")[0] + ".*"
 
     def is_quantised(self, blueprint: Blueprint, tensor: TargetTensor) -> bool:
-        """Says whether the pair is everything the linear has: beside a stored weight it stays as it is."""
+        """Says whether the linear has no stored weight, so that the pair replaces it."""
         assert tensor.pool is not None
         return blueprint.pool(tensor.pool)[tensor.part_in(blueprint)].factors.get(tensor.linear) == 0
 

@@ -1,4 +1,4 @@
-"""The arithmetic that gives a weight of one depth: a stored tensor, low-rank products, and a scale."""
+"""The formula of one weight at one depth: a stored tensor plus low-rank products, times a scale."""
 
 from dataclasses import dataclass, replace
 
@@ -7,15 +7,13 @@ from refold.blueprint.schema import Blueprint, Pool
 
 @dataclass(frozen=True)
 class Merge:
-    """The names of the tensors that one weight of a depth is computed from.
-
-    The weight is `(W + sum of B A + offset) scale - offset`, with the scale 1 where there is none.
+    """The names of the tensors in the formula `(W + sum of B A + offset) scale - offset` of one weight.
 
     Attributes:
-        stored: W; None where the products are everything.
-        products: `(a, b)` of each B A, in the order they are added.
-        scale: A tensor with one element.
-        offset: A number that the architecture adds to the weight at run time (Gemma's norms), which is scaled too.
+        stored: Name of W; None: no W is stored, and W is 0.
+        products: Names `(a, b)` of each product B A, in the order of addition.
+        scale: Name of a tensor with one element; None: the scale is 1.
+        offset: Number that the architecture adds to the weight at run time (Gemma's norms), which is scaled too.
     """
 
     stored: str | None
@@ -24,18 +22,18 @@ class Merge:
     offset: float = 0.0
 
     def plus(self, a: str, b: str) -> "Merge":
-        """Returns the same with one more product B A."""
+        """Returns a copy with one more product B A."""
         return replace(self, products=(*self.products, (a, b)))
 
 
 def stored_weight(blueprint: Blueprint, pool: Pool, part: int, local: str) -> Merge:
-    """Returns the merge of a tensor as its stored part holds it: whole, as two factors, or not at all.
+    """Returns the merge of a weight of a stored part, before any depth adds to it.
 
     Args:
         blueprint: The stack.
-        pool: Of the part.
-        part: Its index.
-        local: The tensor's name in it, such as `q_proj.weight`.
+        pool: The pool of the part.
+        part: The index of the part.
+        local: The weight's name in the part, such as `q_proj.weight`.
     """
     name, held = f"model.{pool}s.{part}", blueprint.pool(pool)[part]
     linear, _, kind = local.rpartition(".")

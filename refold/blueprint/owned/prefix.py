@@ -1,4 +1,4 @@
-"""Prefixes: vectors of which a depth makes keys and values that every token attends to."""
+"""Prefixes: learned vectors of a depth. Every token attends to their keys and values."""
 
 from collections.abc import Iterator
 
@@ -12,9 +12,10 @@ from refold.mixers.spec import Fill
 
 
 class DepthPrefix(OwnedKind):
-    """The prefix `[length, hidden_size]` of a depth (RRT, appendix H). Like an embedding's, its rows do not decay."""
+    """The prefix `[length, hidden_size]` of a depth (RRT, appendix H). Like an embedding, it has no weight decay."""
 
     url = "https://arxiv.org/abs/2410.20672"
+    field = "prefix"
     groups = frozenset({"adapters"})
 
     def tensors(self, blueprint: Blueprint, index: int) -> Iterator[TargetTensor]:
@@ -34,7 +35,7 @@ class DepthPrefix(OwnedKind):
         parameters = sum(lengths) * blueprint.arch.hidden_size
         return (
             f"relax: {len(lengths)} depths have prefixes of {lengths[0]} vectors ({parameters:,} parameters); "
-            f"untrained ones are noise that takes some attention away from tokens",
+            f"before training they are noise that takes attention from the tokens",
         )
 
     def origin(self, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> Origin:
@@ -44,7 +45,7 @@ class DepthPrefix(OwnedKind):
         return matrix_fill(blueprint)
 
     def explain(self, made: Origin, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> str:
-        return "Gaussian: no start is without effect"
+        return "Gaussian: every initialisation changes the outputs"
 
     def flops(self, blueprint: Blueprint, index: int) -> int:
         depth = blueprint.depths[index]

@@ -1,4 +1,4 @@
-"""All kinds of tensors that a depth owns, in the order they are stored and merged."""
+"""The list of all tensor kinds that belong to a depth, in the order of storage and of merging."""
 
 from refold.blueprint.owned.coefficients import COEFFICIENTS
 from refold.blueprint.owned.exits import EXIT
@@ -11,16 +11,25 @@ from refold.blueprint.owned.vectors import VECTORS
 from refold.blueprint.schema import Blueprint, Pool
 
 OWNED: tuple[OwnedKind, ...] = (VECTORS, GAIN, COEFFICIENTS, PREFIX, LORA, EXIT)
+_DEFAULTS = (None, 0, {}, "tied")
+
+
+def owned_kinds(blueprint: Blueprint) -> tuple[OwnedKind, ...]:
+    """Returns the kinds that a blueprint has tensors of, in the order of `OWNED`."""
+    holders = (*blueprint.mixers, *blueprint.mlps, *blueprint.depths)
+    return tuple(
+        kind for kind in OWNED if any(getattr(holder, kind.field, None) not in _DEFAULTS for holder in holders)
+    )
 
 
 def merge_at(blueprint: Blueprint, index: int, pool: Pool, local: str) -> Merge | None:
-    """Returns the names of the tensors that one weight of a depth is computed from; None where its part is dropped.
+    """Returns the formula of one weight of a depth; None if the depth has dropped the part.
 
     Args:
         blueprint: The stack.
         index: The depth.
-        pool: Of the part.
-        local: The tensor's name in the part, such as `q_proj.weight`.
+        pool: The pool of the part.
+        local: The weight's name in the part, such as `q_proj.weight`.
     """
     part = getattr(blueprint.depths[index], pool)
     if part is None:

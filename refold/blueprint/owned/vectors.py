@@ -1,4 +1,4 @@
-"""Own vectors: norms and biases that a depth keeps instead of its tied parts."""
+"""Own vectors: norms and biases that a depth stores instead of sharing those of its parts."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,9 +15,10 @@ from refold.mixers.spec import Fill
 
 
 class DepthVectors(OwnedKind):
-    """Norms, q/k norms, biases and other vectors of the parts that a depth runs, where its `vectors` are `own`."""
+    """Norms, q/k norms, biases and other vectors of the parts that a depth runs, for depths with `vectors: own`."""
 
     url = "https://arxiv.org/abs/2410.20672"
+    field = "vectors"
     column = "vectors"
     groups = frozenset({"vectors"})
 

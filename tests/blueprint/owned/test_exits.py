@@ -27,6 +27,6 @@ def test_parts_of_exits_are_counted_apart_and_shown_in_a_column_of_their_own(mak
 
 
 def test_a_sentence_says_that_a_stock_model_has_no_exits(make_arch):
-    assert EXIT.lost(build(make_arch(4), {})) == ("early exits are not part of a stock model and are gone",)
+    assert EXIT.lost(build(make_arch(4), {})) == ("a stock model has no early exits: they are dropped",)
     assert "their own norms, LoRAs and gates" in EXIT.lost(build(make_arch(4), FULL))[0]
     assert EXIT.lost(build_blueprint(make_arch(4), load_recipe({})).blueprint) == ()

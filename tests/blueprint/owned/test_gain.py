@@ -29,7 +29,7 @@ def test_each_part_of_a_depth_has_one_number_that_is_one_at_first(make_arch):
     assert [each.groups for each in found] == [{"gains", "adapters", "mixers"}, {"gains", "adapters", "mlps"}]
     assert not any(GAIN.decays(each) or GAIN.is_quantised(blueprint, each) for each in found)
     assert GAIN.describe(blueprint, 2) == "gain"
-    assert notes[0].text.startswith("relax.gain: 4 depths scale what their parts add (8 parameters, 1")
+    assert notes[0].text.startswith("relax.gain: 4 depths scale the output of their parts (8 parameters, 1")
 
 
 @pytest.mark.parametrize(

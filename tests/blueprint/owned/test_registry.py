@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from refold.blueprint.owned.kind import OwnedKind
-from refold.blueprint.owned.registry import OWNED
+from refold.blueprint.owned.registry import OWNED, owned_kinds
 from refold.blueprint.tensors import target_tensors
 from refold.planning.build import build_blueprint
 from refold.recipe.heal import GROUPS
@@ -38,6 +38,19 @@ def test_every_tensor_of_a_depth_is_claimed_by_exactly_one_descriptor(make_arch,
     assert len(claimed) == len(owned)
     assert dict(claimed) == owned
     assert all(name.startswith(("model.depths.", "model.exits.")) for name in owned)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=range(len(RECIPES)))
+def test_the_kinds_of_a_blueprint_are_those_with_tensors_in_it(make_arch, recipe):
+    blueprint = build_blueprint(make_arch(4), load_recipe(recipe)).blueprint
+    assert owned_kinds(blueprint) == tuple(
+        kind for kind in OWNED if any(True for index in range(4) for _ in kind.tensors(blueprint, index))
+    )
+
+
+def test_every_descriptor_is_chosen_by_some_recipe(make_arch):
+    made = [build_blueprint(make_arch(4), load_recipe(recipe)).blueprint for recipe in RECIPES]
+    assert {kind for blueprint in made for kind in owned_kinds(blueprint)} == set(OWNED)
 
 
 def test_tensors_of_one_linear_stand_together_in_the_order_linears_run(make_arch):
