@@ -1,16 +1,16 @@
-"""The mistakes a user can make, one kind each. The command line prints one line and exits with status 2."""
+"""Exceptions for mistakes of the user. The command line prints one line for each and exits with status 2."""
 
 
 class RefoldError(Exception):
-    """A mistake of the user's. The message reads `where: what is required (got what); how to mend it`."""
+    """A mistake of the user. The message has the form `where: requirement (got value); how to mend it`."""
 
 
 class RecipeError(RefoldError):
-    """A recipe, or an override of one of its keys, does not say something refold can do."""
+    """A recipe, or an override of a key, is invalid or does not fit the source."""
 
 
 class SourceError(RefoldError):
-    """A source checkpoint is missing, broken, of an unknown family, or not what was planned for."""
+    """A source checkpoint is missing, damaged, of an unknown family, or another one than planned."""
 
 
 class FolderError(RefoldError):
@@ -18,12 +18,12 @@ class FolderError(RefoldError):
 
 
 class DataError(RefoldError):
-    """A text, jsonl or parquet file cannot be read, or holds too little."""
+    """A text, jsonl or parquet file cannot be read, or holds too little text."""
 
 
 class HealError(RefoldError):
-    """Training cannot start, cannot resume, or must not go on."""
+    """Training cannot start, cannot resume, or must stop."""
 
 
 class ExportError(RefoldError):
-    """A model cannot be written in the format asked for."""
+    """A model cannot be written in the chosen format."""

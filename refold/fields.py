@@ -1,4 +1,4 @@
-"""Fields of recipe sections: the base class, and numbers as people write them (`20M`, `1.5k`, `5e-4`)."""
+"""The base class of recipe sections, and the types of their number fields (`20M`, `1.5k`, `5e-4`)."""
 
 import re
 from decimal import Decimal
@@ -10,7 +10,7 @@ from refold.suggest import MAX_NUMBER, shorten
 
 
 class Section(BaseModel):
-    """Base of all recipe sections: immutable, unknown keys refused, fields documented where they stand."""
+    """Base class of all recipe sections: immutable, without unknown keys, documented by the docstrings of fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -22,10 +22,10 @@ _WRITTEN = re.compile(
 
 
 def read_amount(value: Any) -> Any:
-    """Reads a count with an optional suffix: `20M` is 20,000,000; other types are left for the field to refuse.
+    """Reads a count with an optional suffix: `20M` is 20,000,000. Returns other types unchanged for the field to check.
 
     Raises:
-        ValueError: A string that is no number, or not a whole one.
+        ValueError: A string is not a whole number.
     """
     if isinstance(value, float) and value.is_integer():
         return int(value)
@@ -43,19 +43,19 @@ def read_amount(value: Any) -> Any:
 
 
 def refuse_repeats(values: tuple) -> tuple:
-    """Lets a list through whose entries differ.
+    """Checks that no entry of a list occurs twice, and returns the list.
 
     Raises:
-        ValueError: One stands twice.
+        ValueError: An entry occurs twice.
     """
     for value in values:
         if values.count(value) > 1:
-            raise ValueError(f"each may stand only once (got {shorten(value)} {values.count(value)} times)")
+            raise ValueError(f"each entry must occur once (got {shorten(value)} {values.count(value)} times)")
     return values
 
 
 def _refuse_booleans(value: Any) -> Any:
-    # `true` would quietly become 1.0; strings stay welcome because YAML reads 5e-4 as one.
+    # pydantic would convert `true` to 1.0. Strings are allowed, because YAML reads 5e-4 as a string.
     if isinstance(value, bool):
         raise ValueError(f"must be a number (got {str(value).lower()})")
     return value

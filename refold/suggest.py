@@ -1,4 +1,4 @@
-"""Words of error messages: values shortened, the legal name that is close."""
+"""Parts of error messages: shortened values, and the closest legal name."""
 
 import difflib
 import reprlib
@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 MAX_NUMBER = 2**63 - 1
-"""The largest whole number that is accepted anywhere: what 64 bits hold."""
+"""The largest whole number that is accepted anywhere: the largest signed 64-bit integer."""
 MAX_ECHO = 200
-"""Characters of a value that a message repeats."""
+"""Maximum number of characters of a value in a message."""
 
 
 class _Shortened(reprlib.Repr):
-    """`repr` with few levels, entries and characters, whatever is given."""
+    """A `repr` with bounded depth, entries and characters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,19 +27,19 @@ _SHORTENED = _Shortened()
 
 
 def shorten(value: Any, length: int = MAX_ECHO) -> str:
-    """Returns a value as messages repeat it: its `repr`, with at most `length` characters."""
+    """Returns the `repr` of a value for a message, with at most `length` characters."""
     text = _SHORTENED.repr(value)
     return text if len(text) <= length else f"{text[: length - 4]} ..."
 
 
 def did_you_mean(name: str, legal: Iterable[str]) -> str:
-    """Returns `; did you mean 'x'?` for the closest legal name, or an empty string where none is close."""
+    """Returns `; did you mean 'x'?` for the closest legal name, or an empty string if no name is close."""
     close = difflib.get_close_matches(name[:MAX_ECHO], list(legal), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def must_be_one_of(got: object, legal: Iterable[str]) -> str:
-    """Returns `must be one of a, b (got 'x')`, with the closest legal name where one is close."""
+    """Returns `must be one of a, b (got 'x')`, with the closest legal name if there is one."""
     names = list(legal)
     hint = did_you_mean(got, names) if isinstance(got, str) else ""
     return f"must be one of {', '.join(names)} (got {shorten(got)}){hint}"

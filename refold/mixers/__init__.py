@@ -1,1 +1,1 @@
-"""Mixers and the MLP as typed objects: options, tensors, cost and transfer of one kind of part in one class."""
+"""Mixers and the MLP as typed objects: one class for each, with its options, tensors, cost and transfer. Torch-free."""

@@ -1,4 +1,4 @@
-"""Softmax attention: multi-head, grouped-query, with optional biases and query/key norms."""
+"""Softmax attention: multi-head or grouped-query, with optional biases, query/key norms and a window."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -9,7 +9,7 @@ from refold.mixers.spec import Carried, MixerSpec, Shape, outer_norms
 
 
 class Attention(MixerSpec):
-    """Keeps softmax attention, within a window if asked."""
+    """Keeps the softmax attention of the source, optionally within a window."""
 
     url = "https://arxiv.org/abs/1706.03762"
     is_native = True
@@ -18,10 +18,10 @@ class Attention(MixerSpec):
 
     type: Literal["attention"] = "attention"
     window: Count | None = None
-    """So many latest tokens, itself included, are attended to; left out: as many as in the source."""
+    """Number of latest tokens that a token attends to, itself included. Default: as in the source."""
 
     def resolve(self, arch: ArchSpec, where: str) -> "Attention":
-        """Returns attention without a window: it is the depth's, so that depths with other windows share a part."""
+        """Returns attention without `window`. The depth keeps the window, so that depths of any window share a part."""
         return self.model_copy(update={"window": None})
 
     def looks_back(self, source_window: int | None) -> int | None:
@@ -46,7 +46,7 @@ class Attention(MixerSpec):
 
 
 def attention_linears(arch: ArchSpec) -> dict[str, tuple[int, int]]:
-    """Returns the projections of the source's attention, name to `(out, in)`."""
+    """Returns name and `(out, in)` of each projection of the source's attention."""
     queries = arch.num_attention_heads * arch.head_dim
     keys = arch.num_key_value_heads * arch.head_dim
     return {
@@ -58,7 +58,7 @@ def attention_linears(arch: ArchSpec) -> dict[str, tuple[int, int]]:
 
 
 def attention_vectors(arch: ArchSpec) -> dict[str, Shape]:
-    """Returns the norms and biases of the source's attention, name to shape."""
+    """Returns name and shape of each norm and bias of the source's attention."""
     shapes = attention_linears(arch)
     found = outer_norms(arch) | attention_biases(arch, shapes)
     if arch.qk_norm != "none":
@@ -69,11 +69,11 @@ def attention_vectors(arch: ArchSpec) -> dict[str, Shape]:
 
 
 def attention_biases(arch: ArchSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Shape]:
-    """Returns the biases that the source's attention has, for projections of any shapes."""
+    """Returns name and shape of each bias of the source's attention, for projections of the given shapes."""
     biased = (("q_proj", "k_proj", "v_proj") if arch.qkv_bias else ()) + (("o_proj",) if arch.o_bias else ())
     return {f"{name}.bias": (shapes[name][0],) for name in biased}
 
 
 def key_value_elements(arch: ArchSpec) -> int:
-    """Counts the numbers in the key and the value of one token, all heads together."""
+    """Counts the numbers in the key and the value of one token, over all heads."""
     return 2 * arch.num_key_value_heads * arch.head_dim

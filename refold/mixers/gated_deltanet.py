@@ -1,4 +1,4 @@
-"""Gated delta rule: the state forgets the value under a key before it writes the new one there."""
+"""Gated DeltaNet: a recurrent mixer whose state erases the old value of a key before it writes the new value."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -22,20 +22,20 @@ class GatedDeltanet(ConvolvedSpec):
 
     type: Literal["gated_deltanet"] = "gated_deltanet"
     decay: bool = True
-    """Whether the state also fades, by token and head; without it this is DeltaNet (arXiv 2406.06484)."""
+    """Whether the state decays, with one factor for each token and head; false: DeltaNet (arXiv 2406.06484)."""
     rotary: bool = False
-    """Whether queries and keys are turned by the source's rotary embedding."""
+    """Whether queries and keys are rotated by the source's rotary embedding."""
     norm: Literal["head", "none"] = "head"
     """Root-mean-square norm of each head's output, with weights that all heads share."""
     gate: Literal["silu", "none"] = "silu"
-    """Gate on the normed output, from a projection of its own."""
+    """Gate on the normed output, computed by its own projection."""
 
     @property
     def is_rotary(self) -> bool:
         return self.rotary
 
     def linears(self, arch: ArchSpec) -> dict[str, tuple[int, int]]:
-        """Returns the projections; `b_proj` gives the share that is written (beta), `a_proj` the decay (alpha)."""
+        """Returns the projections. `b_proj` computes the write strength beta, `a_proj` the decay alpha."""
         layout = self.layout
         found = super().linears(arch) | {"b_proj": (layout.heads, arch.hidden_size)}
         if self.decay:
@@ -55,5 +55,5 @@ class GatedDeltanet(ConvolvedSpec):
         return found
 
     def flops_per_token(self, arch: ArchSpec) -> int:
-        # To fade, to read under the key, to write and to read under the query; and the convolution.
+        # Decay, read by the key, write, and read by the query; then the convolution.
         return 7 * self.layout.state_size + self.convolution_flops()

@@ -1,4 +1,4 @@
-"""Gated linear attention: every channel of the keys fades at a rate of its own that depends on the token."""
+"""Gated linear attention: a recurrent mixer with one decay for each key channel and token."""
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
@@ -27,20 +27,20 @@ class Gla(HeadedSpec):
 
     type: Literal["gla"] = "gla"
     decay_from: Literal["projection", "keys"] = "projection"
-    """Where decays come from: a low-rank projection of the input, or each head's keys themselves, which needs no new
+    """Input of the decays: a low-rank projection of the hidden state, or the keys of each head, which needs no new
     weights (Liger, arXiv 2503.01496)."""
     decay_rank: Count = 16
-    """Rank of that projection."""
+    """Rank of the projection for decays."""
     decay_divisor: Annotated[Real, Field(gt=0)] = 16.0
-    """Divisor of the sigmoid's logarithm; a larger one forgets less."""
+    """Divisor of the log-sigmoid that gives the decays. A larger divisor forgets more slowly."""
     rotary: bool = False
-    """Whether queries and keys are turned by the source's rotary embedding."""
+    """Whether queries and keys are rotated by the source's rotary embedding."""
     activation: Literal["none", "softmax"] = "none"
-    """On queries and keys; Liger takes the softmax over a head's channels."""
+    """Activation of queries and keys. Liger uses the softmax over the channels of a head."""
     norm: Literal["head", "none"] = "head"
     """Root-mean-square norm of each head's output, with weights that all heads share."""
     gate: Literal["silu", "none"] = "silu"
-    """Gate on the normed output, from a projection of its own."""
+    """Gate on the normed output, computed by its own projection."""
 
     @property
     def is_rotary(self) -> bool:
@@ -50,11 +50,11 @@ class Gla(HeadedSpec):
         """Fills in head counts and sizes.
 
         Raises:
-            RecipeError: As for every mixer with heads, or keys would be turned before decays are taken from them.
+            RecipeError: As for every mixer with heads; or decays are computed from keys that are rotated.
         """
         if self.decay_from == "keys" and self.rotary:
             raise RecipeError(
-                f"{where}.rotary: must be false where decays come from the keys, which it turns (got true)"
+                f"{where}.rotary: must be false where decay_from is keys, because it rotates the keys (got true)"
             )
         return super().resolve(arch, where)
 

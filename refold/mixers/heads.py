@@ -1,4 +1,4 @@
-"""Mixers with queries, keys and values in heads: head counts, sizes, and the source's projections that fit them."""
+"""Base classes of recurrent mixers with heads: head counts, head sizes, and the source projections that fit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ FILLS: Mapping[str, Fill] = {
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """How queries, keys and values are divided into heads."""
+    """Numbers and sizes of the heads of queries, keys and values."""
 
     heads: int
     q_heads: int
@@ -34,17 +34,17 @@ class HeadLayout:
 
     @property
     def value_width(self) -> int:
-        """Numbers in the output of all heads together."""
+        """Width of the output: all heads together."""
         return self.heads * self.value_dim
 
     @property
     def read_width(self) -> int:
-        """Numbers in queries, keys and values together, as they are projected."""
+        """Width of the projected queries, keys and values together."""
         return (self.q_heads + self.k_heads) * self.key_dim + self.v_heads * self.value_dim
 
     @property
     def state_size(self) -> int:
-        """Numbers in the state of one sequence."""
+        """Count of numbers in the state of one sequence."""
         return self.heads * self.key_dim * self.value_dim
 
 
@@ -54,17 +54,17 @@ class HeadedSpec(MixerSpec):
     is_recurrent: ClassVar[bool] = True
 
     heads: Count | None = None
-    """Heads of the state; left out: as many as the source has query heads."""
+    """Number of state heads. Default: the number of query heads of the source."""
     q_heads: Count | None = None
-    """Heads of the queries, each serving a group of the state's; left out: one each."""
+    """Number of query heads, each shared by a group of state heads. Default: the number of state heads."""
     k_heads: Count | None = None
-    """Heads of the keys; left out: one each, so that grouped key-value heads of a source are repeated."""
+    """Number of key heads. Default: the number of state heads, so that grouped key heads of a source are repeated."""
     v_heads: Count | None = None
-    """Heads of the values; left out: one each."""
+    """Number of value heads. Default: the number of state heads."""
     key_dim: Count | None = None
-    """Size of a query and key head; left out: all heads together as wide as the source's."""
+    """Size of a query head and of a key head. Default: the source's attention width divided by `heads`."""
     value_dim: Count | None = None
-    """Size of a value head; left out: all heads together as wide as the source's."""
+    """Size of a value head. Default: the source's attention width divided by `heads`."""
     norm: str
     """Norm of the output."""
     gate: str
@@ -101,7 +101,7 @@ class HeadedSpec(MixerSpec):
 
         Raises:
             RecipeError: A count does not divide the heads, a size does not follow from the source, or heads are too
-                small to be turned.
+                small for the rotary embedding.
         """
         width = arch.num_attention_heads * arch.head_dim
         heads = self.heads or arch.num_attention_heads
@@ -121,7 +121,7 @@ class HeadedSpec(MixerSpec):
         if self.is_rotary and found["key_dim"] < turned:
             raise RecipeError(
                 f"{where}.rotary: must be false where key heads are smaller than the source's rotary embedding "
-                f"(got heads of {found['key_dim']}, of which {turned} would be turned)"
+                f"(got heads of {found['key_dim']}, and {turned} dimensions to rotate)"
             )
         return self.model_copy(update=found)
 
@@ -144,14 +144,14 @@ class HeadedSpec(MixerSpec):
         return {name: fill for name, fill in FILLS.items() if name in vectors}
 
     def flops_per_token(self, arch: ArchSpec) -> int:
-        # One multiply-add each to fade, to write and to read a number of the state.
+        # For each number of the state: a multiplication to decay, a multiply-add to write, a multiply-add to read.
         return 5 * self.layout.state_size
 
     def state_elements(self, arch: ArchSpec) -> int:
         return self.layout.state_size
 
     def carried(self, arch: ArchSpec) -> Mapping[str, Carried]:
-        """Returns the source's projections that fit, and the reason why others do not."""
+        """Returns the source projections for this mixer, each with the reason if it does not fit."""
         layout, vectors = self.layout, self.vectors(arch)
         query = arch.num_attention_heads, arch.head_dim
         grouped = arch.num_key_value_heads, arch.head_dim
@@ -170,12 +170,12 @@ class HeadedSpec(MixerSpec):
 
 
 class ConvolvedSpec(HeadedSpec):
-    """A mixer with a short convolution on queries, keys and values, and decays that depend on the token."""
+    """A mixer with heads, a short convolution on queries, keys and values, and decays that depend on the token."""
 
     conv: LayerIndex = 4
     """Width of the short convolution on queries, keys and values; 0: none."""
     conv_activation: Literal["silu", "none"] = "silu"
-    """After the convolution."""
+    """Activation after the convolution."""
 
     @property
     def conv_width(self) -> int:
@@ -194,12 +194,12 @@ class ConvolvedSpec(HeadedSpec):
 
 
 def carried_norms(arch: ArchSpec) -> dict[str, Carried]:
-    """Returns the norms around a mixer, which every mixer takes over."""
+    """Returns the norms around a mixer, which every mixer takes over from the source."""
     return {name: Carried(f"mixer.{name}") for name in outer_norms(arch)}
 
 
 def carry_output(arch: ArchSpec, width: int) -> Carried:
-    """Returns the output projection, which fits where all heads together are as wide as the source's."""
+    """Returns the source's output projection, which fits if `width` equals the source's attention width."""
     source = arch.num_attention_heads * arch.head_dim
     misfit = "" if width == source else f"the source's is {source} wide, this mixer's {width}"
     return Carried("mixer.o_proj.weight", "o_proj", misfit=misfit)

@@ -1,4 +1,4 @@
-"""Attention whose softmax is replaced by the product of feature maps, with a window of softmax beside it if asked."""
+"""Linear attention: the softmax is replaced by a product of feature maps, optionally with a softmax window."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -17,7 +17,7 @@ FEATURE_MAPS: Mapping[str, str] = {
     "favor": "https://arxiv.org/abs/2009.14794",
     "dijiang": "https://arxiv.org/abs/2403.19928",
 }
-"""The paper of each map."""
+"""The paper of each feature map."""
 UNLEARNED = ("elu", "relu")
 MAP_FILLS: Mapping[str, Fill] = {
     "t2r": Fill("identity", 1.0),
@@ -25,7 +25,7 @@ MAP_FILLS: Mapping[str, Fill] = {
     "favor": Fill("orthogonal"),
     "dijiang": Fill("cosine"),
 }
-"""The initial directions of each map that has some."""
+"""The initial weights of each feature map that has weights."""
 
 
 class LinearAttention(MixerSpec):
@@ -37,46 +37,50 @@ class LinearAttention(MixerSpec):
 
     type: Literal["linear_attention"] = "linear_attention"
     feature_map: Literal["elu", "relu", "t2r", "hedgehog", "favor", "dijiang"] = "hedgehog"
-    """phi: `elu` plus 1, `relu`; a learned linear with a relu (`t2r`) or with the softmax of its values and their
-    negatives (`hedgehog`); positive random features (`favor`); weighted features of a cosine transform (`dijiang`)."""
+    """The feature map phi: `elu` plus 1; `relu`; a learned linear with a relu (`t2r`) or with the softmax of its
+    outputs and their negatives (`hedgehog`); positive random features (`favor`); weighted cosine features
+    (`dijiang`)."""
     features: Count | None = None
-    """Features of each head, the rank of the approximation; left out: as many as a head is large, `hedgehog` twice."""
+    """Number of features of each head: the rank of the approximation. Default: the head size, for `hedgehog` twice."""
     normalise: bool = True
-    """Whether weights are divided by their sum, as the softmax is."""
+    """Whether attention weights are divided by their sum, as in the softmax."""
     window: LayerIndex = 0
-    """So many latest tokens, itself included, are attended to by softmax, all earlier ones by features, under one
-    normaliser (LoLCATs, arXiv 2410.10254); 0: features only."""
+    """Number of latest tokens, itself included, that a token attends to by softmax. All earlier tokens are attended to
+    by features, under one normaliser (LoLCATs, arXiv 2410.10254). 0: features only."""
     fit: SoftmaxFit = "none"
-    """Inputs that learned maps are fitted on before healing: none, random ones (the source's attention is imitated),
-    or the text given at conversion."""
+    """Inputs on which learned maps are fitted to the source's attention before healing: `none` (no fit), random hidden
+    states (`data_free`), or the text given at conversion (`calibration`)."""
 
     def resolve(self, arch: ArchSpec, where: str) -> "LinearAttention":
         """Fills in the number of features.
 
         Raises:
-            RecipeError: Features that this map cannot have, or a fit of a map without weights.
+            RecipeError: The map cannot have this number of features, or has no weights to fit.
         """
         name, size = self.feature_map, arch.head_dim
         features = self.features or (2 * size if name == "hedgehog" else size)
         if name in UNLEARNED and features != size:
             raise RecipeError(
-                f"{where}.features: must be {size} for {name}, which maps each number of a head (got {features})"
+                f"{where}.features: must be {size} for {name}, with one feature per head dimension (got {features})"
             )
         if name == "hedgehog" and features % 2:
             raise RecipeError(
-                f"{where}.features: must be even for hedgehog, which has each with its negative (got {features})"
+                f"{where}.features: must be even for hedgehog, which pairs each feature with its negative "
+                f"(got {features})"
             )
         if self.fit != "none" and name not in ("t2r", "hedgehog"):
-            raise RecipeError(f"{where}.fit: requires a learned map, t2r or hedgehog (got {name}); leave fit out")
+            raise RecipeError(f"{where}.fit: requires a learned map, t2r or hedgehog (got {name}); remove fit")
         if self.window and not self.normalise:
-            raise RecipeError(f"{where}.normalise: must be true where a window is attended to by softmax (got false)")
+            raise RecipeError(f"{where}.normalise: must be true where window is above 0 (got false)")
         if arch.attention_softcap is not None and self.window:
-            raise RecipeError(f"{where}.window: must be 0 where the source caps its scores (got {self.window})")
+            raise RecipeError(
+                f"{where}.window: must be 0 where the source caps its attention scores (got {self.window})"
+            )
         return self.model_copy(update={"features": features})
 
     @property
     def num_features(self) -> int:
-        """Features of each head of a resolved mixer."""
+        """Number of features of each head of a resolved mixer."""
         assert self.features is not None, "only a resolved mixer has a number of features"
         return self.features
 
@@ -85,7 +89,7 @@ class LinearAttention(MixerSpec):
         return self.fit
 
     def map_shape(self, arch: ArchSpec) -> Shape | None:
-        """Returns the shape of each learned map, `[heads, head_dim, directions]`; None for a map without weights."""
+        """Returns the shape `[heads, head_dim, directions]` of a map's weights; None for a map without weights."""
         if self.feature_map in UNLEARNED:
             return None
         directions = self.num_features // 2 if self.feature_map == "hedgehog" else self.num_features
@@ -111,7 +115,7 @@ class LinearAttention(MixerSpec):
             "q_map.weight": directions,
             "k_map.weight": directions,
             "map_weights.log": Fill("constant", 0.0),
-            # The sigmoid of it is the window's share beside the features, one tenth, as in LoLCATs.
+            # sigmoid(-2.197) = 0.1: the initial weight of the window against the features, as in LoLCATs.
             "blend.share": Fill("constant", -2.197),
         }
         vectors = self.vectors(arch)
@@ -138,5 +142,5 @@ class LinearAttention(MixerSpec):
         return self.window * (key_value_elements(arch) + 1)
 
     def _value_width(self, arch: ArchSpec) -> int:
-        # The normaliser is one more channel of the values.
+        # The normaliser is stored as one more channel of the values.
         return arch.head_dim + bool(self.normalise)

@@ -1,4 +1,4 @@
-"""Mamba: a selective state-space model with a decay for each channel and state."""
+"""Mamba: a selective state-space model with one decay for each channel and state dimension."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
@@ -10,7 +10,7 @@ from refold.mixers.spec import Carried, Fill, MixerSpec, Shape, outer_norms
 
 
 class MambaSizes(NamedTuple):
-    """Sizes of a resolved Mamba: channels inside, numbers of state for each, and the rank of the step sizes."""
+    """Sizes of a resolved Mamba: inner channels, state dimensions for each channel, and the rank of the step sizes."""
 
     width: int
     state: int
@@ -22,7 +22,7 @@ class Mamba(MixerSpec):
 
     url = "https://arxiv.org/abs/2312.00752"
     is_recurrent = True
-    # Two linears, not one `in_proj`: x is taken over from the source's values and relaxed from them, z starts fresh.
+    # Two linears instead of one `in_proj`: x is taken over from the source's values, z is fresh.
     foreign_names: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "in_proj.weight": ("in_proj_x.weight", "in_proj_z.weight")
     }
@@ -38,13 +38,13 @@ class Mamba(MixerSpec):
 
     type: Literal["mamba"] = "mamba"
     width: Count | None = None
-    """Channels inside; left out: twice the hidden size."""
+    """Number of inner channels. Default: twice the hidden size."""
     state: Count = 16
-    """Numbers of state for each channel."""
+    """Number of state dimensions for each channel."""
     conv: Count = 4
     """Width of the short convolution."""
     dt_rank: Count | None = None
-    """Rank of the step sizes' projection; left out: a sixteenth of the hidden size, rounded up."""
+    """Rank of the projection for step sizes. Default: a sixteenth of the hidden size, rounded up."""
 
     @property
     def sizes(self) -> MambaSizes:
@@ -73,7 +73,7 @@ class Mamba(MixerSpec):
         }
 
     def vectors(self, arch: ArchSpec) -> dict[str, Shape]:
-        """Returns the norms around it, and its own; `conv1d.weight` without the axis of one that `nn.Conv1d` has."""
+        """Returns all vectors. `conv1d.weight` is stored without the middle axis of size one that `nn.Conv1d` has."""
         width, state, _ = self.sizes
         return outer_norms(arch) | {
             "dt_proj.bias": (width,),
@@ -93,7 +93,7 @@ class Mamba(MixerSpec):
         }
 
     def carried(self, arch: ArchSpec) -> Mapping[str, Carried]:
-        """Returns the output projection and the values, where the channels inside are as many as the source's."""
+        """Returns the source's value and output projections, which fit if `width` equals the source's width."""
         width, values = self.sizes.width, arch.num_key_value_heads * arch.head_dim
         repeat = width // values if width == arch.num_attention_heads * arch.head_dim else 1
         misfit = "" if width == repeat * values else f"the source's is {values} wide, this mixer's {width}"

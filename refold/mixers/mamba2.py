@@ -11,7 +11,7 @@ from refold.mixers.spec import Shape
 class Mamba2(ConvolvedSpec):
     """Replaces attention by Mamba-2 (arXiv 2405.21060).
 
-    Queries, keys and values are C, B and x of that paper, as Mamba in the Llama (arXiv 2408.15237) maps them.
+    Queries, keys and values are C, B and x of the paper, the mapping of Mamba in the Llama (arXiv 2408.15237).
     """
 
     url = "https://arxiv.org/abs/2405.21060"
@@ -24,9 +24,9 @@ class Mamba2(ConvolvedSpec):
 
     type: Literal["mamba2"] = "mamba2"
     norm: Literal["group", "none"] = "group"
-    """Root-mean-square norm of the gated output, over all heads that a query head serves."""
+    """Root-mean-square norm of the gated output, over all heads that share a query head."""
     gate: Literal["silu", "none"] = "silu"
-    """Gate on the output, from a projection of its own (z in the paper)."""
+    """Gate on the output, computed by its own projection (z in the paper)."""
 
     def linears(self, arch: ArchSpec) -> dict[str, tuple[int, int]]:
         layout = self.layout

@@ -1,11 +1,11 @@
-"""The MLP: gated (SwiGLU and its like) or plain."""
+"""The MLP of a source: gated (such as SwiGLU) or plain."""
 
 from refold.families.arch import ArchSpec
 from refold.mixers.spec import PartSpec, Shape, outer_norms
 
 
 class MlpSpec(PartSpec):
-    """The source's MLP; it has no options."""
+    """The source's MLP, which has no options."""
 
     url = "https://arxiv.org/abs/2002.05202"
 

@@ -1,4 +1,4 @@
-"""Entries of a recipe's `mixers`: a mixer's options, the depths that get it, and what is transferred to it."""
+"""Entries of a recipe's `mixers`: the options of a mixer, its depths, and the linears transferred to it."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -10,7 +10,7 @@ from refold.mixers.registry import MIXERS, tagged_union
 from refold.mixers.spec import MixerSpec
 
 TRANSFERS = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp")
-"""The names that `transfer` knows."""
+"""The names that `transfer` accepts."""
 XATL_TRANSFER = ("o_proj", "mlp")
 """The linears that Cross-Architecture Transfer Learning takes over besides embeddings, head and norms."""
 
@@ -19,9 +19,9 @@ class Every(Section):
     """Depths at regular distances."""
 
     every: Count
-    """Every n-th depth."""
+    """Distance n: every n-th depth."""
     start: LayerIndex = 0
-    """The first of them."""
+    """The first depth."""
 
 
 def _kind_of_depths(value: Any) -> str:
@@ -55,28 +55,29 @@ class MixerEntry(Section):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
     mixer_class: ClassVar[type[MixerSpec]]
-    """The mixer whose options it has besides."""
+    """The mixer whose options the entry also holds."""
 
     depths: Depths = "all"
-    """Depths (source layers, counted from 0) that get it: `all`, a list, `{every: 4}`, or `xatl`: 1 and L/2-1."""
+    """Depths (source layers, counted from 0) that get the mixer: `all`, a list, `{every: 4}`, or `xatl`: 1 and L/2-1
+    of L layers."""
     except_: Annotated[Depths, Field(alias="except")] = ()
-    """Depths of those that keep the source's attention; `xatl` is the paper's choice: 1 and L/2-1 of L layers."""
+    """Exceptions: depths that keep the source's attention. `xatl` is the choice of the paper: 1 and L/2-1 of L."""
     transfer: Transfer = XATL_TRANSFER
-    """Linears taken over from the source's layer besides its norms: `all`, or some of `q_proj`, `k_proj`, `v_proj`,
-    `o_proj` and `mlp`. A linear that is not named starts fresh; one that is named must fit."""
+    """Linears taken over from the source's layer, besides its norms: `all`, or some of `q_proj`, `k_proj`, `v_proj`,
+    `o_proj` and `mlp`. All other linears are fresh. A linear in the list must fit."""
 
     def mixer(self) -> MixerSpec:
-        """Returns the mixer alone, as the recipe gives its options."""
+        """Returns the mixer with the options of the entry, not yet resolved."""
         given = {name: getattr(self, name) for name in self.mixer_class.model_fields}
         return self.mixer_class.model_validate(given)
 
     def transfers(self) -> tuple[str, ...]:
-        """Returns the names of what is taken over."""
+        """Returns the names of the linears that are taken over."""
         return TRANSFERS if isinstance(self.transfer, str) else self.transfer
 
 
 def _entry_class(mixer: type[MixerSpec]) -> type[MixerEntry]:
-    """Makes the recipe section of a mixer: placement and the mixer's own fields."""
+    """Makes the recipe section of a mixer: the placement fields and the mixer's own fields."""
     placed = MixerEntry.model_fields["transfer"]
     default = "all" if mixer.transfers_all else placed.default
     entry: Any = create_model(

@@ -1,4 +1,4 @@
-"""All mixers, by the `type` that recipes and blueprints give them."""
+"""The table of all mixers, by the `type` that recipes and blueprints use."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -29,25 +29,25 @@ MIXERS: Mapping[str, type[MixerSpec]] = {
         LinearAttention,
     )
 }
-"""The one table of mixers. What else lists them is derived from it: unions, the recipe reference, error messages."""
+"""All mixers by `type`. Unions, the recipe reference and error messages are derived from this table."""
 
 
 def tagged_union(classes: Mapping[str, type[MixerSpec]]) -> Any:
-    """Returns the union of classes that a mapping's `type` chooses from.
+    """Returns a union of mixer classes whose branch is chosen by the key `type`.
 
     Args:
-        classes: By `type`: those of `MIXERS`, or classes made from them.
+        classes: Classes by `type`: `MIXERS`, or classes made from it.
     """
-    # Tags between angle brackets name the branch of a union; messages leave them out.
+    # Error messages drop tags in angle brackets, which only name the branch of a union.
     branches = tuple(Annotated[each, Tag(f"<{name}>")] for name, each in classes.items())
     return Annotated[Union[branches], Discriminator(_tag), BeforeValidator(_known_mixer)]  # noqa: UP007
 
 
 def require_module(mixer: MixerSpec) -> None:
-    """Checks that a mixer's module is there; torch stays unloaded.
+    """Checks, without importing torch, that the file with a mixer's module exists.
 
     Raises:
-        RecipeError: There is no such file, so that a folder with this mixer could not be run.
+        RecipeError: There is no such file, so a folder with this mixer could not run.
     """
     if find_spec(f"refold.nn.mixers.{mixer.type}") is None:
         raise RecipeError(

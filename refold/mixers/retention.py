@@ -1,4 +1,4 @@
-"""Retention: a state that fades at a fixed rate for each head; lightning attention is a setting of it."""
+"""Retention: a recurrent mixer with one fixed decay for each head. Lightning attention is a special case."""
 
 from typing import Annotated, Literal
 
@@ -17,19 +17,19 @@ class Retention(HeadedSpec):
 
     type: Literal["retention"] = "retention"
     decay: Literal["retnet", "slopes"] = "retnet"
-    """How fast head h of H forgets: `retnet`: 1 - 2^(-5-h) is kept for each token; `slopes`: exp(-2^(-8(h+1)/H)), as in
+    """Factor on the state of head h of H for each token. `retnet`: 1 - 2^(-5-h); `slopes`: exp(-2^(-8(h+1)/H)), as in
     lightning attention."""
     decay_scale: Annotated[Real, Field(gt=0)] = 1.0
-    """Factor on the decays' logarithms; lightning attention lets it fall from layer to layer."""
+    """Factor on the logarithm of the decays. In lightning attention it falls from layer to layer."""
     rotary: bool = True
-    """Whether queries and keys are turned by the source's rotary embedding."""
+    """Whether queries and keys are rotated by the source's rotary embedding."""
     activation: Literal["none", "silu"] = "none"
-    """On queries, keys and values; lightning attention has `silu`."""
+    """Activation of queries, keys and values. Lightning attention uses `silu`."""
     norm: Literal["head", "full", "none"] = "head"
-    """Root-mean-square norm of the output: of each head without weights (the paper's group norm), or of all heads at
-    once with weights (lightning attention)."""
+    """Root-mean-square norm of the output: of each head without weights (`head`, the group norm of the paper), or of
+    all heads at once with weights (`full`, lightning attention)."""
     gate: Literal["silu", "sigmoid", "none"] = "silu"
-    """Gate on the normed output, from a projection of its own."""
+    """Gate on the normed output, computed by its own projection."""
 
     @property
     def is_rotary(self) -> bool:

@@ -1,4 +1,4 @@
-"""The base classes of parts: what a mixer or an MLP stores, costs and takes over from its source."""
+"""The base classes of mixers and the MLP: their tensors, cost, and tensors taken over from the source."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from refold.fields import Section
 
 Shape = tuple[int, ...]
 SoftmaxFit = Literal["none", "data_free", "calibration"]
-"""Inputs that feature maps are fitted on: none, random ones, or calibration text."""
+"""Inputs for fitting feature maps: none (no fit), random hidden states, or calibration text."""
 
 
 @dataclass(frozen=True)
 class Fill:
-    """The initial values of a fresh vector; `refold.nn.fills` makes them.
+    """The initial values of a fresh tensor, as data; `refold.nn.fills` generates them.
 
     Attributes:
-        kind: `constant` (`low`); `normal` (standard deviation `low`); `log_uniform`: log of uniform numbers between
-            `low` and `high`; `log_range`: log of 1, 2, 3, ... along the last dimension; `softplus_inverse`: the inverse
-            softplus of numbers between `low` and `high`, uniform in their logarithm; `last_tap`: a convolution that
-            passes on the current token; `identity`: the identity for each head, `low` times, and other directions as
-            long beyond it; `orthogonal`: for each head orthogonal directions of Gaussian length; `cosine`: for each
-            head the discrete cosine transform.
+        kind: `constant`: `low`. `normal`: standard deviation `low`. `log_uniform`: log of uniform numbers between `low`
+            and `high`. `log_range`: log of 1, 2, 3, ... along the last dimension. `softplus_inverse`: inverse softplus
+            of log-uniform numbers between `low` and `high`. `last_tap`: a convolution that returns the current token.
+            `identity`: for each head `low` times the identity; columns beyond it are random and of the same length.
+            `orthogonal`: for each head orthogonal directions of Gaussian length. `cosine`: for each head the discrete
+            cosine transform.
     """
 
     kind: Literal[
@@ -46,9 +46,9 @@ class Carried:
 
     Attributes:
         canonical: The source's canonical tensor, such as `mixer.q_proj.weight`.
-        group: Its name in a recipe's `transfer`, such as `q_proj`; empty: it is always taken over.
-        repeat: How often each of the source's heads stands in it (key-value heads for more heads).
-        misfit: Why it cannot be taken over; empty where it can.
+        group: The name in a recipe's `transfer`, such as `q_proj`; empty: the tensor is always taken over.
+        repeat: Number of times that each head of the source is repeated (grouped key-value heads).
+        misfit: The reason why the tensor cannot be taken over; empty: it fits.
     """
 
     canonical: str
@@ -59,29 +59,29 @@ class Carried:
 
 @dataclass(frozen=True)
 class CacheCost:
-    """Memory that grows with the context: `bytes_per_token` for at most `max_tokens` tokens (None: without end)."""
+    """Memory that grows with the context: `bytes_per_token` for at most `max_tokens` tokens (None: no limit)."""
 
     bytes_per_token: int
     max_tokens: int | None
 
 
 class PartSpec(Section):
-    """One kind of stored part; its fields are its options.
+    """One kind of stored part. The fields of the class are its options.
 
-    Tensor names are relative to the part: `q_proj.weight`, `input_norm.weight`. Linears can be relaxed by LoRA and
-    replaced by quantised ones; vectors (norms, biases, decays) can be kept for each depth. The name of a linear has no
-    dot: it is the name of a module, of a LoRA pair, and the part of a tensor's name before the first dot.
+    Tensor names are relative to the part: `q_proj.weight`, `input_norm.weight`. Linears can be relaxed by LoRA and can
+    be quantised; a depth can have own vectors (norms, biases, decays). The name of a linear has no dot, because it is
+    also the name of a module and of a LoRA pair, and tensor names are cut at the first dot.
     """
 
     url: ClassVar[str]
     """The paper."""
 
     def linears(self, arch: ArchSpec) -> dict[str, tuple[int, int]]:
-        """Returns linear name to `(out, in)`, in the order they are stored."""
+        """Returns name and `(out, in)` of each linear, in storage order."""
         raise NotImplementedError
 
     def vectors(self, arch: ArchSpec) -> dict[str, Shape]:
-        """Returns vector name (`q_proj.bias`, `input_norm.weight`, `A_log`) to shape."""
+        """Returns name (`q_proj.bias`, `input_norm.weight`, `A_log`) and shape of each vector."""
         raise NotImplementedError
 
     def fills(self, arch: ArchSpec) -> Mapping[str, Fill]:
@@ -89,65 +89,65 @@ class PartSpec(Section):
         return {}
 
     def flops_per_token(self, arch: ArchSpec) -> int:
-        """Counts the FLOPs for each token besides those of the linears."""
+        """Counts the FLOPs of one token, without those of the linears."""
         return 0
 
 
 class MixerSpec(PartSpec):
-    """A token mixer: the options of a recipe's section, and all that planning and conversion ask about it."""
+    """A token mixer: its options in a recipe, and the properties that planning and conversion need."""
 
     key_value_names: ClassVar[frozenset[str]] = frozenset()
-    """Linears and norms that only make keys and values, which depths may read from one another; empty: it has none."""
+    """Linears and norms that only serve keys and values, which a depth may read from another; empty: no keys."""
     is_native: ClassVar[bool] = False
-    """Whether it is the source's own attention: the same tensors, one for one, and the same function of them."""
+    """Whether the mixer is the source's own attention: the same tensors and the same function."""
     is_recurrent: ClassVar[bool] = False
-    """Whether it keeps a state of constant size instead of keys and values."""
+    """Whether the mixer keeps a state of constant size instead of keys and values."""
     transfers_all: ClassVar[bool] = False
-    """Whether a recipe that names no `transfer` takes over everything, instead of the output projection and the MLP."""
+    """Default of `transfer` in a recipe: true: `all`; false: the output projection and the MLP."""
     foreign_names: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """Tensor names of the reference implementation to the tensors here that it consists of, one below the other. A
-    tensor that is not listed has the same name in both."""
+    """Tensor names of the reference implementation, each with the tensors here that it concatenates by rows. A tensor
+    that is not listed has the same name in both."""
     former_names: ClassVar[Mapping[str, str]] = {}
-    """Names that folders written by earlier versions give to linears and vectors, each with its name now."""
+    """Names of linears and vectors in folders of earlier versions, each with the present name."""
 
     type: str
-    """Which mixer."""
+    """Name of the mixer in recipes and blueprints."""
 
     def resolve(self, arch: ArchSpec, where: str) -> "MixerSpec":
-        """Returns the mixer with every option filled in that depends on the source; a resolved one gives itself.
+        """Fills in every option that depends on the source. A resolved mixer returns an equal one.
 
         Args:
             arch: The source.
             where: The recipe's key, for messages.
 
         Raises:
-            RecipeError: Source and options do not go together.
+            RecipeError: The options do not fit the source.
         """
         return self
 
     def looks_back(self, source_window: int | None) -> int | None:
-        """Returns the window of its depths in tokens, given the source's; None: all tokens, or a state holds them."""
+        """Returns the window in tokens, given the source's window; None: all tokens, or a recurrent state."""
         return None
 
     @property
     def is_rotary(self) -> bool:
-        """Whether it turns queries and keys by the source's rotary embedding."""
+        """Whether the mixer rotates queries and keys by the source's rotary embedding."""
         return True
 
     @property
     def softmax_fit(self) -> SoftmaxFit | None:
-        """The inputs on which its feature maps are fitted to the source's softmax attention.
+        """The inputs for fitting the feature maps to the source's softmax attention; None: no feature maps.
 
-        The maps are its only vectors that attention does not have. None: it does not stand for softmax attention.
+        A mixer with feature maps has no other vectors besides those of attention.
         """
         return None
 
     def carried(self, arch: ArchSpec) -> Mapping[str, Carried]:
-        """Returns tensor name to the source tensor it is taken from; a tensor without an entry starts fresh."""
+        """Returns the source tensor for each tensor of the mixer; a tensor without an entry is fresh."""
         raise NotImplementedError
 
     def flops_per_context_token(self, arch: ArchSpec) -> int:
-        """Counts the FLOPs for each token and each token it looks back to."""
+        """Counts the FLOPs of one token for each visible token."""
         return 0
 
     def cache_elements_per_token(self, arch: ArchSpec) -> int:
@@ -159,12 +159,12 @@ class MixerSpec(PartSpec):
         return 0
 
     def kept_elements(self, arch: ArchSpec) -> int:
-        """Counts the last inputs of convolutions and windows, in numbers of the model's dtype per sequence."""
+        """Counts the kept inputs of convolutions and windows of one sequence, in numbers of the model's dtype."""
         return 0
 
     @classmethod
     def current_name(cls, local: str) -> str:
-        """Returns the name of one of its tensors, given the name in this version or an earlier one."""
+        """Returns the present name of a tensor, given its present name or its name in an earlier version."""
         for former, current in cls.former_names.items():
             if local == former or local.startswith(f"{former}."):
                 return current + local[len(former) :]
@@ -172,7 +172,7 @@ class MixerSpec(PartSpec):
 
 
 def outer_norms(arch: ArchSpec) -> dict[str, Shape]:
-    """Returns the norms around a mixer or an MLP: before it, after it, or both."""
+    """Returns the vectors of the norms before and after a mixer or an MLP."""
     found: dict[str, Shape] = {}
     for name, is_there in (("input_norm", arch.input_norms), ("output_norm", arch.output_norms)):
         if is_there:
@@ -181,5 +181,5 @@ def outer_norms(arch: ArchSpec) -> dict[str, Shape]:
 
 
 def norm_vectors(name: str, norm: Norm, size: int) -> dict[str, Shape]:
-    """Returns the vectors of one norm over `size` numbers."""
+    """Returns name and shape of the vectors of one norm over `size` numbers."""
     return {f"{name}.weight": (size,), **({f"{name}.bias": (size,)} if norm.bias else {})}
