@@ -1,1 +1,1 @@
-"""Source architectures as data: free of torch, one file per family."""
+"""Source architectures as data, one file per family. Torch-free."""

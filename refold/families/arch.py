@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is, as data: all that the model, the cost and the converter need to know of one."""
+"""The architecture of a decoder-only transformer as data, for the model, the cost and the converter."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,22 +8,22 @@ Size = Annotated[int, Field(gt=0)]
 
 
 class Frozen(BaseModel):
-    """Base of all descriptions: immutable, unknown keys refused."""
+    """Base class of all data objects that are written to files: immutable, without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Norm(Frozen):
-    """A normalisation over the hidden dimension: `rms`, or `layer` (mean removed as well)."""
+    """A normalisation over the hidden dimension: `rms`, or `layer`, which subtracts the mean too."""
 
     kind: Literal["rms", "layer"] = "rms"
     eps: float = 1e-6
     offset: float = 0.0
-    """Added to the stored weight before it scales (Gemma stores `weight - 1`)."""
+    """Number added to the stored weight (Gemma stores `weight - 1`)."""
     bias: bool = False
     float32_scale: bool = False
-    """Of `rms`: whether the weight scales before the result is rounded to the model's dtype (Gemma, OLMo 2), or after
-    (Llama)."""
+    """For `rms`: whether the product with the weight is computed in float32 and then rounded to the model's dtype
+    (Gemma, OLMo 2). Otherwise the normed input is rounded first (Llama)."""
 
 
 class Rope(Frozen):
@@ -32,32 +32,32 @@ class Rope(Frozen):
     kind: Literal["default", "linear", "llama3", "dynamic", "yarn"] = "default"
     theta: float = 10000.0
     rotary_dim: int
-    """How many of a head's dimensions are rotated (all of them unless the source rotates partially)."""
+    """Number of rotated dimensions of a head: all, unless the source has partial rotary embedding."""
     scaling: dict[str, Any] = Field(default_factory=dict)
-    """The further numbers of a kind, such as `factor` or `low_freq_factor`."""
+    """Further numbers of the kind, such as `factor` or `low_freq_factor`."""
     float32_turn: bool = False
-    """Whether queries and keys are turned in float32 and then rounded (OLMo 2), or in the model's dtype."""
+    """Whether queries and keys are rotated in float32 and then rounded (OLMo 2), or rotated in the model's dtype."""
 
     def __hash__(self) -> int:
         return hash((self.kind, self.theta, self.rotary_dim, repr(sorted(self.scaling.items())), self.float32_turn))
 
 
 class Layer(Frozen):
-    """What differs between the layers of a source without being a weight."""
+    """Properties of one source layer that are not weights."""
 
     window: Annotated[int, Field(gt=0)] | None = None
-    """Number of tokens a token may look back to, itself included; None: all of them."""
+    """Number of latest tokens that a token attends to, itself included; None: all."""
     rope: Rope | None = None
 
 
 class ArchSpec(Frozen):
     """A source architecture.
 
-    Every field selects a small part when the model is built; no family's name appears in its forward pass.
+    The model is built from these fields alone: its forward pass does not depend on the name of a family.
     """
 
     family: str
-    """The source's `model_type`; only reading and dense export look at it."""
+    """The source's `model_type`, used only for reading the source and for dense export."""
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
@@ -70,19 +70,20 @@ class ArchSpec(Frozen):
     activation: str
     gated_mlp: bool = True
     residual: Literal["sequential", "parallel"] = "sequential"
-    """`parallel`: mixer and MLP both read the depth's input (GPT-NeoX); `sequential`: the MLP reads after the mixer."""
+    """`parallel`: mixer and MLP both read the input of the layer (GPT-NeoX). `sequential`: the MLP reads the sum of the
+    input and the mixer's output."""
     input_norms: bool = True
-    """Whether mixer and MLP norm what they read (all but OLMo 2)."""
+    """Whether the inputs of mixer and MLP are normed (all families except OLMo 2)."""
     output_norms: bool = False
-    """Whether the outputs of mixer and MLP are normed before the residual sum: with input norms Gemma 2's sandwich,
-    without them OLMo 2."""
+    """Whether the outputs of mixer and MLP are normed before the residual sum (Gemma 2 and 3 besides the input norms,
+    OLMo 2 instead of them)."""
     qk_norm: Literal["none", "head", "full"] = "none"
     """Norm of queries and keys: over each head (Qwen3) or over all heads at once (OLMo 2)."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     attention_scale: float
-    """What scores are multiplied by, usually `head_dim ** -0.5`."""
+    """Factor on the attention scores, usually `head_dim ** -0.5`."""
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     embedding_scale: float = 1.0

@@ -1,4 +1,4 @@
-"""Kinds and bounds of the fields of a raw `config.json`: the one check before any family reads them."""
+"""Types and bounds of the fields of a raw `config.json`, checked once before a family reads them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,31 +6,31 @@ from typing import Any
 from refold.errors import SourceError
 from refold.suggest import shorten
 
-Wish = tuple[str, Callable[[Any], bool]]
-"""Words for what a value must be, and whether one is."""
+Requirement = tuple[str, Callable[[Any], bool]]
+"""A requirement on a value: its words in a message, and the function that checks the value."""
 
 
-def _whole(most: int, least: int = 1) -> Wish:
+def _whole(most: int, least: int = 1) -> Requirement:
     words = f"a whole number from {least:,}" if least != 1 else "a positive whole number"
     return f"{words}, at most {most:,}", lambda value: type(value) is int and least <= value <= most
 
 
-def _number(least: float, most: float) -> Wish:
+def _number(least: float, most: float) -> Requirement:
     return f"a number from {least:g} to {most:g}", lambda value: type(value) in (int, float) and least <= value <= most
 
 
-def _kind(words: str, *kinds: type) -> Wish:
+def _kind(words: str, *kinds: type) -> Requirement:
     return words, lambda value: isinstance(value, kinds)
 
 
 _SIZE, _POSITIONS = _whole(2**24), _whole(2**40)
 _FLAG, _NAME, _OBJECT = _kind("true or false", bool), _kind("a text", str), _kind("an object", dict)
 _SCALE, _ANY_NUMBER = _number(1e-30, 1e30), _number(-1e30, 1e30)
-"""Their squares are still numbers of float32."""
+"""Bounds whose squares are finite in float32."""
 
-FIELDS: Mapping[str, Wish] = {
+FIELDS: Mapping[str, Requirement] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim", "num_key_value_heads"), _SIZE),
-    # No model on the hub has a tenth of these.
+    # Generous bounds: no model on the hub reaches a tenth of these.
     "num_hidden_layers": _whole(1024),
     "num_attention_heads": _whole(2**16),
     "max_position_embeddings": _POSITIONS,
@@ -48,7 +48,7 @@ FIELDS: Mapping[str, Wish] = {
     **dict.fromkeys(("rope_parameters", "rope_scaling", "text_config"), _OBJECT),
     "layer_types": _kind("a list", list),
 }
-ROPE_FIELDS: Mapping[str, Wish] = {
+ROPE_FIELDS: Mapping[str, Requirement] = {
     **dict.fromkeys(("rope_type", "type"), _NAME),
     **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), _SCALE),
     **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _ANY_NUMBER),
@@ -60,21 +60,21 @@ ROPE_FIELDS: Mapping[str, Wish] = {
 
 
 def check_fields(config: Mapping[str, Any], where: str = "") -> None:
-    """Checks that each field that families read has the right kind and a size that a model can have; null passes.
+    """Checks the type and the bounds of each field that families read; null is allowed.
 
     Args:
-        config: The raw config, or the part of it for text.
-        where: What to put before the names of its fields.
+        config: The raw config, or its `text_config`.
+        where: Prefix of field names in messages.
 
     Raises:
-        SourceError: A field has another kind, or is out of bounds.
+        SourceError: A field has the wrong type, or is out of bounds.
     """
     _check(config, FIELDS, where)
     for key in ("rope_parameters", "rope_scaling"):
         given = config.get(key) or {}
         _check(given, ROPE_FIELDS, f"{where}{key}.")
         for kind, part in given.items():
-            # Of families whose layers differ in it: one object for each kind of layer.
+            # A family whose layers differ in their rope has one object for each kind of layer.
             if isinstance(part, dict):
                 _check(part, ROPE_FIELDS, f"{where}{key}.{kind}.")
     for index, kind in enumerate(config.get("layer_types") or ()):
@@ -84,7 +84,7 @@ def check_fields(config: Mapping[str, Any], where: str = "") -> None:
         check_fields(config["text_config"], f"{where}text_config.")
 
 
-def _check(given: Mapping[str, Any], fields: Mapping[str, Wish], where: str) -> None:
+def _check(given: Mapping[str, Any], fields: Mapping[str, Requirement], where: str) -> None:
     for key, value in given.items():
         if value is None or key not in fields:
             continue

@@ -1,4 +1,4 @@
-"""How one family's checkpoints are read and written, as data: config fields and tensor names."""
+"""The description of one model family: its config fields and its tensor names, for reading and for writing."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,17 +7,16 @@ from typing import Any, Literal
 from refold.families.arch import ArchSpec
 
 Layout = Literal["whole", "rows", "heads"]
-"""How a source tensor holds its pieces: one piece; pieces one after the other by rows; or, for each head, the pieces'
-`head_dim` rows in turn (GPT-NeoX: `[heads, pieces, head_dim]`)."""
+"""Layout of the canonical pieces in a source tensor. `whole`: one piece; `rows`: pieces concatenated by rows; `heads`:
+for each head the `head_dim` rows of every piece in turn (GPT-NeoX: `[heads, pieces, head_dim]`)."""
 
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One source tensor and the canonical pieces it holds.
+    """One source tensor and the canonical pieces inside it.
 
     Canonical names: `embed_tokens.weight`, `norm.weight`, `lm_head.weight`, and in a layer `mixer.q_proj.weight`,
-    `mixer.input_norm.weight`, `mlp.up_proj.bias`, ... A rule whose source name holds `{layer}` stands for one tensor
-    per layer.
+    `mixer.input_norm.weight`, `mlp.up_proj.bias`, ... A source name with `{layer}` stands for one tensor per layer.
     """
 
     source: str
@@ -31,20 +30,21 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class Family:
-    """A source architecture: plug point of its own, one file each, one entry in the registry."""
+    """A model family: one file and one entry in the registry."""
 
     model_type: str
     architecture: str
-    """Class name that transformers loads it with."""
+    """Class name in transformers."""
     url: str
     read_config: Callable[[Mapping[str, Any]], ArchSpec]
-    """Raw `config.json` (of transformers 4 or 5) to ArchSpec, with the family's own defaults."""
+    """Converts a raw `config.json` (of transformers 4 or 5) to an ArchSpec, with the family's own defaults."""
     write_config: Callable[[ArchSpec], dict[str, Any]]
-    """ArchSpec to the fields of a transformers 5 `config.json`: the inverse of `read_config`."""
+    """Converts an ArchSpec to the fields of a transformers 5 `config.json`: the inverse of `read_config`."""
     rules: tuple[TensorRule, ...]
-    """All tensors the family can have; those an ArchSpec has no use for (biases, an untied head) need not be there."""
+    """All tensors that the family can have. A checkpoint needs only those that its ArchSpec uses (biases and an untied
+    head are optional)."""
     spellings: tuple[tuple[TensorRule, ...], ...] = ()
-    """The same rules with other names, where checkpoints of more than one layout are about. `rules` has the names that
-    transformers' modules have."""
+    """The same rules with other tensor names, for families whose checkpoints use several naming schemes. `rules` has
+    the names of transformers' modules."""
     ignored: Mapping[str, str] = field(default_factory=dict)
-    """Glob patterns of source tensors that are left out, each with the reason."""
+    """Glob patterns of source tensors that are ignored, each with the reason."""

@@ -23,7 +23,7 @@ from refold.families.reading import (
 def read_config(config: Mapping[str, Any]) -> ArchSpec:
     fields = read_fields(config, "hidden_act", max_positions=8192, kv_heads=16)
     rope = read_rope(config, fields["head_dim"], fields["max_position_embeddings"])
-    # The first releases say `gelu` and mean this.
+    # The first released configs say `gelu`, but the models use the tanh approximation.
     activation = "gelu_pytorch_tanh" if fields["activation"] == "gelu" else fields["activation"]
     return ArchSpec(
         family="gemma",
@@ -33,15 +33,15 @@ def read_config(config: Mapping[str, Any]) -> ArchSpec:
 
 
 def read_fields(config: Mapping[str, Any], activation_key: str, *, max_positions: int, kv_heads: int) -> dict[str, Any]:
-    """Reads what all Gemmas have in common: ArchSpec's fields without family and layers.
+    """Reads the ArchSpec fields that all Gemma families share: all except family and layers.
 
     Raises:
-        SourceError: The model attends in both directions, or a size is missing or no positive whole number.
+        SourceError: Attention is bidirectional, or a size is missing or not a positive whole number.
     """
     if config.get("use_bidirectional_attention"):
         raise SourceError(
-            "config.json: use_bidirectional_attention must be false (got true: tokens that see later ones cannot "
-            "generate); take a causal model"
+            "config.json: use_bidirectional_attention must be false (got true: a model whose tokens see later tokens "
+            "cannot generate); take a causal model"
         )
     sizes = read_decoder(config, max_positions=max_positions, kv_heads=kv_heads, head_dim=256, is_tied=True)
     attention_bias = read_or(config, "attention_bias", False)
@@ -62,7 +62,7 @@ def write_config(arch: ArchSpec) -> dict[str, Any]:
 
 
 def write_fields(arch: ArchSpec, activation_key: str) -> dict[str, Any]:
-    """The inverse of `read_fields`."""
+    """Writes the fields that `read_fields` reads."""
     return {
         **write_decoder(arch, activation_key=activation_key),
         "attention_bias": arch.qkv_bias,

@@ -18,14 +18,14 @@ def read_config(config: Mapping[str, Any]) -> ArchSpec:
         family="gemma2",
         **fields,
         layers=tuple(Layer(window=window, rope=rope) for window in windows),
-        # Defaults hold only where a key is missing: null says "no cap".
+        # The default is for a missing key; null means "no cap".
         attention_softcap=config.get("attn_logit_softcapping", 50.0),
         logit_softcap=config.get("final_logit_softcapping", 30.0),
     )
 
 
 def read_fields(config: Mapping[str, Any], *, max_positions: int) -> dict[str, Any]:
-    """Reads what Gemma 2 and 3 have in common: ArchSpec's fields without family, layers and soft-caps."""
+    """Reads the ArchSpec fields that Gemma 2 and 3 share: all except family, layers and soft-caps."""
     fields = gemma.read_fields(config, "hidden_activation", max_positions=max_positions, kv_heads=4)
     return {
         **fields,
@@ -44,12 +44,12 @@ def write_config(arch: ArchSpec) -> dict[str, Any]:
 
 
 def write_fields(arch: ArchSpec) -> dict[str, Any]:
-    """The inverse of `read_fields`, and the cap of the logits."""
+    """Writes the fields that `read_fields` reads, and the soft-cap of the logits."""
     exact = arch.attention_scale**-2
     whole = round(exact)
     return {
         **gemma.write_fields(arch, "hidden_activation"),
-        # transformers wants a whole number, which squaring the root may miss by a rounding.
+        # transformers requires a whole number, but squaring the root may give one with a rounding error.
         "query_pre_attn_scalar": whole if whole**-0.5 == arch.attention_scale else exact,
         "final_logit_softcapping": arch.logit_softcap,
     }

@@ -1,4 +1,4 @@
-"""Gemma 3 with vision: its text part, which is a `gemma3_text` model inside; an export is of that family."""
+"""Gemma 3 with vision: refold reads its text part, a `gemma3_text` model, and exports that family."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,7 +8,7 @@ from refold.families import gemma3_text
 from refold.families.arch import ArchSpec
 from refold.families.family import Family, TensorRule
 
-# Released configs name only what differs from these.
+# Released configs hold only the fields that differ from these.
 TEXT_DEFAULTS = {
     "vocab_size": 262208,
     "hidden_size": 2304,
@@ -26,14 +26,14 @@ def read_config(config: Mapping[str, Any]) -> ArchSpec:
 
 
 def _rules(stack: str, head: str) -> tuple[TensorRule, ...]:
-    """The text model's rules with its stack and head under other names."""
+    """Returns the rules of the text model with other names for stack and head."""
     return tuple(
         replace(rule, source=rule.source.replace("model.", stack, 1).replace("lm_head.", head, 1))
         for rule in gemma3_text.FAMILY.rules
     )
 
 
-NO_TEXT = "refold takes the text part only"
+NO_TEXT = "refold uses only the text part"
 
 FAMILY = Family(
     model_type="gemma3",

@@ -1,4 +1,4 @@
-"""Gemma 3 without vision: Gemma 2 with normed queries and keys instead of caps, and another rope in local layers."""
+"""Gemma 3 without vision: Gemma 2 with query/key norms instead of soft-caps, and another rope in local layers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ def read_config(config: Mapping[str, Any]) -> ArchSpec:
         **fields,
         layers=tuple(Layer(window=window, rope=local if window else everywhere) for window in windows),
         qk_norm="head",
-        # The config has a cap of the scores as well, of which transformers takes no notice.
+        # transformers ignores the config's soft-cap of the attention scores.
         logit_softcap=config.get("final_logit_softcapping"),
     )
 
@@ -32,7 +32,7 @@ def read_config(config: Mapping[str, Any]) -> ArchSpec:
 def _read_rope(config: Mapping[str, Any], fields: Mapping[str, Any], is_local: bool) -> Rope:
     """Reads one of the two ropes: `rope_parameters` by layer type (v5), or bases beside each other (v4)."""
     given = dict((config.get("rope_parameters") or {}).get(LAYER_TYPES[is_local]) or {})
-    # The scaling of v4 configs is the global layers' alone.
+    # The scaling in v4 configs is for global layers only.
     scaling = {} if is_local else config.get("rope_scaling") or {}
     bases = {"rope_theta": config.get("rope_local_base_freq" if is_local else "rope_theta")}
     return read_rope(
@@ -54,7 +54,7 @@ def write_config(arch: ArchSpec) -> dict[str, Any]:
 
 
 def _only_rope(arch: ArchSpec, is_local: bool) -> Rope:
-    """The rope of all local or of all global layers; where there are none, the usual one."""
+    """Returns the rope of all local or of all global layers; the family's default if there are no such layers."""
     ropes = {layer.rope for layer in arch.layers if (layer.window is not None) == is_local}
     usual = Rope(theta=LOCAL_THETA if is_local else GLOBAL_THETA, rotary_dim=arch.head_dim)
     rope, *others = ropes or {usual}

@@ -47,7 +47,7 @@ def read_config(config: Mapping[str, Any]) -> ArchSpec:
 def write_config(arch: ArchSpec) -> dict[str, Any]:
     layer = only_layer(arch.layers, "gpt_neox")
     assert layer.rope is not None
-    # NeoX rotates a quarter of a head unless told otherwise, so the share is always written.
+    # The default of NeoX is a quarter of a head, so the share is always written.
     rope = {**write_rope(layer.rope, arch.head_dim), "partial_rotary_factor": rotary_share(layer.rope, arch.head_dim)}
     return {
         **write_decoder(arch, is_grouped=False),

@@ -1,4 +1,4 @@
-"""Llama (1 to 3, TinyLlama and what shares the layout)."""
+"""Llama 1 to 3, TinyLlama and other models with the same layout."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -47,7 +47,7 @@ def write_config(arch: ArchSpec) -> dict[str, Any]:
 
 
 def linear_rules(layer: str, source: str, canonical: str, names: Mapping[str, str]) -> tuple[TensorRule, ...]:
-    """Rules for weight and bias of unfused linears: `names` maps a source's name to the canonical one."""
+    """Returns rules for weight and bias of unfused linears; `names` maps source names to canonical names."""
     return tuple(
         TensorRule(f"{layer}.{source}.{name}.{kind}", (f"{canonical}.{ours}.{kind}",))
         for name, ours in names.items()

@@ -22,7 +22,7 @@ from refold.families.reading import (
 def read_config(config: Mapping[str, Any]) -> ArchSpec:
     sizes = read_decoder(config, max_positions=4096 * 32, kv_heads=8)
     rope = read_rope(config, sizes["head_dim"], sizes["max_position_embeddings"])
-    # The default window holds only where the key is missing: null says "no window".
+    # The default is for a missing key; null means "no window".
     window = config.get("sliding_window", 4096)
     return ArchSpec(
         family="mistral",

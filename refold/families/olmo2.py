@@ -1,4 +1,4 @@
-"""OLMo 2: Llama's parts normed after instead of before, and queries and keys normed over all heads at once."""
+"""OLMo 2: Llama with output norms instead of input norms, and query/key norms over all heads at once."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: Llama with fused query-key-value and gate-up, and partial rotary."""
+"""Phi-3 and Phi-4: Llama with fused query-key-value and gate-up linears, and partial rotary embedding."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ from refold.families.reading import (
     write_rope,
 )
 
-# transformers takes `su` and `yarn` in these configs for `longrope`.
+# In these configs transformers reads `su` and `yarn` as `longrope`.
 LONG_ROPES = ("longrope", "su", "yarn")
 
 
@@ -47,8 +47,8 @@ def _refuse_long_rope(config: Mapping[str, Any]) -> None:
     kind = given.get("rope_type") or given.get("type")
     if kind in LONG_ROPES:
         raise SourceError(
-            f"config.json: rope kind must be default for phi3 (got {kind!r}, which changes what stands in the cache as "
-            f"a text grows); take a model without it, such as Phi-3-mini-4k or Phi-4"
+            f"config.json: rope kind must be default for phi3 (got {kind!r}, which changes cached keys as the text "
+            f"grows); take a model without it, such as Phi-3-mini-4k or Phi-4"
         )
 
 
@@ -57,7 +57,7 @@ def write_config(arch: ArchSpec) -> dict[str, Any]:
     assert layer.rope is not None
     return {
         **write_decoder(arch),
-        # Where it is missing, transformers takes 4096 and from there on drops the cache once.
+        # If the key is missing, transformers assumes 4096 and drops the cache once at that length.
         "original_max_position_embeddings": arch.max_position_embeddings,
         "sliding_window": layer.window,
         "rms_norm_eps": arch.norm.eps,

@@ -24,7 +24,7 @@ def read_config(config: Mapping[str, Any]) -> ArchSpec:
 
 
 def read_fields(config: Mapping[str, Any], head_dim: int | None = None) -> dict[str, Any]:
-    """Reads what Qwen2 and Qwen3 have in common; `head_dim` is taken where the config names none."""
+    """Reads the ArchSpec fields that Qwen2 and Qwen3 share; `head_dim` is the default of a missing `head_dim`."""
     sizes = read_decoder(config, max_positions=32768, kv_heads=32, head_dim=head_dim)
     rope = read_rope(config, sizes["head_dim"], sizes["max_position_embeddings"])
     slides = read_or(config, "use_sliding_window", False)

@@ -1,4 +1,4 @@
-"""Qwen3: Qwen2 without biases, with a norm of each head's queries and keys."""
+"""Qwen3: Qwen2 without biases, and with query/key norms over each head."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,7 @@
-"""Fields of a raw `config.json`, read as transformers 4 and 5 write them, and written as 5 does."""
+"""Readers and writers of `config.json` fields that several families share: sizes, ropes, windows.
+
+They read the forms of transformers 4 and 5, and write the form of transformers 5.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +11,7 @@ from refold.errors import SourceError
 from refold.families.arch import ArchSpec, Layer, Rope
 from refold.suggest import must_be_one_of, shorten
 
-# The numbers each kind needs; of what else a config carries beside them only ROPE_OPTIONS have an effect.
+# The required numbers of each rope kind. Of all other numbers in a config only ROPE_OPTIONS have an effect.
 ROPE_KINDS = {
     "default": (),
     "linear": ("factor",),
@@ -25,7 +28,7 @@ ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_t
 
 
 def require(config: Mapping[str, Any], key: str) -> int:
-    """Returns a size that has no default; raises SourceError where it is missing or no positive whole number."""
+    """Returns a size without a default; raises SourceError if it is missing or not a positive whole number."""
     if config.get(key) is None:
         raise SourceError(
             f"config.json: `{key}` is required (not there); is this a complete {config.get('model_type')} folder?"
@@ -34,7 +37,7 @@ def require(config: Mapping[str, Any], key: str) -> int:
 
 
 def read_size(config: Mapping[str, Any], key: str, default: int) -> int:
-    """Returns a size, or its default; raises SourceError where it is no positive whole number."""
+    """Returns a size, or its default; raises SourceError if it is not a positive whole number."""
     value = config.get(key)
     if value is None:
         return default
@@ -44,7 +47,7 @@ def read_size(config: Mapping[str, Any], key: str, default: int) -> int:
 
 
 def read_or(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    """Returns a field, or its default where it is missing or null."""
+    """Returns a field, or its default if the field is missing or null."""
     value = config.get(key)
     return default if value is None else value
 
@@ -65,22 +68,22 @@ def read_decoder(
     is_grouped: bool = True,
     is_tied: bool = False,
 ) -> dict[str, Any]:
-    """Reads the fields that decoders of transformers name alike.
+    """Reads the fields with the same name in all decoders of transformers.
 
     Args:
         config: Raw `config.json`.
-        max_positions: What the family takes where the config names none.
-        kv_heads: The same, for the number of key-value heads; None: as many as there are heads. Null in the config
-            says as many as there are heads in every family.
-        head_dim: The same, for the size of a head; None: the hidden size shared out over the heads.
-        is_grouped: Whether the family has these two fields at all; if not, they are not read.
-        is_tied: Whether the head is the embedding where the config does not say.
+        max_positions: The family's default of `max_position_embeddings`.
+        kv_heads: The family's default of `num_key_value_heads`; None: the number of heads. If the config holds null,
+            the number of heads is used in every family.
+        head_dim: The family's default of `head_dim`; None: the hidden size divided by the number of heads.
+        is_grouped: Whether the family has `num_key_value_heads` and `head_dim`; if not, they are not read.
+        is_tied: The family's default of `tie_word_embeddings`.
 
     Returns:
-        ArchSpec's fields of sizes, with the usual attention scale.
+        The size fields of an ArchSpec, with the attention scale `head_dim ** -0.5`.
 
     Raises:
-        SourceError: A size is missing or no positive whole number.
+        SourceError: A size is missing or not a positive whole number.
     """
     hidden_size = require(config, "hidden_size")
     heads = require(config, "num_attention_heads")
@@ -109,7 +112,7 @@ def read_decoder(
 
 
 def write_decoder(arch: ArchSpec, *, is_grouped: bool = True, activation_key: str = "hidden_act") -> dict[str, Any]:
-    """The inverse of `read_decoder`, and the fields that need no defaults of a family."""
+    """Writes the fields that `read_decoder` reads, and the activation."""
     grouped = {"num_key_value_heads": arch.num_key_value_heads, "head_dim": arch.head_dim}
     return {
         "vocab_size": arch.vocab_size,
@@ -139,17 +142,17 @@ def read_rope(
     Args:
         config: Raw `config.json`.
         head_dim: Size of a head.
-        max_position_embeddings: Stands for the original one where `llama3` or `yarn` name none.
+        max_position_embeddings: Default of `original_max_position_embeddings` for `llama3` and `yarn`.
         theta_key: Name of the base in v4 configs.
-        partial: Share of a head that is rotated where the config names none; None: this family rotates whole heads,
-            whatever the config says, as transformers does.
-        default_theta: The base where the config names none.
-        kinds: Those the family has.
+        partial: Default of `partial_rotary_factor`; None: the family always rotates whole heads and ignores the config,
+            as transformers does.
+        default_theta: Default of the base.
+        kinds: Rope kinds of the family.
 
     Raises:
-        SourceError: A kind that refold does not run, or one of its numbers is missing.
+        SourceError: An unsupported kind, or one of its numbers is missing.
     """
-    # In this order, as transformers reads them where both are there.
+    # If both exist, transformers reads `rope_scaling`.
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     if kind not in kinds:
@@ -172,7 +175,7 @@ def read_rope(
 
 
 def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
-    """The inverse of `read_rope`: transformers 5 `rope_parameters`."""
+    """Writes a rope as `rope_parameters` of transformers 5."""
     parameters: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta, **rope.scaling}
     if rope.rotary_dim != head_dim:
         parameters["partial_rotary_factor"] = rotary_share(rope, head_dim)
@@ -180,7 +183,7 @@ def write_rope(rope: Rope, head_dim: int) -> dict[str, Any]:
 
 
 def rotary_share(rope: Rope, head_dim: int) -> float:
-    """The share of a head that is rotated, such that its product with `head_dim`, cut to a whole number, is exact."""
+    """Returns the rotated share of a head, such that `int(head_dim * share)` is exactly `rotary_dim`."""
     share = rope.rotary_dim / head_dim
     return share if int(head_dim * share) == rope.rotary_dim else math.nextafter(share, 1.0)
 
@@ -188,15 +191,15 @@ def rotary_share(rope: Rope, head_dim: int) -> float:
 def read_windows(
     config: Mapping[str, Any], window: int | None, is_sliding: Callable[[int], bool]
 ) -> tuple[int | None, ...]:
-    """Returns the window of each layer, of a family whose layers differ in it.
+    """Returns the window of each layer, for families whose layers have different windows.
 
     Args:
-        config: Raw `config.json`; its `layer_types` decide where they are there.
-        window: That of sliding layers.
-        is_sliding: Whether a layer slides where the config has no `layer_types`.
+        config: Raw `config.json`; its `layer_types`, if present, select the layers with a window.
+        window: The window of sliding layers.
+        is_sliding: Selects the sliding layers of a config without `layer_types`.
 
     Raises:
-        SourceError: `layer_types` has another length, a kind refold does not run, or sliding layers without a window.
+        SourceError: `layer_types` has a wrong length or an unknown entry, or sliding layers have no window.
     """
     num_layers = require(config, "num_hidden_layers")
     kinds = config.get("layer_types")
@@ -213,10 +216,10 @@ def read_windows(
 
 
 def write_windows(layers: tuple[Layer, ...], family: str) -> dict[str, Any]:
-    """The inverse of `read_windows`; raises where more than one window occurs."""
+    """Writes the fields that `read_windows` reads; raises SourceError if windows have different sizes."""
     windows = sorted({layer.window for layer in layers if layer.window is not None})
     if len(windows) > 1:
-        raise SourceError(f"{family}: the sizes of windows must be at most one (got {windows})")
+        raise SourceError(f"{family}: all windows must have one size to be written as {family} (got {windows})")
     return {
         "sliding_window": windows[0] if windows else None,
         "layer_types": [LAYER_TYPES[layer.window is not None] for layer in layers],
@@ -224,7 +227,7 @@ def write_windows(layers: tuple[Layer, ...], family: str) -> dict[str, Any]:
 
 
 def only_rope(layers: tuple[Layer, ...], family: str) -> Rope:
-    """The one rope of an architecture whose layers may differ in windows alone; raises where ropes differ."""
+    """Returns the rope that all layers share; raises SourceError if ropes differ."""
     rope, *others = {layer.rope for layer in layers}
     if others or rope is None:
         raise SourceError(f"{family}: all layers must have one rope to be written as {family}")
@@ -232,12 +235,12 @@ def only_rope(layers: tuple[Layer, ...], family: str) -> Rope:
 
 
 def same_layers(num_layers: int, window: int | None, rope: Rope | None) -> tuple[Layer, ...]:
-    """The layers of an architecture that has only one kind of them."""
+    """Returns the layers of an architecture whose layers are all alike."""
     return tuple(Layer(window=window, rope=rope) for _ in range(num_layers))
 
 
 def only_layer(layers: tuple[Layer, ...], family: str) -> Layer:
-    """The one kind of layer an architecture of equal layers has; raises where windows or ropes differ."""
+    """Returns the layer that all layers equal; raises SourceError if windows or ropes differ."""
     if len(set(layers)) != 1:
         raise SourceError(f"{family}: all layers must have one window and one rope to be written as {family}")
     return layers[0]

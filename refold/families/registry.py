@@ -1,4 +1,4 @@
-"""All families, by the source's `model_type`."""
+"""The table of all families, by the source's `model_type`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,11 +21,11 @@ def find_family(model_type: object, config: Mapping[str, Any] | None = None) -> 
     """Returns the family of a `model_type`.
 
     Args:
-        model_type: As `config.json` gives it.
-        config: The whole of `config.json`, for the reason of a refusal.
+        model_type: The value in `config.json`.
+        config: The whole of `config.json`, for the reason in an error message.
 
     Raises:
-        SourceError: No such family, with the reason and the list of those there are.
+        SourceError: The family is not supported; the message lists the supported ones.
     """
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise SourceError(f"config.json: model_type: {explain_unsupported(model_type, FAMILIES, config)}")
@@ -36,7 +36,7 @@ def read_arch(config: Mapping[str, Any]) -> ArchSpec:
     """Reads a raw `config.json` into an ArchSpec.
 
     Raises:
-        SourceError: An unknown family, a missing field, or a value refold cannot run.
+        SourceError: An unknown family, a missing field, or an unsupported value.
     """
     family = find_family(config.get("model_type"), config)
     check_fields(config)

@@ -1,4 +1,4 @@
-"""Reasons why models of other architectures are refused."""
+"""Error messages for models of unsupported families, with the reason if it is known."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -7,11 +7,11 @@ from typing import Any
 from refold.suggest import shorten
 
 ENCODER = "an encoder: it predicts no next token, so there is nothing to fold, heal or evaluate here"
-ENCODER_DECODER = "an encoder-decoder: its decoder reads another stack, and refold folds decoders that stand alone"
+ENCODER_DECODER = "an encoder-decoder: its decoder reads an encoder, and refold folds decoder-only models"
 EXPERTS = "a mixture of experts: each layer chooses among many MLPs, and refold folds layers with one MLP"
 RECURRENT = "a recurrent or hybrid model: some of its layers have no softmax attention, which every source needs"
-OTHER_DECODER = "a decoder whose tensors refold has no table for yet"
-NOT_TEXT = "no model of text alone"
+OTHER_DECODER = "a decoder whose tensor names refold does not know yet"
+NOT_TEXT = "not a text-only model"
 _KINDS: Mapping[str, tuple[str, ...]] = {
     ENCODER: (
         "bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2", "camembert",
@@ -46,12 +46,12 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num
 
 
 def explain_unsupported(model_type: object, supported: Iterable[str], config: Mapping[str, Any] | None = None) -> str:
-    """Returns the message for a model of no supported family: its kind where that is known, else a close name.
+    """Returns the message for an unsupported family: the kind of the model if known, else a similar name.
 
     Args:
-        model_type: As `config.json` gives it.
-        supported: Names of families.
-        config: The whole of `config.json`, which tells the kind of a model whose name says nothing.
+        model_type: The value in `config.json`.
+        supported: Names of the supported families.
+        config: The whole of `config.json`, from which the kind of an unknown `model_type` is derived.
     """
     names = list(supported)
     said = f"must be one of {', '.join(names)} (got {shorten(model_type)}"
