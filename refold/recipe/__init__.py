@@ -1,1 +1,1 @@
-"""The recipe language: one YAML file says how a model is folded and healed. Free of torch."""
+"""The recipe language: one YAML file that describes how a model is folded and healed. Torch-free."""

@@ -1,4 +1,4 @@
-"""What a recipe can say about leaving out: whole layers, token mixers, MLPs."""
+"""The `drop` section of a recipe: whole layers, token mixers or MLPs to drop."""
 
 from typing import Annotated, Literal
 
@@ -11,20 +11,21 @@ DropBy = Literal["even", "similarity", "auto"]
 
 
 class Dropping(Section):
-    """How much is left out, and how it is chosen: exactly one of the amounts is given."""
+    """Parts to drop: exactly one amount, and the rule that chooses the parts."""
 
     count: LayerIndex | None = None
-    """How many are left out."""
+    """Number of parts to drop."""
     share: Annotated[Real, Field(ge=0, le=1)] | None = None
-    """Share that is left out, rounded to whole ones, half to even."""
+    """Share of parts to drop, rounded to a whole number, half to even."""
     by: DropBy = "even"
-    """How they are chosen. `even`: those to keep are evenly spaced, first and last included. `similarity`: those go
-    that change the stream least, as `refold analyse` or calibration text says (LLM-Drop, arXiv 2406.15786; ShortGPT,
-    arXiv 2403.03853). `auto`: `similarity` where there are measurements or text, else `even`."""
+    """Rule that chooses the parts. `even`: the kept parts are evenly spaced, first and last included. `similarity`: the
+    parts that change the residual stream least are dropped, measured by `refold analyse` or on calibration text
+    (LLM-Drop, arXiv 2406.15786; ShortGPT, arXiv 2403.03853). `auto`: `similarity` if there are measurements or text,
+    else `even`."""
 
     @property
     def is_listed(self) -> bool:
-        """Whether the recipe itself says which ones."""
+        """Whether the recipe lists the layers."""
         return False
 
     @model_validator(mode="after")
@@ -37,10 +38,10 @@ class Dropping(Section):
 
 
 class PartDrop(Dropping):
-    """Which parts are left out: exactly one of the amounts says how many, or which."""
+    """Parts of one kind to drop: exactly one of `count`, `share` and `layers`."""
 
     layers: LayerList | None = None
-    """Source layers that lose it."""
+    """Source layers whose part is dropped."""
 
     @property
     def is_listed(self) -> bool:
@@ -48,41 +49,41 @@ class PartDrop(Dropping):
 
 
 class BlockDrop(PartDrop):
-    """Which whole layers are left out."""
+    """Whole layers to drop."""
 
     parameters: Amount | None = None
-    """Keep as many whole layers as fit into this number of non-embedding parameters, such as 500M."""
+    """Budget of non-embedding parameters, such as 500M: as many whole layers as possible are kept."""
 
 
 class SublayerDrop(Dropping):
-    """How many of all token mixers and MLPs are left out, whichever matter least."""
+    """Token mixers and MLPs to drop, chosen together by their influence."""
 
     by: DropBy = "similarity"
-    """As for `drop.block`, but `similarity` unless you say otherwise."""
+    """As for `drop.block`, but with the default `similarity`."""
     parameters: Amount | None = None
-    """Leave out as few as bring the rest within this number of non-embedding parameters, before anything is tied."""
+    """Budget of non-embedding parameters before layers are tied: as few parts as possible are dropped."""
 
 
 class Drop(Section):
-    """What is left out of the stack. The norms of what is left out go with it."""
+    """Drops parts of the stack together with their norms."""
 
     block: BlockDrop | None = None
-    """Whole layers, before anything is tied."""
+    """Whole layers, dropped before layers are tied."""
     attention: PartDrop | None = None
-    """Token mixers, of the depths that remain."""
+    """Token mixers of the layers that remain."""
     mlp: PartDrop | None = None
-    """MLPs, of the depths that remain."""
+    """MLPs of the layers that remain."""
     sublayers: SublayerDrop | None = None
-    """Token mixers and MLPs jointly, of the depths that remain, instead of `attention` and `mlp`."""
+    """Token mixers and MLPs together, of the layers that remain, instead of `attention` and `mlp`."""
 
     @model_validator(mode="after")
     def _one_way(self) -> "Drop":
         if self.sublayers is not None and (self.attention is not None or self.mlp is not None):
-            raise ValueError("sublayers: attention and mlp must be left out beside it (got both ways); choose one")
+            raise ValueError("sublayers: cannot stand beside attention or mlp (got both); remove one of them")
         return self
 
     @property
     def by_influence(self) -> frozenset[DropBy]:
-        """The ways to choose that follow from measurement, of those it uses."""
+        """The rules of the section that need a measurement: `similarity`, `auto`, or both."""
         every: tuple[Dropping | None, ...] = (self.block, self.attention, self.mlp, self.sublayers)
         return frozenset(each.by for each in every if each and not each.is_listed and each.by != "even")

@@ -1,4 +1,4 @@
-"""Healing stages and protocols as a recipe writes them."""
+"""The `heal` section of a recipe: training stages, and the protocols that expand to stages."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -23,17 +23,17 @@ KIND_GROUPS = tuple(
         )
     )
 )
-"""Names of groups that follow from the kind and the pool of a tensor."""
+"""Names of groups that are derived from the kind and the pool of a tensor."""
 GROUPS = tuple(dict.fromkeys(("all", "transferred", "fresh", "adapters", "shared", *KIND_GROUPS)))
-"""Names of groups of weights; whatever else is named is a tensor, or a pattern with `*`."""
+"""Names of all groups of weights. Any other name is a tensor, or a pattern with `*`."""
 
 
 def _read_objective(value: Any) -> Any:
-    """Reads `distil`, `[distil, hidden_states]`, or a mapping whose values are options, a weight, or nothing."""
+    """Reads the forms of `objective`: a name, a list of names, or a mapping of names to options, a weight or null."""
     if callable(value):
         raise ValueError(
-            "the name of an objective is required (got a function or class); subclass Objective and give it a name by "
-            "refold.register_objective"
+            "must be the name of an objective (got a function or class); subclass Objective and register it under a "
+            "name with refold.register_objective"
         )
     if isinstance(value, str):
         return {value: {}}
@@ -51,27 +51,27 @@ def _read_options(value: Any) -> Any:
 
 
 class Thaw(Section):
-    """Trains only what is not in `groups` at first, and decides while training when the rest joins in.
+    """Freezes some weights at first, and thaws them during training.
 
     The rule is the Loss Improvement Threshold of Cross-Architecture Transfer Learning (arXiv 2404.02684).
     """
 
     groups: Groups = ("transferred",)
-    """What is frozen at first."""
+    """Groups of weights that are frozen at first."""
     when: Literal["improvement", "norm", "share"] = "improvement"
-    """`improvement`: when the mean loss of a window is better than the last one's by less than `threshold` of it;
-    `norm`: when the norm of the weights that train has grown by less than `threshold` in a window; `share`: when
-    `latest` is reached."""
+    """Condition for thawing. `improvement`: from one window to the next the mean loss improves by less than the share
+    `threshold`. `norm`: in a window the norm of the trained weights grows by less than the share `threshold`. `share`:
+    the share `latest` of the steps is reached."""
     threshold: Annotated[Real, Field(ge=0)] = 0.01
-    """Relative change of a window below which nothing more is gained while frozen."""
+    """Relative change for each window below which the weights thaw."""
     patience: Count = 1
-    """How many windows in a row must stay below it."""
+    """Number of successive windows below `threshold`."""
     window: Annotated[Real, Field(gt=0, le=1)] = 0.034
     """Length of a window as a share of the stage's steps (the paper: 5,000 of 145,000)."""
     warmup: Share = 0.014
     """Share of the stage's steps over which the thawed weights' learning rate rises (the paper: 2,000 of 145,000)."""
     latest: Share = 1.0
-    """Share of the steps after which they thaw in any case; 1: never."""
+    """Share of the steps after which the weights thaw in any case; 1: never."""
 
 
 class HealStage(Section):
@@ -80,7 +80,7 @@ class HealStage(Section):
     objective: Annotated[StageObjectives, BeforeValidator(_read_objective)] = StageObjectives.model_validate(
         {"distil": {}}
     )
-    """What is minimised: a name, a list of names, or a mapping of names to options, such as
+    """Objectives to minimise: a name, a list of names, or a mapping of names to options, such as
     `{distil: {divergence: reverse_kl}, hidden_states: {weight: 0.1}}`."""
     tokens: Amount
     """Training tokens, such as 20M."""
@@ -89,43 +89,43 @@ class HealStage(Section):
     batch_tokens: Amount = 16_384
     """Tokens for each optimizer step."""
     context: Annotated[Count, Field(ge=2)] | None = None
-    """Tokens in one packed sequence; left out: 1024, or what the source was made for if that is less."""
+    """Tokens in one packed sequence. Default: 1024, or the context length of the source if that is less."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`adamw`; or `muon` for the matrices inside the stack, with AdamW for all else."""
+    """`adamw`; or `muon` for the matrices inside the stack, with AdamW for all other weights."""
     warmup: Share = 0.02
     """Share of the steps over which the learning rate rises."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up; `constant` falls linearly in the last fifth of the steps."""
+    """Decay of the learning rate after the warm-up; `constant` decays linearly in the last fifth of the steps."""
     floor: Share = 0.1
-    """Share of the peak at which the learning rate ends."""
+    """Final learning rate, as a share of the peak."""
     weight_decay: Annotated[Real, Field(ge=0)] = 0.0
     """Weight decay, on matrices only."""
     gradient_clip: Annotated[Real, Field(gt=0)] = 1.0
-    """Longest gradient (2-norm over all weights) of a step; a longer one is shortened to it."""
+    """Maximum 2-norm of the gradient over all weights; a longer gradient is scaled down."""
     train: Groups = ("all",)
-    """What trains: groups (`all`, `transferred`, `fresh`, `adapters`, `shared`, `mixers`, `mlps`, `vectors`,
+    """Weights to train: groups (`all`, `transferred`, `fresh`, `adapters`, `shared`, `mixers`, `mlps`, `vectors`,
     `embeddings`, `head`, `exits`), names of tensors, or patterns with `*`."""
     freeze: Groups = ()
-    """What of that does not train after all."""
+    """Exceptions from `train`: weights that stay frozen."""
     rates: dict[str, Annotated[Real, Field(ge=0)]] = Field(default_factory=dict)
-    """Factors on the learning rate for some of the groups, names or patterns; the last that fits counts."""
+    """Factors on the learning rate by group, name or pattern; if several match a weight, the last one counts."""
     thaw: Thaw | None = None
-    """What is frozen at first, and when it joins in."""
+    """Weights that are frozen at first, and the condition for thawing them."""
     data: Literal["text", "chat"] = "text"
-    """`chat`: documents are lists of messages, rendered by the tokenizer's chat template; only the assistant's turns
-    count."""
+    """`chat`: documents are lists of messages, rendered by the tokenizer's chat template. Only the assistant's turns
+    count in the loss."""
     teacher_tokens: Amount | None = None
-    """Train the source on the same data for so many tokens first, by next-token prediction, and let that be the
-    teacher, as in Relaxed Recursive Transformers. Left out: the source as it is."""
+    """Tokens of the same data on which the source is first trained by next-token prediction to become the teacher, as
+    in Relaxed Recursive Transformers. Default: the teacher is the source, without training."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What matrix products run in; weights and optimizer are float32 always. `auto`: bfloat16 on a GPU, and on a CPU
-    with matrix tiles (AMX) from a hidden size of 128 on; else float32."""
+    """Dtype of matrix products; weights and optimizer states are always float32. `auto`: bfloat16 on a GPU, and on a
+    CPU with matrix tiles (AMX) from a hidden size of 128 on; else float32."""
     micro_batch: Count | None = None
-    """Sequences in one forward pass; gradients add up to those of the whole batch. Left out: what memory allows."""
+    """Sequences in one forward pass; gradients are accumulated over the batch. Default: as many as memory allows."""
     gradient_checkpointing: bool = False
-    """Compute each depth's activations again in the backward pass instead of keeping them."""
+    """Whether each depth's activations are computed again in the backward pass instead of being stored."""
     seed: LayerIndex = 0
-    """Seed of the order of the data."""
+    """Seed for the order of the data."""
 
     @model_validator(mode="after")
     def _thaws_what_trains(self) -> "HealStage":
@@ -145,20 +145,20 @@ def _built_in() -> dict[str, dict[str, Any]]:
 
 
 def built_in_protocols() -> dict[str, str]:
-    """Returns the built-in protocols, name to one-line description."""
+    """Returns name and one-line description of each built-in protocol."""
     return {name: protocol["description"] for name, protocol in _built_in().items()}
 
 
 def expand_protocol(name: str, tokens: int, changes: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """Returns a protocol's stages as a recipe would list them.
+    """Returns the stages of a protocol in the form of a recipe's `heal` list.
 
     Args:
         name: One of `built_in_protocols()`.
-        tokens: Budget of all stages together; each gets its share, at least one token.
-        changes: Keys that replace those of every stage.
+        tokens: Token budget of all stages together; each stage gets its share, at least one token.
+        changes: Keys that override those of every stage.
 
     Raises:
-        ValueError: There is no such protocol, or the changes hold `tokens` of a stage.
+        ValueError: There is no such protocol.
     """
     known = _built_in()
     if name not in known:
@@ -175,7 +175,7 @@ def read_heal(value: Any) -> Any:
     """Reads a recipe's `heal` section: a list of stages, or `{protocol: NAME, tokens: N}` and keys for every stage.
 
     Raises:
-        ValueError: The protocol is unknown, or the budget is missing or no number.
+        ValueError: The protocol is unknown, or the token budget is missing or not a positive whole number.
     """
     if not isinstance(value, Mapping):
         return value
@@ -192,11 +192,11 @@ def read_heal(value: Any) -> Any:
 
 
 def scale_stages(stages: Sequence[Any], tokens: int) -> list[Any]:
-    """Returns stages that keep their shares of a new budget.
+    """Scales the tokens of all stages to a new budget.
 
     Args:
         stages: `HealStage`s.
-        tokens: What they train for together.
+        tokens: Token budget of all stages together.
     """
     total = sum(stage.tokens for stage in stages)
     return [stage.model_copy(update={"tokens": max(1, round(stage.tokens * tokens / total))}) for stage in stages]

@@ -1,4 +1,4 @@
-"""Reading recipes strictly: built-in names, YAML files and `--set` overrides, with all mistakes reported at once."""
+"""The strict reader of recipes: built-in names, YAML files and `--set` overrides, with all mistakes in one error."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -15,7 +15,7 @@ from refold.recipe.yaml import MAX_BYTES, MAX_DEPTH, parse_yaml
 from refold.suggest import MAX_ECHO, did_you_mean, shorten
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe | None
-"""What stands for a recipe: a built-in name, a YAML file, its parsed content, a Recipe, or None for the empty one."""
+"""The accepted forms of a recipe: a built-in name, a YAML file, its parsed content, a Recipe, or None (empty)."""
 
 
 @cache
@@ -26,19 +26,19 @@ def _built_in_files() -> dict[str, str]:
 
 
 def built_in_recipes() -> dict[str, str]:
-    """Returns the built-in recipes, name to one-line description."""
+    """Returns name and one-line description of each built-in recipe."""
     return {name: load_recipe(name).description for name in _built_in_files()}
 
 
 def load_recipe(recipe: RecipeLike = None, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies overrides through the same strict model.
+    """Reads a recipe, applies overrides, and validates the result.
 
     Args:
         recipe: Built-in name, path of a YAML file, mapping, Recipe, or None for the empty recipe.
         overrides: `key.path=value` strings; the value is YAML, a number in the path is an index into a list.
 
     Raises:
-        RecipeError: Everything that is wrong, each line with its key path.
+        RecipeError: The recipe has mistakes; the message has one line with the key path for each.
     """
     where, data = _read(recipe)
     for override in overrides:
@@ -75,7 +75,7 @@ def _read_file(recipe: str | Path) -> str:
     path, shown = Path(recipe), str(recipe)[:MAX_ECHO]
     try:
         with path.open("rb") as file:
-            # No more than is accepted: a path may name a device without an end.
+            # A bounded read, because the path may be a device without an end.
             return file.read(4 * MAX_BYTES + 1).decode("utf-8")
     except UnicodeDecodeError:
         raise RecipeError(f"recipe {shown}: UTF-8 text is required (got other bytes)") from None
@@ -89,7 +89,7 @@ def _read_file(recipe: str | Path) -> str:
             f"recipe {shown}: a readable YAML file is required ({error.strerror}); check the path"
         ) from None
     except ValueError:
-        # A zero byte in the name.
+        # The path contains a zero byte.
         raise RecipeError(f"recipe {shorten(str(recipe))}: the path of a YAML file is required; check it") from None
 
 

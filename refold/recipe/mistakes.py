@@ -1,4 +1,4 @@
-"""Turns what pydantic finds wrong with a recipe into one line for each mistake."""
+"""Error messages for recipes: one line for each mistake that pydantic reports."""
 
 import re
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ _BOUNDS = {
     "less_than": ("lt", "below"),
 }
 MAX_MISTAKES = 30
-"""Mistakes that are told at once."""
-# A union's branch, taken by the type of what was given: what would have been right besides it.
+"""Maximum number of mistakes in one message."""
+# For a union, pydantic reports only the branch chosen by the value's type. These words name the other branches.
 _ALTERNATIVES = {"<full>": " or a whole number", "<name>": " or a list"}
 _TYPES = {
     "int": "a whole number",
@@ -32,11 +32,11 @@ _TYPES = {
 
 
 def describe_mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Returns `key.path: what is required (got what)` for every mistake, in the order of the recipe.
+    """Returns a line `key.path: requirement (got value)` for every mistake, in the order of the recipe.
 
     Args:
-        error: What pydantic raised.
-        model: The model that was validated, for the legal keys.
+        error: The error that pydantic raised.
+        model: The validated model, which defines the legal keys.
     """
     found = error.errors(include_url=False)
     lines = [f"{_path(item)}: {_explain(item, model)}" for item in found[:MAX_MISTAKES]]
@@ -44,7 +44,7 @@ def describe_mistakes(error: ValidationError, model: type[BaseModel]) -> list[st
 
 
 def _location(item: ErrorDetails) -> tuple[int | str, ...]:
-    # Branches of a union and of dict keys are marked in the location; neither is a key of the recipe.
+    # The location also holds marks for union branches and for dict keys, which are not keys of the recipe.
     return tuple(key for key in item["loc"] if not (isinstance(key, str) and (key[:1] == "<" or key == "[key]")))
 
 
@@ -103,7 +103,7 @@ def _models_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[
     found = [model]
     for key in location:
         if isinstance(key, str) and key[:1] == "<":
-            # A tag that is the default of the branch's `type` says which branch it is.
+            # The tag of a branch equals the default of its field `type`.
             found = [each for each in found if _type_of(each) == key.strip("<>")] or found
         elif isinstance(key, str) and key != "[key]":
             fields = [each.model_fields[key] for each in found if key in each.model_fields]

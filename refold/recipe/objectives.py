@@ -1,4 +1,4 @@
-"""What a healing stage can minimise: the options of each objective, under the name a recipe gives it."""
+"""The objectives of a healing stage: one options class for each, under its name in a recipe."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -21,27 +21,28 @@ class ObjectiveOptions(Section):
     """Options that every objective has."""
 
     weight: LossWeight = 1.0
-    """Factor in the stage's loss, which is the sum over its objectives."""
+    """Weight in the stage's loss, which is the weighted sum of its objectives."""
 
 
 class NextTokenOptions(ObjectiveOptions):
-    """Cross-entropy with the next token: what the source was trained with."""
+    """Cross-entropy with the next token: the objective that the source was trained with."""
 
 
 class DistilOptions(ObjectiveOptions):
-    """Cross-entropy with the text, and a divergence from the teacher's next-token distribution."""
+    """Cross-entropy with the next token, and a divergence from the teacher's next-token distribution."""
 
     cross_entropy: LossWeight = 0.5
     """Weight of the cross-entropy."""
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation"] = "forward_kl"
-    """How far the student's distribution is from the teacher's. `forward_kl` is what RRT settles on."""
+    """Divergence between the student's and the teacher's distribution. RRT recommends `forward_kl`."""
     divergence_weight: LossWeight = 0.5
     """Weight of the divergence."""
     temperature: Annotated[Real, Field(gt=0)] = 1.0
-    """Temperature of both distributions in the divergence, which is multiplied by its square."""
+    """Temperature of both distributions. The divergence is multiplied by the square of the temperature."""
     top_k: Count | None = None
-    """Store the teacher's k likeliest tokens of every position once, with one bucket for all others, and learn from
-    those: no teacher in memory. Left out: the teacher runs along. Only with `forward_kl`."""
+    """Number k of the teacher's most likely tokens that are stored once for every position, with one bucket for all
+    other tokens, so that the teacher is not in memory during training. Requires `forward_kl`. Default: the teacher runs
+    in every training step."""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "DistilOptions":
@@ -55,42 +56,43 @@ class DistilOptions(ObjectiveOptions):
 
 
 class AlignmentOptions(ObjectiveOptions):
-    """Options of objectives that compare activations of student and teacher, depth by depth."""
+    """Options of objectives that compare activations of student and teacher at each depth."""
 
     inputs: AlignmentInputs = "teacher"
-    """What each depth reads: the `teacher`'s activations, so that depths learn side by side, or the `student`'s own."""
+    """Input of each depth: the `teacher`'s activations, so that depths learn independently, or the `student`'s own."""
     loss: Literal["mse", "l2"] = "mse"
-    """`mse`: mean square of each token's difference, relative to the mean square of what it is compared with; `l2`:
-    length of that difference, by the square root of the width (RADLADS)."""
+    """`mse`: mean square of each token's difference, divided by the mean square of the teacher's activation. `l2`:
+    length of each token's difference, divided by the square root of the width (RADLADS)."""
 
 
 class MixerOutputsOptions(AlignmentOptions):
-    """What each token mixer adds to the stream, compared with what the teacher's layer adds there."""
+    """Distance between the output of each token mixer and the output of the teacher's attention at the same depth."""
 
 
 class HiddenStatesOptions(AlignmentOptions):
-    """The stream after each depth, compared with the teacher's where the next depth begins."""
+    """Distance between the residual streams of student and teacher after each depth."""
 
 
 class AttentionMatricesOptions(ObjectiveOptions):
-    """The token-mixing matrix of each mixer, compared with the teacher's attention matrix; mixers must be able to write
-    theirs down."""
+    """Distance between the token-mixing matrix of each mixer and the teacher's attention matrix. It requires mixers
+    that can compute their matrix."""
 
 
 class ExitsOptions(ObjectiveOptions):
-    """Cross-entropy at full depth, and at each early exit a loss towards the full depth's output."""
+    """Cross-entropy at full depth, and a loss at each early exit."""
 
     cross_entropy: LossWeight = 1.0
-    """Weight of the cross-entropy at full depth; 0 where another objective trains that."""
+    """Weight of the cross-entropy at full depth; 0 if another objective trains the full depth."""
     weights: Literal["aggressive", "weighted"] = "aggressive"
-    """Of the exits: all have `coefficient` (`aggressive`, RRT's choice), or the i-th of n outputs, the full depth
-    included, has i divided by the sum of 1 to n (`weighted`)."""
+    """Weights of the exits. `aggressive` (RRT's choice): `coefficient` for all. `weighted`: i divided by the sum of 1
+    to n for the i-th of n outputs, the full depth included."""
     coefficient: LossWeight = 0.1
-    """Of each exit where `weights` is aggressive."""
+    """Weight of each exit if `weights` is `aggressive`."""
     target: Literal["final", "labels"] = "final"
-    """What exits learn: the full depth's distribution, without gradient (forward KL), or the text (cross-entropy)."""
+    """Target of the exits: `final`: the distribution at full depth, without gradient (forward KL); `labels`: the next
+    token (cross-entropy)."""
     gate_weight: LossWeight = 1.0
-    """Weight of the gates' binary cross-entropy, where exits have gates; it moves nothing but the gates."""
+    """Weight of the binary cross-entropy of gates, if exits have gates. It trains only the gates."""
 
     @model_validator(mode="after")
     def _coefficient_is_used(self) -> "ExitsOptions":
@@ -100,27 +102,27 @@ class ExitsOptions(ObjectiveOptions):
 
 
 REGISTERED: dict[str, type[ObjectiveOptions]] = {}
-"""Options of objectives that `refold.register_objective` added in this process, by name."""
+"""Options classes of objectives added by `refold.register_objective` in this process, by name."""
 
 
 class StageObjectives(Section):
-    """What a stage minimises: one key for each objective, the value holding its options."""
+    """The objectives of a stage: one key for each, with its options as the value."""
 
     next_token: NextTokenOptions | None = None
     """Cross-entropy with the next token."""
     distil: DistilOptions | None = None
     """Cross-entropy and a divergence from the teacher's distribution (arXiv 2410.20672, section 3.6)."""
     mixer_outputs: MixerOutputsOptions | None = None
-    """What each mixer adds to the stream (LoLCATs, arXiv 2410.10254; RADLADS, arXiv 2505.03005)."""
+    """Outputs of the mixers (LoLCATs, arXiv 2410.10254; RADLADS, arXiv 2505.03005)."""
     hidden_states: HiddenStatesOptions | None = None
-    """The stream between depths (MOHAWK, arXiv 2408.10189, stage 2)."""
+    """The residual stream between depths (MOHAWK, arXiv 2408.10189, stage 2)."""
     attention_matrices: AttentionMatricesOptions | None = None
     """Token-mixing matrices (MOHAWK, arXiv 2408.10189, stage 1)."""
     exits: ExitsOptions | None = None
-    """Early exits, towards the output at full depth (arXiv 2410.20672, section 3.7)."""
+    """Early exits (arXiv 2410.20672, section 3.7)."""
 
     registered: dict[str, SerializeAsAny[ObjectiveOptions]] = Field(default_factory=dict)
-    """Objectives of your own, by their names in `refold.register_objective`; in Python alone, as `objective: name`."""
+    """Objectives added by `refold.register_objective`, by name; available only in Python, as `objective: name`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -139,14 +141,14 @@ class StageObjectives(Section):
         unknown = [name for name in value if name not in REGISTERED]
         if unknown:
             raise ValueError(
-                f"a name given to refold.register_objective is required (got {unknown[0]}); register it in this "
-                f"process first"
+                f"must be a name given to refold.register_objective (got {unknown[0]}); register it in this process "
+                f"first"
             )
         return {name: REGISTERED[name].model_validate(options or {}) for name, options in value.items()}
 
     @model_serializer(mode="wrap")
     def _write(self, write: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-        # Without any, a stage is written as it was before there were registered ones: runs resume by that.
+        # An empty `registered` is not written, so that runs started by earlier versions can resume.
         found = write(self)
         return found if self.registered else {name: value for name, value in found.items() if name != "registered"}
 
@@ -158,6 +160,6 @@ class StageObjectives(Section):
         return self
 
     def chosen(self) -> dict[str, ObjectiveOptions]:
-        """Returns the objectives that are there, by name, in the order of the class."""
+        """Returns the chosen objectives by name, in the order of the class."""
         found = {name: getattr(self, name) for name in type(self).model_fields if name != "registered"}
         return {name: options for name, options in found.items() if options is not None} | self.registered

@@ -1,4 +1,4 @@
-"""The recipe: what is done to a source, in one file for the whole way. Every section is optional; empty: identity."""
+"""The recipe: all settings for folding and healing a source. Every section is optional; an empty recipe is identity."""
 
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,7 @@ def _known_init(name: str) -> str:
     return name
 
 
-# Tags between angle brackets name the branch of a union; messages leave them out.
+# Error messages drop tags in angle brackets, which only name the branch of a union.
 def _list_or_name(value: Any) -> str:
     return "<list>" if isinstance(value, (list, tuple)) else "<name>"
 
@@ -63,55 +63,57 @@ OneRank = Annotated[
 
 
 class Fold(Section):
-    """Which layers are tied into a block that runs several times, and how the stored layers start."""
+    """Ties layers into a block that runs several times."""
 
     loops: Count
-    """How often the block runs."""
+    """Number of times that the block runs."""
     pattern: Literal["cycle", "sequence", "cycle_reversed"] = "cycle"
     """Order in which the K stored layers run: 1..K again and again (`cycle`); each one `loops` times in a row
     (`sequence`); or forwards in even and backwards in odd loops, counted from 0 (`cycle_reversed`)."""
     init: FoldInit | None = None
-    """How stored layers start: `stepwise`, `average`, `lower`, `upper`, `random`, or a list with one source layer for
-    each stored layer of the block. Left out: `average` where LoRAs start from `svd` or `joint`, else `stepwise`."""
+    """Initialisation of the stored layers: `stepwise`, `average`, `lower`, `upper`, `random`, or a list with one source
+    layer for each stored layer of the block. Default: `average` if `relax.init` is `svd` or `joint`, else
+    `stepwise`."""
     tie: Annotated[tuple[Literal["mixer", "mlp"], ...], Field(min_length=1), AfterValidator(refuse_repeats)] = (
         "mixer",
         "mlp",
     )
-    """What is tied. What is not keeps one part for each layer."""
+    """Parts that are tied. A part that is not in the list stays untied: one stored part for each layer."""
     align: Align = "none"
-    """How layers are brought into a common frame before they are tied, so that like is tied to like: neurons of MLPs
-    and heads in another order (`permutation`), values of each head in other axes (`rotation`), or `both`. None of it
-    changes what a layer computes. Needs `init: average`."""
+    """Alignment of layers before they are averaged, so that similar weights meet: `permutation` reorders MLP neurons
+    and attention heads, `rotation` rotates the values of each head, `both` does both. Alignment does not change the
+    outputs of a layer. It requires `init: average`."""
     scale: Literal["none", "norm"] = "none"
-    """`norm`: the mean of tied linears is scaled to the mean of their Frobenius norms, which the mean of unlike
-    matrices falls short of. Only where nothing is fitted: needs `init: average`, and LoRAs from zero or none."""
+    """`norm`: the mean of tied linears is scaled to the mean of their Frobenius norms, because averaging different
+    matrices shrinks the norm. It requires `init: average`, and no LoRAs or LoRAs with `init: zero`."""
     prelude: LayerIndex = 0
     """Number of untied layers kept before the block."""
     coda: LayerIndex = 0
     """Number of untied layers kept after the block."""
     uneven: Literal["error", "drop", "prelude"] = "error"
-    """What to do where `loops` does not divide the layers of the block: refuse (`error`), leave out the surplus, evenly
-    spaced (`drop`), or add the surplus to the prelude (`prelude`)."""
+    """Handling of a block whose number of layers is not a multiple of `loops`: an error (`error`), dropping the surplus
+    layers, evenly spaced (`drop`), or adding them to the prelude (`prelude`)."""
 
 
 Split = Literal["even", "measured"]
 
 
 class RankShare(Section):
-    """A budget for all LoRAs together."""
+    """A parameter budget for all LoRAs together."""
 
     parameters: Annotated[Real, Field(gt=0)] | None = None
-    """Share of the source's non-embedding parameters, such as 0.15. Left out only beside `factor`, whose budget then
-    holds the LoRAs too."""
+    """Budget as a share of the source's non-embedding parameters, such as 0.15. It may be omitted only beside `factor`,
+    whose budget then includes the LoRAs."""
     split: Split = "even"
-    """`even`: the largest uniform rank that fits; `measured`: each linear and depth gets what lowers the error most."""
+    """Division of the budget. `even`: the largest uniform rank that fits. `measured`: the ranks by linear and depth
+    that lower the error most."""
 
 
 class RankEnergy(Section):
-    """Ranks that keep a share of what tying lost, measured by the source's weights."""
+    """Ranks that restore a share of the tying error, computed from the source's weights."""
 
     energy: Annotated[Real, Field(gt=0, le=1)]
-    """Share of each residual's energy, in the weighting of `relax.weight`, that its LoRA keeps at least."""
+    """Least share of each residual's energy, in the error metric `relax.weight`, that its LoRA restores."""
 
 
 class LoraRelax(Section):
@@ -126,66 +128,68 @@ class LoraRelax(Section):
         | Annotated[dict[str, OneRank], Field(min_length=1), Tag("<linears>")],
         Discriminator(_kind_of_rank),
     ]
-    """One rank for all linears; `full`; `{parameters: 0.15}`, a budget as a share of the source's non-embedding
-    parameters, split evenly or as measured; `{energy: 0.6}`, what keeps that share of each residual; or a mapping of
-    linears (`q_proj`) and groups (`mixer`, `mlp`, `all`) to ranks, where the more specific
-    name wins and what is not named gets none. Capped at the smaller side of each linear; 0 is no LoRA."""
+    """Rank of the LoRAs. A number: one rank for all linears. `full`: the full rank. `{parameters: 0.15}`: a budget as a
+    share of the source's non-embedding parameters, split evenly or by measurement. `{energy: 0.6}`: the least ranks
+    that restore this share of each residual. A mapping of linears (`q_proj`) and groups (`mixer`, `mlp`, `all`) to
+    ranks: the more specific name wins, and other linears get no LoRA. Ranks are capped at the smaller side of each
+    linear; 0: no LoRA."""
     at: Literal["tied", "all"] = "tied"
-    """Which linears: those of parts that several depths use, or all, so that adapters alone can be trained."""
+    """Linears that get LoRAs: those that several depths use (`tied`), or all, so that only adapters can be trained."""
     init: Literal["svd", "zero", "joint"] | None = None
-    """How LoRAs start: from the truncated SVD of what tying lost (`svd`), without effect (`zero`), or fitted together
-    with the stored weights (`joint`). Left out: `zero` for stored layers that start `stepwise` or fresh, else `svd`."""
+    """Initialisation of LoRAs. `svd`: the truncated SVD of the tying error. `zero`: no effect. `joint`: fitted together
+    with the stored weights. Default: `zero` if the stored layers are initialised `stepwise` or fresh, else `svd`."""
     vectors: Literal["tied", "own"] = "tied"
-    """Whether norms, q/k norms and biases are tied with the linears, as in the paper, or kept for each depth."""
+    """Norms, q/k norms and biases: tied like the linears, as in the paper, or stored for each depth (`own`)."""
     gain: Literal["tied", "own"] = "tied"
-    """`own`: each depth scales what its mixer and its MLP add to the residual stream by one number each, 1 at first."""
+    """`own`: each depth scales the output of its mixer and of its MLP by one number each, 1 at first."""
     weight: ErrorMetric | None = None
-    """What `svd` and `joint` weigh their errors by: nothing, as in the paper; what linears see on calibration text
-    (`activations`); or what their errors do to the loss there (`fisher`). Left out: as `factor`, else `none`."""
+    """Error metric of `svd` and `joint`: `none`, the weights, as in the paper; `activations`, the outputs on
+    calibration text; `fisher`, the effect on the loss there. Default: as `factor.weight`, else `none`."""
     svd: Literal["auto", "exact"] = "auto"
-    """`auto` takes the fastest method that is accurate enough; `exact` forces LAPACK's full decomposition."""
+    """`auto` chooses the fastest method that is accurate enough; `exact` forces LAPACK's full decomposition."""
 
 
 class Factor(Section):
-    """Keeps stored linears as two factors of lower rank, as SVD-LLM does (arXiv 2403.07378), under a fold too."""
+    """Stores linears as two factors of lower rank, as SVD-LLM does (arXiv 2403.07378), with or without a fold."""
 
     parameters: Annotated[Real, Field(gt=0)]
-    """Share of the source's linear weights that the target's take, LoRAs included, such as 0.6."""
+    """Budget for all linear weights of the target, LoRAs included, as a share of the source's linear weights, such as
+    0.6."""
     share: Literal["none", "basis"] = "none"
-    """`basis`: of linears that are tied by `fold` one input-side factor A is stored, and each depth has an output-side
-    factor B of its own, `y = B (A x)` (Basis Sharing, arXiv 2410.03765). Norms and biases are then each depth's own
-    too, but beside a `relax` go by its `vectors`. Linears that are not tied have two factors as ever."""
+    """`basis`: for linears that `fold` ties, one input-side factor A is stored, and each depth has its own output-side
+    factor B, `y = B (A x)` (Basis Sharing, arXiv 2410.03765). Each depth then has its own norms and biases too, unless
+    `relax.vectors` says otherwise. Untied linears are stored as two factors."""
     split: Split = "even"
-    """`even`: every stored linear keeps the same share; `measured`: each keeps what lowers the error most, its whole
-    matrix if that is better. With `relax.rank: {split: measured}` it is also measured for each tied linear whether
-    tying pays: where it does not, its depths get factors of their own."""
+    """Division of the budget. `even`: every stored linear keeps the same share of its parameters. `measured`: the ranks
+    that lower the error most, or the whole matrix if that is better. With `relax.rank: {split: measured}` also each
+    tied linear is tested: if tying does not pay, its depths get their own factors."""
     weight: ErrorMetric | None = None
-    """What errors are weighed by: nothing, what linears see on calibration text, or what errors do to the loss. Left
-    out: as `relax`, else `activations`."""
+    """Error metric: `none`, the weights; `activations`, the outputs on calibration text; `fisher`, the effect on the
+    loss. Default: as `relax.weight`, else `activations`."""
 
 
 class Calibration(Section):
-    """How much calibration text is read, where anything is measured on some, and how linears are fitted to it."""
+    """The amount of calibration text for measurements and fits, and the order in which linears are fitted to it."""
 
     tokens: Amount = 65_536
-    """Tokens, drawn from all over the text."""
+    """Number of tokens, drawn from the whole text."""
     context: Count = 512
     """Tokens of each sequence; at most the source's context."""
     order: Literal["at_once", "sequential"] = "at_once"
-    """`at_once`: each linear is fitted by what it sees in the source. `sequential`: from top to bottom, each by what it
-    sees in the model folded so far, aimed at what the source gives, as GPTQ quantises (arXiv 2210.17323); whole linears
-    too that nothing else changes."""
+    """`at_once`: each linear is fitted to its inputs in the source. `sequential`: linears are fitted from the first
+    depth to the last, each to its inputs in the model folded so far, with the outputs in the source as the target, as
+    GPTQ quantises (arXiv 2210.17323). Linears that would be copied are fitted too."""
 
 
 class PrefixRelax(Section):
-    """Relaxes tied attention by vectors for each depth, of which its own projections make keys and values that every
-    token attends to (RRT, arXiv 2410.20672, appendix H)."""
+    """Relaxes tied attention by prefix vectors for each depth. The depth computes keys and values of the prefix, and
+    every token attends to them (RRT, arXiv 2410.20672, appendix H)."""
 
     type: Literal["prefix"] = "prefix"
     length: Count
-    """How many vectors of the hidden size each depth has."""
+    """Number of prefix vectors (of the hidden size) of each depth."""
     at: Literal["tied", "all"] = "tied"
-    """Which depths: those whose attention is tied, or all with attention."""
+    """Depths that get a prefix: those whose attention is tied, or all with attention."""
     vectors: Literal["tied", "own"] = "tied"
     """As for `lora`."""
     gain: Literal["tied", "own"] = "tied"
@@ -200,65 +204,66 @@ Relax = Annotated[
 
 
 class ExitPlacement(Section):
-    """Where the stack may be left early."""
+    """Places early exits in the stack."""
 
     at: Annotated[
         Annotated[Literal["loops"], Tag("<name>")] | Annotated[LayerList, Tag("<list>")],
         Discriminator(_list_or_name),
     ] = "loops"
-    """After each loop, or after the depths listed (counted from 0). The last depth is none: it ends in the final norm
-    and the head."""
+    """Places of exits: after each loop (`loops`), or after the listed depths (counted from 0). The last depth cannot be
+    listed, because it ends in the final norm and the head."""
     norm: Literal["shared", "own"] = "shared"
-    """Whether exits use the final norm, or each has its own, which starts as a copy of it."""
+    """Norm of the exits: the final norm (`shared`), or one norm for each exit, initialised as a copy of the final norm
+    (`own`)."""
     head_rank: RankChoice = 0
-    """Rank of a LoRA on the shared head for each exit, without effect at first; 0 is none."""
+    """Rank of a LoRA on the shared head for each exit, without effect at first; 0: no LoRA."""
     gate: bool = False
-    """Whether each exit has a small linear that predicts if its likeliest token is that of the full depth."""
+    """Whether each exit has a gate: a small linear that predicts if the exit and the full depth agree on the token."""
 
 
 class IgnoredTensor(Section):
-    """Source tensors that are left out on purpose."""
+    """Source tensors that are ignored on purpose."""
 
     name: str
     """Name, or a pattern with `*`."""
     reason: Annotated[str, Field(min_length=1)]
-    """Why; it is written into the plan."""
+    """Reason, which is written into the plan."""
 
 
 class Recipe(Section):
-    """Everything that is done to a source."""
+    """All settings for folding and healing a source."""
 
     description: str = ""
     """One line for `refold recipes`."""
     weights: Literal["source", "fresh"] = "source"
     """`fresh`: the same architecture with new weights, the from-scratch control."""
     seed: LayerIndex = 0
-    """Seed of every weight that starts fresh."""
+    """Seed of all fresh weights."""
     fold: Fold | None = None
-    """Ties layers into a loop."""
+    """Ties layers into a block that runs several times."""
     relax: Relax | None = None
-    """Relaxes the tie with something small for each depth."""
+    """Relaxes the tie by LoRAs or prefixes for each depth."""
     factor: Factor | None = None
-    """Keeps stored linears as two factors of lower rank."""
+    """Stores linears as two factors of lower rank."""
     calibration: Calibration = Calibration()
-    """How much calibration text is read, and how linears are fitted to it."""
+    """The amount of calibration text, and the order in which linears are fitted to it."""
     drop: Drop | None = None
-    """Leaves out layers, token mixers or MLPs."""
+    """Drops layers, token mixers or MLPs."""
     mixers: tuple[AnyEntry, ...] = ()
     """Replaces the attention of some depths by mixers of linear cost."""
     share_kv: ShareKv | None = None
-    """Depths that read keys and values of an earlier depth instead of making and caching their own: a rule, such as
+    """Lets depths read keys and values of an earlier depth instead of computing and caching their own: a rule, such as
     `{from: first_loop}`, or a list, such as `[{depth: 3, from: 1}]`."""
     exits: ExitPlacement | None = None
-    """Places where the stack may be left early."""
+    """Places early exits in the stack."""
     ignore_tensors: tuple[IgnoredTensor, ...] = ()
-    """Source tensors that are left out on purpose, each with the reason."""
+    """Source tensors that are ignored on purpose, each with the reason."""
     heal: Annotated[tuple[HealStage, ...], BeforeValidator(read_heal)] = ()
     """Training stages after conversion, in order; or a protocol, such as `{protocol: distil, tokens: 20M}`."""
 
     @property
     def lora(self) -> LoraRelax | None:
-        """How LoRAs relax tied linears; None where none do."""
+        """The options of LoRAs; None if the recipe has no LoRAs."""
         return self.relax if isinstance(self.relax, LoraRelax) else None
 
     @property
@@ -268,22 +273,22 @@ class Recipe(Section):
 
     @property
     def owns_vectors(self) -> bool:
-        """Whether the depths of tied parts keep norms, q/k norms and biases of their own."""
+        """Whether depths of tied parts have their own norms, q/k norms and biases."""
         return self.shares_bases if self.relax is None else self.relax.vectors == "own"
 
     @property
     def relaxes_all(self) -> bool:
-        """Whether depths are relaxed that tie nothing."""
+        """Whether untied depths are relaxed too."""
         return self.relax is not None and self.relax.at == "all"
 
     @property
     def owns_gains(self) -> bool:
-        """Whether relaxed depths scale what their parts add."""
+        """Whether relaxed depths have gains."""
         return self.relax is not None and self.relax.gain == "own"
 
     @property
     def weight(self) -> ErrorMetric:
-        """What the errors of fitted linears are weighed by."""
+        """The error metric of fitted linears."""
         given: list[ErrorMetric] = [
             each.weight for each in (self.factor, self.lora) if each is not None and each.weight is not None
         ]
@@ -291,7 +296,7 @@ class Recipe(Section):
 
     @property
     def measures_ranks(self) -> bool:
-        """Whether ranks follow from the source's weights, and not from the recipe alone."""
+        """Whether ranks are measured on the source's weights."""
         rank = None if self.lora is None else self.lora.rank
         chosen = isinstance(rank, RankEnergy) or (isinstance(rank, RankShare) and rank.split == "measured")
         return self.weights == "source" and (chosen or (self.factor is not None and self.factor.split == "measured"))
@@ -303,21 +308,21 @@ class Recipe(Section):
 
     @property
     def fits_in_sequence(self) -> bool:
-        """Whether linears are fitted one after the other, by what they see in the folded model."""
+        """Whether linears are fitted in sequence, each to its inputs in the model folded so far."""
         return self.calibration.order == "sequential"
 
     @property
     def measures_influence(self) -> bool:
-        """Whether what is left out follows from measurement, if there is one."""
+        """Whether a measurement, if there is one, decides which parts are dropped."""
         return self.drop is not None and bool(self.drop.by_influence)
 
     @property
     def needs_influence(self) -> bool:
-        """Whether what is left out follows from measurement, so that there has to be one."""
+        """Whether a measurement is required to decide which parts are dropped."""
         return self.drop is not None and "similarity" in self.drop.by_influence
 
     def resolved(self) -> "ResolvedRecipe":
-        """Returns the recipe with the defaults filled in that depend on other fields: `fold.init` and `relax.init`."""
+        """Fills in the defaults that depend on other fields: `fold.init` and `relax.init`."""
         fold, relax = self.fold, self.lora
         if relax is not None and relax.init is None:
             fresh = self.weights == "fresh" or (fold is not None and fold.init in ("stepwise", "random"))
@@ -333,7 +338,7 @@ class Recipe(Section):
 
 
 class ResolvedRecipe(Recipe):
-    """A recipe whose defaults are all filled in: the only kind that planning reads."""
+    """A recipe with all defaults filled in, as planning requires it."""
 
     @model_validator(mode="after")
     def _has_inits(self) -> "ResolvedRecipe":

@@ -1,4 +1,4 @@
-"""Keys and values that depths read from earlier ones: what a recipe's `share_kv` can say."""
+"""The `share_kv` section of a recipe: depths that read keys and values of an earlier depth."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -12,7 +12,7 @@ URLS: Mapping[str, str] = {
     "pairs": "https://arxiv.org/abs/2405.12981",
     "back": "https://arxiv.org/abs/2406.11274",
 }
-"""Recursion-wise sharing (Mixture-of-Recursions), Cross-Layer Attention, Skip-Layer Attention."""
+"""The papers: recursion-wise sharing (Mixture-of-Recursions), Cross-Layer Attention, Skip-Layer Attention."""
 
 
 def _kind_of_heads(value: Any) -> str:
@@ -30,8 +30,8 @@ def _kind_of_share(value: Any) -> str:
 def _not_the_last_loop(value: Any) -> Any:
     if value == "last_loop":
         raise ValueError(
-            "must be first_loop, pairs or {back: N} (got 'last_loop': earlier loops would look at what the last one "
-            "makes of the tokens before, which no pass over a text has yet; decoding could, training and prefill not)"
+            "must be first_loop, pairs or {back: N} (got 'last_loop': an earlier loop would need keys and values that "
+            "the last loop computes later; this is possible in decoding, but not in training and prefill)"
         )
     return value
 
@@ -44,14 +44,14 @@ HeadChoice = Annotated[
 
 
 class Back(Section):
-    """A fixed distance: Skip-Layer Attention where it is for some heads."""
+    """A fixed distance between depths; with some `heads` only, this is Skip-Layer Attention."""
 
     back: Count
-    """Each depth reads from the one so many depths before it, if there is attention at both."""
+    """Distance N: each depth reads from the depth N before it, if both have attention."""
 
 
 class ShareRule(Section):
-    """Which depths read keys and values of an earlier depth, by a rule."""
+    """A rule that selects the depths that read keys and values of an earlier depth."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
@@ -61,23 +61,24 @@ class ShareRule(Section):
         BeforeValidator(_not_the_last_loop),
         Field(alias="from"),
     ]
-    """`first_loop`: every depth of a later loop reads from the depth at the same place of the first; `pairs`: of each
-    two neighbours the second reads from the first; `{back: N}`: each depth reads from the one N before it."""
+    """`first_loop`: every depth of a later loop reads from the depth at the same place in the first loop. `pairs`: of
+    each two neighbours the second reads from the first. `{back: N}`: each depth reads from the depth N before it."""
     heads: HeadChoice = "all"
-    """Key-value heads that are read (counted from 0); the others stay the depth's own."""
+    """Key-value heads that are read (counted from 0); the depth computes all other heads itself."""
 
 
 class ShareEntry(Section):
-    """One depth that reads keys and values of an earlier one."""
+    """One depth that reads keys and values of an earlier depth."""
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
     depth: LayerIndex
     """The depth that reads (source layers, counted from 0)."""
     from_: Annotated[LayerIndex, Field(alias="from")]
-    """The earlier depth whose keys and values are read: those it makes itself, whatever it reads in turn."""
+    """The earlier depth whose own keys and values are read, even if that depth reads from another one too."""
     heads: HeadChoice = "all"
-    """Key-value heads that are read (counted from 0); the others stay the depth's own, or are read by another entry."""
+    """Key-value heads that are read (counted from 0); other heads are computed by the depth or read by another
+    entry."""
 
 
 ShareKv = Annotated[

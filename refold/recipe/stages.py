@@ -1,4 +1,4 @@
-"""The stages a user means, from a protocol or a recipe, a budget, and keys to change."""
+"""The choice of healing stages from a protocol or a recipe, a token budget, and overrides."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,14 +21,14 @@ def choose_stages(
     """Returns the stages to train.
 
     Args:
-        protocol: A built-in protocol; without protocol and recipe, `distil`.
-        recipe: Whose `heal` section counts instead.
-        tokens: Budget of all stages; None: the recipe's own.
-        changes: Keys that replace those of every stage.
+        protocol: A built-in protocol. Default without a recipe: `distil`.
+        recipe: A recipe whose `heal` section is used instead of a protocol.
+        tokens: Token budget of all stages; None: the recipe's own.
+        changes: Keys that override those of every stage.
         overrides: `key.path=value` strings, such as `heal.warmup=0.1`.
 
     Raises:
-        RecipeError: Both are given, the budget is missing, or something in them is wrong.
+        RecipeError: Both protocol and recipe are given, the budget is missing, or a value is invalid.
     """
     if recipe is None:
         if tokens is None:

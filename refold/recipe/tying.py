@@ -1,13 +1,13 @@
-"""Which source layers each stored part is made from, and how layers are spaced evenly."""
+"""Initialisations of tied layers: the source layers that each stored layer is computed from."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 
 def evenly_spaced(num_layers: int, num_kept: int) -> tuple[int, ...]:
-    """Picks `round(linspace(0, L-1, P))`, half to even: first and last are always kept.
+    """Returns `round(linspace(0, L-1, P))`, rounded half to even: first and last layer are always kept.
 
-    The arithmetic is NumPy's own (one float step, the last point exact), so that the picks are those of
+    The arithmetic is the same as in NumPy (one float step, an exact last point), so the result equals
     `numpy.round(numpy.linspace(0, L - 1, P))` for every L and P.
 
     Args:
@@ -21,18 +21,18 @@ def evenly_spaced(num_layers: int, num_kept: int) -> tuple[int, ...]:
 
 
 Sources = tuple[tuple[int, ...], ...]
-"""For each stored layer the source layers whose mean it starts from; none: fresh weights."""
+"""For each stored layer the source layers whose mean it is initialised with; empty: fresh weights."""
 
 RRT_URL = "https://arxiv.org/abs/2410.20672"
 
 
 @dataclass(frozen=True)
 class TiedBlock:
-    """The part of a stack that is tied.
+    """The tied layers of a stack.
 
     Attributes:
-        layers: The source layers of the block, top to bottom.
-        groups: For each stored layer, in the order they run in the first loop, the source layers tied to it.
+        layers: The source layers of the block, in their order.
+        groups: For each stored layer, in the order of the first loop, the source layers tied to it.
     """
 
     layers: tuple[int, ...]
@@ -41,7 +41,7 @@ class TiedBlock:
 
 @dataclass(frozen=True)
 class TyingInit:
-    """A way to start the stored layers of a tied block."""
+    """An initialisation of the stored layers of a tied block."""
 
     name: str
     url: str
@@ -83,5 +83,5 @@ TYING_INITS: Mapping[str, TyingInit] = {
 
 
 def explicit(layers: tuple[int, ...]) -> TyingInit:
-    """An init that names one source layer for each stored layer."""
+    """Returns the initialisation with one given source layer for each stored layer."""
     return TyingInit("explicit", RRT_URL, "named layers", lambda block: tuple((layer,) for layer in layers))

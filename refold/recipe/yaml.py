@@ -1,4 +1,4 @@
-"""Recipes as YAML text: plain data only, of bounded size, mistakes with their line."""
+"""The strict YAML parser of recipes: only plain data, bounded size, and errors with their line."""
 
 import math
 from typing import Any
@@ -9,26 +9,26 @@ from refold.errors import RecipeError
 from refold.suggest import MAX_NUMBER, shorten
 
 MAX_BYTES = 1 << 20
-"""Length of a recipe's text."""
+"""Maximum characters of a recipe."""
 MAX_DEPTH = 50
-"""Levels of lists and mappings in each other."""
+"""Maximum depth of nested lists and mappings."""
 MAX_NODES = 20_000
-"""Values in a recipe, those behind an alias counted as often as they are used."""
+"""Maximum number of values in a recipe. Values behind an alias count for every use of the alias."""
 MAX_DIGITS = 40
-"""Characters of a number."""
+"""Maximum characters of a number."""
 _MERGE = "tag:yaml.org,2002:merge"
 _NULL = "tag:yaml.org,2002:null"
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """A rule of ours that the text breaks, with its line."""
+    """An error of our own rules, with the line."""
 
     def __init__(self, problem: str, node: yaml.Node):
         super().__init__(None, None, problem, node.start_mark)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Composes nodes with bounds on depth and number, and refuses keys that stand twice or are no text."""
+    """A YAML loader with limits on depth and number of values, without repeated keys and keys that are not text."""
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -63,7 +63,7 @@ class _StrictLoader(yaml.SafeLoader):
                 raise _Refused("a key must be text (got a list or a mapping)", key)
             if key.tag == _MERGE:
                 for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    # The first of several bases wins; all of them are merged already.
+                    # If several bases have a key, the first base wins. Each base is already merged itself.
                     merged = {**_entries(base), **merged}
                 continue
             name = (key.tag, key.value)
@@ -83,7 +83,7 @@ class _StrictLoader(yaml.SafeLoader):
         """Reads true or false.
 
         Raises:
-            yaml.MarkedYAMLError: It is neither.
+            yaml.MarkedYAMLError: The text is neither.
         """
         if self.construct_scalar(node).lower() not in self.bool_values:
             raise _Refused(f"true or false is required (got {shorten(node.value)})", node)
@@ -93,7 +93,7 @@ class _StrictLoader(yaml.SafeLoader):
         """Reads text.
 
         Raises:
-            yaml.MarkedYAMLError: It holds one half of a surrogate pair, which no file can.
+            yaml.MarkedYAMLError: The text holds half of a surrogate pair, which cannot be encoded.
         """
         text = self.construct_scalar(node)
         try:
@@ -106,7 +106,7 @@ class _StrictLoader(yaml.SafeLoader):
         """Reads a whole number.
 
         Raises:
-            yaml.MarkedYAMLError: It is none, or has too many digits.
+            yaml.MarkedYAMLError: The text is not a whole number, or has too many digits.
         """
         return self._number(node, self.construct_yaml_int, "a whole number")
 
@@ -114,7 +114,7 @@ class _StrictLoader(yaml.SafeLoader):
         """Reads a number.
 
         Raises:
-            yaml.MarkedYAMLError: It is none, or has too many digits.
+            yaml.MarkedYAMLError: The text is not a number, or has too many digits.
         """
         return self._number(node, self.construct_yaml_float, "a number")
 
@@ -132,7 +132,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _entries(base: yaml.Node) -> dict[tuple[str, str], tuple[yaml.Node, yaml.Node]]:
-    """Returns the entries of a mapping that is merged into another."""
+    """Returns the entries of a mapping after `<<`, which is merged into another mapping."""
     if not isinstance(base, yaml.MappingNode):
         raise _Refused("a mapping, or a list of mappings, is required after `<<`", base)
     return {(key.tag, key.value): (key, value) for key, value in base.value}
@@ -147,7 +147,7 @@ _PLAIN = {
     "seq": _StrictLoader.construct_yaml_seq,
     "map": _StrictLoader.construct_yaml_map,
 }
-# JSON's kinds and no more: dates, sets, binaries and ordered lists mean nothing in a recipe.
+# Only the types of JSON: a recipe has no use for YAML's dates, sets, binaries and ordered lists.
 _StrictLoader.yaml_constructors = {
     None: _StrictLoader.construct_undefined,
     **{f"tag:yaml.org,2002:{name}": construct for name, construct in _PLAIN.items()},
@@ -159,14 +159,14 @@ _StrictLoader.yaml_implicit_resolvers = {
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parses YAML with plain data only; merge keys (`<<: *base`) are supported.
+    """Parses YAML text that holds only plain data; merge keys (`<<: *base`) are supported.
 
     Args:
         text: The YAML.
         where: Name of the text in messages.
 
     Raises:
-        RecipeError: Not YAML, too large or too deep, or a key stands twice or is no text; the line is named.
+        RecipeError: The text is not YAML, is too large or too deep, or has a repeated key or a key that is not text.
     """
     if len(text) > MAX_BYTES:
         raise RecipeError(f"{where}: must be at most {MAX_BYTES:,} characters (got {len(text):,}); shorten it")
@@ -180,7 +180,7 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: valid YAML is required ({' '.join(str(error).split())[:120]}); mend it") from None
     except (ValueError, OverflowError):
-        # The scanner's own numbers: escapes beyond Unicode, endless versions of YAML.
+        # Numbers that the scanner reads itself: an escape beyond Unicode, or a huge version in a %YAML directive.
         raise RecipeError(
             f"{where}: valid YAML is required (an escape or a directive is out of range); mend it"
         ) from None

@@ -63,7 +63,7 @@ def test_mistakes_are_named() -> None:
         HealStage(objective=Text, tokens=64)  # pyright: ignore
     with pytest.raises(ValueError, match="factr"):
         HealStage(objective={"text": {"factr": 2}}, tokens=64)  # pyright: ignore
-    with pytest.raises(ValueError, match=r"a name given to refold.register_objective is required \(got other\)"):
+    with pytest.raises(ValueError, match=r"must be a name given to refold.register_objective \(got other\)"):
         HealStage(objective={"registered": {"other": {}}}, tokens=64)  # pyright: ignore
     with pytest.raises(HealError, match="no built-in objective's is required"):
         register_objective("distil", Text)

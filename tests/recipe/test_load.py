@@ -88,7 +88,7 @@ MISTAKES = [
     ({"fold": {"loops": 2, "init": []}}, r"fold\.init: must not be empty"),
     ({"fold": {"loops": 2, "init": [0, -1]}}, r"fold\.init\[1\]: must be at least 0 \(got -1\)"),
     ({"fold": {"loops": 2, "tie": []}}, r"fold\.tie: must not be empty"),
-    ({"fold": {"loops": 2, "tie": ["mlp", "mlp"]}}, r"fold\.tie: each may stand only once \(got 'mlp' 2 times\)"),
+    ({"fold": {"loops": 2, "tie": ["mlp", "mlp"]}}, r"fold\.tie: each entry must occur once \(got 'mlp' 2 times\)"),
     ({"relax": {}}, r"relax\.rank: required"),
     (
         {"relax": {"type": "prefix", "length": 3, "rank": 3}},
@@ -110,7 +110,7 @@ MISTAKES = [
     ({"drop": {"block": {"share": True}}}, r"drop\.block\.share: must be a number \(got true\)"),
     ({"drop": {"block": {"count": 1, "by": "size"}}}, r"drop\.block\.by: must be .*similarity.* \(got 'size'\)"),
     ({"exits": {"at": "loop"}}, r"exits\.at: must be loops or a list \(got 'loop'\); did you mean 'loops'"),
-    ({"exits": {"at": [1, 1]}}, r"exits\.at: each may stand only once"),
+    ({"exits": {"at": [1, 1]}}, r"exits\.at: each entry must occur once"),
     ({"ignore_tensors": [{"name": "x"}]}, r"ignore_tensors\[0\]\.reason: required"),
     ({"ignore_tensors": [{"name": "x", "reason": ""}]}, r"ignore_tensors\[0\]\.reason: must not be empty"),
     ({"heal": {"tokens": 1}}, r"heal: must be a list"),
