@@ -1,1 +1,1 @@
-"""Source models: finding, describing and reading them, and what was measured of them."""
+"""Source models: their description, their tensors, and their measurements."""

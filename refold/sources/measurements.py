@@ -15,11 +15,11 @@ from refold.sources.source_model import SourceRecord
 
 
 class Influence(Frozen):
-    """One minus the cosine similarity of the stream before and after, a mean over tokens, by source layer.
+    """Influence of each source layer: one minus the cosine similarity of the residual stream before and after it.
 
-    Of whole layers it is ShortGPT's block influence (arXiv 2403.03853, equation 1). Of sub-layers it is LLM-Drop's
-    importance (arXiv 2406.15786, section 3): the stream against the stream plus what the sub-layer adds, with the norms
-    that belong to it.
+    The similarity is a mean over tokens. For whole layers this is the block influence of ShortGPT (arXiv 2403.03853,
+    equation 1). For attention and MLP it is the importance of LLM-Drop (arXiv 2406.15786, section 3): the residual
+    stream before and after the sub-layer's output, norms included, is added.
     """
 
     block: tuple[float, ...]
@@ -35,10 +35,10 @@ Matrix = tuple[tuple[float, ...], ...]
 
 
 class MeasuredText(Frozen):
-    """What a source was run on."""
+    """The input of the measurements."""
 
     kind: Literal["text", "random"]
-    """`random`: tokens drawn evenly from the vocabulary, for want of text."""
+    """`random`: tokens drawn uniformly from the vocabulary, if no text was given."""
     name: str
     tokens: int
     context: int
@@ -47,15 +47,16 @@ class MeasuredText(Frozen):
 
 
 class Similarity(Frozen):
-    """How alike layers are."""
+    """Distances between the layers of a source, by weights and by residual stream."""
 
     weights: Mapping[str, Matrix]
-    """By linear, |W_i - W_j| / sqrt(|W_i|^2 + |W_j|^2) of layers i and j: 0 equal, 1 nothing in common."""
+    """For each linear the distance |W_i - W_j| / sqrt(|W_i|^2 + |W_j|^2) of layers i and j: 0 equal, 1 orthogonal."""
     streams: Matrix
-    """Angular distance, of pi, between the streams before layers i and j; the last row and column stand for the end."""
+    """Angular distance, divided by pi, between the residual streams before layers i and j. The last row and column are
+    for the stream after the last layer."""
 
     def pairs(self) -> list[tuple[float, int, int]]:
-        """Returns pairs of layers with the mean weight distance over linears, most alike first."""
+        """Returns pairs of layers with their weight distance, a mean over linears, most similar pair first."""
         tables = list(self.weights.values())
         size = len(tables[0])
         return sorted(
@@ -66,37 +67,37 @@ class Similarity(Frozen):
 
 
 class LinearSpectrum(Frozen):
-    """What tying does to one linear, over all layers that are tied."""
+    """The tying error of one linear, over all groups of tied layers."""
 
     lost: float
-    """Share of the weights' energy (squared Frobenius norm) that the mean of each group does not hold."""
+    """Tying error: the share of the weights' energy (squared Frobenius norm) outside the mean of each group."""
     kept: tuple[float, ...]
-    """Share of what is lost that the best LoRA of each rank holds."""
+    """Share of the tying error that the best LoRA of each rank restores."""
 
 
 class TyingSpectra(Frozen):
-    """What one way of tying would lose."""
+    """The tying errors of all linears for one way to tie layers."""
 
     pattern: Literal["cycle", "sequence"]
     loops: int
     groups: tuple[tuple[int, ...], ...]
-    """Source layers tied to one stored layer each."""
+    """For each stored layer the source layers tied to it."""
     shares: tuple[float, ...]
-    """Ranks of `kept`, as shares of each linear's full rank."""
+    """Ranks for `kept`, as shares of the full rank of a linear."""
     linears: Mapping[str, LinearSpectrum]
 
 
 class MomentSummary(Frozen):
-    """The second moment C = E[x x^T] of what a linear sees, in two numbers."""
+    """Two numbers about the second moment C = E[x x^T] of the inputs x of a linear."""
 
     trace: float
     """tr C: the mean squared length of the inputs."""
     participation_ratio: float
-    """(tr C)^2 / tr C^2: how many directions the inputs use, from 1 to their size."""
+    """(tr C)^2 / tr C^2: the effective number of directions of the inputs, from 1 to their size."""
 
 
 class Measurements(Frozen):
-    """Everything measured of one source."""
+    """All measurements of one source."""
 
     format: Literal[1] = FORMAT
     source: SourceRecord
@@ -105,11 +106,11 @@ class Measurements(Frozen):
     similarity: Similarity
     spectra: tuple[TyingSpectra, ...] = ()
     moments: tuple[Mapping[str, MomentSummary], ...] = Field(default=())
-    """By layer and linear, the linears that share an input under the name of the first."""
+    """For each layer the summaries by linear; linears with the same input are listed under the first one's name."""
     notes: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
-        """Writes them into a folder, whole or not at all.
+        """Writes the measurements atomically into a folder.
 
         Raises:
             FolderError: The file cannot be written.
@@ -121,12 +122,12 @@ def read_measurements(path: str | Path, source: Source) -> Measurements:
     """Reads measurements of a source.
 
     Args:
-        path: The file, or the folder `refold analyse` wrote.
-        source: Whose they have to be.
+        path: The file, or the folder that `refold analyse` wrote.
+        source: The source that the measurements must belong to.
 
     Raises:
-        FolderError: There are none, or they are damaged.
-        SourceError: They are another source's.
+        FolderError: The measurements are missing or damaged.
+        SourceError: The measurements belong to another source.
     """
     path = settle(path)
     path = path / MEASUREMENTS_NAME if path.is_dir() else path
@@ -153,7 +154,7 @@ def read_measurements(path: str | Path, source: Source) -> Measurements:
 
 
 def stored_moments(measurements: str | Path | None) -> Path | None:
-    """Returns the folder of moments that stands with measurements; None where there is none."""
+    """Returns the folder of moments beside the measurements; None if there is none."""
     if measurements is None:
         return None
     path = Path(measurements)

@@ -1,4 +1,4 @@
-"""Canonical tensors read out of a source checkpoint, fused ones split on the way."""
+"""The reader of canonical tensors from a source checkpoint, which splits fused tensors."""
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ MEND = "take an undamaged copy of the checkpoint"
 
 
 class PieceReader:
-    """Reads a source's canonical tensors, such as `mixer.q_proj.weight` of layer 3, whatever they are packed in.
+    """Reads canonical tensors of a source, such as `mixer.q_proj.weight` of layer 3, from fused or unfused tensors.
 
     Args:
         model: The source.
-        reader: Of its files; None where it has no weights, and nothing is asked for.
+        reader: The reader of its files; None for a source without weights, of which nothing may be read.
     """
 
     def __init__(self, model: SourceModel, reader: CheckpointReader | None):
@@ -26,12 +26,12 @@ class PieceReader:
         self._checked: set[str] = set()
 
     def read(self, canonical: str, layer: int | None, dtype: torch.dtype, repeat: int = 1) -> Tensor:
-        """Returns a canonical tensor on the CPU in `dtype`; an unfused one in its own dtype is a view of the file.
+        """Returns a canonical tensor on the CPU in `dtype`. An unfused tensor in its own dtype is a view of the file.
 
-        With `repeat` each of its heads (`head_dim` rows) stands so many times in a row.
+        Each head of the tensor (`head_dim` rows) is repeated `repeat` times.
 
         Raises:
-            SourceError: Its file is damaged, or a number in it is not finite.
+            SourceError: The file is damaged, or a number in the tensor is not finite.
         """
         assert self.reader is not None
         name, rule, index = self.model.locate(canonical, layer)

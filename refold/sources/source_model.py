@@ -1,4 +1,4 @@
-"""A source model: its config, family and headers, and the record of it that is written down."""
+"""A source model: its config, family and tensor headers, and the record of a source in plans and measurements."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from refold.recipe.recipe import IgnoredTensor
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A source checkpoint and what its config and headers say.
+    """A source checkpoint with the content of its config and headers.
 
     Attributes:
-        source: Where it lies.
-        dtype: Torch name of the dtype most of its numbers have.
-        tensors: The tensors its architecture must have.
+        source: The folder or hub model.
+        dtype: Torch name of the most frequent dtype of its numbers.
+        tensors: The tensors that its architecture must have.
     """
 
     source: Source
@@ -43,12 +43,12 @@ class SourceModel:
 
     @property
     def expected(self) -> Mapping[str, SourceTensor]:
-        """The tensors its architecture must have, by name."""
+        """The tensors that the architecture must have, by name."""
         return self.tensors.tensors
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Decisions against the config, for the plan."""
+        """Notes for the plan about tensors that contradict the config."""
         return self.tensors.notes
 
     @property
@@ -60,18 +60,18 @@ class SourceModel:
         return self.tensors.locate(canonical, layer)
 
     def check_tensors(self, ignore: Sequence[IgnoredTensor] = ()) -> dict[str, tuple[str, str]]:
-        """Holds the checkpoint's tensors against those the architecture must have; see `ExpectedTensors.check`."""
+        """Checks the checkpoint's tensors against those of the architecture; see `ExpectedTensors.check`."""
         return self.tensors.check(ignore)
 
 
 def read_source_model(source: str | Path | Source) -> SourceModel:
-    """Reads `config.json` and safetensors headers of a source, nothing else.
+    """Reads only `config.json` and the safetensors headers of a source.
 
     Args:
-        source: A folder, a hub id, or what `locate` returned. A folder without weights will do.
+        source: A folder (with or without weights), a hub id, or the result of `locate`.
 
     Raises:
-        SourceError: Nothing there, an unknown family, a broken file, or weights that are not plain floats.
+        SourceError: The source is missing, of an unknown family or damaged, or its weights are not floats.
     """
     located = source if isinstance(source, Source) else locate(source)
     config = located.read_config()
@@ -89,31 +89,31 @@ def read_source_model(source: str | Path | Source) -> SourceModel:
 
 
 class SourceRecord(Frozen):
-    """A source, by what it is and where it lay."""
+    """The identity of a source: its place, its family and its hashes."""
 
     path: str | None
-    """Its folder; None on the hub."""
+    """The folder; None for a hub model."""
     id: str | None
-    """Its hub id; None in a folder."""
+    """The hub id; None for a folder."""
     revision: str | None
     model_type: str
     config_sha256: str | None
     index_sha256: str | None
-    """Of the index file or the single file's header; None without weights."""
+    """Hash of the index file, or of the header of a single weight file; None without weights."""
     dtype: str
     sample_sha256: str | None = None
-    """Of a sample of every tensor; None on the hub."""
+    """Hash of a sample of every tensor; None for a hub model."""
     files_sha256: str | None = None
-    """Of the weight files' own hashes; None where they are not known."""
+    """Hash of the hashes of all weight files; None if those are unknown."""
 
     def is_of(self, source: Source) -> bool:
-        """Whether it may be this source: all of the fingerprint that is known of both is the same."""
+        """Says whether the record may describe a source: all hashes known of both are equal."""
         found = source.fingerprint()
         return is_same_source(dict(self), found)
 
 
 def record_source(model: SourceModel) -> SourceRecord:
-    """Describes a source that has been read."""
+    """Returns the record of a source model."""
     source = model.source
     return SourceRecord(
         path=None if source.path is None else str(source.path.resolve()),
