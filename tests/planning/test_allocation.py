@@ -240,3 +240,20 @@ def test_bases_cost_coefficients_of_every_depth_and_no_random_deal_is_better(mak
             left -= more * linears[at].unit
         # The curves are convex up to the grain of one rank.
         assert sum(linears[at].stored.at(rank) for at, rank in other.items()) > 0.999 * lost
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize(("rest", "expected"), [(0, (1, 1)), (5, (6, 1)), (8, (9, 1)), (12, (9, 5))])
+def test_the_rest_of_a_budget_goes_first_where_it_saves_most(make_arch, order, rest, expected):
+    blueprint = identity_blueprint(make_arch(4, **SIZE))
+    # Each curve has one step of eight ranks, which saves 80 on the first linear and 40 on the second.
+    curves = [Curve(ranks=(0, 1, 9), lost=(lost, 100.0, last)) for lost, last in ((2000.0, 20.0), (2000.0, 60.0))]
+    linears = [
+        MeasuredLinear(
+            pool="mixer", part=part, linear="q_proj", rows=64, columns=64, depths=(part,), stored=curves[part]
+        )
+        for part in order
+    ]
+    budget = (2 + rest) * linears[0].unit + linears[0].unit // 2
+    found = allocate(linears, blueprint, FACTORS, budget)
+    assert tuple(found.mixers[part].factors["q_proj"] for part in (0, 1)) == expected
