@@ -1,1 +1,1 @@
-"""From a recipe and an architecture to a blueprint, its cost and its notes. Free of torch."""
+"""Planning: builds the blueprint, its cost and its notes from a recipe and an architecture. Torch-free."""

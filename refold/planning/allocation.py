@@ -1,4 +1,4 @@
-"""Ranks that follow evidence: a budget dealt to linears and depths by what each rank saves of the error."""
+"""Measured ranks: divides a parameter budget among linears and depths so that the total error is least."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,17 +9,17 @@ from refold.errors import RecipeError
 from refold.families.arch import Frozen
 
 ROUNDS = 100
-"""Halvings of the price; more than a double has bits."""
+"""Halvings of the price interval; more than the bits of a double."""
 
 
 class Curve(Frozen):
-    """What is lost of a matrix at some ranks, ascending; convex, and between them a straight line."""
+    """The error of a matrix as a function of its rank: convex, ascending ranks, linear between two ranks."""
 
     ranks: tuple[int, ...]
     lost: tuple[float, ...]
 
     def at(self, rank: int) -> float:
-        """What is lost at a rank."""
+        """Returns the error at a rank."""
         place = min(bisect_left(self.ranks, rank), len(self.ranks) - 1)
         if self.ranks[place] <= rank or place == 0:
             return self.lost[place]
@@ -28,28 +28,25 @@ class Curve(Frozen):
         return self.lost[place - 1] + share * (self.lost[place] - self.lost[place - 1])
 
     def smallest(self, lost: float) -> int:
-        """The smallest rank that loses no more than `lost`."""
+        """Returns the smallest rank whose error is at most `lost`."""
         return next((rank for rank in range(self.ranks[-1] + 1) if self.at(rank) <= lost), self.ranks[-1])
 
     def best(self, price: float, least: int = 0) -> int:
-        """The rank, one of the curve's own and at least `least`, at which loss and price together are lowest."""
+        """Returns the rank of the curve, at least `least`, with the lowest sum of error and price."""
         return min(
             (rank for rank in self.ranks if rank >= least), key=lambda rank: (self.at(rank) + price * rank, rank)
         )
 
 
 class SharedCurve(Frozen):
-    """A curve whose ranks are dealt to several depths in turn."""
+    """A curve whose rank is divided evenly among several depths."""
 
     curve: Curve
     depths: tuple[int, ...]
 
 
 class MeasuredLinear(Frozen):
-    """What there is to choose for one stored linear.
-
-    Every loss is in one unit, so that those of different linears can be compared.
-    """
+    """The measured error curves of one stored linear. All errors have one unit, so that linears can be compared."""
 
     pool: Pool
     part: int
@@ -57,75 +54,76 @@ class MeasuredLinear(Frozen):
     rows: int
     columns: int
     depths: tuple[int, ...]
-    """That run it."""
+    """Depths that run the linear."""
     stored: Curve
-    """Lost by the stored matrix at a rank, where no depth has a LoRA."""
+    """Error of the stored matrix, by its rank, without LoRAs."""
     together: tuple[SharedCurve, ...] = ()
-    """Lost with the stored matrix whole, at the ranks of the LoRAs; none where one depth alone runs it."""
+    """Errors with a whole stored matrix, by the rank of the LoRAs; empty for a linear of a single depth."""
     apart: tuple[Curve, ...] = ()
-    """For each depth what is lost of its source's weight at a rank, with nothing stored."""
+    """For each depth the error of its source's weight, by the rank of the LoRA, without a stored matrix."""
     is_basis: bool = False
-    """Whether no more than a basis is stored, and each depth has coefficients; `stored` is what all lose together."""
+    """Whether only a basis is stored and each depth has coefficients; `stored` is then the error of all depths."""
 
     @property
     def whole(self) -> int:
-        """Parameters of the stored matrix."""
+        """Number of parameters of the stored matrix."""
         return self.rows * self.columns
 
     @property
     def unit(self) -> int:
-        """Parameters of one rank."""
+        """Number of parameters of one rank."""
         return self.columns + self.rows * (len(self.depths) if self.is_basis else 1)
 
 
 class Choice(Frozen):
-    """Which linears may be kept as factors, and which get LoRAs by measurement."""
+    """The ranks that are measured: those of stored factors, of LoRAs, or of both."""
 
     factors: bool
     loras: bool
 
 
 class _Piece(NamedTuple):
-    """A curve whose rank is to be chosen, and what it is the rank of."""
+    """A rank to choose, with its error curve."""
 
     curve: Curve
     least: int
     depths: tuple[int, ...]
-    """That share it as LoRA; none: it is the stored linear's."""
+    """Depths that share the rank for their LoRAs; empty: the rank of the stored linear."""
 
 
-class _Way(NamedTuple):
-    """One way to keep a linear: what it costs and loses whatever its ranks are, and curves to choose ranks on."""
+class _Form(NamedTuple):
+    """A form in which a linear can be stored: its fixed parameters and error, and the ranks to choose."""
 
     base: int
     lost: float
     pieces: tuple[_Piece, ...]
     stores: bool
-    """Whether anything is stored besides the LoRAs."""
+    """Whether a matrix, factors or a basis are stored besides the LoRAs."""
 
 
 def allocate(linears: Sequence[MeasuredLinear], blueprint: Blueprint, choice: Choice, budget: int) -> Blueprint:
-    """Deals a budget to linears and depths so that their losses add up to as little as possible.
+    """Divides a parameter budget among linears and depths so that the sum of their errors is least.
 
-    For a price per parameter every linear takes the way and the ranks at which its loss and its price are lowest
-    together; the price is the lowest that the budget can pay. What is left over goes where it saves most.
+    Given a price for each parameter, every linear takes the form and ranks with the lowest sum of error and price. A
+    bisection finds the lowest price whose choices fit into the budget. The rest of the budget goes to the ranks that
+    lower the error most for each parameter.
 
     Args:
-        linears: What was measured, in one unit.
+        linears: The measured linears.
         blueprint: The stack; its ranks and factors of these linears are replaced.
-        choice: What may be chosen.
-        budget: Parameters for these linears with their LoRAs.
+        choice: The ranks to choose.
+        budget: Parameters of these linears and their LoRAs.
 
     Returns:
-        The blueprint with its ranks.
+        The blueprint with the chosen ranks.
 
     Raises:
-        RecipeError: Not even the smallest ranks fit.
+        RecipeError: The smallest ranks do not fit into the budget.
     """
-    ways = [_ways(linear, choice, blueprint) for linear in linears]
-    scale = max(way.lost + sum(piece.curve.lost[0] for piece in way.pieces) for each in ways for way in each)
+    forms = [_forms(linear, choice, blueprint) for linear in linears]
+    scale = max(form.lost + sum(piece.curve.lost[0] for piece in form.pieces) for each in forms for form in each)
     low, high = 0.0, max(scale, 1e-30)
-    taken = _take(linears, ways, high)
+    taken = _take(linears, forms, high)
     least = sum(_cost(linear, *one) for linear, one in zip(linears, taken, strict=True))
     if least > budget:
         raise RecipeError(
@@ -134,7 +132,7 @@ def allocate(linears: Sequence[MeasuredLinear], blueprint: Blueprint, choice: Ch
         )
     for _ in range(ROUNDS):
         price = (low + high) / 2
-        found = _take(linears, ways, price)
+        found = _take(linears, forms, price)
         if sum(_cost(linear, *one) for linear, one in zip(linears, found, strict=True)) <= budget:
             high, taken = price, found
         else:
@@ -145,12 +143,12 @@ def allocate(linears: Sequence[MeasuredLinear], blueprint: Blueprint, choice: Ch
 
 
 def keep_energy(linears: Sequence[MeasuredLinear], blueprint: Blueprint, energy: float) -> Blueprint:
-    """Gives each tied linear the smallest LoRAs that keep a share of what tying lost."""
+    """Gives each tied linear the smallest LoRAs that restore the share `energy` of its tying error."""
     taken = []
     for linear in linears:
         pieces = tuple(_Piece(shared.curve, 0, shared.depths) for shared in linear.together)
         ranks = [piece.curve.smallest((1 - energy) * piece.curve.lost[0]) for piece in pieces]
-        taken.append((_Way(linear.whole, 0.0, pieces, stores=True), ranks))
+        taken.append((_Form(linear.whole, 0.0, pieces, stores=True), ranks))
     return with_ranks(blueprint, _ranks(linears, taken), {})
 
 
@@ -160,13 +158,13 @@ def with_ranks(
     factors: Mapping[tuple[Pool, int], Mapping[str, int | None]],
     bases: Mapping[tuple[Pool, int], Mapping[str, int]] | None = None,
 ) -> Blueprint:
-    """Returns the blueprint with other ranks in place of its own of the same name.
+    """Returns the blueprint with some ranks replaced.
 
     Args:
         blueprint: The stack.
-        ranks: By depth, of LoRAs; 0: none.
-        factors: By part, of linears kept as factors; None: the whole matrix is kept.
-        bases: By part, of linears of which a basis is kept.
+        ranks: Ranks of LoRAs, by depth and linear; 0: no LoRA.
+        factors: Ranks of stored factors, by part and linear; None: the whole matrix is stored.
+        bases: Ranks of stored bases, by part and linear.
     """
 
     def depth(index: int, old: DepthSpec) -> DepthSpec:
@@ -190,12 +188,12 @@ def with_ranks(
     )
 
 
-def _ways(linear: MeasuredLinear, choice: Choice, blueprint: Blueprint) -> list[_Way]:
+def _forms(linear: MeasuredLinear, choice: Choice, blueprint: Blueprint) -> list[_Form]:
     if linear.is_basis:
-        return [_Way(0, 0.0, (_Piece(linear.stored, 1, ()),), stores=True)]
+        return [_Form(0, 0.0, (_Piece(linear.stored, 1, ()),), stores=True)]
     if choice.loras and linear.together:
-        ways = [
-            _Way(
+        forms = [
+            _Form(
                 linear.whole,
                 0.0,
                 tuple(_Piece(shared.curve, 0, shared.depths) for shared in linear.together),
@@ -204,40 +202,40 @@ def _ways(linear: MeasuredLinear, choice: Choice, blueprint: Blueprint) -> list[
         ]
         if choice.factors:
             apart = zip(linear.apart, linear.depths, strict=True)
-            ways.append(_Way(0, 0.0, tuple(_Piece(curve, 1, (depth,)) for curve, depth in apart), stores=False))
-        return ways
-    # What depths add by LoRAs of a given rank is paid already, and the same whatever is stored.
-    ways = [_Way(linear.whole, linear.stored.lost[-1], (), stores=True)]
+            forms.append(_Form(0, 0.0, tuple(_Piece(curve, 1, (depth,)) for curve, depth in apart), stores=False))
+        return forms
+    # LoRAs with a fixed rank are already in the budget, and their size does not depend on how the weight is stored.
+    forms = [_Form(linear.whole, linear.stored.lost[-1], (), stores=True)]
     if choice.factors:
-        ways.append(_Way(0, 0.0, (_Piece(linear.stored, 1, ()),), stores=True))
-    return ways
+        forms.append(_Form(0, 0.0, (_Piece(linear.stored, 1, ()),), stores=True))
+    return forms
 
 
-Taken = tuple[_Way, list[int]]
+Taken = tuple[_Form, list[int]]
 
 
-def _take(linears: Sequence[MeasuredLinear], ways: Sequence[Sequence[_Way]], price: float) -> list[Taken]:
+def _take(linears: Sequence[MeasuredLinear], forms: Sequence[Sequence[_Form]], price: float) -> list[Taken]:
     found = []
-    for linear, each in zip(linears, ways, strict=True):
+    for linear, each in zip(linears, forms, strict=True):
         options = []
-        for way in each:
-            ranks = [piece.curve.best(price * linear.unit, piece.least) for piece in way.pieces]
-            lost = way.lost + sum(piece.curve.at(rank) for piece, rank in zip(way.pieces, ranks, strict=True))
-            options.append((lost + price * _cost(linear, way, ranks), len(options), way, ranks))
-        _, _, way, ranks = min(options, key=lambda option: option[:2])
-        found.append((way, ranks))
+        for form in each:
+            ranks = [piece.curve.best(price * linear.unit, piece.least) for piece in form.pieces]
+            lost = form.lost + sum(piece.curve.at(rank) for piece, rank in zip(form.pieces, ranks, strict=True))
+            options.append((lost + price * _cost(linear, form, ranks), len(options), form, ranks))
+        _, _, form, ranks = min(options, key=lambda option: option[:2])
+        found.append((form, ranks))
     return found
 
 
-def _cost(linear: MeasuredLinear, way: _Way, ranks: Iterable[int]) -> int:
-    return way.base + linear.unit * sum(ranks)
+def _cost(linear: MeasuredLinear, form: _Form, ranks: Iterable[int]) -> int:
+    return form.base + linear.unit * sum(ranks)
 
 
 def _spend_rest(linears: Sequence[MeasuredLinear], taken: list[Taken], budget: int) -> None:
     left = budget - sum(_cost(linear, *one) for linear, one in zip(linears, taken, strict=True))
     offers = []
-    for index, (linear, (way, ranks)) in enumerate(zip(linears, taken, strict=True)):
-        for place, (piece, rank) in enumerate(zip(way.pieces, ranks, strict=True)):
+    for index, (linear, (form, ranks)) in enumerate(zip(linears, taken, strict=True)):
+        for place, (piece, rank) in enumerate(zip(form.pieces, ranks, strict=True)):
             further = next((each for each in piece.curve.ranks if each > rank), None)
             if further is not None:
                 saved = (piece.curve.at(rank) - piece.curve.at(further)) / (further - rank) / linear.unit
@@ -250,8 +248,8 @@ def _spend_rest(linears: Sequence[MeasuredLinear], taken: list[Taken], budget: i
 
 def _ranks(linears: Sequence[MeasuredLinear], taken: Sequence[Taken]) -> dict[int, dict[str, int]]:
     found: dict[int, dict[str, int]] = {}
-    for linear, (way, ranks) in zip(linears, taken, strict=True):
-        for piece, total in zip(way.pieces, ranks, strict=True):
+    for linear, (form, ranks) in zip(linears, taken, strict=True):
+        for piece, total in zip(form.pieces, ranks, strict=True):
             for place, depth in enumerate(piece.depths):
                 share = total // len(piece.depths) + (place < total % len(piece.depths))
                 found.setdefault(depth, {})[linear.linear] = min(share, linear.rows, linear.columns)
@@ -261,12 +259,12 @@ def _ranks(linears: Sequence[MeasuredLinear], taken: Sequence[Taken]) -> dict[in
 def _factors(
     linears: Sequence[MeasuredLinear], taken: Sequence[Taken]
 ) -> tuple[dict[tuple[Pool, int], dict[str, int | None]], dict[tuple[Pool, int], dict[str, int]]]:
-    """Ranks of what is stored as factors, and of bases."""
+    """Returns the ranks of stored factors and of stored bases, by part and linear."""
     found: dict[tuple[Pool, int], dict[str, int | None]] = {}
     bases: dict[tuple[Pool, int], dict[str, int]] = {}
-    for linear, (way, ranks) in zip(linears, taken, strict=True):
-        own = [rank for piece, rank in zip(way.pieces, ranks, strict=True) if not piece.depths]
-        whole = None if way.stores else 0
+    for linear, (form, ranks) in zip(linears, taken, strict=True):
+        own = [rank for piece, rank in zip(form.pieces, ranks, strict=True) if not piece.depths]
+        whole = None if form.stores else 0
         if linear.is_basis:
             bases.setdefault((linear.pool, linear.part), {})[linear.linear] = own[0]
         else:

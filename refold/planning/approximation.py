@@ -1,4 +1,4 @@
-"""Which softmax attention a target approximates by feature maps, and how far the approximation is off."""
+"""Feature maps that approximate the source's softmax attention, and the error of the approximation."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,39 +12,39 @@ from refold.families.arch import Frozen
 from refold.mixers.spec import MixerSpec, SoftmaxFit
 
 LEARNED = ("q_map.weight", "k_map.weight")
-"""The vectors of a mixer that a fit changes."""
+"""The vectors of a mixer that are fitted."""
 
 
 class Approximation(Frozen):
-    """How far a depth's attention weights are off its source layer's, right after conversion.
+    """Distance between a depth's attention weights and those of its source layer, right after conversion.
 
     Distances are total variation, 1/2 sum |p - q|: the share of its attention that a token gives to wrong tokens. Gaps
-    are cross-entropy over entropy, the Kullback-Leibler divergence of q from p, in nats. Both are means over heads and
-    tokens of sequences that nothing was fitted to; rows of a mixer that does not normalise are divided by their sums.
+    are cross-entropy minus entropy, the Kullback-Leibler divergence of q from p, in nats. Both are means over heads and
+    tokens of held-out sequences. The rows of a mixer that does not normalise are divided by their sums.
     """
 
     start: float
-    """Distance with the map as it starts, unfitted."""
+    """Distance with the initial map, before any fit."""
     fitted: float | None = None
-    """Distance with the fitted map that was stored; None: there was no fit."""
+    """Distance with the fitted map that is stored; None: the map was not fitted."""
     start_gap: float
     fitted_gap: float | None = None
     inputs: Literal["text", "random"]
-    """What was measured on: calibration text, or hidden states drawn from a normal distribution."""
+    """Inputs of the measurement: calibration text, or hidden states drawn from a normal distribution."""
     tokens: int
-    """How many tokens were measured."""
+    """Number of measured tokens."""
 
 
 @dataclass(frozen=True)
 class StoredMap:
-    """The feature maps of one stored mixer, or those that a depth keeps of its own.
+    """The feature maps of one stored mixer, or the own feature maps of a depth.
 
     Attributes:
-        prefix: What their tensors' names begin with, such as `model.mixers.0.`.
-        mixer: The mixer that computes with them.
-        depths: Which run it, top to bottom.
-        layers: The source layers these stand for, each once.
-        names: Vectors it consists of, such as `q_map.weight`, those of the blend with a window included.
+        prefix: Prefix of the names of their tensors, such as `model.mixers.0.`.
+        mixer: The mixer.
+        depths: The depths that run these maps, in their order.
+        layers: The source layers of these depths, without repetition.
+        names: Names of the vectors, such as `q_map.weight`, including those that blend in a window.
     """
 
     prefix: str
@@ -60,10 +60,10 @@ class StoredMap:
 
 
 def stored_maps(blueprint: Blueprint, starts: Initialisation) -> tuple[StoredMap, ...]:
-    """Returns the feature maps of all mixers that take over queries and keys, and so stand for their source's softmax.
+    """Returns the feature maps of all mixers that take over queries and keys from their source.
 
     Raises:
-        RecipeError: A map is to be fitted where queries or keys start fresh.
+        RecipeError: A map has to be fitted, but its queries or keys are fresh.
     """
     users: dict[str, list[int]] = {}
     for index, depth in enumerate(blueprint.depths):
@@ -76,7 +76,7 @@ def stored_maps(blueprint: Blueprint, starts: Initialisation) -> tuple[StoredMap
             if fit != "none":
                 raise RecipeError(
                     f"mixers: fit: the source's queries and keys are required at depth {index} (got fresh ones); "
-                    f"name q_proj and k_proj in transfer, or leave `fit: {fit}` out"
+                    f"add q_proj and k_proj to transfer, or remove `fit: {fit}`"
                 )
             continue
         owns = depth.vectors == "own"
@@ -86,10 +86,10 @@ def stored_maps(blueprint: Blueprint, starts: Initialisation) -> tuple[StoredMap
 
 
 def require_text(maps: Iterable[StoredMap], has_text: bool) -> None:
-    """Checks that there is text where a map is to be fitted to some.
+    """Checks that calibration text is given if a map has to be fitted on it.
 
     Raises:
-        RecipeError: There is none.
+        RecipeError: No text is given.
     """
     first = next((stored for stored in maps if stored.fit == "calibration"), None)
     if first is not None and not has_text:

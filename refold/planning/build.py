@@ -1,14 +1,14 @@
-"""From an architecture and a recipe to the blueprint, with every check across the two."""
+"""The construction of a blueprint from an architecture and a recipe, with all checks across the two."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from refold.blueprint.contents import idle_names, part_linears, part_vectors
 from refold.blueprint.cost import ParameterCount, count_parameters
 from refold.blueprint.initialisation import Initialisation
-from refold.blueprint.owned.registry import OWNED
+from refold.blueprint.owned.registry import owned_kinds
 from refold.blueprint.schema import POOLS, Blueprint, DepthSpec, Exit, MixerPart, MlpPart, Pool
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
@@ -21,14 +21,14 @@ from refold.planning.mixers import ChosenMixer, choose_mixers, describe_lost_nor
 from refold.planning.notes import Note, Notes, advise, describe_reach, notes
 from refold.planning.relax import LinearShapes, choose_ranks, with_prefixes
 from refold.planning.rules import require_rules
-from refold.recipe.recipe import ExitPlacement, Fold, Recipe
+from refold.recipe.recipe import ExitPlacement, Fold, RankEnergy, Recipe
 from refold.sources.measurements import Influence
 
-UNMEASURED_RANKS = "ranks are measured when converting: until then"
+UNMEASURED_RANKS = "ranks are measured during conversion; this plan assumes"
 
 
 class Built(NamedTuple):
-    """What a recipe makes of an architecture."""
+    """The result of a recipe on an architecture."""
 
     blueprint: Blueprint
     starts: Initialisation
@@ -40,8 +40,8 @@ class _StoredPool:
     """The stored parts of one pool.
 
     Attributes:
-        sources: For each part, the source layers it is made from.
-        users: For each part, the source layers whose depths use it.
+        sources: For each part the source layers that it is computed from.
+        users: For each part the source layers whose depths use it.
     """
 
     sources: tuple[tuple[int, ...], ...]
@@ -56,7 +56,7 @@ class _StoredPool:
 
 
 def identity_blueprint(arch: ArchSpec) -> Blueprint:
-    """The source as a blueprint: every part used once."""
+    """Returns the source as a blueprint, in which every part is used once."""
     layers = range(arch.num_layers)
     return Blueprint(
         arch=arch,
@@ -70,15 +70,16 @@ def identity_blueprint(arch: ArchSpec) -> Blueprint:
 
 
 def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None = None) -> Built:
-    """Builds the blueprint a recipe asks for.
+    """Builds the blueprint of a recipe.
 
-    Layers are left out first; what remains is divided into prelude, tied block and coda; then attention and MLPs are
-    left out of the depths, ranks chosen and exits placed. The stack keeps one depth for each source layer, in order.
+    The steps: drop whole layers; divide the rest into prelude, tied block and coda; drop attention and MLPs; choose
+    mixers and shared keys and values; choose ranks; place exits. The stack has one depth for each source layer, in
+    their order; a dropped layer is a depth without mixer and MLP.
 
     Args:
         arch: The source.
-        recipe: The recipe; defaults that depend on other fields are resolved here.
-        influence: What the source's layers do to the stream; None: not measured.
+        recipe: The recipe; defaults that depend on other fields are filled in here.
+        influence: Measured influence of the source's layers; None: not measured.
 
     Raises:
         RecipeError: The recipe does not fit the architecture.
@@ -92,7 +93,9 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
     stack = fold_layers(recipe.fold, layers) if recipe.fold else FoldedStack((), (), 0)
     layers = tuple(layer for layer in layers if layer not in stack.dropped)
     sizes: dict[Pool, int] = {pool: _part_parameters(identity, pool) for pool in POOLS}
-    dropped = dropped_parts(recipe.drop, layers, arch.num_layers, sizes, counted.final_norm, influence)
+    dropped: Mapping[Pool, frozenset[int]] = dict.fromkeys(POOLS, frozenset())
+    if recipe.drop is not None:
+        dropped = dropped_parts(recipe.drop, layers, arch.num_layers, sizes, counted.final_norm, influence)
     using = {pool: tuple(layer for layer in layers if layer not in dropped[pool]) for pool in POOLS}
     chosen = choose_mixers(recipe, arch)
     pools: dict[Pool, _StoredPool] = {
@@ -101,7 +104,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
     }
     stored = [chosen[users[0]] for users in pools["mixer"].users]
     attending = [mixer if pools["mixer"].part_of(layer) is not None else None for layer, mixer in enumerate(chosen)]
-    reads = choose_reads(recipe.share_kv, arch, attending, stack)
+    reads = {} if recipe.share_kv is None else choose_reads(recipe.share_kv, arch, attending, stack)
     blueprint = Blueprint(
         arch=arch,
         mixers=tuple(
@@ -118,7 +121,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
     blueprint = with_prefixes(_with_ranks(blueprint, ranks), recipe.relax)
     if recipe.exits is not None:
         blueprint = _with_exits(blueprint, recipe.exits, recipe.fold, stack)
-    relaxed, lora = any(depth.ranks for depth in blueprint.depths), recipe.lora
+    relaxed, lora, kinds = any(depth.ranks for depth in blueprint.depths), recipe.lora, owned_kinds(blueprint)
     undecided = recipe.drop is not None and bool(recipe.drop.by_influence) and influence is None
     said = (
         *notes(
@@ -128,22 +131,22 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
         *notes(stack.notes),
         *notes(describe_reach(blueprint)),
         *notes(describe_lost_norms(arch, chosen)),
-        *notes(describe_reads(reads, arch.num_key_value_heads)),
+        *notes(describe_reads(reads, arch.num_key_value_heads) if reads else ()),
         *notes(rank_notes, "ranks"),
-        *notes(note for kind in OWNED if kind.place == "stack" for note in kind.notes(blueprint)),
+        *notes(note for kind in kinds if kind.place == "stack" for note in kind.notes(blueprint)),
         *notes(describe_alignment(blueprint, recipe.fold.align) if recipe.fold else ()),
-        *notes(note for kind in OWNED if kind.place == "exits" for note in kind.notes(blueprint)),
+        *notes(note for kind in kinds if kind.place == "exits" for note in kind.notes(blueprint)),
     )
     if recipe.fits_in_sequence:
-        order = "calibration.order: linears are fitted from top to bottom, those that would be copied as well"
+        order = "calibration.order: linears are fitted from the first depth to the last, also those otherwise copied"
         said = (*said, Note(text=order))
     if recipe.factor is not None:
         blueprint, line = factorise_evenly(blueprint, identity, recipe.factor)
         budget = linear_budget(identity, recipe.factor.parameters)
-        measured = f"{UNMEASURED_RANKS} even ones stand here; linears and LoRAs will take {budget:,} parameters"
+        measured = f"{UNMEASURED_RANKS} even ranks; linears and LoRAs will have {budget:,} parameters"
         said = (*said, Note(kind="pending", text=measured) if recipe.measures_ranks else Note(text=line))
     elif recipe.measures_ranks:
-        line = f"{UNMEASURED_RANKS} even ones stand here, or for an energy the largest there can be"
+        line = f"{UNMEASURED_RANKS} {'the largest' if isinstance(lora and lora.rank, RankEnergy) else 'even'} ranks"
         said = (*said, Note(kind="pending", text=line))
     starts = Initialisation(
         weights=recipe.weights,
@@ -179,11 +182,11 @@ def _store(
     using: Sequence[int],
     signature: Callable[[int], Hashable],
 ) -> _StoredPool:
-    """Deals the layers using a pool to stored parts; tied layers whose signatures differ get a part for each kind."""
+    """Assigns layers to stored parts. Tied layers with different signatures get one part for each signature."""
     parts: dict[Hashable, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     tied = recipe.fold is not None and pool in recipe.fold.tie
     places = dict(zip(stack.block, stack.stored, strict=True)) if tied else {}
-    # Stored in the order in which they first run.
+    # Parts are stored in the order of their first use.
     for layer in using:
         stored, kind = places.get(layer), signature(layer)
         if stored is None:

@@ -1,4 +1,4 @@
-"""Which layers and parts a recipe leaves out."""
+"""The choice of layers, token mixers and MLPs to drop."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
@@ -11,20 +11,20 @@ from refold.sources.measurements import Influence
 
 T = TypeVar("T", bound=Hashable)
 NAMES: Mapping[Pool, str] = {"mixer": "attention", "mlp": "mlp"}
-"""What recipes and measurements call the parts of a pool."""
+"""The name of each pool in recipes and measurements."""
 
 
 def dropped_blocks(
     drop: BlockDrop, num_layers: int, layer_parameters: int, other_parameters: int, influence: Influence | None = None
 ) -> frozenset[int]:
-    """Returns the source layers that are left out whole.
+    """Returns the source layers to drop as a whole.
 
     Args:
         drop: The recipe's `drop.block`.
-        num_layers: Source layers.
+        num_layers: Number of source layers.
         layer_parameters: Parameters of one layer.
         other_parameters: Non-embedding parameters outside the layers: the final norm.
-        influence: What was measured; None: layers are left out evenly.
+        influence: Measured influence; None: the kept layers are evenly spaced.
 
     Raises:
         RecipeError: Nothing would remain, or a layer is out of range.
@@ -45,28 +45,26 @@ def dropped_blocks(
 
 
 def dropped_parts(
-    drop: Drop | None,
+    drop: Drop,
     layers: Sequence[int],
     num_layers: int,
     parameters: Mapping[Pool, int],
     other_parameters: int,
     influence: Influence | None = None,
 ) -> dict[Pool, frozenset[int]]:
-    """Returns the source layers whose attention, and those whose MLP, is left out.
+    """Returns for each pool the source layers whose attention, or whose MLP, is dropped.
 
     Args:
         drop: The recipe's `drop`.
-        layers: Source layers that are still there.
-        num_layers: Source layers.
-        parameters: Of one attention, and of one MLP, with norms.
+        layers: Source layers that are not dropped as a whole.
+        num_layers: Number of source layers.
+        parameters: Parameters of one attention, and of one MLP, norms included.
         other_parameters: Non-embedding parameters outside the layers: the final norm.
-        influence: What was measured; None: parts are left out evenly.
+        influence: Measured influence; None: the kept parts are evenly spaced.
 
     Raises:
-        RecipeError: More than there are, or a layer that is out of range or already gone.
+        RecipeError: The count is too large, or a layer is out of range or already dropped.
     """
-    if drop is None:
-        return {pool: frozenset() for pool in POOLS}
     if drop.sublayers is not None:
         return _dropped_sublayers(drop.sublayers, layers, parameters, other_parameters, influence)
     found: dict[Pool, frozenset[int]] = {}
@@ -80,19 +78,19 @@ def dropped_parts(
 def describe_dropped(
     drop: Drop, influence: Influence | None, blocks: frozenset[int], parts: Mapping[Pool, frozenset[int]]
 ) -> tuple[str, ...]:
-    """Returns what the user should know of a choice that follows, or should follow, from measurement."""
+    """Returns a note about a choice that depends on measured influence; nothing for other choices."""
     if not drop.by_influence:
         return ()
     if influence is None:
         return (UNMEASURED_DROP,)
     kinds = (("layers", blocks), ("attention of layers", parts["mixer"]), ("MLP of layers", parts["mlp"]))
     said = "; ".join(f"{name} {', '.join(map(str, sorted(gone)))}" for name, gone in kinds if gone)
-    return (f"left out, by measured influence: {said or 'nothing'}",)
+    return (f"dropped, by measured influence: {said or 'nothing'}",)
 
 
 UNMEASURED_DROP = (
-    "drop: nothing is measured yet, so what is left out is spaced evenly here: hand over what `refold analyse` "
-    "measures with --measurements, or let convert measure it on --calibration text"
+    "drop: influence is not measured yet, so this plan drops evenly spaced parts: give the results of `refold analyse` "
+    "with --measurements, or let convert measure it on --calibration text"
 )
 
 
@@ -106,7 +104,7 @@ def _dropped(
                     f"{where}.layers: layer {layer} is out of range ({num_layers} source layers: 0..{num_layers - 1})"
                 )
             if layer not in layers:
-                raise RecipeError(f"{where}.layers: layer {layer} is left out already; take it off the list")
+                raise RecipeError(f"{where}.layers: layer {layer} is dropped already; remove it from the list")
         return frozenset(drop.layers)
     count = _count(drop, len(layers), where)
     return _chosen(drop, layers, None if scores is None else lambda layer: scores[layer])(count)
@@ -156,7 +154,7 @@ def _count(drop: Dropping, available: int, where: str) -> int:
 def _chosen(
     drop: Dropping, candidates: tuple[T, ...], score: Callable[[T], float] | None
 ) -> Callable[[int], frozenset[T]]:
-    """Returns the function from how many to which."""
+    """Returns a function that maps a number of parts to the set of parts to drop."""
     if drop.by != "even" and score is not None:
         ranked = sorted(candidates, key=score)
         return lambda count: frozenset(ranked[:count])

@@ -1,4 +1,4 @@
-"""Which stored linears are kept as two factors, and at which rank, where a budget is split evenly."""
+"""Factors of stored linears: their even ranks under a parameter budget, and the parameters they take."""
 
 from collections.abc import Collection, Iterator
 
@@ -13,7 +13,7 @@ StoredLinears = tuple[Pool, int, str, tuple[int, int]]
 
 
 def stored_linears(blueprint: Blueprint) -> Iterator[StoredLinears]:
-    """Yields every stored linear once, as it is before any is factorised."""
+    """Yields every stored linear once, with the shape of the whole matrix."""
     for pool in POOLS:
         for index in range(len(blueprint.pool(pool))):
             for name, shape in part_linears(blueprint, pool, index).items():
@@ -21,7 +21,7 @@ def stored_linears(blueprint: Blueprint) -> Iterator[StoredLinears]:
 
 
 def lora_parameters(blueprint: Blueprint, skipped: Collection[tuple[Pool, int, str]] = ()) -> int:
-    """Parameters of all LoRAs, without those of some stored linears (pool, part, name)."""
+    """Counts the parameters of all LoRAs, except those of the `skipped` stored linears (pool, part, name)."""
     return sum(
         rank * sum(depth_linears(blueprint, index)[name])
         for index, depth in enumerate(blueprint.depths)
@@ -31,7 +31,7 @@ def lora_parameters(blueprint: Blueprint, skipped: Collection[tuple[Pool, int, s
 
 
 def stored_parameters(blueprint: Blueprint, stored: StoredLinears) -> int:
-    """Parameters of a stored linear as it is kept: whole, as two factors, or as a basis with its coefficients."""
+    """Counts the parameters of a linear as stored: whole, as two factors, or as a basis with its coefficients."""
     pool, index, linear, (rows, columns) = stored
     part = blueprint.pool(pool)[index]
     if linear in part.bases:
@@ -52,35 +52,35 @@ def _num_users(blueprint: Blueprint, pool: Pool, part: int, linear: str) -> int:
 
 
 def linear_budget(source: Blueprint, share: float) -> int:
-    """Returns how many parameters linears with their LoRAs may have: a share of the source's linear weights."""
+    """Returns the parameter budget of linears and LoRAs: a share of the source's linear weights."""
     return int(share * sum(rows * columns for *_, (rows, columns) in stored_linears(source)))
 
 
 def factorise_evenly(blueprint: Blueprint, source: Blueprint, factor: Factor) -> tuple[Blueprint, str]:
-    """Gives every stored linear the same share of its parameters as two factors, or as a basis and coefficients.
+    """Stores every linear as two factors, or as a basis and coefficients, with the same share of its parameters.
 
-    A basis stands for the weights of all depths that run the linear, and its share is one of theirs together.
+    A basis replaces the weights of all depths that run the linear, so its share is that of all these weights together.
 
     Args:
-        blueprint: The stack with its LoRAs, whose parameters the budget has to hold as well.
+        blueprint: The stack with its LoRAs, which the budget includes.
         source: The source as a blueprint.
         factor: The recipe's `factor`.
 
     Returns:
-        The blueprint, and a line on the share.
+        The blueprint, and a note about the share.
 
     Raises:
-        RecipeError: The LoRAs leave nothing, or less than rank 1; or there is nothing to share a basis.
+        RecipeError: The budget does not hold rank 1 for every linear besides the LoRAs; or no linear is tied.
     """
     stored = list(stored_linears(blueprint))
-    # How many weights of the source each stands for.
+    # Number of source weights that each stored linear replaces.
     counts = [1] * len(stored)
     if factor.share == "basis":
         counts = [_num_users(blueprint, pool, part, name) for pool, part, name, _ in stored]
         if max(counts, default=1) == 1:
             raise RecipeError(
                 "factor.share: tied layers are required for a basis (no linear is used twice); add `fold: {loops: 2}`, "
-                "or leave factor.share out"
+                "or remove factor.share"
             )
     room = linear_budget(source, factor.parameters) - lora_parameters(blueprint)
     whole = sum(count * rows * columns for count, (*_, (rows, columns)) in zip(counts, stored, strict=True))
@@ -94,12 +94,12 @@ def factorise_evenly(blueprint: Blueprint, source: Blueprint, factor: Factor) ->
         elif share < 1:
             factors.setdefault((pool, part), {})[name] = rank
     if share >= 1 and not bases:
-        return blueprint, f"factor.parameters: {factor.parameters:g} holds every stored linear whole"
+        return blueprint, f"factor.parameters: {factor.parameters:g} is enough to store every linear whole"
     if min(rank or 0 for ranks in (*factors.values(), *bases.values()) for rank in ranks.values()) < 1:
         raise RecipeError(
             f"factor.parameters: a share that leaves every stored linear a rank of 1 is required (got "
             f"{factor.parameters:g}, LoRAs included); raise it, or lower relax.rank"
         )
     kept = f"factor.parameters: {factor.parameters:g} keeps {min(share, 1):.1%} of every "
-    note = f"{kept}weight: tied ones share a basis" if bases else f"{kept}stored linear as two factors"
+    note = f"{kept}weight: tied linears share a basis" if bases else f"{kept}stored linear as two factors"
     return with_ranks(blueprint, {}, factors, bases), note

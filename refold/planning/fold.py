@@ -1,4 +1,4 @@
-"""Folds layers into tied groups and says which of them are aligned first."""
+"""The tied block of a stack: its layers, the stored layer of each, and the tied layers that can be aligned."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from refold.errors import RecipeError
 from refold.recipe.recipe import Fold
 from refold.recipe.tying import TYING_INITS, TiedBlock, TyingInit, evenly_spaced, explicit
 
-# For each pattern: stored layer of place `place` in a block of `num_stored` layers that runs `loops` times.
+# For each pattern: the stored layer at place `place` of a block of `num_stored` stored layers that runs `loops` times.
 PATTERNS: dict[str, Callable[[int, int, int], int]] = {
     "cycle": lambda place, num_stored, loops: place % num_stored,
     "sequence": lambda place, num_stored, loops: place // loops,
@@ -21,14 +21,14 @@ PATTERNS: dict[str, Callable[[int, int, int], int]] = {
 
 @dataclass(frozen=True)
 class FoldedStack:
-    """Which source layers stand in the tied block, and the stored layer each of them runs.
+    """The source layers in the tied block, and the stored layer that each of them runs.
 
     Attributes:
-        block: Source layers of the block, top to bottom; those outside it are untied.
-        stored: For each of them the stored layer, counted in the order of the first loop.
-        num_stored: Stored layers of the block.
-        dropped: Source layers left out because `loops` did not divide the block.
-        notes: What the user should know.
+        block: Source layers of the block, in their order; all other layers are untied.
+        stored: For each layer of the block the index of its stored layer, in the order of the first loop.
+        num_stored: Number of stored layers of the block.
+        dropped: Source layers that are dropped because `loops` does not divide the block.
+        notes: Notes for the plan.
     """
 
     block: tuple[int, ...]
@@ -38,11 +38,11 @@ class FoldedStack:
     notes: tuple[str, ...] = ()
 
     def loop_ends(self) -> tuple[int, ...]:
-        """Returns the source layers after which the block has been run once, twice, ..."""
+        """Returns the last source layer of each loop."""
         return self.block[self.num_stored - 1 :: self.num_stored]
 
     def groups(self, users: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Returns for each stored layer the source layers tied to it, of those in `users`."""
+        """Returns for each stored layer the source layers in `users` that are tied to it."""
         return tuple(
             tuple(
                 layer
@@ -54,14 +54,14 @@ class FoldedStack:
 
 
 def fold_layers(fold: Fold, layers: Sequence[int]) -> FoldedStack:
-    """Divides the layers that remain into prelude, block and coda.
+    """Divides layers into prelude, block and coda.
 
     Args:
         fold: The recipe's `fold`.
-        layers: Source layers that remain, top to bottom.
+        layers: Source layers that are not dropped, in their order.
 
     Raises:
-        RecipeError: No block is left, or `loops` does not divide it and `uneven` is `error`.
+        RecipeError: The block is smaller than `loops`, or `loops` does not divide it and `uneven` is `error`.
     """
     size = len(layers) - fold.prelude - fold.coda
     surplus = size % fold.loops
@@ -84,7 +84,7 @@ def fold_layers(fold: Fold, layers: Sequence[int]) -> FoldedStack:
     if surplus and fold.uneven == "drop":
         kept = tuple(block[index] for index in evenly_spaced(size, size - surplus))
         dropped, block = tuple(layer for layer in block if layer not in kept), kept
-        notes = (f"fold.uneven: {fold.loops} loops leave {surplus} of {size} layers over: left out {list(dropped)}",)
+        notes = (f"fold.uneven: {fold.loops} loops leave {surplus} of {size} layers over: dropped {list(dropped)}",)
     num_stored = len(block) // fold.loops
     pattern = PATTERNS[fold.pattern]
     stored = tuple(pattern(place, num_stored, fold.loops) for place in range(len(block)))
@@ -92,18 +92,18 @@ def fold_layers(fold: Fold, layers: Sequence[int]) -> FoldedStack:
 
 
 def tied_sources(fold: Fold, stack: FoldedStack, users: Sequence[int], num_layers: int) -> tuple[tuple[int, ...], ...]:
-    """Returns the source layers each stored layer of the block is made from, for one pool.
+    """Returns for each stored layer of the block the source layers that it is computed from, in one pool.
 
-    A stored layer that a single depth uses is not tied: unless named or fresh, it is that depth's own.
+    A stored layer with a single user is not tied: it is computed from that layer, unless `init` is a list or `random`.
 
     Args:
         fold: The recipe's `fold`, with `init` resolved.
-        stack: What `fold_layers` returned.
+        stack: The result of `fold_layers`.
         users: Source layers that run their mixer (or MLP).
-        num_layers: Source layers.
+        num_layers: Number of source layers.
 
     Raises:
-        RecipeError: An explicit list of the wrong length, or with a layer that is out of range.
+        RecipeError: A list in `init` has a wrong length, or a layer that is out of range.
     """
     groups = stack.groups(users)
     init = _find_init(fold, stack.num_stored, num_layers)
@@ -130,15 +130,15 @@ def _find_init(fold: Fold, num_stored: int, num_layers: int) -> TyingInit:
 
 
 def aligned_groups(blueprint: Blueprint, pool: Pool) -> tuple[tuple[int, ...], ...]:
-    """Returns for each tied part that can be aligned the source layers of its depths, top to bottom.
+    """Returns for each tied part that can be aligned the source layers of its depths, in their order.
 
-    Attention that was exchanged for another mixer, or whose keys and values another depth reads or makes, cannot.
+    Parts that cannot be aligned: other mixers than attention, and attention that shares keys and values between depths.
     """
     return tuple(layers for layers, reason in _tied(blueprint, pool) if not reason)
 
 
 def describe_alignment(blueprint: Blueprint, align: Align) -> tuple[str, ...]:
-    """Returns lines on what is aligned, and what is not."""
+    """Returns notes about the layers that are aligned, and the tied layers that are not."""
     if align == "none":
         return ()
     said = []
@@ -147,7 +147,7 @@ def describe_alignment(blueprint: Blueprint, align: Align) -> tuple[str, ...]:
         groups = aligned_groups(blueprint, pool)
         if groups:
             listed = ", ".join(str(list(layers)) for layers in groups)
-            said.append(f"fold.align: {align}: {name} of layers {listed} in the frame of the first of each")
+            said.append(f"fold.align: {align}: {name} of layers {listed} aligned to the first layer of each group")
         for layers, reason in _tied(blueprint, pool):
             if reason:
                 said.append(f"fold.align: {name} of layers {list(layers)} not aligned: {reason}")
@@ -155,7 +155,7 @@ def describe_alignment(blueprint: Blueprint, align: Align) -> tuple[str, ...]:
 
 
 def _tied(blueprint: Blueprint, pool: Pool) -> list[tuple[tuple[int, ...], str]]:
-    """Source layers of each tied part that has some, and why they cannot be aligned; empty: they can."""
+    """Returns the source layers of each tied part, and the reason why they cannot be aligned (empty: they can)."""
     found = []
     for part in range(len(blueprint.pool(pool))):
         users = blueprint.users(pool, part)

@@ -1,4 +1,4 @@
-"""Which depths read keys and values of which, from the recipe's `share_kv`: every check across recipe and source."""
+"""The depths that read keys and values of others, by the recipe's `share_kv`, with all checks against the source."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from refold.planning.mixers import ChosenMixer
 from refold.recipe.share_kv import Back, ShareEntry, ShareRule
 
 Reads = Mapping[int, tuple[KvRead, ...]]
-"""Depth to what it reads; depths that read nothing are not there."""
+"""The heads that each depth reads; depths that read nothing have no entry."""
 
 
 @dataclass(frozen=True)
 class _Stack:
-    """What the depths run.
+    """The mixers of all depths.
 
     Attributes:
-        mixers: For each depth its mixer; None where it has none.
-        num_heads: Key-value heads.
+        mixers: For each depth its mixer; None: dropped.
+        num_heads: Number of key-value heads.
     """
 
     mixers: Sequence[ChosenMixer | None]
@@ -32,27 +32,25 @@ class _Stack:
 
 
 def choose_reads(
-    share: ShareRule | tuple[ShareEntry, ...] | None,
+    share: ShareRule | tuple[ShareEntry, ...],
     arch: ArchSpec,
     mixers: Sequence[ChosenMixer | None],
     stack: FoldedStack,
 ) -> Reads:
-    """Returns what each depth reads.
+    """Returns the key-value heads that each depth reads from earlier depths.
 
-    A rule passes over depths without softmax attention; a list may not name them.
+    A rule skips depths without softmax attention. In a list such a depth is an error.
 
     Args:
         share: The recipe's `share_kv`.
         arch: The source.
-        mixers: For each depth its mixer; None where it has none.
-        stack: Where the tied block stands.
+        mixers: For each depth its mixer; None: dropped.
+        stack: The tied block.
 
     Raises:
-        RecipeError: Nothing would be shared, a head or depth is out of range, a depth without keys and values of its
-            own is named, the two depths look at different windows or turn differently, or a head is read twice.
+        RecipeError: Nothing would be shared, a head or depth is out of range, a listed depth has no keys and values,
+            two depths have different windows or rotary embeddings, or a head is read twice.
     """
-    if share is None:
-        return {}
     given = _Stack(mixers, arch.num_key_value_heads)
     if isinstance(share, ShareRule):
         heads = _heads(share.heads, given, "share_kv")
@@ -60,7 +58,7 @@ def choose_reads(
         if not pairs:
             raise RecipeError(
                 "share_kv.from: two depths with softmax attention, one of which reads from the other, are required "
-                "(none are left); leave share_kv out, or list depths"
+                "(none are left); remove share_kv, or list depths"
             )
     else:
         pairs = [
@@ -79,9 +77,7 @@ def choose_reads(
 
 
 def describe_reads(reads: Reads, num_heads: int) -> tuple[str, ...]:
-    """Returns a line on who reads from whom."""
-    if not reads:
-        return ()
+    """Returns a note that lists the depths that read, and the depth that each reads from."""
     told = ", ".join(
         f"{depth} from {read.describe(num_heads)}" for depth, found in sorted(reads.items()) for read in found
     )
@@ -130,7 +126,7 @@ def _require_fit(given: _Stack, depth: int, earlier: int, where: str) -> None:
             got = "no attention" if mixer is None else mixer.mixer.type
             raise RecipeError(
                 f"{where}: softmax attention is required at depths {earlier} and {depth} (depth {each} has {got}); "
-                f"leave this one out"
+                f"remove this entry"
             )
     one, other = given.mixers[depth], given.mixers[earlier]
     assert one is not None

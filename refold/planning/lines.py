@@ -1,4 +1,4 @@
-"""The lines of a plan: how each group of tensors is made, and the memory that conversion needs."""
+"""The lines of a plan, one for each group of tensors with the same origin, and the plan's comparison of memory."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -23,20 +23,20 @@ _INDEX = re.compile(r"\.\d+\.")
 
 
 class PlanLine(Frozen):
-    """A group of tensors that are made alike."""
+    """A group of tensors with the same origin."""
 
     tensors: str
-    """Name in the target with `*` for the index; of what is `dropped` or `ignored`, the name in the source."""
+    """Name in the target with `*` for the index. For `dropped` and `ignored` tensors, the name in the source."""
     how: LineKind
     count: int
-    """LineKind many tensors."""
+    """Number of tensors."""
     layers: tuple[int, ...] = ()
-    """Source layers that are read, or left out."""
+    """Source layers that are read, or dropped."""
     reason: str = ""
 
 
 class _Lines:
-    """Collects tensors into lines, in the order in which groups first appear."""
+    """Collects tensors into lines, in the order of the first tensor of each group."""
 
     def __init__(self) -> None:
         self._groups: dict[tuple[str, LineKind, str], tuple[int, set[int]]] = {}
@@ -57,14 +57,14 @@ def plan_lines(
     expected: Mapping[str, SourceTensor],
     ignored: Mapping[str, tuple[str, str]],
 ) -> tuple[PlanLine, ...]:
-    """Returns a line for each group of target tensors, then of source tensors that are not used.
+    """Returns a line for each group of target tensors, then for each group of unused source tensors.
 
     Args:
         blueprint: The target.
-        starts: LineKind it starts.
-        family: Of the source.
-        expected: Source tensors, from `source_tensors`.
-        ignored: Source tensors outside of those: name to pattern and reason.
+        starts: The initialisation of the target.
+        family: The family of the source.
+        expected: The tensors of the source, from `source_tensors`.
+        ignored: Further tensors of the source: name to pattern and reason.
     """
     lines = _Lines()
     used: set[tuple[str, int | None]] = set()
@@ -120,7 +120,7 @@ def _why_fresh(blueprint: Blueprint, starts: Initialisation, tensor: TargetTenso
 
 
 def _only_makes_keys(blueprint: Blueprint, tensor: SourceTensor) -> bool:
-    """Whether a source tensor is only for keys and values, which the depth of its layer reads from another."""
+    """Says whether a source tensor only serves keys and values that its depth reads from another depth."""
     names = {piece.partition(".")[2].split(".")[0] for piece in tensor.rule.pieces}
     depths = [index for index, depth in enumerate(blueprint.depths) if depth.source == tensor.layer]
     return all(names <= idle_names(blueprint, index) for index in depths)
@@ -131,10 +131,10 @@ def _why_unused(blueprint: Blueprint, starts: Initialisation, tensor: SourceTens
         return "weights: fresh"
     depths = [depth for depth in blueprint.depths if depth.source == tensor.layer]
     if all(depth.mixer is None and depth.mlp is None for depth in depths):
-        return "layer left out"
+        return "layer dropped"
     pool = tensor.rule.pieces[0].split(".")[0]
     if all(getattr(depth, pool) is None for depth in depths):
-        return "attention left out" if pool == "mixer" else "MLP left out"
+        return "attention dropped" if pool == "mixer" else "MLP dropped"
     if pool == "mixer" and (depth := next((each for each in depths if each.mixer is not None), None)) is not None:
         assert depth.mixer is not None
         mixer = blueprint.mixers[depth.mixer].mixer.type
@@ -144,8 +144,8 @@ def _why_unused(blueprint: Blueprint, starts: Initialisation, tensor: SourceTens
     if _only_makes_keys(blueprint, tensor):
         return "keys and values are read from another depth"
     if pool == "mlp" and any(depth.mlp is not None and not blueprint.mlps[depth.mlp].sources for depth in depths):
-        return "not carried over: the MLP starts fresh"
-    return "tied: replaced by what its stored layer starts from"
+        return "not carried over: the MLP is fresh"
+    return "tied: the stored layer is initialised from other layers"
 
 
 MEMORY_CONTEXTS = (1_024, 32_768, 1_048_576)
@@ -160,22 +160,22 @@ class ContextMemory(Frozen):
 
 
 class MemoryNeeds(Frozen):
-    """Cache and state of source and target, and from where on the target needs less in all."""
+    """Cache and state of source and target, and the context length from which on the target needs less memory."""
 
     cache_and_state: tuple[ContextMemory, ...]
     smaller_from: int | None
-    """Context from which on weights, cache and state of the target take less than the source's; 0: at every length;
-    None: at no length from which on it stays so."""
+    """Context length from which on weights, cache and state of the target need less memory than those of the source. 0:
+    at every length; None: never."""
 
     def describe(self) -> str:
-        """`from 1,234 tokens on`, or the words for 0 and None."""
+        """Returns `smaller_from` in words, such as `from 1,234 tokens on`."""
         if self.smaller_from is None:
             return "never"
         return f"from {self.smaller_from:,} tokens on" if self.smaller_from else "at every length"
 
 
 def compare_memory(source: Cost, target: Cost) -> MemoryNeeds:
-    """Compares what a source and its target take."""
+    """Compares the memory of a source and its target."""
     return MemoryNeeds(
         cache_and_state=tuple(
             ContextMemory(context=each, source=source.cache_bytes(each), target=target.cache_bytes(each))

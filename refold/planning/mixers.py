@@ -1,4 +1,4 @@
-"""Which mixer each depth runs, from the recipe's `mixers`: every check across recipe and source."""
+"""The mixer of each depth, by the recipe's `mixers`, with all checks against the source."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ class ChosenMixer:
     """The mixer of one depth.
 
     Attributes:
-        mixer: Resolved against the source.
-        transfers: What it takes over from the source's layer, by name; None: everything, the source's own attention.
-        window: Tokens it looks back to; None: all, or its state knows.
-        rope: Its rotary embedding; None where it turns nothing.
+        mixer: The mixer, resolved against the source.
+        transfers: Names of the linears taken over from the source's layer; None: all, for the source's own attention.
+        window: Number of tokens that a token attends to; None: all, or a recurrent state.
+        rope: The rotary embedding; None: no rotation.
     """
 
     mixer: MixerSpec = ATTENTION
@@ -33,12 +33,12 @@ class ChosenMixer:
 
     @property
     def signature(self) -> Hashable:
-        """What depths must have in common to share a stored mixer."""
+        """The properties that depths must have in common to share a stored mixer."""
         return self.mixer, self.transfers
 
     @property
     def has_fresh_mlp(self) -> bool:
-        """Whether the MLP beside it starts fresh."""
+        """Whether the MLP of the depth is fresh."""
         return self.transfers is not None and "mlp" not in self.transfers
 
 
@@ -46,8 +46,8 @@ def choose_mixers(recipe: Recipe, arch: ArchSpec) -> tuple[ChosenMixer, ...]:
     """Returns the mixer of every depth.
 
     Raises:
-        RecipeError: A depth is out of range or named twice, a mixer cannot serve this source, or something is to be
-            taken over that does not fit.
+        RecipeError: A depth is out of range or named twice, a mixer does not fit this source, or a linear in
+            `transfer` does not fit the mixer.
     """
     chosen = [ChosenMixer(window=layer.window, rope=layer.rope) for layer in arch.layers]
     taken: dict[int, int] = {}
@@ -56,7 +56,7 @@ def choose_mixers(recipe: Recipe, arch: ArchSpec) -> tuple[ChosenMixer, ...]:
         kept = set(_select(entry.except_, arch.num_layers, f"{where}.except"))
         depths = [depth for depth in _select(entry.depths, arch.num_layers, f"{where}.depths") if depth not in kept]
         if not depths:
-            raise RecipeError(f"{where}.depths: at least one depth is required (none is left of it)")
+            raise RecipeError(f"{where}.depths: at least one depth is required (none is left after `except`)")
         for depth in depths:
             if depth in taken:
                 raise RecipeError(
@@ -88,14 +88,14 @@ def _choose(entry: MixerEntry, arch: ArchSpec, depth: int, where: str, is_fresh:
 
 
 def describe_lost_norms(arch: ArchSpec, chosen: Sequence[ChosenMixer]) -> tuple[str, ...]:
-    """Returns a line for each kind of mixer that takes over queries or keys, but not the source's norm on them."""
+    """Returns a note for each mixer that takes over queries or keys of the source, but not their norms."""
     lost: dict[str, str] = {}
     for each in chosen:
         taken = [name for name in ("q_proj", "k_proj") if name in (each.transfers or ())]
         if arch.qk_norm != "none" and taken and "q_norm.weight" not in each.mixer.carried(arch):
             lost[each.mixer.type] = " and ".join(taken)
     return tuple(
-        f"mixers: {name} takes over {taken} without the norm the source has on queries and keys: their scale is another"
+        f"mixers: {name} takes over {taken} without the source's query/key norms, so their scale changes"
         for name, taken in lost.items()
     )
 

@@ -1,4 +1,4 @@
-"""Notes that a plan gives its reader."""
+"""The notes of a plan: facts, advice and pending measurements for its reader."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
@@ -13,11 +13,11 @@ NoteKind = Literal["fact", "ranks", "pending"]
 
 
 class Note(Frozen):
-    """One line that the reader of a plan should know.
+    """One line of text for the reader of a plan.
 
     Attributes:
-        kind: `fact` holds for good; `ranks` holds for the ranks that the recipe gives; `pending` holds until the
-            measurement it names has been made.
+        kind: `fact`: always valid; `ranks`: valid for the ranks in the recipe; `pending`: valid until the measurement
+            that the note names.
     """
 
     kind: NoteKind = "fact"
@@ -28,7 +28,7 @@ class Note(Frozen):
 
 
 def _as_note(value: Any) -> Any:
-    # Plans written before notes had a kind hold strings.
+    # Earlier versions wrote notes as strings, without a kind.
     return {"text": value} if isinstance(value, str) else value
 
 
@@ -46,11 +46,11 @@ _RELAXED = {("stepwise", "svd"): 50.5, ("average", "zero"): 49.0, ("lower", "svd
 
 
 def advise(recipe: Recipe, relaxed: bool) -> tuple[str, ...]:
-    """Returns lines on choices that were measured to be worse than another.
+    """Returns advice for choices that were worse than others in the paper's measurements.
 
     Args:
-        recipe: The recipe, with its defaults resolved.
-        relaxed: Whether any LoRA is there.
+        recipe: The resolved recipe.
+        relaxed: Whether the target has LoRAs.
     """
     fold, relax = recipe.fold, recipe.lora
     if fold is None or fold.loops == 1 or recipe.weights == "fresh" or recipe.shares_bases:
@@ -68,7 +68,7 @@ def advise(recipe: Recipe, relaxed: bool) -> tuple[str, ...]:
 
 
 def describe_reach(blueprint: Blueprint) -> tuple[str, ...]:
-    """Returns a line where depths that share a mixer differ in window or rope; nothing otherwise."""
+    """Returns a note if depths that share a mixer have different windows or ropes; nothing otherwise."""
     tied = [users for part in range(len(blueprint.mixers)) if len(users := blueprint.users("mixer", part)) > 1]
     mixed: list[tuple[int, int]] = []
     for first, *others in tied:
@@ -82,8 +82,8 @@ def describe_reach(blueprint: Blueprint) -> tuple[str, ...]:
     who = "a local and a global depth share weights" if is_local else "depths of different reach share weights"
     told = f"depth {mixed[0][0]} {_tell(first)}, depth {mixed[0][1]} {_tell(other)}"
     return (
-        f"{who} in {len(mixed)} of {len(tied)} tied mixers ({told}): each depth keeps its own window and rope, the "
-        f"weights have to serve both",
+        f"{who} in {len(mixed)} of {len(tied)} tied mixers ({told}): each depth keeps its own window and rope, but the "
+        f"weights must suit both",
     )
 
 

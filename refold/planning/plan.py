@@ -1,4 +1,4 @@
-"""plan.json: what a recipe makes of a source, before any weight is read."""
+"""Plans: the result of a recipe on a source, made before any weight is read, and their file plan.json."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from refold.sources.measurements import Influence, read_measurements
 from refold.sources.source_model import SourceModel, SourceRecord, read_source_model, record_source
 
 PLAN_FORMAT = 1
-"""The plan's file in a model folder."""
+"""Version of the format of plan.json."""
 SUMMARY_CONTEXT = 8192
 
 
 class CostPair(Frozen):
-    """What the source costs, and what the target will."""
+    """The costs of the source and of the target."""
 
     source: Cost
     target: Cost
@@ -44,7 +44,7 @@ class SummaryRow(NamedTuple):
 
     @property
     def ratio(self) -> float | None:
-        """Target over source; None where the source has none of it."""
+        """Target divided by source; None if the source's quantity is 0."""
         return self.target / self.source if self.source else None
 
 
@@ -63,7 +63,7 @@ class StackPlan(Frozen):
     """The measured influence that decided which layers and parts are dropped; None: nothing was measured."""
 
     def summary(self, context: int = SUMMARY_CONTEXT) -> list[SummaryRow]:
-        """Returns the costs side by side, cache and FLOPs at a context of `context` tokens."""
+        """Returns the costs of source and target by quantity; cache and FLOPs are for `context` tokens."""
         source, target = self.cost.source, self.cost.target
         return [
             SummaryRow("parameters", source.parameters, target.parameters),
@@ -75,7 +75,7 @@ class StackPlan(Frozen):
 
     @property
     def calibration(self) -> Literal["required", "useful", "unused"]:
-        """Use of calibration text: linears are fitted on some; or drops and feature maps can be measured on some."""
+        """Use of calibration text. `required`: linears are fitted to it; `useful`: drops or feature maps can use it."""
         if self.recipe.needs_text:
             return "required"
         has_use = self.recipe.measures_influence or stored_maps(self.blueprint, self.starts)
@@ -83,31 +83,31 @@ class StackPlan(Frozen):
 
     @property
     def needs_healing(self) -> bool:
-        """Whether the target computes something else than its source."""
+        """Whether the target computes another function than its source."""
         return self.starts.weights == "fresh" or not all(
             _equals_source(self.blueprint, self.starts, index) for index in range(self.blueprint.num_depths)
         )
 
 
 class Plan(StackPlan):
-    """A settled plan: nothing in its blueprint waits for a measurement."""
+    """A settled plan, whose blueprint depends on no further measurement."""
 
     kept_energy: Mapping[str, float] = Field(default_factory=dict)
-    """After conversion, by `depths.<d>.<linear>`: the share of the residual's energy that the LoRA holds."""
+    """After conversion, by `depths.<d>.<linear>`: the share of the residual's energy that the LoRA restores."""
     approximation: Mapping[str, Approximation] = Field(default_factory=dict)
-    """After conversion, by `depths.<d>`: distance of feature maps from the softmax of the source's layer."""
+    """After conversion, by `depths.<d>`: the error of feature maps against the softmax of the source's layer."""
 
 
 class Draft(StackPlan):
-    """A plan made from config and headers: ranks and drops that follow from measurement are even ones here."""
+    """A plan made from config and headers, in which ranks and drops that need a measurement are still even."""
 
     @property
     def pending(self) -> Notes:
-        """The notes that name a measurement still to be made; empty: the draft can be settled as it is."""
+        """The notes that name a missing measurement; empty: the draft can be settled as it is."""
         return tuple(note for note in self.notes if note.kind == "pending")
 
     def settle(self) -> Plan:
-        """Returns the plan for this very blueprint: even ranks and drops stay, and their notes become facts."""
+        """Returns the plan with the same blueprint: even ranks and drops stay, and their notes become facts."""
         notes = tuple(note.model_copy(update={"kind": "fact"}) if note in self.pending else note for note in self.notes)
         fields = {name: getattr(self, name) for name in StackPlan.model_fields}
         return Plan.model_construct(**{**fields, "notes": notes})
@@ -115,7 +115,7 @@ class Draft(StackPlan):
 
 @dataclass(frozen=True)
 class PlannedRecipe:
-    """A built-in recipe on a source: its plan, or why there is none."""
+    """A built-in recipe on a source: its plan, or the error."""
 
     name: str
     description: str
@@ -136,12 +136,13 @@ def plan(
         source: Folder or hub id; a folder with only `config.json` can be planned.
         recipe: Built-in name, YAML file, mapping or Recipe; None for the identity.
         overrides: `key.path=value` strings.
-        allow_larger: Accept a target that is larger than its source in something and smaller in nothing.
-        measurements: What `analyse` wrote of the source: the folder, or its `measurements.json`.
+        allow_larger: Accept a target that is larger than its source in some quantity and smaller in none.
+        measurements: The measurements of the source by `analyse`: the folder, or its `measurements.json`.
 
     Raises:
-        RecipeError: The recipe is wrong, or does not fit the source.
-        SourceError: The source is missing, broken or unknown, a tensor has no place, or measurements are another's.
+        RecipeError: The recipe is invalid, or does not fit the source.
+        SourceError: The source is missing, damaged or unknown, a tensor has no place, or the measurements belong to
+            another source.
         FolderError: The measurements are missing or damaged.
     """
     loaded, model = load_recipe(recipe, overrides), read_source_model(source)
@@ -149,12 +150,12 @@ def plan(
 
 
 def read_influence(model: SourceModel, measurements: str | Path | None) -> Influence | None:
-    """Reads what was measured of a source's layers; None where nothing is handed over."""
+    """Reads the measured influence of a source's layers; None if no measurements are given."""
     return None if measurements is None else read_measurements(measurements, model.source).influence
 
 
 def plan_all(source: str | Path | Source, measurements: str | Path | None = None) -> list[PlannedRecipe]:
-    """Plans every built-in recipe; one that does not fit the source says why."""
+    """Plans every built-in recipe; a recipe that does not fit the source is returned with its error."""
     model = read_source_model(source)
     influence = read_influence(model, measurements)
     planned: list[PlannedRecipe] = []
@@ -169,7 +170,7 @@ def plan_all(source: str | Path | Source, measurements: str | Path | None = None
 def plan_model(
     model: SourceModel, recipe: Recipe, allow_larger: bool = False, influence: Influence | None = None
 ) -> Draft:
-    """Plans a conversion of a source that has been read, and whose layers may have been measured; see `plan`."""
+    """Plans a conversion of a source model, optionally with measured influence; see `plan`."""
     recipe = recipe.resolved()
     influence = influence if recipe.measures_influence else None
     blueprint, starts, said = build_blueprint(model.arch, recipe, influence)
@@ -178,13 +179,13 @@ def plan_model(
 
 
 def replan(draft: Draft, model: SourceModel, blueprint: Blueprint, outdated: NoteKind = "pending") -> Draft:
-    """Returns a draft with another blueprint, such as one whose ranks have been measured.
+    """Returns a draft with another blueprint, such as one with measured ranks.
 
     Args:
         draft: The draft.
-        model: Its source.
-        blueprint: The blueprint to plan instead.
-        outdated: The kind of notes that no longer hold.
+        model: The source of the draft.
+        blueprint: The new blueprint.
+        outdated: The kind of notes to remove, because they no longer hold.
     """
     made = _assemble(model, draft.recipe, blueprint, draft.starts, (), allow_larger=True, influence=draft.influence)
     kept = tuple(note for note in draft.notes if note.kind != outdated and note not in made.notes)
@@ -202,8 +203,9 @@ def _assemble(
     influence: Influence | None,
 ) -> Draft:
     ignored = model.check_tensors(recipe.ignore_tensors)
-    # Raises where a map is to be fitted and there is nothing to fit it to.
-    stored_maps(blueprint, starts)
+    if any(part.mixer.softmax_fit is not None for part in blueprint.mixers):
+        # Raises if a feature map has to be fitted but its queries or keys are fresh.
+        stored_maps(blueprint, starts)
     costs = CostPair(
         source=cost(identity_blueprint(model.arch), model.dtype_bytes), target=cost(blueprint, model.dtype_bytes)
     )
@@ -226,7 +228,7 @@ def read_plan(path: Path) -> Plan:
     """Reads a plan.json.
 
     Raises:
-        RefoldError: It cannot be read, or is none of ours.
+        RefoldError: The file cannot be read, or is not a plan.
     """
     try:
         return Plan.model_validate_json(path.read_bytes())
@@ -263,14 +265,14 @@ def _say_aloud(made: StackPlan) -> list[str]:
     source, target = (_comparable(each, context) for each in (made.cost.source, made.cost.target))
     saved = [name for name in source if target[name] < source[name]]
     if saved == ["weight bytes"]:
-        said.append("tying saves weights only: the cache is the source's, and FLOPs are no fewer")
+        said.append("tying saves only weights: cache and FLOPs are those of the source, or more")
     if made.needs_healing:
-        said.append("before healing the model is worse than its source, often not usable")
+        said.append("before healing the model is worse than its source, often unusable")
     return said
 
 
 def _equals_source(blueprint: Blueprint, starts: Initialisation, index: int) -> bool:
-    """Whether a depth computes what its source layer does."""
+    """Says whether a depth computes the same function as its source layer."""
     depth = blueprint.depths[index]
     if depth.mixer is None or depth.mlp is None or depth.kv or depth.prefix:
         return False

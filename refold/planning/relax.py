@@ -1,4 +1,4 @@
-"""LoRA ranks and prefixes of each depth."""
+"""The LoRA ranks and prefixes of each depth, by the recipe's `relax`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,12 +13,12 @@ GROUPS = ("mixer", "mlp", "all")
 
 
 def uniform_ranks(rank: int, linears: LinearShapes) -> dict[str, int]:
-    """One rank for all linears, capped at the smaller side of each; 0: none."""
+    """Returns one rank for all linears, capped at the smaller side of each; rank 0: no LoRAs."""
     return {name: min(rank, *shape) for name, shape in linears.items()} if rank else {}
 
 
 def lora_parameters(ranks: Mapping[str, int], linears: LinearShapes) -> int:
-    """Parameters of the LoRAs of one depth."""
+    """Counts the parameters of the LoRAs of one depth."""
     return sum(rank * sum(linears[name]) for name, rank in ranks.items())
 
 
@@ -31,16 +31,16 @@ def choose_ranks(
     """Chooses the rank of each linear at each depth.
 
     Args:
-        relax: The recipe's `relax`. Ranks that are to be measured are even ones here, or what they are at most.
-        tied: For each depth the linears that are tied there, by pool.
-        known: All linears a recipe may name, tied or not.
-        non_embedding_parameters: Of the source, for budgets.
+        relax: The recipe's `relax`. Ranks that need a measurement are even here, or for `energy` the full ranks.
+        tied: For each depth its tied linears, by pool.
+        known: All linears that a recipe may name, tied or not.
+        non_embedding_parameters: Non-embedding parameters of the source, for budgets.
 
     Returns:
-        For each depth linear name to rank, without those that get none; and notes.
+        For each depth the ranks by linear, without linears that get no LoRA; and notes.
 
     Raises:
-        RecipeError: An unknown name, or a budget that not even rank 1 fits into.
+        RecipeError: An unknown name, or a budget too small for rank 1.
     """
     if isinstance(relax.rank, RankShare) and relax.rank.parameters is None:
         return [_uniform(1, depth) for depth in tied], ()
@@ -100,11 +100,11 @@ def _spend(
 
 
 def with_prefixes(blueprint: Blueprint, relax: LoraRelax | PrefixRelax | None) -> Blueprint:
-    """Returns the stack with a prefix at each depth that gets one; depths without a mixer get none.
+    """Returns the stack with a prefix at each relaxed depth that has a mixer.
 
     Raises:
-        RecipeError: No depth gets one, or one would that makes no keys and values, because its mixer has none or it
-            reads those of another depth.
+        RecipeError: No depth would get a prefix, or a depth would that computes no keys and values, because its mixer
+            has none or it reads those of another depth.
     """
     if not isinstance(relax, PrefixRelax):
         return blueprint
@@ -125,12 +125,12 @@ def with_prefixes(blueprint: Blueprint, relax: LoraRelax | PrefixRelax | None) -
         if not mixer.key_value_names:
             raise RecipeError(
                 f"relax.type: softmax attention is required for prefixes (depth {index} has {mixer.type}, whose state "
-                f"takes no extra keys); use lora, or leave mixers out"
+                f"takes no extra keys); use lora, or remove mixers"
             )
         if not blueprint.made_heads(index):
             raise RecipeError(
                 f"relax.type: keys and values of its own are required for a prefix (depth {index} reads those of depth "
-                f"{depth.kv[0].depth}); use lora, or leave share_kv out"
+                f"{depth.kv[0].depth}); use lora, or remove share_kv"
             )
     depths = tuple(
         depth.model_copy(update={"prefix": relax.length}) if index in places else depth

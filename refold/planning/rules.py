@@ -1,4 +1,4 @@
-"""Rules across the sections of a recipe, as data: when a rule is broken, and the message that says so."""
+"""Rules across the sections of a recipe: for each the condition that breaks it, and the error message."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ class Rule:
 
 
 def require_rules(recipe: ResolvedRecipe, arch: ArchSpec) -> None:
-    """Checks a recipe against all rules, in their order.
+    """Checks a recipe against all rules, in the order of the table.
 
     Raises:
-        RecipeError: A rule is broken.
+        RecipeError: The recipe breaks a rule.
     """
     for rule in RULES:
         if rule.breaks(recipe, arch):
@@ -33,27 +33,30 @@ def require_rules(recipe: ResolvedRecipe, arch: ArchSpec) -> None:
 
 
 def _fold_init(recipe: ResolvedRecipe) -> str:
-    """Returns the name of `fold.init`; empty without a fold or with an explicit list."""
+    """Returns the name in `fold.init`; empty without a fold or with a list of layers."""
     init = None if recipe.fold is None else recipe.fold.init
     return init if isinstance(init, str) else ""
 
 
 def _lora_init(recipe: ResolvedRecipe) -> str:
-    """Returns `relax.init`; empty without LoRAs or where they begin without effect."""
+    """Returns `relax.init` if it is `svd` or `joint`; empty without LoRAs and for `zero`."""
     init = None if recipe.lora is None else recipe.lora.init
     return "" if init in (None, "zero") else init
 
 
 def _averages(recipe: ResolvedRecipe) -> bool:
+    """Says whether tied layers are averaged; true without a fold, where nothing is tied."""
     return recipe.fold is None or recipe.fold.init == "average"
 
 
 def _share(recipe: ResolvedRecipe) -> RankShare | None:
+    """Returns `relax.rank` if it is a parameter budget."""
     rank = None if recipe.lora is None else recipe.lora.rank
     return rank if isinstance(rank, RankShare) else None
 
 
 def _energy(recipe: ResolvedRecipe) -> RankEnergy | None:
+    """Returns `relax.rank` if it is a share of energy."""
     rank = None if recipe.lora is None else recipe.lora.rank
     return rank if isinstance(rank, RankEnergy) else None
 
@@ -63,8 +66,8 @@ def _measures_lora_ranks(recipe: ResolvedRecipe) -> bool:
     return _energy(recipe) is not None or (share is not None and share.split == "measured")
 
 
-def _deals_together(recipe: ResolvedRecipe) -> bool:
-    """Says whether one measured budget holds the factors and the LoRAs."""
+def _shares_budget(recipe: ResolvedRecipe) -> bool:
+    """Says whether one measured budget is divided among factors and LoRAs."""
     share, factor = _share(recipe), recipe.factor
     return share is not None and factor is not None and factor.split == share.split == "measured"
 
@@ -75,7 +78,7 @@ def _error_metrics(recipe: ResolvedRecipe) -> list[str]:
 
 
 def _fitted_by(recipe: ResolvedRecipe) -> str:
-    """Returns the key that makes a fit to the tied weights; empty where nothing is fitted."""
+    """Returns the key of the recipe that fits weights to the tied layers; empty if nothing is fitted."""
     if recipe.lora is not None and recipe.lora.init != "zero":
         return f"relax.init {recipe.lora.init}"
     if recipe.factor is not None:
@@ -87,16 +90,16 @@ def _sequence_length(recipe: ResolvedRecipe, arch: ArchSpec) -> int:
     return min(recipe.calibration.context, arch.max_position_embeddings)
 
 
-def _frame_key(recipe: ResolvedRecipe) -> tuple[str, str] | None:
-    """Returns the first key of `fold` that changes how averaged layers are brought together, with its value."""
+def _averaging_key(recipe: ResolvedRecipe) -> tuple[str, str] | None:
+    """Returns the first of `fold.align` and `fold.scale` that is set, with its value; None if neither is."""
     if recipe.fold is None:
         return None
     keys = (("align", recipe.fold.align), ("scale", recipe.fold.scale))
     return next(((key, value) for key, value in keys if value != "none"), None)
 
 
-def _frame(recipe: ResolvedRecipe) -> tuple[str, str]:
-    found = _frame_key(recipe)
+def _averaging(recipe: ResolvedRecipe) -> tuple[str, str]:
+    found = _averaging_key(recipe)
     assert found is not None
     return found
 
@@ -106,7 +109,7 @@ RULES: tuple[Rule, ...] = (
         lambda recipe, arch: recipe.shares_bases and recipe.fold is not None and _fold_init(recipe) not in _MEANS,
         lambda recipe, arch: (
             f"fold.init: must be average where factor.share is basis, which makes bases from all tied layers (got "
-            f"{recipe.fold and recipe.fold.init}); leave fold.init out"
+            f"{recipe.fold and recipe.fold.init}); remove fold.init"
         ),
     ),
     Rule(
@@ -124,24 +127,25 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
-        lambda recipe, arch: _frame_key(recipe) is not None and recipe.weights == "fresh",
+        lambda recipe, arch: _averaging_key(recipe) is not None and recipe.weights == "fresh",
         lambda recipe, arch: (
-            f"fold.{_frame(recipe)[0]}: must be none where weights are fresh (got {_frame(recipe)[1]}); remove it"
+            f"fold.{_averaging(recipe)[0]}: must be none where weights are fresh (got {_averaging(recipe)[1]}); remove "
+            f"it"
         ),
     ),
     Rule(
-        lambda recipe, arch: _frame_key(recipe) is not None and not _averages(recipe),
+        lambda recipe, arch: _averaging_key(recipe) is not None and not _averages(recipe),
         lambda recipe, arch: (
-            f"fold.{_frame(recipe)[0]}: {_frame(recipe)[1]} requires fold.init average (got "
-            f"{recipe.fold and recipe.fold.init}), because it acts on layers that are averaged; set it, or remove "
-            f"fold.{_frame(recipe)[0]}"
+            f"fold.{_averaging(recipe)[0]}: {_averaging(recipe)[1]} requires fold.init average (got "
+            f"{recipe.fold and recipe.fold.init}), because it acts on layers that are averaged; set fold.init to "
+            f"average, or remove fold.{_averaging(recipe)[0]}"
         ),
     ),
     Rule(
         lambda recipe, arch: recipe.fold is not None and recipe.fold.scale == "norm" and bool(_fitted_by(recipe)),
         lambda recipe, arch: (
-            f"fold.scale: norm is for means that nothing is fitted to (got {_fitted_by(recipe)}, whose fit decides the "
-            f"scale); remove it, or set relax.init to zero"
+            f"fold.scale: must be none where weights are fitted (got norm with {_fitted_by(recipe)}, whose fit decides "
+            f"the scale); remove fold.scale, or set relax.init to zero"
         ),
     ),
     Rule(
@@ -179,7 +183,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         lambda recipe, arch: _measures_lora_ranks(recipe) and recipe.lora is not None and recipe.lora.at == "all",
         lambda recipe, arch: (
-            "relax.at: must be tied where relax.rank is measured by what tying lost (got all); remove it, or give ranks"
+            "relax.at: must be tied where relax.rank is measured by the tying error (got all); remove relax.at, or "
+            "give ranks"
         ),
     ),
     Rule(
@@ -199,14 +204,14 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
-        lambda recipe, arch: _deals_together(recipe) and recipe.shares_bases,
+        lambda recipe, arch: _shares_budget(recipe) and recipe.shares_bases,
         lambda recipe, arch: (
             "relax.rank.split: must be even where factor.share is basis (got measured); give a rank, or remove relax"
         ),
     ),
     Rule(
         lambda recipe, arch: (
-            (share := _share(recipe)) is not None and share.parameters is None and not _deals_together(recipe)
+            (share := _share(recipe)) is not None and share.parameters is None and not _shares_budget(recipe)
         ),
         lambda recipe, arch: (
             "relax.rank.parameters: a share is required (got none); give one, or split both relax.rank and factor as "
@@ -227,7 +232,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         lambda recipe, arch: (
-            _deals_together(recipe)
+            _shares_budget(recipe)
             and recipe.lora is not None
             and recipe.lora.init == "zero"
             and recipe.weights == "source"

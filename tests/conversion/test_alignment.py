@@ -180,8 +180,12 @@ def test_shared_keys_and_other_mixers_are_not_aligned_and_the_plan_says_so(make_
     assert "fold.align: attention of layers [1, 3] not aligned: keys and values are shared between depths" in map(
         str, shared.notes
     )
-    assert "fold.align: both: attention of layers [0, 2] in the frame of the first of each" in map(str, shared.notes)
-    assert "fold.align: both: MLPs of layers [0, 2], [1, 3] in the frame of the first of each" in map(str, shared.notes)
+    assert "fold.align: both: attention of layers [0, 2] aligned to the first layer of each group" in map(
+        str, shared.notes
+    )
+    assert "fold.align: both: MLPs of layers [0, 2], [1, 3] aligned to the first layer of each group" in map(
+        str, shared.notes
+    )
     swapped = plan(source, {"fold": {**FOLD, "align": "rotation"}, "mixers": [{"type": "retention"}]})
     assert "fold.align: attention of layers [0, 2] not aligned: they become retention" in map(str, swapped.notes)
     assert not [note for note in map(str, plan(source, {"fold": FOLD}).notes) if "fold.align" in note]

@@ -41,9 +41,9 @@ def test_text_decides_as_measurements_of_it_do(make_model, tmp_path: Path) -> No
     assert measured.influence is not None
     assert measured.influence.block == pytest.approx(found.influence.block, abs=1e-9)
     assert read_plan(tmp_path / "measured" / "plan.json").influence == measured.influence
-    assert f"left out, by measured influence: layers {least}" in map(str, measured.notes)
+    assert f"dropped, by measured influence: layers {least}" in map(str, measured.notes)
     assert "calibration text: " in " ".join(map(str, measured.notes))
-    assert not any("spaced evenly" in note for note in map(str, measured.notes))
+    assert not any("evenly spaced" in note for note in map(str, measured.notes))
     assert steps[-1][0] == steps[-1][1]
     weights = [(tmp_path / each / "model.safetensors").read_bytes() for each in ("measured", "handed")]
     assert weights[0] == weights[1]
@@ -59,7 +59,7 @@ def test_auto_goes_by_text_where_there_is_some(make_model, tmp_path: Path) -> No
     source = make_model("llama")
     even = refold.convert(source, tmp_path / "even", AUTO)
     assert even.influence is None
-    assert any("spaced evenly" in note for note in map(str, even.notes))
+    assert any("evenly spaced" in note for note in map(str, even.notes))
     measured = refold.convert(source, tmp_path / "measured", AUTO, calibration=TEXT)
     assert measured.influence is not None
     assert gone(measured) == [min(range(4), key=lambda layer: measured.influence.block[layer])]

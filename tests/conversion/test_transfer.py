@@ -82,7 +82,7 @@ def test_each_choice_takes_over_less(transfer):
     plan, _, _ = transfer({"type": "retention", "transfer": []})
     assert said(plan, "model.mixers.*.o_proj.weight") == [("fresh", "not named in transfer")]
     assert said(plan, "model.mlps.*.up_proj.weight") == [("fresh", "not named in transfer")]
-    assert said(plan, "model.layers.*.mlp.up_proj.weight") == [("dropped", "not carried over: the MLP starts fresh")]
+    assert said(plan, "model.layers.*.mlp.up_proj.weight") == [("dropped", "not carried over: the MLP is fresh")]
     assert said(plan, "model.mixers.*.input_norm.weight") == [("copied", "")]
 
 
@@ -157,7 +157,7 @@ def test_norms_and_scale_of_every_family_go_with_the_mixer(make_source, tmp_path
         assert torch.equal(given[layer("post_attention_layernorm", 2)], found["model.mixers.2.output_norm.weight"])
     assert ("model.mixers.2.input_norm.weight" in found) == (variant != "olmo2")
     loses = swap["type"] == "retention" and variant != "gemma2"
-    note = "mixers: retention takes over q_proj and k_proj without the norm the source has on queries and keys"
+    note = "mixers: retention takes over q_proj and k_proj without the source's query/key norms"
     assert any(each.startswith(note) for each in map(str, made.notes)) == loses
     dropped = said(made, "model.layers.*.self_attn.q_norm.weight")
     assert dropped == ([("dropped", "not carried over to retention")] if loses else [])

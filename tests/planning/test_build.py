@@ -81,7 +81,7 @@ def test_surplus_layers_are_left_out_evenly(make_arch):
     # round(linspace(0, 6, 6)) keeps 0 1 2 4 5 6.
     assert _stack(built.blueprint) == [(0, 0), (1, 1), (0, 0), (None, None), (1, 1), (0, 0), (1, 1)]
     assert _sources(built.blueprint) == [(0, 2, 5), (1, 4, 6)]
-    assert any("left out [3]" in note for note in map(str, built.notes))
+    assert any("dropped [3]" in note for note in map(str, built.notes))
 
 
 def test_surplus_layers_go_into_the_prelude(make_arch):
@@ -281,7 +281,7 @@ REFUSED = [
     ({"drop": {"block": {"parameters": "1k"}}}, r"drop\.block\.parameters: at least [\d,]+ are required for one layer"),
     (
         {"drop": {"block": {"layers": [2]}, "mlp": {"layers": [2]}}},
-        r"drop\.mlp\.layers: layer 2 is left out already; take it off the list",
+        r"drop\.mlp\.layers: layer 2 is dropped already; remove it from the list",
     ),
     (
         {"drop": {"block": {"layers": [2]}, "attention": {"count": 6}}},

@@ -48,10 +48,10 @@ def test_unmeasured_they_are_spaced_evenly_and_a_line_says_so(make_arch, by: str
     even = build_blueprint(make_arch(6), load_recipe({"drop": {"block": {"count": 2}}}), INFLUENCE)
     built = build_blueprint(make_arch(6), load_recipe({"drop": {"block": {"count": 2, "by": by}}}))
     assert built.blueprint == even.blueprint
-    assert "spaced evenly here: hand over what `refold analyse` measures" in built.notes[0].text
+    assert "this plan drops evenly spaced parts: give the results of `refold analyse`" in built.notes[0].text
     assert not any("analyse" in note for note in map(str, even.notes))
     measured = build_blueprint(make_arch(6), load_recipe({"drop": {"block": {"count": 2, "by": by}}}), INFLUENCE)
-    assert "left out, by measured influence: layers 2, 4" in map(str, measured.notes)
+    assert "dropped, by measured influence: layers 2, 4" in map(str, measured.notes)
     assert gone(measured.blueprint) != gone(even.blueprint)
 
 
@@ -99,7 +99,7 @@ def test_a_fold_ties_what_is_left(make_arch) -> None:
         ({"sublayers": {"count": 12}}, r"drop\.sublayers: at least one must remain \(all 12 would go\)"),
         ({"sublayers": {"parameters": 10}}, r"drop\.sublayers\.parameters: at least [\d,]+ are required for one of"),
         ({"sublayers": {"count": 1, "share": 0.5}}, r"exactly one of count, share, parameters is required"),
-        ({"sublayers": {"count": 1}, "mlp": {"count": 1}}, r"sublayers: attention and mlp must be left out beside it"),
+        ({"sublayers": {"count": 1}, "mlp": {"count": 1}}, r"sublayers: cannot stand beside attention or mlp"),
     ],
     ids=str,
 )

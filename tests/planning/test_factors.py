@@ -130,7 +130,7 @@ def test_a_share_that_holds_all_factorises_nothing(make_arch):
     arch = make_arch(4)
     built = build_blueprint(arch, load_recipe({"fold": FOLD, "factor": {"parameters": 0.5}}))
     assert not any(part.factors for part in (*built.blueprint.mixers, *built.blueprint.mlps))
-    assert "factor.parameters: 0.5 holds every stored linear whole" in map(str, built.notes)
+    assert "factor.parameters: 0.5 is enough to store every linear whole" in map(str, built.notes)
     nothing = {"drop": {"attention": {"share": 1.0}, "mlp": {"share": 1.0}}, "factor": {"parameters": 0.5}}
     assert not list(stored_linears(build_blueprint(arch, load_recipe(nothing)).blueprint))
 
@@ -228,7 +228,7 @@ def test_a_shared_basis_takes_the_share_and_is_counted(make_arch, name):
     before = sum(2 * shape[0] * shape[1] for index in range(6) for shape in depth_linears(whole, index).values())
     assert cost(blueprint, 2).flops_per_token == cost(whole, 2).flops_per_token - before + spent
     assert all(depth.vectors == ("tied" if name == "relaxed" else "own") for depth in blueprint.depths[1:-1])
-    assert any("tied ones share a basis" in note for note in map(str, built.notes))
+    assert any("tied linears share a basis" in note for note in map(str, built.notes))
 
 
 def test_a_large_share_stops_at_the_full_rank(make_arch):

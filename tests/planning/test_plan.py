@@ -106,7 +106,7 @@ def test_lines_say_how_each_group_is_made_and_from_which_layers(make_source):
     # The norms of layers 3 to 5 are read by nothing.
     dropped = _line(made, "model.layers.*.input_layernorm.weight", "dropped")
     assert (dropped.count, dropped.layers) == (3, (3, 4, 5))
-    assert dropped.reason == "tied: replaced by what its stored layer starts from"
+    assert dropped.reason == "tied: the stored layer is initialised from other layers"
 
 
 def test_lines_name_joint_averaged_and_zero_starts(make_source):
@@ -128,7 +128,7 @@ def test_lines_say_why_a_source_tensor_is_dropped(make_source):
     reasons = {
         (line.reason, line.layers) for line in made.lines if line.how == "dropped" and line.tensors.count("proj")
     }
-    assert reasons == {("layer left out", (1,)), ("attention left out", (2,)), ("MLP left out", (3,))}
+    assert reasons == {("layer dropped", (1,)), ("attention dropped", (2,)), ("MLP dropped", (3,))}
     scratch = plan(folder, "scratch")
     assert {line.reason for line in scratch.lines} == {"weights: fresh"}
 
@@ -177,9 +177,9 @@ def test_lines_say_how_what_exits_have_of_their_own_begins(make_source):
     norm = _line(made, "model.exits.*.norm.weight", "copied")
     assert (norm.count, norm.reason, norm.layers) == (2, "the final norm", ())
     lora = _line(made, "model.exits.*.lora.lm_head.*", "fresh")
-    assert (lora.count, lora.reason) == (4, "Gaussian A, zero B: leaves through the shared head at first")
+    assert (lora.count, lora.reason) == (4, "Gaussian A, zero B: the exit begins with the shared head")
     gate = _line(made, "model.exits.*.gate.*", "fresh")
-    assert (gate.count, gate.reason) == (4, "zeros: says one half at first")
+    assert (gate.count, gate.reason) == (4, "zeros: the gate begins at one half")
     assert any(
         note.startswith("exits after depth 0 and 1: own norm, head rank 2, gate") for note in map(str, made.notes)
     )
@@ -338,8 +338,8 @@ def test_overrides_reach_the_recipe_and_its_defaults_are_resolved(config_folder)
 
 def test_what_tying_does_not_save_is_said(config_folder):
     folder = config_folder()
-    assert any("saves weights only" in note for note in map(str, plan(folder, "recursive").notes))
-    assert not any("saves weights only" in note for note in map(str, plan(folder, "pruned").notes))
+    assert any("saves only weights" in note for note in map(str, plan(folder, "recursive").notes))
+    assert not any("saves only weights" in note for note in map(str, plan(folder, "pruned").notes))
 
 
 def test_all_built_ins_stand_side_by_side_with_the_reason_where_one_does_not_fit(config_folder):

@@ -57,7 +57,9 @@ def test_keys_are_held_once_and_scores_are_paid_for_each_token(make_arch):
 def test_the_plan_says_that_it_starts_worse(make_arch):
     relax = {"type": "prefix", "length": 5}
     (note,) = map(str, build_blueprint(make_arch(4), load_recipe({"fold": FOLD, "relax": relax})).notes)
-    assert note.startswith("relax: 4 depths have prefixes of 5 vectors (640 parameters); untrained ones are noise")
+    assert note.startswith(
+        "relax: 4 depths have prefixes of 5 vectors (640 parameters); before training they are noise"
+    )
 
 
 REFUSED = [

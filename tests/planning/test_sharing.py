@@ -139,7 +139,7 @@ REFUSED = [
     ({"share_kv": {}}, r"share_kv\.from: required"),
     ({"share_kv": []}, r"share_kv: must not be empty"),
     ({"share_kv": {"from": {"back": 0}}}, r"share_kv\.from\.back: must be at least 1"),
-    ({"share_kv": {"from": "pairs", "heads": [1, 1]}}, r"share_kv\.heads: each may stand only once"),
+    ({"share_kv": {"from": "pairs", "heads": [1, 1]}}, r"share_kv\.heads: each entry must occur once"),
     ({"share_kv": [{"depth": 1, "of": 0}]}, r"share_kv\[0\]\.of: unknown key"),
     ({"share_kv": FIRST}, r"share_kv\.from: first_loop needs a block that runs two or more times"),
     ({"share_kv": FIRST, "fold": {"loops": 1}}, r"share_kv\.from: first_loop needs a block"),
@@ -154,7 +154,7 @@ REFUSED = [
     ({"share_kv": [{"depth": 2, "from": 4}]}, r"share_kv\[0\]: depth 2 must read from an earlier one \(got 4\)"),
     (
         {"share_kv": [{"depth": 2, "from": 0}], "mixers": [{"type": "retention", "depths": [0]}]},
-        r"share_kv\[0\]: softmax attention is required at depths 0 and 2 \(depth 0 has retention\); leave this one out",
+        r"share_kv\[0\]: softmax attention is required at depths 0 and 2 \(depth 0 has retention\); remove this entry",
     ),
     (
         {"share_kv": [{"depth": 2, "from": 0}], "drop": {"attention": {"layers": [2]}}},
