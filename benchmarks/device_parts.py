@@ -274,7 +274,7 @@ def _largest_of_export(bench: Bench, folder: Path, prompts: Tensor, wanted: Tens
     dense = folder.with_name(folder.name + "-dense")
     if not dense.exists():
         refold.export(folder, dense)
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).to(bench.device)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).to(bench.device)  # pyright: ignore
     with torch.inference_mode():
         return _largest(model(prompts.to(bench.device)).logits, wanted)
 
@@ -343,7 +343,7 @@ def _matrix_peak(bench: Bench) -> float:
     for _ in range(5):
         bench.settle()
         start = time.perf_counter()
-        a @ a
+        torch.mm(a, a)
         bench.settle()
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best

@@ -30,6 +30,8 @@ from refold.sources.source_model import SourceModel, read_source_model
 from refold.studies.baselines import scratch_plan
 
 ALL, XATL, NONE = "all", ["o_proj", "mlp"], []
+MIDDLE_RATE = 3e-4
+"""Of a protocol whose other stages say how their rates relate to it."""
 KEPT = [1, 3]
 """Layers with attention in the hybrids that are folded as well; two loops after one untied layer tie them."""
 Recipe = dict[str, Any]
@@ -126,10 +128,10 @@ def stages(way: Way, given: argparse.Namespace, rate: float, seed: int, tokens: 
         found = (HealStage.model_validate({"objective": way.protocol, "tokens": tokens}),)
     else:
         found = load_recipe({"heal": {"protocol": way.protocol, "tokens": tokens}}).heal
-    middle = HealStage.model_fields["learning_rate"].default
     changes = {"batch_tokens": given.batch_tokens, "context": given.context, "seed": seed}
     return tuple(
-        stage.model_copy(update={**changes, "learning_rate": rate * stage.learning_rate / middle}) for stage in found
+        stage.model_copy(update={**changes, "learning_rate": rate * (stage.learning_rate or MIDDLE_RATE) / MIDDLE_RATE})
+        for stage in found
     )
 
 

@@ -12,9 +12,11 @@ from transformers.cache_utils import Cache
 from refold.families.arch import ArchSpec, Layer, Norm, Rope
 from refold.mixers.attention import Attention
 from refold.mixers.spec import MixerSpec
-from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.batch import DepthInputs
+from refold.nn.mixers.memory import CacheMemory
 from refold.nn.mixers.mixer import Mixer
 from refold.nn.mixers.registry import MIXERS
+from refold.nn.mixers.store import NOTHING_KEPT
 from refold.nn.rotary import Rotary
 from refold.ops import channel_decay, delta_rule, scalar_decay, selective_scan
 from refold.planning.mixers import choose_mixers
@@ -105,8 +107,9 @@ class LoneMixer:
     def bind(self, x: Tensor, cache: Cache | None = None, past: int = 0) -> Callable[[], Tensor]:
         """Returns the call for a row whose first token is number `past`; cosines and sines are made here."""
         rotation = self.rotary(torch.arange(past, past + x.shape[1], device=x.device)[None], x.dtype)
-        context = MixerContext(rotation, None, None, None, cache)
-        return lambda: self.mixer(x, self.view, context, {}, None)
+        memory = NOTHING_KEPT if cache is None else CacheMemory(cache, 0)
+        inputs = DepthInputs(rotation=rotation, memory=memory)
+        return lambda: self.mixer(x, self.view, inputs, {}, None)[0]
 
     def work(self, tokens: int) -> Work:
         x = torch.randn(1, tokens, WIDTH, requires_grad=True)

@@ -29,10 +29,16 @@ def main(folded: str, log: str, device: str, sharded: str, seed: str) -> None:
             "seed": int(seed),
         }
     )
-    options = refold.HealOptions(sharded=sharded == "1", quiet=True, on_step=lambda record: losses.append(record.loss))
+    options = refold.HealOptions(
+        device=device,
+        restart=True,
+        sharded=sharded == "1",
+        quiet=True,
+        on_step=lambda record: losses.append(record.loss),
+    )
     out = Path(log).with_suffix(".healed")
     shutil.rmtree(out, ignore_errors=True)
-    refold.heal(folded, out, texts, stage, device=device, options=options, restart=True)
+    refold.heal(folded, out, texts, stage, options=options)
     if os.environ.get("RANK", "0") == "0":
         Path(log).write_text(json.dumps(losses))
 

@@ -10,7 +10,7 @@ import refold
 
 PUBLIC = {
     "analyse", "plan", "convert", "inspect", "heal", "evaluate", "generate", "export", "run",
-    "Recipe", "HealStage", "HealOptions", "RunSettings", "AnalysisSettings", "Reference",
+    "Recipe", "HealStage", "HealOptions", "RunSettings", "RunOptions", "AnalysisSettings", "Reference",
     "load_adapters", "load_model", "load_tokenizer", "RefoldError", "Mixture", "from_documents",
     "register_objective",
     "__version__",

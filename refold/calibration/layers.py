@@ -1,7 +1,7 @@
 """A source run layer by layer, one in memory at a time: what its attention and each of its linears see."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,8 +11,10 @@ from refold.blueprint.schema import POOLS, Blueprint, Pool
 from refold.data.packing import PackedSequence
 from refold.families.arch import ArchSpec
 from refold.modeling.configuration import RefoldConfig
-from refold.modeling.model import Contexts, RefoldModel
+from refold.modeling.depth import Depth
+from refold.modeling.stack import RefoldModel
 from refold.nn.mixers.attention import AttentionMixer
+from refold.nn.mixers.batch import Batch
 from refold.nn.norms import StackNorm
 from refold.nn.rotary import Rotary
 from refold.planning.build import identity_blueprint
@@ -106,10 +108,7 @@ class SourceLayer:
         hooks = [] if watch is None else self._watch(watch)
         hooks += [] if watch_part is None else self._watch_parts(watch_part)
         try:
-            parts = [
-                self._model.run_depth(0, states, contexts).cpu()
-                for states, contexts in self._pieces(hidden_states, positions)
-            ]
+            parts = [self._run(states, batch).cpu() for states, batch in self._pieces(hidden_states, positions)]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -126,8 +125,8 @@ class SourceLayer:
             hidden_states: The stream before the layer, of no more sequences than are computed at once.
             positions: Within each document; None: every row is one.
         """
-        ((states, contexts),) = self._pieces(hidden_states, positions)
-        return reach_input(dict(self._linears())[linear], lambda: self._model.run_depth(0, states, contexts))
+        ((states, batch),) = self._pieces(hidden_states, positions)
+        return reach_input(dict(self._linears())[linear], lambda: self._run(states, batch))
 
     @torch.enable_grad()
     def run_back(
@@ -151,9 +150,9 @@ class SourceLayer:
         hooks += self._watch_gradients(watch_gradient, hooks)
         found, first = [], 0
         try:
-            for states, contexts in self._pieces(hidden_states, positions):
+            for states, batch in self._pieces(hidden_states, positions):
                 states = states.detach().requires_grad_()
-                after = self._model.run_depth(0, states, contexts)
+                after = self._run(states, batch)
                 after.backward(gradient[first : first + len(states)].to(after.device))
                 assert states.grad is not None
                 found.append(states.grad.cpu())
@@ -166,26 +165,29 @@ class SourceLayer:
     @torch.no_grad()
     def attention(self, hidden_states: Float[Tensor, "B T D"], positions: Int[Tensor, "B T"] | None) -> AttentionSample:
         """Returns queries, keys and the softmax of the layer's attention; arguments as for `run`."""
-        mixer, depth = cast("AttentionMixer", self._model.mixers[0]), self._model.depths[0]
+        mixer, depth = cast("AttentionMixer", self._model.mixers[0]), cast("Depth", self._model.depths[0])
         root_scale = self._arch.attention_scale**0.5
         groups = self._arch.num_attention_heads // self._arch.num_key_value_heads
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for states, contexts in self._pieces(hidden_states, positions):
-            (context,) = contexts.values()
-            query, key, _ = mixer.read(states, context.rotation, {}, None)
-            weights = mixer.matrix(states, cast("nn.Module", depth.view), context, {}, None)
+        for states, batch in self._pieces(hidden_states, positions):
+            inputs = depth.inputs(batch)
+            query, key, _ = mixer.read(states, inputs.rotation, {}, None)
+            weights = mixer.matrix(states, cast("nn.Module", depth.view), inputs, {}, None)
             wide = key.repeat_interleave(groups, dim=2)
             found.append((query.cpu() * root_scale, wide.cpu() * root_scale, weights.cpu()))
         resets = torch.zeros(hidden_states.shape[:2], dtype=torch.bool) if positions is None else positions == 0
         query, key, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
         return AttentionSample(query, key, weights, resets)
 
-    def _pieces(self, hidden_states: Tensor, positions: Tensor | None) -> Iterator[tuple[Tensor, Contexts]]:
+    def _run(self, states: Tensor, batch: Batch) -> Tensor:
+        return self._model.run(range(1), states, batch).hidden_states
+
+    def _pieces(self, hidden_states: Tensor, positions: Tensor | None) -> Iterator[tuple[Tensor, Batch]]:
         for first in range(0, len(hidden_states), self._rows_at_once):
             rows = slice(first, first + self._rows_at_once)
             states = hidden_states[rows].to(self._device)
             places = None if positions is None else positions[rows].to(self._device)
-            yield states, self._model.contexts(states, position_ids=places)
+            yield states, self._model.batch(states, position_ids=places)
 
     def _linears(self) -> list[tuple[str, nn.Linear]]:
         parts = (*self._model.mixers, *self._model.mlps)
@@ -198,8 +200,11 @@ class SourceLayer:
         return [linear.register_forward_pre_hook(tell(name)) for name, linear in self._linears()]
 
     def _watch_parts(self, watch: WatchPart) -> list[torch.utils.hooks.RemovableHandle]:
-        def tell(pool: Pool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-            return lambda module, inputs, update: watch(self.index, pool, inputs[0], update)
+        def tell(pool: Pool) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+            # A mixer returns its update and the keys and values it made.
+            return lambda module, inputs, output: watch(
+                self.index, pool, inputs[0], output[0] if isinstance(output, tuple) else output
+            )
 
         pools: tuple[tuple[Pool, nn.ModuleList], ...] = (("mixer", self._model.mixers), ("mlp", self._model.mlps))
         return [part.register_forward_hook(tell(pool)) for pool, parts in pools for part in parts]

@@ -163,9 +163,10 @@ class FolderSource(Source):
                         opened.seek(info.start + max(0, (info.num_bytes - _SAMPLE_BYTES) // 2))
                         digest.update(opened.read(min(_SAMPLE_BYTES, info.num_bytes)))
         hashes = listed_hashes(self.path, sorted(self._headers.files))
-        return {"sample_sha256": digest.hexdigest()} | (
-            {} if hashes is None else {"files_sha256": _join_hashes(hashes)}
-        )
+        found: dict[str, str | None] = {"sample_sha256": digest.hexdigest()}
+        if hashes is not None:
+            found["files_sha256"] = _join_hashes(hashes)
+        return found
 
     def hash_files(self) -> str | None:
         headers = self.headers(config_only=True)

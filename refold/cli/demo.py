@@ -1,4 +1,4 @@
-"""`refold demo`: what refold is for, on the model it ships."""
+"""`refold demo`: folds of the shipped model, compared in one table."""
 
 import time
 from pathlib import Path
@@ -14,11 +14,13 @@ def command(
     out: Annotated[Path, typer.Option("--out", help="Folder the folded models are left in.")] = Path("refold-demo"),
     heal_tokens: Annotated[
         int,
-        typer.Option(parser=options.amount, metavar="AMOUNT", help="Healing tokens for each of the two healed models."),
+        typer.Option(
+            parser=options.amount, metavar="AMOUNT", help="Healing tokens for each of the three healed models."
+        ),
     ] = 100_000,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Fold the shipped model in several ways, heal two, measure all. Some minutes on two cores, no network."""
+    """Fold the shipped model in several ways, heal three, measure all. Some minutes on two cores, no network."""
     from refold.cli.demo_tables import demo_data, print_demo
     from refold.studies.demo import demo
 

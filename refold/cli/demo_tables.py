@@ -21,7 +21,8 @@ def print_demo(found: DemoResult) -> None:
     print(
         "\nbits/byte: held-out modules of the standard library, lower is better; agreement: same likeliest token as the"
     )
-    print("source. Tying saves weights, not cache or FLOPs. Full rank with own norms gives the source back.")
+    print("source. In parentheses: built-in recipes. Tying saves weights, not cache or FLOPs. Full rank with own norms")
+    print("gives the source back.")
     for name, text in found.samples.items():
         print(f"\n--- {name} ---\n{PROMPT}{text}")
     print(f"\n{found.line}")

@@ -100,6 +100,50 @@ AllowLarger = Annotated[
     bool, typer.Option("--allow-larger", help="Accept a target that is smaller than its source in nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it takes; write nothing.")]
+HealTokens = Annotated[
+    int | None,
+    typer.Option(
+        *("--tokens", "-t"),
+        parser=amount,
+        metavar="AMOUNT",
+        help="Training tokens of all stages, such as 20M. Default: the recipe's.",
+    ),
+]
+HeldOut = Annotated[
+    list[str] | None, typer.Option(help="Text that is not trained on, to measure the model on. Repeatable.")
+]
+Protocol = Annotated[
+    str | None, typer.Option("--protocol", "-p", help="A built-in protocol (`refold recipes --protocols`).")
+]
+HealRecipe = Annotated[
+    str | None, typer.Option("--recipe", "-r", help="Built-in recipe or YAML file; its `heal` section is run.")
+]
+HealSet = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One key of all stages, `heal.learning_rate=1e-3`. Repeatable."),
+]
+Teacher = Annotated[str | None, typer.Option(help="Folder or hub id. Default: the source MODEL was folded from.")]
+Sweep = Annotated[
+    str | None, typer.Option(metavar="lr", help="`lr`: try a third, one and three times the learning rate first.")
+]
+Sharded = Annotated[
+    bool, typer.Option("--sharded", help="Under torchrun: spread the weights over the processes (FSDP2).")
+]
+ReportTo = Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or trackio, where installed. Repeatable.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Drop an unfinished run instead of resuming it.")]
+Baselines = Annotated[
+    list[str] | None,
+    typer.Option(help="pruned, lowrank, quantised, trained-source, scratch or none. Repeatable."),
+]
+EvalTokens = Annotated[
+    int | None,
+    typer.Option(
+        parser=amount,
+        metavar="AMOUNT",
+        help="Held-out tokens to score. Default: a quarter of the healing tokens, 8k to 200k.",
+    ),
+]
 
 
 # Of `analyse`.

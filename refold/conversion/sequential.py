@@ -22,8 +22,8 @@ from refold.conversion.starts.group import LinearGroup
 from refold.conversion.target_tensors import TargetBuilder, stored_name
 from refold.data.packing import PackedSequence
 from refold.modeling.configuration import RefoldConfig
-from refold.modeling.depth import Lent
-from refold.modeling.model import RefoldModel
+from refold.modeling.depth import KeyValues
+from refold.modeling.stack import RefoldModel
 from refold.nn.rotary import Rotary
 from refold.planning.plan import Plan
 
@@ -46,7 +46,7 @@ class TargetStack:
         self._blueprint, self._positions, self._device = blueprint, positions, device
         self.rows = [slice(first, first + rows_at_once) for first in range(0, len(positions), rows_at_once)]
         # Keys and values that later depths read, for each run of rows.
-        self._lent: list[Lent] = [{} for _ in self.rows]
+        self._shared: list[KeyValues] = [{} for _ in self.rows]
         # Neither embedding nor head is asked for anything.
         small = blueprint.arch.model_copy(update={"vocab_size": 1})
         config = RefoldConfig(blueprint=blueprint.model_copy(update={"arch": small}).model_dump(mode="json"))
@@ -91,8 +91,11 @@ class TargetStack:
 
     def _run(self, depth: int, rows: slice, hidden_states: Tensor) -> Tensor:
         states = hidden_states.to(self._device)
-        contexts = self._model.contexts(states, position_ids=self._positions[rows].to(self._device))
-        return self._model.run_depth(depth, states, contexts, lent=self._lent[self.rows.index(rows)])
+        batch = self._model.batch(states, position_ids=self._positions[rows].to(self._device))
+        place = self.rows.index(rows)
+        ran = self._model.run(range(depth, depth + 1), states, batch, shared=self._shared[place])
+        self._shared[place] = ran.shared
+        return ran.hidden_states
 
     def _place(self, name: str) -> tuple[nn.Module, str]:
         owner, _, kind = name.removeprefix("model.").rpartition(".")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from refold.data.field import Document, Field, Form
 from refold.data.location import HubName, Location, exists, open_dataset, open_hub, parse_location
@@ -177,7 +177,7 @@ def _open_together(
             wholes += opened
             parts += opened
         else:
-            paths = [entry.place if isinstance(entry, Location) else entry for entry in group]
+            paths = [cast("str | Path", entry.place if isinstance(entry, Location) else entry) for entry in group]
             whole, each = open_paths(paths, field=field or None, form=form)
             wholes.append(whole)
             parts += each

@@ -135,7 +135,7 @@ def recognise(path: Path, field: Field) -> FileKind:
     if ending in _REFUSED_ENDINGS:
         raise _refused(path, *_REFUSED_ENDINGS[ending])
     raw = _read_head(path, "")
-    compression = next((name for magic, name in _COMPRESSED.items() if raw.startswith(magic)), "")
+    compression: Compression = next((name for magic, name in _COMPRESSED.items() if raw.startswith(magic)), "")
     head = _read_head(path, compression) if compression else raw
     if head.startswith(b"PAR1") or ending == ".parquet":
         return FileKind("parquet", compression)

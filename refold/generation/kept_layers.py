@@ -17,6 +17,7 @@ from transformers.cache_utils import (
 )
 
 from refold.errors import RefoldError
+from refold.modeling.recurrent_cache import new_cache
 
 _EMPTY = ("moe", "mlp")
 """Layer types of configs whose layers cache nothing, whatever class transformers gives them."""
@@ -81,7 +82,7 @@ def join(config: PreTrainedConfig, rows: Sequence[KeptLayers]) -> DynamicCache:
         config: Of the model.
         rows: One for each sequence.
     """
-    cache = DynamicCache(config=config)
+    cache = new_cache(config)
     tokens_seen = max(row.tokens_seen for row in rows)
     for index, layer in enumerate(cache.layers):
         parts = {name: [row.layers[index][name] for row in rows] for name in rows[0].layers[index]}

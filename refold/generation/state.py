@@ -18,6 +18,7 @@ from refold.checkpoint.headers import parse_header, read_header_bytes
 from refold.errors import RefoldError, SourceError
 from refold.generation.kept_layers import KeptLayers, join, kept_names, take
 from refold.modeling.cache_name import CACHE_NAME
+from refold.modeling.recurrent_cache import new_cache
 from refold.version import __version__
 
 _SAMPLED = 64
@@ -169,7 +170,7 @@ def read_state(
     kept_names(model.config)
     seen = 0
     if state is None or not state.kept.tokens_seen:
-        cache = DynamicCache(config=model.config)
+        cache = new_cache(model.config)
     else:
         cache, seen = join(model.config, [state.kept]), state.kept.tokens_seen
     _feed(model, cache, token_ids[seen:-1], on_progress)

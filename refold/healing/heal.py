@@ -12,6 +12,7 @@ from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import Source
 from refold.checkpoint.writer import count_bytes
 from refold.data.corpus import Data, describe_training
+from refold.healing.choices import Choices
 from refold.healing.log import LOG_NAME
 from refold.healing.output import describe, tensor_specs, write_healed
 from refold.healing.prepared import HeldOutData, prepare
@@ -23,7 +24,7 @@ from refold.recipe.heal import HealStage
 
 @dataclass(frozen=True)
 class HealResult:
-    """What a run did.
+    """Says what a run trained, and how it went.
 
     Attributes:
         folder: the folder written.
@@ -35,7 +36,7 @@ class HealResult:
         resumed_from: step of the checkpoint this call began with, None where it began anew.
         epochs: how often the last stage's data was seen; None where it has no end.
         held_out: step to bits per byte of the held-out text after it; 0: before training.
-        learning_rates: of each stage, as the recipe or the sweep has them.
+        stages: as they were trained, with every setting that was chosen for them.
         notes: lines on the data: the price of one kind of text.
     """
 
@@ -48,8 +49,19 @@ class HealResult:
     resumed_from: int | None
     epochs: float | None
     held_out: dict[int, float]
-    learning_rates: tuple[float, ...]
+    stages: tuple[HealStage, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """Peak learning rate of each stage: the recipe's, the chosen or the sweep's best one."""
+        return tuple(stage.learning_rate for stage in self.stages if stage.learning_rate is not None)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        stages = [stage.model_dump(mode="json", exclude_none=True) for stage in self.stages]
+        return {**vars(self), "folder": str(self.folder), "stages": stages, "line": self.line}
 
     @property
     def tokens_per_second(self) -> float:
@@ -74,9 +86,6 @@ def heal(
     *,
     held_out: HeldOutData | None = None,
     teacher: str | Path | Source | None = None,
-    device: str | None = None,
-    overwrite: bool = False,
-    restart: bool = False,
     options: HealOptions | None = None,
 ) -> HealResult:
     """Trains a model, stage after stage, and writes it into a new folder.
@@ -93,42 +102,40 @@ def heal(
         stages: What to train, for how long and how.
         held_out: Text that is measured at intervals.
         teacher: What objectives learn from; None: what the model was folded from; of a source, a fixed copy of itself.
-        device: Where to train; None: `choose_device()`.
-        overwrite: Replace a folder refold wrote.
-        restart: Drop an unfinished run instead of resuming it.
-        options: How to go about it.
+        options: Where to train, what to overwrite, what to show.
 
     Raises:
         SourceError: Model, teacher or tokenizer are missing or broken, or the vocabularies differ.
         DataError: The data cannot be read, or has tokens the model does not know.
         HealError: Training diverged, memory ran out, or an unfinished run with other settings lies there.
-        HealInterrupted: SIGTERM or SIGINT came; a checkpoint was written.
+        HealInterrupted: SIGTERM, SIGINT or SIGHUP came; a checkpoint was written.
         FolderError: The destination is taken, locked or cannot be written, or the disk is full.
     """
     options = options or HealOptions()
-    team = (ShardedTeam if options.sharded else Team)(choose_device(device))
+    team = (ShardedTeam if options.sharded else Team)(choose_device(options.device))
     located, _ = open_source(model)
     student: Any = load_model(located, dtype="auto", device=team.device)
     specs = tensor_specs(student)
     given = (stages,) if isinstance(stages, HealStage) else tuple(stages)
     notes = describe_training(data, given[0].data) if given else ()
     with contextlib.ExitStack() as stack:
-        folder = AtomicFolder(destination, overwrite, needed_bytes=count_bytes(specs))
+        folder = AtomicFolder(destination, options.overwrite, needed_bytes=count_bytes(specs))
         team.first(lambda: stack.enter_context(folder))
         # The folder's lock is held from here on, so the work folder is ours alone.
         work = folder.destination.parent / f".{folder.destination.name}.heal"
-        is_new = restart or not work.exists()
-        team.first(lambda: _make_work_folder(work, restart))
+        is_new = options.restart or not work.exists()
+        team.first(lambda: _make_work_folder(work, options.restart))
         if is_new and team.is_first:
             stack.callback(_drop_if_untouched, work)
-        prepared = prepare(located, student.float(), teacher, data, held_out, given, work, team)
+        completed = Choices(work, team).complete(given, student.config.max_position_embeddings)
+        prepared = prepare(located, student.float(), teacher, data, held_out, completed, work, team)
 
         for each in prepared.stages:
             stack.callback(each.data.close)
 
         def train_teacher(source: Source, target: Path, stage: HealStage) -> None:
-            quiet = replace(options, sweep=False, report_to=(), on_step=None)
-            heal(source, target, data, stage, device=device, options=quiet)
+            quiet = replace(options, sweep=False, report_to=(), on_step=None, overwrite=False, restart=False)
+            heal(source, target, data, stage, options=quiet)
 
         run = Run(prepared, student, work, folder.destination, team, options, train_teacher)
         run.train()
@@ -179,5 +186,5 @@ def _result(run: Run, destination: Path) -> HealResult:
         resumed_from=run.resumed_from,
         epochs=None if per_epoch is None else last.stage.tokens / per_epoch,
         held_out=run.held_out(),
-        learning_rates=tuple(stage.learning_rate for stage in run.done),
+        stages=tuple(run.done),
     )

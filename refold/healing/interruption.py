@@ -1,13 +1,15 @@
-"""SIGTERM and SIGINT during training: the step is finished, a checkpoint written, then the run ends."""
+"""Signals that end a run: training writes a checkpoint first, all else is left through `with` blocks."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 from refold.errors import HealError
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_NAMES = ("SIGTERM", "SIGINT", "SIGHUP")
 
 
 class HealInterrupted(HealError):
@@ -22,10 +24,26 @@ class HealInterrupted(HealError):
         self.exit_code = 128 + signal_number
 
 
+class Stopped(BaseException):
+    """A signal asked the process to end outside of training.
+
+    It is no `KeyboardInterrupt`, which command line libraries catch and answer themselves, and no `Exception`, so that
+    only `with` and `finally` blocks see it on the way out: they remove what is half written.
+
+    Attributes:
+        exit_code: 128 and the signal's number.
+    """
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"interrupted by {signal.Signals(signal_number).name}")
+        self.exit_code = 128 + signal_number
+
+
 class SignalWatch:
     """Notes the first signal while the `with` body runs; a second one acts as it would have without us.
 
-    Handlers can be set in the main thread only; elsewhere nothing is watched.
+    Handlers can be set in the main thread only; elsewhere nothing is watched. A SIGHUP that `nohup` has switched off
+    stays so.
 
     Attributes:
         received: the signal's number, None as long as there was none.
@@ -36,8 +54,7 @@ class SignalWatch:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "SignalWatch":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._previous = _set_handlers(self._note, also_ignored={"SIGTERM", "SIGINT"})
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -48,7 +65,40 @@ class SignalWatch:
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            # None: the handler was not set from Python and cannot be set again.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _restore_handlers(self._previous)
         self._previous = {}
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Raises `Stopped` in the body at the first SIGTERM, SIGINT or SIGHUP; a second one ends the process at once.
+
+    Signals that whoever started the process has switched off (`nohup`, `&` in a script) stay so.
+    """
+
+    def stop(number: int, _: FrameType | None) -> None:
+        _restore_handlers(previous)
+        raise Stopped(number)
+
+    previous = _set_handlers(stop)
+    try:
+        yield
+    finally:
+        _restore_handlers(previous)
+
+
+def _set_handlers(handler: Any, also_ignored: frozenset[str] | set[str] = frozenset()) -> dict[int, Any]:
+    """Sets a handler for the signals this platform has and returns the handlers before."""
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in _NAMES:
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and (name in also_ignored or signal.getsignal(number) != signal.SIG_IGN):
+                previous[number] = signal.signal(number, handler)
+    return previous
+
+
+def _restore_handlers(previous: dict[int, Any]) -> None:
+    for number, handler in previous.items():
+        # None: the handler was not set from Python and cannot be set again.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -175,6 +175,21 @@ class Display:
 KNOWN = ("tensorboard", "wandb", "trackio")
 
 
+def require_trackers(names: Sequence[str]) -> None:
+    """Checks names of trackers.
+
+    Raises:
+        HealError: an unknown tracker, or one that is not installed.
+    """
+    for name in names:
+        if name not in KNOWN:
+            raise HealError(
+                f"report_to: one of {', '.join(KNOWN)} is required (got '{name}'){did_you_mean(name, KNOWN)}"
+            )
+        if name not in {str(known) for known in get_available_trackers()}:
+            raise HealError(f"report_to: {name} is required (not installed); pip install {name}")
+
+
 class Trackers:
     """The trackers of a run, on its first process.
 
@@ -190,13 +205,7 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], project: Path, config: dict[str, Any], team: Team):
         self._accelerator: Any = None
-        for name in names:
-            if name not in KNOWN:
-                raise HealError(
-                    f"report_to: one of {', '.join(KNOWN)} is required (got '{name}'){did_you_mean(name, KNOWN)}"
-                )
-            if name not in {str(known) for known in get_available_trackers()}:
-                raise HealError(f"report_to: {name} is required (not installed); pip install {name}")
+        require_trackers(names)
         if names:
             folder = project.parent / "trackers"
             self._accelerator = team.accelerator

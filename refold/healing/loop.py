@@ -85,7 +85,7 @@ class Loop:
         """Trains to the end of the schedule, or to a step of it, and writes a checkpoint there.
 
         Raises:
-            HealInterrupted: SIGTERM or SIGINT came; a checkpoint was written.
+            HealInterrupted: SIGTERM, SIGINT or SIGHUP came; a checkpoint was written.
             HealError: loss or gradient were not finite several steps in a row, memory ran out, or a process is gone.
             FolderError: a checkpoint could not be written.
         """
@@ -247,12 +247,9 @@ class Loop:
 
     def _interrupted(self) -> str:
         if self.checkpoints is None:
-            return "heal: interrupted during a trial, which begins anew; give the same command again to go on"
+            return "heal: interrupted during a trial, which begins anew"
         end = self.state.steps_before + self.schedule.num_steps
-        return (
-            f"heal: interrupted after step {self.state.total_steps} of {end}, which is saved; "
-            f"give the same command again to go on"
-        )
+        return f"heal: interrupted after step {self.state.total_steps} of {end}, which is saved"
 
     def _kept(self) -> str:
         last = None if self.checkpoints is None else self.checkpoints.newest_good()

@@ -42,6 +42,7 @@ def make_optimizers(model: PreTrainedModel, stage: HealStage, trainable: Trainab
             has_muon = stage.optimizer == "muon" and name in matrices
             key = (has_muon, name in decaying, trainable.factors.get(name, 1.0), name in trainable.frozen_first)
             grouped.setdefault(key, []).append(parameter)
+    rate = stage.learning_rate or 0.0  # until the first step sets it
     optimizers: list[torch.optim.Optimizer] = []
     for muon in (False, True):
         groups = [
@@ -55,11 +56,11 @@ def make_optimizers(model: PreTrainedModel, stage: HealStage, trainable: Trainab
             if has_muon == muon
         ]
         if groups and muon:
-            optimizers.append(Muon(groups, lr=stage.learning_rate))
+            optimizers.append(Muon(groups, lr=rate))
         elif groups:
             kinds = {parameter.device.type for group in groups for parameter in group["params"]}
             is_fused = kinds <= set(_FUSED)
-            optimizers.append(torch.optim.AdamW(groups, lr=stage.learning_rate, betas=BETAS, fused=is_fused))
+            optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=is_fused))
     return optimizers
 
 

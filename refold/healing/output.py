@@ -73,7 +73,8 @@ def write_healed(
 def describe(stages: Sequence[HealStage], losses: Mapping[str, float]) -> dict[str, str]:
     """Returns the rows a run adds to the card: what was done, and the losses it ended with, in nats per token."""
     done = "; ".join(
-        f"{' + '.join(stage.objective.chosen())}, {stage.tokens:,} tokens, learning rate {stage.learning_rate:g}"
+        f"{' + '.join(stage.objective.chosen())}, {stage.tokens:,} tokens, {stage.batch_tokens or 0:,} a step, "
+        f"learning rate {stage.learning_rate or 0:g}"
         for stage in stages
     )
     return {"healing": done} | {f"training {name.replace('_', ' ')}": f"{value:.3f}" for name, value in losses.items()}

@@ -1,6 +1,7 @@
 """Prepares a healing run: model, data, micro-batches, held-out text and objectives."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +58,6 @@ def choose_micro_batch(wish: int | None, context: int, config: Any, device: torc
     return max(1, budget // (per_token * context))
 
 
-DEFAULT_CONTEXT = 1024
 HeldOutData = Data
 
 
@@ -66,7 +66,7 @@ class PreparedStage:
     """What one stage trains with, apart from its models.
 
     Attributes:
-        stage: with `context`, `precision` and `micro_batch` decided.
+        stage: with all settings decided; the learning rate stays open until the stage starts where none was set.
         objectives: what is minimised, by name.
         trainable: what of the student trains.
         schedule: steps, positions and learning rates.
@@ -91,7 +91,7 @@ class PreparedStage:
         return stored or bool(teacher_wants(self.objectives))
 
     def at_rate(self, learning_rate: float) -> "PreparedStage":
-        """Returns the same stage with another peak learning rate."""
+        """Returns the same stage with a peak learning rate."""
         stage = self.stage.model_copy(update={"learning_rate": learning_rate})
         return replace(self, stage=stage, schedule=replace(self.schedule, peak=learning_rate))
 
@@ -145,7 +145,7 @@ def prepare(
         teacher: what the user named.
         data: files, folders or an opened source.
         held_out: text to measure on.
-        stages: as the recipe has them.
+        stages: with context, batch and warm-up decided.
         work: keeps the tokens.
         team: the processes of the run.
     """
@@ -200,26 +200,28 @@ def prepare(
 
 
 def _decide(stage: HealStage, student: PreTrainedModel, device: torch.device) -> HealStage:
-    """Fills in what the stage leaves open."""
+    """Decides precision and micro-batch of a stage."""
     config: Any = student.config
     if stage.context is not None and stage.context > config.max_position_embeddings:
         known = config.max_position_embeddings
-        raise HealError(f"context: must be at most {known}, the model's positions (got {stage.context})")
-    context = stage.context or max(2, min(DEFAULT_CONTEXT, config.max_position_embeddings, stage.tokens))
+        raise HealError(f"context: must be at most the model's {known} positions (got {stage.context})")
+    assert stage.context is not None
     autocast = choose_precision(stage.precision, device, config.hidden_size)
     precision = "float32" if autocast is None else "bfloat16"
-    micro_batch = choose_micro_batch(stage.micro_batch, context, config, device)
-    return stage.model_copy(update={"context": context, "precision": precision, "micro_batch": micro_batch})
+    micro_batch = choose_micro_batch(stage.micro_batch, stage.context, config, device)
+    return stage.model_copy(update={"precision": precision, "micro_batch": micro_batch})
 
 
 def _schedule(stage: HealStage, team: Team, first_sequence: int) -> Schedule:
     assert stage.context is not None
+    assert stage.batch_tokens is not None
+    assert stage.warmup is not None
     per_step = max(team.size, stage.batch_tokens // stage.context)
     return Schedule(
         tokens=stage.tokens,
         context=stage.context,
         sequences_per_step=per_step,
-        peak=stage.learning_rate,
+        peak=math.nan if stage.learning_rate is None else stage.learning_rate,
         warmup=stage.warmup,
         shape=stage.schedule,
         floor=stage.floor,

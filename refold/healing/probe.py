@@ -1,4 +1,4 @@
-"""What a run will take, from a few of its steps: hours, memory and disk, before anything is committed."""
+"""Estimates hours, memory and disk of a run from a few of its steps, before anything is committed."""
 
 import statistics
 import sys
@@ -15,6 +15,7 @@ from refold.checkpoint.writer import count_bytes
 from refold.data.corpus import Data
 from refold.errors import HealError
 from refold.healing.checkpoints import NUM_KEPT
+from refold.healing.defaults import complete_stage, count_steps, describe_stage
 from refold.healing.output import tensor_specs
 from refold.healing.prepared import HeldOutData, prepare
 from refold.healing.run import HealOptions, Run
@@ -27,7 +28,7 @@ NUM_STEPS = 10
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take.
+    """Time, memory and disk that a run takes, and the settings it trains with.
 
     Attributes:
         tokens: of all stages.
@@ -37,6 +38,7 @@ class Estimate:
         peak_memory_bytes: of this process; on a GPU what its tensors took there.
         disk_bytes: checkpoints, tokens and result while it runs.
         loss: of the first step.
+        settings: a line for each stage: steps, batch, learning rate and warm-up.
     """
 
     tokens: int
@@ -46,15 +48,22 @@ class Estimate:
     peak_memory_bytes: int
     disk_bytes: int
     loss: float
+    settings: tuple[str, ...] = ()
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {**vars(self), "line": self.line}
 
     @property
     def line(self) -> str:
-        """The estimate in one line."""
-        return (
-            f"{self.tokens:,} tokens in {self.steps:,} steps: {_duration(self.hours)} at "
+        """The estimate in one line, and one line for each stage's settings."""
+        estimate = (
+            f"{self.tokens:,} tokens in {self.steps:,} steps: {describe_duration(self.hours)} at "
             f"{self.tokens_per_second:,.0f} tokens/s; {self.peak_memory_bytes / 1e9:.2f} GB of memory, "
             f"{self.disk_bytes / 1e9:.2f} GB of disk; first loss {self.loss:.3f}"
         )
+        return "\n".join((estimate, *self.settings))
 
 
 def probe(
@@ -67,7 +76,7 @@ def probe(
     device: str | None = None,
     quiet: bool = False,
 ) -> Estimate:
-    """Runs ten steps of the first stage in a temporary folder and tells what the whole would take.
+    """Runs ten steps of the first stage in a temporary folder and estimates the whole run.
 
     A teacher that would be trained first is taken as it is, and counts with its tokens.
 
@@ -90,10 +99,12 @@ def probe(
         torch.cuda.reset_peak_memory_stats(team.device)
     with tempfile.TemporaryDirectory(prefix="refold-probe-") as folder:
         work = Path(folder)
-        short = [_shortened(stage) for stage in given]
+        whole = [complete_stage(stage, student.config.max_position_embeddings) for stage in given]
+        short = [_shortened(stage) for stage in whole]
         prepared = prepare(located, student.float(), teacher, data, held_out, short, work, team)
         run = Run(prepared, student, work, work / "probe", team, HealOptions(quiet=quiet), _refuse_training)
-        records = run.probe(NUM_STEPS)
+        records = run.probe(run.with_rate(0, prepared.stages[0], whole[0]), NUM_STEPS)
+        later = [f"stage {index}: {describe_stage(stage)}" for index, stage in enumerate(whole[1:], start=2)]
         peak = _peak_memory(team.device)
     team.leave()
     seconds = statistics.median(1 / record.tokens_per_second for record in records[2:] or records)
@@ -102,18 +113,19 @@ def probe(
     trained = sum(value.numel() * 4 for value in student.parameters() if value.requires_grad)
     return Estimate(
         tokens=tokens,
-        steps=sum(-(-stage.tokens // stage.batch_tokens) for stage in given),
+        steps=sum(count_steps(stage.tokens, stage.context or 1, stage.batch_tokens or 1) for stage in whole),
         tokens_per_second=1 / seconds,
         hours=tokens * seconds / 3600,
         peak_memory_bytes=peak,
         # Weights and two moments in each checkpoint, one more while it is written; the result; tokens of two bytes.
         disk_bytes=(NUM_KEPT + 1) * (weights + 2 * trained) + stored + 2 * tokens,
         loss=records[0].loss,
+        settings=(run.settings[0], *later),
     )
 
 
 def _shortened(stage: HealStage) -> HealStage:
-    tokens = min(stage.tokens, NUM_STEPS * max(stage.batch_tokens, stage.context or 1024))
+    tokens = min(stage.tokens, NUM_STEPS * max(stage.batch_tokens or 1, stage.context or 1))
     return stage.model_copy(update={"tokens": tokens, "teacher_tokens": None})
 
 
@@ -130,7 +142,8 @@ def _peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _duration(hours: float) -> str:
+def describe_duration(hours: float) -> str:
+    """Returns `40 seconds`, `12 minutes` or `3.5 hours`."""
     if hours < 1 / 60:
         return f"{hours * 3600:.0f} seconds"
     return f"{hours * 60:.0f} minutes" if hours < 2 else f"{hours:.1f} hours"

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from refold.checkpoint.atomic_file import write_json
 from refold.errors import HealError
 from refold.healing import training_state
 from refold.healing.checkpoints import Checkpoints, RunState
-from refold.healing.log import LOG_NAME, Display, StepRecord, Trackers, TrainLog, read_log
+from refold.healing.choices import Choices
+from refold.healing.defaults import describe_stage
+from refold.healing.distance import MEASURED_TOKENS, Distance, measure_distance
+from refold.healing.log import LOG_NAME, Display, StepRecord, Trackers, TrainLog, read_log, require_trackers
 from refold.healing.loop import Loop
 from refold.healing.optimizer import make_optimizers
 from refold.healing.precision import attend_in_float32
@@ -39,6 +43,9 @@ class HealOptions:
     """How a run goes about it; none of these changes its result, but for the sweep.
 
     Attributes:
+        device: where to train; None: `choose_device()`.
+        overwrite: replace a folder refold wrote.
+        restart: drop an unfinished run instead of resuming it.
         checkpoint_seconds: time between two checkpoints.
         sweep: before each stage, try a third, one and three times its learning rate on a few steps; the best goes on.
         sharded: spread the weights over the processes (FSDP2) instead of copying them.
@@ -48,6 +55,9 @@ class HealOptions:
         quiet: show no progress on stderr.
     """
 
+    device: str | None = None
+    overwrite: bool = False
+    restart: bool = False
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     sweep: bool = False
     sharded: bool = False
@@ -72,7 +82,8 @@ class Run:
     Attributes:
         state: where the run stands.
         resumed_from: step of the checkpoint it began with, None where it began anew.
-        done: the stages as they were trained, learning rates of a sweep included.
+        done: the stages as they were trained, with the learning rates chosen for them.
+        settings: a line for each stage that has a learning rate, by its index.
         weights: the trained weights, whole, once `train` is done.
     """
 
@@ -90,6 +101,7 @@ class Run:
         self.state = RunState()
         self.resumed_from: int | None = None
         self.done: list[HealStage] = []
+        self.settings: dict[int, str] = {}
         self.weights: dict[str, Tensor] = {}
         self._project = destination
         self._display = Display(prepared.tokens, options.quiet or not team.is_first)
@@ -97,6 +109,7 @@ class Run:
         self._checkpoints = Checkpoints(work / CHECKPOINTS_NAME, identity, self._display.tell)
         self._teachers = Teachers(prepared.teacher, work, team, train_teacher, self._display.tell)
         self._training = TrainingModel(student)
+        self._choices = Choices(work, team)
 
     def train(self) -> None:
         """Runs what is left of the stages; errors as for `heal`."""
@@ -115,10 +128,12 @@ class Run:
             stack.enter_context(self._display)
             self._measure_start()
             for index, stage in enumerate(self.prepared.stages):
-                stage = self._with_best_rate(index, stage, model)
+                stage = self._with_best_rate(index, self.with_rate(index, stage), model)
                 self.done.append(stage.stage)
                 if index < self.state.stage:
                     continue
+                if not self.options.quiet:
+                    self._display.tell(self.settings[index])
                 if index > self.state.stage:
                     self._begin_stage()
                 loop = self._loop(index, stage, model, self._checkpoints)
@@ -132,12 +147,37 @@ class Run:
                 self.state = loop.state
             self.weights = {name: self.team.whole(value.detach()) for name, value in self.student.named_parameters()}
 
-    def probe(self, num_steps: int) -> list[StepRecord]:
-        """Runs a few steps of the first stage and keeps nothing of them."""
+    def probe(self, stage: PreparedStage, num_steps: int) -> list[StepRecord]:
+        """Runs a few steps of the first stage, whose learning rate is set, and keeps nothing of them."""
         records: list[StepRecord] = []
         model = self.team.wrap(self._training)
-        self._loop(0, self.prepared.stages[0], model, None).run(None, records.append, num_steps)
+        self._loop(0, stage, model, None).run(None, records.append, num_steps)
         return records
+
+    def with_rate(self, index: int, stage: PreparedStage, whole: HealStage | None = None) -> PreparedStage:
+        """Returns a stage with its learning rate, chosen by the distance from the teacher where none was set.
+
+        Args:
+            index: Of the stage.
+            stage: The student has the weights it starts with, or the rate was chosen before.
+            whole: What the user is told of; None: the stage itself.
+        """
+        distance = None
+        if stage.stage.learning_rate is None:
+            width = self.student.config.hidden_size
+            rate, distance = self._choices.learning_rate(index, width, partial(self._measure_distance, stage))
+            stage = stage.at_rate(rate)
+        whole = (whole or stage.stage).model_copy(update={"learning_rate": stage.stage.learning_rate})
+        where = "" if len(self.prepared.stages) == 1 else f"stage {index + 1}: "
+        self.settings[index] = where + describe_stage(whole, distance)
+        return stage
+
+    def _measure_distance(self, stage: PreparedStage) -> Distance | None:
+        assert stage.stage.context is not None
+        count = min(stage.schedule.num_sequences, max(1, MEASURED_TOKENS // stage.stage.context))
+        batch = stage.data.batch(stage.schedule.first_sequence, count)
+        teacher = self._teachers.load(stage) if stage.wants_teacher else None
+        return measure_distance(self.student, teacher, batch, stage.autocast)
 
     def last_losses(self) -> dict[str, float]:
         """Returns `loss` and its parts over the last tenth of the last stage's steps."""
@@ -157,7 +197,12 @@ class Run:
         return start | {line["step"]: line["held_out"] for line in lines if "held_out" in line}
 
     def _resume(self) -> dict[str, Tensor] | None:
-        self.team.first(self._checkpoints.claim)
+        try:
+            self.team.first(self._checkpoints.claim)
+        except HealError:
+            # A mistake in what was asked for now is said first: an unfinished run must not hide it.
+            self._check_stages()
+            raise
         self.team.first(self._checkpoints.newest)  # which repairs what a kill left: one process does that
         found = self._checkpoints.load()
         if found is None:
@@ -174,6 +219,18 @@ class Run:
         trained = max(sum(sizes[name] for name in stage.trainable.trained) for stage in self.prepared.stages)
         return sum(sizes.values()) + 2 * trained
 
+    def _check_stages(self) -> None:
+        """Raises what would be raised when the stages begin."""
+        require_trackers(self.options.report_to)
+        for stage in self.prepared.stages:
+            self._require_optimizer(stage.stage)
+            if stage.stage.teacher_tokens is None:
+                check_objectives(stage.objectives, self.student, self._teachers.model(stage))
+
+    def _require_optimizer(self, stage: HealStage) -> None:
+        if stage.optimizer == "muon" and isinstance(self.team, ShardedTeam) and self.team.size > 1:
+            raise HealError("optimizer: adamw is required where weights are spread over processes (got muon)")
+
     def _begin_stage(self) -> None:
         """Moves on to the next stage, and keeps a checkpoint without what belonged to the last one's optimizers."""
         self.state = self.state.next_stage()
@@ -183,8 +240,7 @@ class Run:
     def _loop(self, index: int, stage: PreparedStage, model: Any, checkpoints: Checkpoints | None) -> Loop:
         spec, schedule = stage.stage, stage.schedule
         assert spec.micro_batch is not None
-        if spec.optimizer == "muon" and isinstance(self.team, ShardedTeam) and self.team.size > 1:
-            raise HealError("optimizer: adamw is required where weights are spread over processes (got muon)")
+        self._require_optimizer(spec)
         check_objectives(stage.objectives, self.student, self._teachers.model(stage))
         teacher, stored = self._teachers.open(stage)
         if stage.autocast is not None and self.team.device.type == "cpu":

@@ -19,6 +19,17 @@ SHARE = 0.05
 FEWEST_STEPS = 20
 
 
+def read_sweep(text: str | None) -> bool:
+    """Reads the name of the setting that is swept; only the learning rate, `lr`, can be.
+
+    Raises:
+        HealError: Another name.
+    """
+    if text not in (None, "lr"):
+        raise HealError(f"--sweep: must be lr (got '{text}')")
+    return text is not None
+
+
 @runtime_checkable
 class Trial(Protocol):
     """A stage that can be run for a while."""

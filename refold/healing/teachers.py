@@ -43,13 +43,14 @@ class Teachers:
         if not wants:
             self._loaded = None  # what is stored needs no teacher in memory
             return None, store
-        return Teacher(self._model(stage), stage.autocast, wants), store
+        return Teacher(self.load(stage), stage.autocast, wants), store
 
     def model(self, stage: PreparedStage) -> PreTrainedModel | None:
         """Returns a stage's teacher as a model, for checks; None where none runs along."""
-        return self._model(stage) if teacher_wants(stage.objectives) else None
+        return self.load(stage) if teacher_wants(stage.objectives) else None
 
-    def _model(self, stage: PreparedStage) -> PreTrainedModel:
+    def load(self, stage: PreparedStage) -> PreTrainedModel:
+        """Returns the teacher of a stage that has one, loaded, and trained first where the stage asks for that."""
         assert self._source is not None
         tokens = stage.stage.teacher_tokens
         attention = _attention(stage)
@@ -80,7 +81,7 @@ class Teachers:
         assert spec.micro_batch is not None
         assert self._source is not None
         if spec.teacher_tokens is not None:
-            self._model(stage)  # trained by all processes together, before one of them writes
+            self.load(stage)  # trained by all processes together, before one of them writes
         contents = StoreContents(
             identity=f"{self._source.fingerprint()} {spec.teacher_tokens} {spec.precision} {stage.data.identity}",
             first_sequence=schedule.first_sequence,
@@ -96,7 +97,7 @@ class Teachers:
             return TeacherStore.build(
                 folder,
                 contents,
-                lambda: Teacher(self._model(stage), stage.autocast, frozenset({"predictions"})),
+                lambda: Teacher(self.load(stage), stage.autocast, frozenset({"predictions"})),
                 stage.data,
                 micro_batch=micro_batch,
                 device=self._team.device,

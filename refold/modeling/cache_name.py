@@ -1,15 +1,18 @@
 """What transformers calls a cache in arguments and outputs: `cache` from 5.24 on, `past_key_values` before."""
 
 from inspect import signature
+from typing import Any
 
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
+AnyCache = Cache | Any
+"""A `Cache`, or the paged cache of continuous batching, which is none."""
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(name for name in CACHE_NAMES if name in signature(create_causal_mask).parameters)
 
 
-def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+def one_cache(cache: AnyCache | None, past_key_values: AnyCache | None) -> AnyCache | None:
     """Returns the cache that was given under either name, whichever version of transformers there is.
 
     Raises:

@@ -45,6 +45,8 @@ class RefoldConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
 
     def __post_init__(self, **kwargs: Any):
         if self.blueprint is not None:
@@ -79,6 +81,8 @@ class RefoldConfig(PreTrainedConfig):
             setattr(self, name, getattr(arch, name))
         self.head_dim, self.max_position_embeddings = arch.head_dim, arch.max_position_embeddings
         self.initializer_range, self.tie_word_embeddings = arch.initializer_range, arch.tied_head
+        # Engines read soft-caps from the config.
+        self.attn_logit_softcapping, self.final_logit_softcapping = arch.attention_softcap, arch.logit_softcap
         # Early-exit drafting lowers this number for a while, so a given one stands.
         if self.num_hidden_layers is None:
             self.num_hidden_layers = blueprint.num_depths

@@ -1,7 +1,8 @@
-"""One executed layer: what it owns, and how it runs the stored parts it is given."""
+"""One executed layer: the tensors it owns, and how it runs the stored parts it is given."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -12,76 +13,53 @@ from refold.blueprint.contents import depth_coefficients, depth_linears
 from refold.blueprint.owned.gain import GAIN
 from refold.blueprint.owned.vectors import VECTORS
 from refold.blueprint.schema import POOLS, Blueprint, Pool
-from refold.mixers.spec import Fill, Shape
+from refold.families.arch import Rope
 from refold.modeling.configuration import RefoldConfig
+from refold.modeling.owned_tensors import Gain, Owned, OwnedVectors
 from refold.modeling.padding import as_given, in_order
-from refold.nn.fills import make_fill
-from refold.nn.lora import LoraPair, Own
-from refold.nn.mixers.context import MixerContext
-from refold.nn.mixers.key_values import Exchange, KeyHeads, KeyValue
+from refold.nn.lora import Adapter, Coefficients, LoraPair
+from refold.nn.mixers.batch import Batch, DepthInputs, SharedKeys
+from refold.nn.mixers.key_values import KeyHeads, KeyValue
 from refold.nn.mixers.memory import StateView
 from refold.nn.mixers.registry import MIXERS
-from refold.nn.part import Lora, OwnVectors, StoredPart
-
-Lent = dict[int, KeyValue]
-"""Depth to the keys and values it left in this pass for later depths to read."""
+from refold.nn.mixers.store import NOTHING_KEPT, Memory
+from refold.nn.part import OwnVectors, StoredPart
 
 
-class OwnedVectors(nn.Module):
-    """The norms and biases a depth keeps for one of its parts, under the names they have in the part."""
+@dataclass(frozen=True)
+class Parts:
+    """The stored parts that a depth runs.
 
-    def __init__(self, shapes: Mapping[str, Shape], fills: Mapping[str, Fill]):
-        super().__init__()
-        self.names, self.fills = tuple(shapes), dict(fills)
-        for name, shape in shapes.items():
-            owner, _, kind = name.rpartition(".")
-            if owner and not hasattr(self, owner):
-                self.add_module(owner, nn.Module())
-            self.get_submodule(owner).register_parameter(kind, nn.Parameter(make_fill(self.fills[name], shape)))
+    An object and no tuple, because accelerate moves every module that it finds among arguments.
 
-    def reset(self) -> None:
-        """Fills all vectors anew."""
-        for name, tensor in self.tensors().items():
-            tensor.data.copy_(make_fill(self.fills[name], tuple(tensor.shape)))
+    Attributes:
+        mixer: None: the depth has none.
+        mlp: None: the depth has none, or it shall not run.
+    """
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: self.get_parameter(name) for name in self.names}
+    mixer: StoredPart | None = None
+    mlp: StoredPart | None = None
 
 
-class Coefficients(nn.ParameterDict):
-    """The coefficients B `[out, rank]` that a depth has for bases of its parts, by linear name."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, int]], std: float):
-        super().__init__({name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()})
-        self.std = std
-
-    def reset(self) -> None:
-        """Initialises all coefficients."""
-        for coefficients in self.values():
-            nn.init.normal_(coefficients, std=self.std)
+KeyValues = Mapping[int, KeyValue]
+"""Depth to the keys and values it made in this pass, for later depths to read."""
 
 
-class Gain(nn.Module):
-    """The scale on everything that one part of a depth adds to the residual stream; 1 at first."""
+def stack_ropes(blueprint: Blueprint) -> list[Rope]:
+    """Returns the different ropes of the depths that have a mixer, in the order they occur."""
+    return list(
+        dict.fromkeys(each.rope for each in blueprint.depths if each.mixer is not None and each.rope is not None)
+    )
 
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
 
-    def reset(self) -> None:
-        """Initialises the scale without effect."""
-        nn.init.ones_(self.weight)
-
-    def forward(self, update: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Returns the scaled update."""
-        return update * self.weight
+_NOTHING_OWNED = Owned({}, None, None, {})
 
 
 class Depth(GradientCheckpointingLayer):
     """One executed layer of the stack.
 
-    It owns its LoRA pairs, coefficients of bases, own vectors where it has some, and a parameterless view of its mixer
-    that caches know by `layer_idx`. Stored parts are passed in at each call and registered elsewhere, once.
+    It owns its LoRA pairs, coefficients of bases, vectors, prefix, and a parameterless view of its mixer that caches
+    know by `layer_idx`. Stored parts are passed in at each call and registered elsewhere, once.
     """
 
     def __init__(self, config: RefoldConfig, blueprint: Blueprint, index: int):
@@ -103,6 +81,7 @@ class Depth(GradientCheckpointingLayer):
         self.gain = nn.ModuleDict({each.pool: Gain() for each in GAIN.tensors(blueprint, index) if each.pool})
         self.prefix = nn.Parameter(torch.empty(spec.prefix, arch.hidden_size)) if spec.prefix else None
         self.view: nn.Module | None = None
+        self.rope = None if spec.rope is None or spec.mixer is None else stack_ropes(blueprint).index(spec.rope)
         self.heads = KeyHeads(blueprint, index) if spec.kv or blueprint.is_read(index) else None
         owned: dict[str, nn.Module] = {}
         if spec.mixer is not None:
@@ -114,93 +93,162 @@ class Depth(GradientCheckpointingLayer):
                 shapes = {each.local: each.shape for each in tensors}
                 owned[pool] = OwnedVectors(shapes, {each.local: each.fill(blueprint) for each in tensors})
         self.vectors = nn.ModuleDict(owned)
+        # Asking empty module dictionaries costs microseconds, and every forward pass asks.
+        self._owns_tensors = bool(owned or spec.ranks or len(self.coefficients) or len(self.gain))
 
     def reset(self) -> None:
         """Initialises the prefix; all else is in modules of its own."""
         if self.prefix is not None:
             nn.init.normal_(self.prefix, std=self.std)
 
-    def adapters(self) -> dict[str, Own]:
-        """LoRA pairs and coefficients by linear name."""
-        pairs, coefficients = cast("Mapping[str, LoraPair]", self.lora), dict(self.coefficients.items())
-        found = {name: Own(pair.pair, coefficients.pop(name, None)) for name, pair in pairs.items()}
-        return found | {name: Own(None, own) for name, own in coefficients.items()}
+    def adapters(self) -> dict[str, Adapter]:
+        """Returns LoRA pairs and coefficients by linear name."""
+        # `forward` itself, which offloading replaces: a call through `nn.Module` costs a microsecond more, each time.
+        # Likewise plain dictionaries of modules, not `nn.ModuleDict`.
+        modules = self._modules
+        coefficients = cast("Coefficients", modules["coefficients"]).forward()
+        pairs = cast("dict[str, LoraPair]", cast("nn.Module", modules["lora"])._modules)
+        if not coefficients:
+            return {name: Adapter(pair.forward()) for name, pair in pairs.items()}
+        found = {name: Adapter(pair.forward(), coefficients.pop(name, None)) for name, pair in pairs.items()}
+        return found | {name: Adapter(None, own) for name, own in coefficients.items()}
 
     def own_vectors(self, pool: str) -> OwnVectors:
-        """The vectors this depth keeps for its `mixer` or `mlp`, or None where the part holds them."""
-        return cast("OwnedVectors", self.vectors[pool]).tensors() if pool in self.vectors else None
+        """Returns the vectors this depth has for its `mixer` or `mlp`; None where the part holds them."""
+        vectors = cast("nn.Module", self._modules["vectors"])._modules.get(pool)
+        return None if vectors is None else cast("OwnedVectors", vectors).forward()
 
-    def run(self, hidden_states: Float[Tensor, "B T D"], lent: Lent, **arguments: Any) -> Float[Tensor, "B T D"]:
+    def own_names(self) -> list[str]:
+        """Returns the names of the vectors this depth has for its parts."""
+        return [name for pool in self.vectors.values() for name in cast("OwnedVectors", pool).names]
+
+    def owned(self) -> Owned:
+        """Returns the tensors by which this depth changes the parts it runs."""
+        if not self._owns_tensors:
+            return _NOTHING_OWNED
+        owned_gains = cast("dict[Pool, Gain]", cast("nn.Module", self._modules["gain"])._modules)
+        gains = {pool: gain.forward() for pool, gain in owned_gains.items()}
+        return Owned(self.adapters(), self.own_vectors("mixer"), self.own_vectors("mlp"), gains)
+
+    def inputs(self, batch: Batch, memory: Memory = NOTHING_KEPT, read: tuple[KeyValue, ...] = ()) -> DepthInputs:
+        """Returns the inputs of this depth's mixer.
+
+        Args:
+            batch: Of the pass.
+            memory: Of this depth.
+            read: Keys and values of its sources in turn.
+        """
+        return DepthInputs(
+            None if self.rope is None else batch.rotations[self.rope],
+            batch.masks.get(self.spec.window),
+            batch.document_starts,
+            batch.resets,
+            memory,
+            batch.extra,
+            None if self.heads is None else SharedKeys(self.heads, read),
+            self.prefix,
+            batch.order,
+        )
+
+    def run(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        parts: Parts,
+        batch: Batch,
+        memory: Memory = NOTHING_KEPT,
+        shared: KeyValues | None = None,
+        residual: bool = True,
+    ) -> tuple[Float[Tensor, "B T D"], KeyValue | None]:
         """Runs the depth in a pass over several.
 
         Args:
             hidden_states: The stream before it.
-            lent: Keys and values that earlier depths left; what later ones read of this depth is added.
-            **arguments: As for `forward`.
+            parts: The mixer and the MLP it runs.
+            batch: Of the pass.
+            memory: Of this depth.
+            shared: Keys and values of earlier depths.
+            residual: As for `forward`.
+
+        Returns:
+            The stream after it; and its keys and values where later depths read them.
         """
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            arguments["cache"] = None  # it would be written again when the depth is computed again
+            memory = NOTHING_KEPT  # it would be written again when the depth is computed again
+        given = {"parts": parts, "batch": batch, "memory": memory, "residual": residual}
         if self.heads is None:
-            return self(hidden_states, **arguments)
-        found = self(hidden_states, *(states for source in self.heads.sources for states in lent[source]), **arguments)
+            return self(hidden_states, **given), None
+        read = () if shared is None else tuple(states for source in self.heads.sources for states in shared[source])
+        found = self(hidden_states, *read, **given)
         if not self.heads.is_read:
-            return found
+            return found, None
         hidden_states, key, value = found
-        lent[self.index] = key, value
-        return hidden_states
+        return hidden_states, (key, value)
 
     def forward(
         self,
         hidden_states: Float[Tensor, "B T D"],
         *read: Tensor,
-        mixer: StoredPart | None,
-        mlp: StoredPart | None,
-        context: MixerContext | None,
-        cache: Any = None,
+        parts: Parts,
+        batch: Batch,
+        memory: Memory = NOTHING_KEPT,
         residual: bool = True,
     ) -> Float[Tensor, "B T D"] | tuple[Tensor, Tensor, Tensor]:
-        """Runs mixer and MLP, either of which may be absent, and adds what they give to the residual stream.
+        """Runs mixer and MLP, either of which may be absent, and adds their updates to the residual stream.
 
         Keys and values come as arguments and go as results, so that gradients find their way through checkpoints.
 
         Args:
             hidden_states: The stream before it.
             *read: Keys and values of its sources in turn, each `[B, heads, S, K]`.
-            mixer: The stored part it runs.
-            mlp: The stored part it runs.
-            context: What the mixer needs besides.
-            cache: Cache indexed by depth, or None.
-            residual: False: return what the mixer gives, alone.
+            parts: The mixer and the MLP it runs.
+            batch: Of the pass.
+            memory: Of this depth.
+            residual: False: return the mixer's update alone.
 
         Returns:
             The stream after it; and, where later depths read them, its keys and values.
         """
-        lora: Lora = self.adapters()
-        update = None
-        if mixer is not None:
-            assert context is not None
-            context.cache = cache
-            pairs = tuple(zip(read[::2], read[1::2], strict=True))
-            context.prefix = self.prefix
-            context.exchange = None if self.heads is None else Exchange(self.heads, pairs)
-            order = context.order if isinstance(self.view, StateView) else None
-            given = (hidden_states, context) if order is None else in_order(order, hidden_states, context)
-            update = mixer(given[0], self.view, given[1], lora, self.own_vectors("mixer"))
-            update = self._scale("mixer", update if order is None else as_given(order, update))
-        stream = self._add(hidden_states, update, mlp, lora) if residual or update is None else update
+        inputs = self.inputs(batch, memory, tuple(zip(read[::2], read[1::2], strict=True)))
+        stream, made = self.compute(hidden_states, parts, inputs, self.owned(), residual)
         if self.heads is None or not self.heads.is_read:
             return stream
-        assert context is not None
-        assert context.exchange is not None
-        assert context.exchange.made is not None
-        return (stream, *context.exchange.made)
+        assert made is not None
+        return (stream, *made)
 
-    def _add(self, hidden_states: Tensor, update: Tensor | None, mlp: StoredPart | None, lora: Lora) -> Tensor:
+    def compute(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        parts: Parts,
+        inputs: DepthInputs,
+        owned: Owned,
+        residual: bool = True,
+    ) -> tuple[Float[Tensor, "B T D"], KeyValue | None]:
+        """Runs the parts with tensors that this depth, or several depths of as many groups of rows, own.
+
+        Args:
+            hidden_states: The stream before the parts.
+            parts: Mixer and MLP.
+            inputs: Of the mixer.
+            owned: Adapters, vectors and gains.
+            residual: As for `forward`.
+
+        Returns:
+            The stream after them; and the keys and values that were made.
+        """
+        update, made = None, None
+        mixer, mlp = parts.mixer, parts.mlp
+        if mixer is not None:
+            order = inputs.order if isinstance(self.view, StateView) else None
+            given = (hidden_states, inputs) if order is None else in_order(order, hidden_states, inputs)
+            update, made = mixer(given[0], self.view, given[1], owned.adapters, owned.mixer_vectors)
+            update = owned.scale("mixer", update if order is None else as_given(order, update))
+        if not residual and update is not None:
+            return update, made
         if self.parallel and update is not None and mlp is not None:
             # Updates first, as transformers adds them: in half precision the order shows.
-            return self._scale("mlp", mlp(hidden_states, lora, self.own_vectors("mlp"))) + update + hidden_states
+            scaled = owned.scale("mlp", mlp(hidden_states, owned.adapters, owned.mlp_vectors))
+            return scaled + update + hidden_states, made
         mixed = hidden_states if update is None else hidden_states + update
-        return mixed if mlp is None else mixed + self._scale("mlp", mlp(mixed, lora, self.own_vectors("mlp")))
-
-    def _scale(self, pool: Pool, update: Tensor) -> Tensor:
-        return self.gain[pool](update) if self.spec.gain == "own" else update
+        if mlp is None:
+            return mixed, made
+        return mixed + owned.scale("mlp", mlp(mixed, owned.adapters, owned.mlp_vectors)), made

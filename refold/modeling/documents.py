@@ -1,8 +1,11 @@
 """Which tokens of a row belong to one document, derived from their positions."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from refold.modeling.padding import first_tokens
 
@@ -18,7 +21,10 @@ def _count_tokens(
 
 
 def document_starts(
-    positions: Int[Tensor, "B T"] | None, attention_mask: Tensor | None, past_length: int | Tensor
+    positions: Int[Tensor, "B T"] | None,
+    attention_mask: Tensor | None,
+    past_length: int | Tensor,
+    asks_device: bool = True,
 ) -> Int[Tensor, "B T"] | None:
     """Returns, for each token, the slot at which its document begins, or None where every row is one document.
 
@@ -31,6 +37,8 @@ def document_starts(
         positions: Position ids, or None: one document per row.
         attention_mask: `[B, past + T]` with zeros at padding, or None. Masks of other ranks are taken as they are.
         past_length: Number of slots already in the cache.
+        asks_device: Look whether every row is one document, which waits for the device; False: assume that some are
+            not.
     """
     if positions is None or (attention_mask is not None and attention_mask.ndim != 2):
         return None
@@ -40,7 +48,7 @@ def document_starts(
             return None
         attention_mask = attention_mask.long()
         real = attention_mask[:, -positions.shape[1] :].bool()
-    if not torch.compiler.is_compiling():
+    if asks_device and not torch.compiler.is_compiling():
         expected = _count_tokens(attention_mask, past_length, positions)
         if bool(((positions == expected) | ~torch.as_tensor(real, device=positions.device)).all()):
             return None
@@ -65,6 +73,7 @@ def state_resets(
     attention_mask: Tensor | None,
     past_length: int | Tensor,
     tokens: int,
+    asks_device: bool = True,
 ) -> Bool[Tensor, "B T"] | None:
     """Returns where recurrent states are emptied: where a document begins, and at the first token of a padded row.
 
@@ -75,6 +84,7 @@ def state_resets(
         attention_mask: `[B, past + T]` or `[B, T]` with zeros at padding, or None.
         past_length: Number of slots already in the cache.
         tokens: T.
+        asks_device: Look whether there is padding, which waits for the device; False: take it that there is.
     """
     found = None
     if document_starts is not None:
@@ -84,10 +94,28 @@ def state_resets(
     if attention_mask is None or attention_mask.ndim != 2 or (is_compiling and tokens == 1):
         return found
     # With the token before: padding may end where an earlier call did.
-    if is_compiling or not bool(attention_mask[:, -tokens - 1 :].all()):
+    if is_compiling or not asks_device or not bool(attention_mask[:, -tokens - 1 :].all()):
         begins = first_tokens(attention_mask, tokens)
         if attention_mask.shape[1] == tokens:
             # Such a mask does not tell whether tokens came before; where none did, there is no state to empty.
             begins = torch.cat((torch.zeros_like(begins[:, :1]), begins[:, 1:]), dim=1)
         found = begins if found is None else found | begins
     return found
+
+
+def holds_documents(positions: Tensor | None, attention_mask: Tensor | None, cache: Any) -> bool | None:
+    """Returns whether rows of a sequence that is being generated hold several documents.
+
+    Args:
+        positions: `[B, past + T]`, of all tokens so far and the next.
+        attention_mask: `[B, past + T]` with zeros at padding, or None.
+        cache: Holds all tokens but the next.
+
+    Returns:
+        None where that cannot be said, because the positions are not those of the whole sequence.
+    """
+    if torch.compiler.is_compiling() or positions is None or positions.ndim != 2 or not isinstance(cache, Cache):
+        return None
+    if cache.get_seq_length() != positions.shape[1] - 1:
+        return None
+    return document_starts(positions, attention_mask, 0) is not None

@@ -1,6 +1,7 @@
 """Attention masks of one forward pass: one for each window that occurs, with documents kept apart."""
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any, cast
 
 from jaxtyping import Float, Int
@@ -13,6 +14,8 @@ from refold.modeling.cache_name import CACHE_NAME
 from refold.modeling.configuration import RefoldConfig
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+_SKIP = "allow_is_causal_skip"
+_ALWAYS_BUILD = {_SKIP: False} if _SKIP in signature(create_causal_mask).parameters else {}
 
 
 def build_masks(
@@ -23,6 +26,7 @@ def build_masks(
     cache: Cache | None,
     past_length: int | Tensor,
     document_starts: Int[Tensor, "B T"] | None,
+    reads_mask: bool = True,
 ) -> dict[int | None, Any]:
     """Returns a mask, in the form the configured back-end wants, for each window.
 
@@ -35,6 +39,7 @@ def build_masks(
         cache: Cache, or None.
         past_length: Slots already in the cache.
         document_starts: As `document_starts` gives them.
+        reads_mask: Let transformers look whether the mask can be left out, which waits for the device.
 
     Raises:
         RefoldError: Packed documents with a flash-attention back-end that could not keep them apart.
@@ -52,6 +57,8 @@ def build_masks(
         overlay = same_document
 
     masks, named = {}, cast("Any", {CACHE_NAME: cache})
+    if not reads_mask and attention_mask is not None:
+        named |= _ALWAYS_BUILD
     for window, depth in windows.items():
         create = create_causal_mask if window is None else create_sliding_window_causal_mask
         masks[window] = create(
@@ -63,6 +70,18 @@ def build_masks(
             layer_idx=depth,
         )
     return masks
+
+
+def paged_masks(attention_mask: Any, windows: Mapping[int | None, int]) -> dict[int | None, Any]:
+    """Returns the masks of continuous batching for each window.
+
+    Args:
+        attention_mask: `[1, 1, T, S]`, one of those for each layer type, or None.
+        windows: Window to a depth that has it.
+    """
+    if isinstance(attention_mask, Mapping):
+        return {window: attention_mask[LAYER_TYPES[window is not None]] for window in windows}
+    return dict.fromkeys(windows, attention_mask)
 
 
 def padding_mask(attention_mask: Any) -> Tensor | None:

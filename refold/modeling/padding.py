@@ -1,17 +1,15 @@
 """Padding as recurrent mixers see it: moved before the tokens of its row, where it cannot touch their state."""
 
-from dataclasses import replace
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from refold.errors import RefoldError
-from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.batch import DepthInputs
 
 
 def padding_first(
-    attention_mask: Tensor | None, past_length: int | Tensor, tokens: int, has_cache: bool
+    attention_mask: Tensor | None, past_length: int | Tensor, tokens: int, has_cache: bool, asks_device: bool = True
 ) -> Int[Tensor, "B T"] | None:
     """Returns an order of a call's tokens that puts padding first; None where the given order serves.
 
@@ -24,15 +22,18 @@ def padding_first(
         tokens: T.
         has_cache: Whether the state after the last token is kept. Without a cache, padding that only tokens of padding
             follow changes nothing.
+        asks_device: Look whether padding follows a token, which waits for the device; False: take it that it does in
+            calls of several tokens.
 
     Raises:
         RefoldError: Earlier calls left a state, and padding follows a token of its row in this call.
     """
-    if attention_mask is None or attention_mask.ndim != 2 or (torch.compiler.is_compiling() and tokens == 1):
+    asks_device = asks_device and not torch.compiler.is_compiling()
+    if attention_mask is None or attention_mask.ndim != 2 or (not asks_device and tokens == 1):
         return None
     real = attention_mask.bool()
     current = real[:, -tokens:]
-    if not torch.compiler.is_compiling():
+    if asks_device:
         if bool(current.all()):
             return None
         is_late = ~current & _seen(real)[:, -tokens:]
@@ -55,13 +56,13 @@ def first_tokens(attention_mask: Tensor, tokens: int) -> Bool[Tensor, "B T"]:
 
 
 def in_order(
-    order: Int[Tensor, "B T"], hidden_states: Float[Tensor, "B T D"], context: MixerContext
-) -> tuple[Float[Tensor, "B T D"], MixerContext]:
+    order: Int[Tensor, "B T"], hidden_states: Float[Tensor, "B T D"], inputs: DepthInputs
+) -> tuple[Float[Tensor, "B T D"], DepthInputs]:
     """Returns the stream and the rotations in another order of tokens; `resets` are in that order already."""
-    rotation = context.rotation
+    rotation = inputs.rotation
     if rotation is not None:
         rotation = _pick(rotation[0], order), _pick(rotation[1], order)
-    return _pick(hidden_states, order), replace(context, rotation=rotation)
+    return _pick(hidden_states, order), inputs._replace(rotation=rotation)
 
 
 def as_given(order: Int[Tensor, "B T"], ordered: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:

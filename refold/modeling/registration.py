@@ -51,7 +51,8 @@ def _register_model() -> None:
     from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 
     from refold.modeling.configuration import RefoldConfig
-    from refold.modeling.model import RefoldForCausalLM, RefoldModel
+    from refold.modeling.model import RefoldForCausalLM
+    from refold.modeling.stack import RefoldModel
 
     AutoModel.register(RefoldConfig, RefoldModel, exist_ok=True)
     AutoModelForCausalLM.register(RefoldConfig, RefoldForCausalLM, exist_ok=True)

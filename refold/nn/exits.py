@@ -8,18 +8,19 @@ from torch import Tensor, nn
 
 from refold.blueprint.schema import Exit
 from refold.families.arch import ArchSpec
-from refold.nn.lora import LoraPair, relax
+from refold.nn.lora import Adapter, LoraPair, Pair
 from refold.nn.norms import StackNorm
 
 
 class HeadLora(LoraPair):
     """The LoRA on the shared head that one exit uses."""
 
-    def forward(
+    def adapt(
         self, logits: Float[Tensor, "*batch N"], hidden_states: Float[Tensor, "*batch D"]
     ) -> Float[Tensor, "*batch N"]:
-        """Adds B (A x) to what the shared head gave."""
-        return relax(logits, hidden_states, self.pair)
+        """Adds B (A x) to the logits of the shared head."""
+        pair: Pair = self()
+        return Adapter(pair).apply(logits, hidden_states)
 
     @torch.no_grad()
     def resize(self, vocab_size: int) -> None:

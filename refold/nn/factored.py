@@ -1,5 +1,8 @@
-"""Stored linears kept as two factors instead of a matrix, and those of which only the first is stored."""
+"""Linears stored as two low-rank factors, and linears of which only the first factor (a basis) is stored."""
 
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -42,8 +45,9 @@ class FactoredLinear(nn.Module):
 
 
 class BasisLinear(nn.Module):
-    """y = B (A x) + bias, of which A `[rank, in]` is stored here and B `[out, rank]` arrives with each call: what
-    several depths project onto is one basis, what they make of it their own (Basis Sharing, arXiv 2410.03765).
+    """y = B (A x) + bias with A `[rank, in]` stored here and B `[out, rank]` given with each call.
+
+    Several depths share the basis A, and each has coefficients B of its own (Basis Sharing, arXiv 2410.03765).
 
     Args:
         linear: The linear whose place it takes; its bias is taken over.
@@ -60,9 +64,18 @@ class BasisLinear(nn.Module):
         _fill_first(self.a)
 
     def forward(
-        self, x: Float[Tensor, "*batch in"], coefficients: Float[Tensor, "out rank"]
+        self, x: Float[Tensor, "*batch in"], coefficients: Tensor | Sequence[tuple[slice, Tensor]]
     ) -> Float[Tensor, "*batch out"]:
-        return nn.functional.linear(self.a(x), coefficients, self.bias)
+        """Projects onto the basis and multiplies by coefficients.
+
+        Args:
+            x: Inputs.
+            coefficients: `[out, rank]`; or several of those, each with the rows of the batch it belongs to, in order.
+        """
+        low = self.a(x)
+        if isinstance(coefficients, Tensor):
+            return nn.functional.linear(low, coefficients, self.bias)
+        return torch.cat([nn.functional.linear(low[rows], own, self.bias) for rows, own in coefficients])
 
     def reset(self) -> None:
         """Initialises the bias; factors are linears of their own."""

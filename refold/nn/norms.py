@@ -40,12 +40,23 @@ class StackNorm(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "*batch size"],
-        weight: Float[Tensor, " size"] | None = None,
-        bias: Float[Tensor, " size"] | None = None,
+        weight: Float[Tensor, "*rows size"] | None = None,
+        bias: Float[Tensor, "*rows size"] | None = None,
     ) -> Float[Tensor, "*batch size"]:
-        """Normalises `x`, with the given weight and bias where the norm stores none."""
+        """Normalises `x`, with the given weight and bias where the norm stores none.
+
+        Args:
+            x: Inputs, rows first.
+            weight: `[size]`, or `[B, 1, size]` with one for each row.
+            bias: Like the weight.
+        """
         weight = self.weight if weight is None else weight
         assert weight is not None
+        if weight.ndim > 1:
+            weight, bias = _spread(weight, x), None if bias is None else _spread(bias, x)
+            if self.kind == "layer":
+                y = nn.functional.layer_norm(x, (self.size,), None, None, self.eps) * weight
+                return y if bias is None else y + bias
         if self.kind == "layer":
             bias = self.bias if bias is None else bias
             return nn.functional.layer_norm(x, (self.size,), weight, bias, self.eps)
@@ -57,3 +68,8 @@ class StackNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {self.size}, eps={self.eps}"
+
+
+def _spread(rows: Float[Tensor, "B 1 size"], x: Tensor) -> Tensor:
+    """Gives vectors of rows as many dimensions as `x` has."""
+    return rows.view(len(rows), *[1] * (x.ndim - 2), rows.shape[-1])

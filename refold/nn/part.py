@@ -9,14 +9,14 @@ from refold.families.arch import Norm
 from refold.mixers.spec import Fill, Shape
 from refold.nn.factored import BasisLinear, FactoredLinear
 from refold.nn.fills import make_fill
-from refold.nn.lora import Own, relax
+from refold.nn.lora import LinearAdapter
 from refold.nn.norms import StackNorm
 
-Lora = Mapping[str, Own]
-"""Linear name to what the calling depth has of its own for it: LoRA pairs, coefficients."""
+Lora = Mapping[str, LinearAdapter]
+"""Linear name to the adapter of the calling depth."""
 OwnVectors = Mapping[str, Tensor] | None
-"""Vector name to tensor where the calling depth keeps its own norms and biases; None: the part's."""
-_NOTHING = Own()
+"""Vector name to tensor where the calling depth has norms and biases of its own; None: the part's. Rows that stand at
+several depths bring `[B, 1, size]`."""
 OUTER_NORMS = ("input_norm", "output_norm")
 """Norms around a part, which an architecture may lack."""
 
@@ -34,6 +34,10 @@ class Vectors(nn.Module):
         self.fills = dict(fills)
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(make_fill(fills[name], shape)))
+
+    def forward(self, name: str) -> Tensor:
+        """Returns one vector. Read here, because offloading moves weights around `forward` alone."""
+        return self.get_parameter(name)
 
     def reset(self) -> None:
         """Fills all vectors anew."""
@@ -110,8 +114,11 @@ class StoredPart(nn.Module):
                 delattr(self, name)
 
     def vector(self, name: str, vectors: OwnVectors) -> Tensor:
-        """Returns one of the part's vectors, the depth's own where it has some."""
-        return self.get_parameter(name) if vectors is None else vectors[name]
+        """Returns a vector of the part, or the depth's own vector where it has some."""
+        if vectors is not None:
+            return vectors[name]
+        owner, _, kind = name.rpartition(".")
+        return getattr(self, owner)(kind) if owner else self.get_parameter(kind)
 
     def normalise(
         self, name: str, x: Float[Tensor, "*batch size"], vectors: OwnVectors
@@ -131,11 +138,11 @@ class StoredPart(nn.Module):
         self, name: str, x: Float[Tensor, "*batch in"], lora: Lora, vectors: OwnVectors
     ) -> Float[Tensor, "*batch out"]:
         """Runs one of the part's linears, relaxed and biased as the calling depth asks."""
-        own, linear = lora.get(name, _NOTHING), getattr(self, name)
-        y = linear(x) if own.coefficients is None else linear(x, own.coefficients)
+        adapter, linear = lora.get(name), getattr(self, name)
+        y = linear(x) if adapter is None else adapter.project(linear, x)
         if vectors is not None and f"{name}.bias" in vectors:
             y = y + vectors[f"{name}.bias"]
-        return y if own.pair is None else relax(y, x, own.pair)
+        return y if adapter is None else adapter.apply(y, x)
 
     def compile_regions(self) -> None:
         """Compiles what this part computes between cache accesses, once for all depths that use it."""

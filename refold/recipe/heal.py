@@ -84,16 +84,17 @@ class HealStage(Section):
     `{distil: {divergence: reverse_kl}, hidden_states: {weight: 0.1}}`."""
     tokens: Amount
     """Training tokens, such as 20M."""
-    learning_rate: Annotated[Real, Field(gt=0)] = 3e-4
-    """Peak learning rate."""
-    batch_tokens: Amount = 16_384
-    """Tokens for each optimizer step."""
+    learning_rate: Annotated[Real, Field(gt=0)] | None = None
+    """Peak learning rate. Default: chosen from the hidden size, the batch, and the distance of the stage's first loss
+    from the teacher's."""
+    batch_tokens: Amount | None = None
+    """Tokens in one optimizer step. Default: chosen from `tokens`, so that the stage has enough steps."""
     context: Annotated[Count, Field(ge=2)] | None = None
-    """Tokens in one packed sequence. Default: 1024, or the context length of the source if that is less."""
+    """Tokens in one packed sequence. Default: 1024, and at most the positions of the model and the chosen batch."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`adamw`; or `muon` for the matrices inside the stack, with AdamW for all other weights."""
-    warmup: Share = 0.02
-    """Share of the steps over which the learning rate rises."""
+    warmup: Share | None = None
+    """Share of the steps over which the learning rate rises. Default: chosen from the number of steps."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay of the learning rate after the warm-up; `constant` decays linearly in the last fifth of the steps."""
     floor: Share = 0.1

@@ -35,7 +35,8 @@ def load_recipe(recipe: RecipeLike = None, overrides: Sequence[str] = ()) -> Rec
 
     Args:
         recipe: Built-in name, path of a YAML file, mapping, Recipe, or None for the empty recipe.
-        overrides: `key.path=value` strings; the value is YAML, a number in the path is an index into a list.
+        overrides: `key.path=value` strings; the value is YAML. A number in the path is an index into a list; without
+            one a key is set in every entry of a list of mappings, such as `heal.learning_rate` in every stage.
 
     Raises:
         RecipeError: The recipe has mistakes; the message has one line with the key path for each.
@@ -109,6 +110,8 @@ def _replaced(data: Any, keys: Sequence[str], value: Any, where: str, above: tup
         return value
     key, here = keys[0], ".".join(above)
     if isinstance(data, (list, tuple)):
+        if data and not key.isdecimal() and all(isinstance(entry, Mapping) for entry in data):
+            return [_replaced(entry, keys, value, where, (*above, str(index))) for index, entry in enumerate(data)]
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < len(data)):
             raise RecipeError(
                 f"{where}: {here} is a list of {len(data)}; an index below that is required (got {shorten(key)})"

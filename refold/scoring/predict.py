@@ -38,7 +38,7 @@ def head_of(model: PreTrainedModel, depths: int | None = None) -> Head:
     if depths is not None:
         stack: Any = model.base_model
         parts = stack.exit_parts(depths - 1)
-        lora = None if parts is None or parts.head_lora is None else parts.head_lora.pair
+        lora = None if parts is None or parts.head_lora is None else parts.head_lora()
     return Head(linear.weight, getattr(linear, "bias", None), softcap=softcap, lora=lora)
 
 

@@ -1,5 +1,6 @@
-"""What refold is for, on the model it ships: a table of folds, two of them healed, and what they write."""
+"""Folds the shipped model in several ways, heals two folds and a pruned model, and compares them in one table."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,23 +15,27 @@ from refold.evaluation.result import Evaluation
 from refold.generation.generate import generate
 from refold.generation.sampling import Sampling
 from refold.healing.heal import heal
-from refold.planning.plan import Plan, plan_model
+from refold.healing.run import HealOptions
+from refold.planning.plan import Draft, Plan, plan_model
 from refold.recipe.heal import HealStage
 from refold.recipe.load import load_recipe
 from refold.recipe.recipe import Recipe
 from refold.sources.source_model import SourceModel, read_source_model
+from refold.studies.arm import Say
 from refold.studies.baselines import pruned_recipe
-from refold.studies.run import Say, report_line
+from refold.studies.run import report_line
 from refold.studies.shipped import held_out_data, shipped_model, training_data
 
 HEAL_TOKENS = 100_000
 EVAL_TOKENS = 16_000
-INFLUENCE_TOKENS = 16_384
+CALIBRATION_TOKENS = 32_768
 CONTEXT = 512
-LEARNING_RATE = 1e-3
 PROMPT = "def load(path):\n"
-HEALED = ("relaxed, joint start", "pruned to that size")
+LOW_RANK = "low rank (lowrank)"
+FOLDS = {LOW_RANK: "lowrank", "relaxed, joint start (joint)": "joint"}
+"""The folds that are healed, to their recipes."""
 PRUNED = "pruned to the strict size"
+PRUNED_ALIKE = "pruned to lowrank's size"
 
 
 @dataclass
@@ -50,12 +55,12 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """The figures of the demo.
 
     Attributes:
         rows: The table, source first.
-        samples: What source and healed model write after `PROMPT`.
-        line: The report of the healed model.
+        samples: Continuations of `PROMPT` by the source and by the best healed fold.
+        line: The report of the best healed fold.
         context: Tokens at which caches are compared.
     """
 
@@ -66,11 +71,11 @@ class DemoResult:
 
 
 def demo(folder: Path, *, heal_tokens: int = HEAL_TOKENS, say: Say = lambda text: None) -> DemoResult:
-    """Folds the shipped model in several ways, heals two of the results, measures all.
+    """Folds the shipped model in several ways, heals three of the results, measures all.
 
     Args:
         folder: Where the folded models are left; ones of an earlier demo are replaced.
-        heal_tokens: Healing tokens for each of the two.
+        heal_tokens: Healing tokens for each of the three.
         say: Told what begins.
 
     Raises:
@@ -91,41 +96,40 @@ def demo(folder: Path, *, heal_tokens: int = HEAL_TOKENS, say: Say = lambda text
     for name, recipe in _arms().items():
         rows.append(_row(name, plan_model(model, recipe, allow_larger=True), model, folder, training, measure, say))
     by_name = {row.name: row for row in rows}
-    joint, pruned = by_name[HEALED[0]], by_name[PRUNED]
-    assert joint.plan is not None
+    low_rank, pruned = by_name[LOW_RANK], by_name[PRUNED]
+    assert low_rank.plan is not None
     assert pruned.plan is not None
-    same_size = plan_model(model, pruned_recipe(joint.plan), influence=pruned.plan.influence)
-    rows.append(_row(HEALED[1], same_size, model, folder, training, measure, say))
+    same_size = plan_model(model, pruned_recipe(low_rank.plan), influence=pruned.plan.influence)
+    rows.append(_row(PRUNED_ALIKE, same_size, model, folder, training, measure, say))
     for row in rows:
-        if row.name in HEALED:
+        if row.name in (*FOLDS, PRUNED_ALIKE):
             row.after = _heal(row, folder, training, heal_tokens, measure, say)
     say("writing samples")
-    healed = folder / f"{_slug(joint.name)}-healed"
+    best = min((row for row in rows if row.name in FOLDS), key=_healed_difference)
+    healed = folder / f"{_slug(best.name)}-healed"
     samples = {
         name: generate(model, PROMPT, Sampling(max_new_tokens=48), device="cpu")
-        for name, model in (("source", source), (joint.name, healed))
+        for name, model in (("source", source), (f"{best.name}, healed", healed))
     }
-    return DemoResult(rows, samples, _line(rows), joint.plan.blueprint.arch.max_position_embeddings)
+    return DemoResult(rows, samples, _line(best, rows[-1]), low_rank.plan.blueprint.arch.max_position_embeddings)
 
 
 def _arms() -> dict[str, Recipe]:
     relaxed: dict[str, Any] = {"fold": {"loops": 2}}
-    full = {**relaxed, "relax": {"rank": "full", "vectors": "own"}}
+    text = [f"calibration.tokens={CALIBRATION_TOKENS}"]
     return {
+        **{name: load_recipe(recipe, text) for name, recipe in FOLDS.items()},
+        "tied or low rank (compact)": load_recipe("compact", text),
         "strict recursive": load_recipe("recursive"),
-        **{
-            f"relaxed, rank {rank}": load_recipe({**relaxed, "relax": {"rank": rank, "init": "svd"}})
-            for rank in (8, 16, 32)
-        },
-        "relaxed, full rank": load_recipe(full),
-        HEALED[0]: load_recipe("joint"),
-        PRUNED: load_recipe("pruned", [f"calibration.tokens={INFLUENCE_TOKENS}"]),
+        "relaxed, rank 16": load_recipe({**relaxed, "relax": {"rank": 16, "init": "svd"}}),
+        "relaxed, full rank": load_recipe({**relaxed, "relax": {"rank": "full", "vectors": "own"}}),
+        PRUNED: load_recipe("pruned", text),
     }
 
 
 def _row(
     name: str,
-    plan: Plan,
+    draft: Draft,
     model: SourceModel,
     folder: Path,
     training: DataSource,
@@ -134,7 +138,7 @@ def _row(
 ) -> DemoRow:
     say(f"folding: {name}")
     target = folder / _slug(name)
-    made = carry_out(plan, model.source, target, overwrite=True, calibration=training if reads_text(plan) else None)
+    made = carry_out(draft, model.source, target, overwrite=True, calibration=training if reads_text(draft) else None)
     return DemoRow(name, target, made, measure(target))
 
 
@@ -147,24 +151,31 @@ def _heal(
     say: Say,
 ) -> Evaluation:
     say(f"healing: {row.name}, {tokens:,} tokens")
-    stage = HealStage(tokens=tokens, learning_rate=LEARNING_RATE, batch_tokens=4096, context=CONTEXT)
     target = folder / f"{_slug(row.name)}-healed"
-    heal(row.folder, target, training, stage, device="cpu", overwrite=True, restart=True)
+    heal(
+        row.folder,
+        target,
+        training,
+        HealStage(tokens=tokens),
+        options=HealOptions(device="cpu", overwrite=True, restart=True),
+    )
     return measure(target)
 
 
-def _line(rows: list[DemoRow]) -> str:
-    joint, pruned = (next(row for row in rows if row.name == name) for name in HEALED)
-    assert joint.plan is not None
-    assert joint.after is not None
-    assert joint.after.against is not None
-    assert pruned.after is not None
-    assert pruned.after.against is not None
-    context = joint.plan.blueprint.arch.max_position_embeddings
-    lost = {"pruned to the same size": pruned.after.against.difference}
-    found = joint.after.against
-    return report_line("relaxed", joint.plan, found.difference, found.difference_error, lost, context)
+def _healed_difference(row: DemoRow) -> float:
+    assert row.after is not None
+    assert row.after.against is not None
+    return row.after.against.difference
+
+
+def _line(best: DemoRow, pruned: DemoRow) -> str:
+    assert best.plan is not None
+    assert best.after is not None
+    assert best.after.against is not None
+    context = best.plan.blueprint.arch.max_position_embeddings
+    found, lost = best.after.against, {pruned.name: _healed_difference(pruned)}
+    return report_line(FOLDS[best.name], best.plan, found.difference, found.difference_error, lost, context)
 
 
 def _slug(name: str) -> str:
-    return name.replace(",", "").replace(" ", "-")
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")

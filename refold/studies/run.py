@@ -1,39 +1,25 @@
 """The one line one would forward to a colleague."""
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from refold.checkpoint.atomic_file import is_unfinished, write_json
-from refold.checkpoint.folder import settle
-from refold.checkpoint.locate import PLAN_NAME, Source, locate
+from refold.checkpoint.locate import PLAN_NAME
 from refold.checkpoint.lock import FolderLock
-from refold.checkpoint.manifest import check, is_refold_folder
-from refold.conversion.convert import carry_out
-from refold.data.corpus import Data, open_text
-from refold.data.mixture import describe_one_kind
-from refold.data.readers import DataSource
-from refold.data.split import split
+from refold.data.corpus import Data
 from refold.errors import FolderError, RecipeError
-from refold.evaluation.evaluate import evaluate
 from refold.evaluation.reference import Reference
-from refold.evaluation.result import Evaluation, read_evaluation
-from refold.healing.heal import heal
-from refold.healing.run import HealOptions
-from refold.modeling.load import choose_device
-from refold.planning.plan import Draft, Plan, StackPlan, plan_model, read_plan
-from refold.recipe.heal import HealStage, scale_stages
-from refold.recipe.load import RecipeLike, load_recipe
-from refold.recipe.recipe import Recipe
-from refold.sources.source_model import SourceModel, read_source_model
-from refold.studies.baselines import (
-    BASELINES,
-    BaselineJob,
-    default_baselines,
-    require_baseline,
-    whole_model_stages,
-)
+from refold.evaluation.result import Evaluation
+from refold.planning.plan import Plan, StackPlan, read_plan
+from refold.recipe.load import RecipeLike
+from refold.sources.source_model import SourceModel
+from refold.studies.arm import RunArm
+from refold.studies.baselines import BASELINES, BaselineJob, whole_model_stages
+from refold.studies.job import DEFAULT_RECIPE, RunJob, RunOptions, RunSettings, read_job
 
 
 def describe_size(ratio: float) -> str:
@@ -78,53 +64,10 @@ RUN_NAME = "run.json"
 SUMMARY_NAME = "summary.json"
 CONTEXT = 8192
 
-Say = Callable[[str], None]
-"""Told what begins."""
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What a run is made of; a run folder goes on only with the settings it was begun with.
-
-    Attributes:
-        tokens: Healing tokens, over the recipe's own; 0: no healing; None: the recipe's.
-        baselines: Which of `BASELINES` are made and measured alike; None: depth pruning and the source quantised, or
-            for a target as large as its source the same from scratch.
-        eval_tokens: How much held-out text is read.
-        learning_rate: Over the recipe's own.
-        seed: Of the order of the data, over the recipe's own.
-        device: Where to train and evaluate; None: the best there is.
-
-    Raises:
-        RecipeError: An unknown baseline.
-    """
-
-    tokens: int | None = None
-    baselines: tuple[str, ...] | None = None
-    eval_tokens: int | None = 200_000
-    learning_rate: float | None = None
-    seed: int | None = None
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in self.baselines or ():
-            require_baseline(name)
-
-    def stages(self, recipe: Recipe) -> tuple[HealStage, ...]:
-        """Returns how a recipe's model is healed, with these settings over its own."""
-        if self.tokens == 0:
-            return ()
-        stages = recipe.heal or ((HealStage(tokens=self.tokens),) if self.tokens else ())
-        wanted = {"seed": self.seed, "learning_rate": self.learning_rate}
-        changes = {key: value for key, value in wanted.items() if value is not None}
-        if self.tokens is not None:
-            stages = tuple(scale_stages(stages, self.tokens))
-        return tuple(stage.model_copy(update=changes) for stage in stages)
-
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run found.
+    """The figures of a run, and its model.
 
     Attributes:
         plan: Of the folded model.
@@ -145,65 +88,15 @@ class RunResult:
     notes: tuple[str, ...] = ()
 
 
-@dataclass
-class _Way:
-    """One arm of a run: its folder and what it goes through."""
-
-    folder: Path
-    source: Source
-    train: DataSource
-    held_out: DataSource
-    settings: RunSettings
-    stages: tuple[HealStage, ...]
-    command: str
-    say: Say
-    against: Reference
-
-    def convert(self, plan: Draft) -> Path:
-        target = self.folder / "converted"
-        if not _stands(target):
-            self.say(f"{self.folder.name}: converting")
-            carry_out(plan, self.source, target, command=self.command, calibration=self.train)
-        return target
-
-    def heal(self, start: str | Path | Source) -> Path | Source:
-        """Runs the stages; without any, the start is what is measured."""
-        if not self.stages:
-            return start if isinstance(start, Source) else Path(start)
-        target = self.folder / "model"
-        if not _stands(target):
-            self.say(f"{self.folder.name}: healing for {sum(stage.tokens for stage in self.stages):,} tokens")
-            options = HealOptions(command=self.command)
-            heal(start, target, self.train, self.stages, device=self.settings.device, options=options)
-        return target
-
-    def evaluate(self, model: str | Path | Source, name: str, quantise: str | None = None) -> Evaluation:
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            self.say(f"{self.folder.name}: evaluating ({name})")
-            evaluate(
-                model,
-                self.held_out,
-                against=self.against,
-                max_tokens=self.settings.eval_tokens,
-                device=self.settings.device,
-                quantise=quantise,
-            ).write(path)
-        return read_evaluation(path)
-
-
 def run(
     source: str | Path,
     destination: str | Path,
-    recipe: RecipeLike = "relaxed",
+    recipe: RecipeLike = DEFAULT_RECIPE,
     data: Data = (),
-    overrides: Sequence[str] = (),
     *,
     held_out: Data | None = None,
     settings: RunSettings | None = None,
-    allow_larger: bool = False,
-    command: str = "",
-    say: Say = lambda text: None,
+    options: RunOptions | None = None,
 ) -> RunResult:
     """Plans, converts, heals and evaluates, and does the same to the baselines. Calling it again goes on.
 
@@ -216,110 +109,134 @@ def run(
         recipe: Built-in name, YAML file, mapping or Recipe.
         data: Text to heal and calibrate on (see `refold.data.corpus`), best of several kinds with weights; without
             `held_out` a fiftieth of each kind, chosen by content, is kept for evaluation.
-        overrides: `key.path=value` strings.
         held_out: Text to evaluate on.
         settings: Tokens, baselines and the like.
-        allow_larger: Accept a target that is smaller than its source in nothing.
-        command: Command line, for the provenance.
-        say: Told what begins.
+        options: Overrides of the recipe, and how to go about it.
 
     Raises:
         RefoldError: As the stages do, or the folder holds something else.
     """
-    settings = settings or RunSettings()
-    choose_device(settings.device)
-    loaded = load_recipe(recipe, overrides)
-    name = (
-        recipe if isinstance(recipe, str) and "/" not in recipe and not recipe.endswith((".yaml", ".yml")) else "folded"
-    )
-    located = locate(source)
-    model = read_source_model(located)
-    plan = plan_model(model, loaded, allow_larger)
-    located.ignore_tensors = tuple((each.name, each.reason) for each in plan.recipe.ignore_tensors)
-    stages = settings.stages(plan.recipe)
-    opened = open_text(data)
-    train, test = split(opened) if held_out is None else (opened, open_text(held_out))
-    price = describe_one_kind(opened, "healing")
-    if price is not None and not (Path(destination) / RUN_NAME).exists():
-        say(price)
-    chosen = default_baselines(plan) if settings.baselines is None else settings.baselines
-    root = _claim(Path(destination), plan, settings, train, test)
-    with FolderLock(root):
-        against = Reference(located, device=settings.device)
-        folded = _Way(root / "folded", located, train, test, settings, stages, command, say, against)
-        for_all = whole_model_stages(stages)
-        ways = {arm: _Way(root / arm, located, train, test, settings, for_all, command, say, against) for arm in chosen}
-        converted = folded.convert(plan)
+    options = options or RunOptions()
+    job = read_job(source, recipe, data, held_out, settings or RunSettings(), options)
+    root, device, show = Path(destination), job.settings.device, options.show
+    if not (root / RUN_NAME).exists():
+        for line in job.notes:
+            show.say(line)
+    with _claimed(root, job):
+        show.say(f"evaluating on up to {job.settings.eval_tokens:,} held-out tokens for each model (--eval-tokens)")
+        against = Reference(job.source, device=device)
+
+        def arm(name: str) -> RunArm:
+            stages = job.stages if name == "folded" else whole_model_stages(job.stages)
+            return RunArm(
+                folder=root / name,
+                source=job.source,
+                train=job.train,
+                held_out=job.held_out,
+                stages=stages,
+                against=against,
+                eval_tokens=job.settings.eval_tokens,
+                device=device,
+                command=options.command,
+                show=show,
+            )
+
+        folded = arm("folded")
+        converted = folded.convert(job.plan)
         made = read_plan(converted / PLAN_NAME)
         unhealed = folded.evaluate(converted, "unhealed")
         healed_model = folded.heal(converted)
         assert isinstance(healed_model, Path)
-        healed = folded.evaluate(healed_model, "healed") if stages else unhealed
-        rivals = {arm: _baseline(way, model, made) for arm, way in ways.items()}
-        result = _summarise(
-            name, made, healed_model, unhealed, healed, {k: v for k, v in rivals.items() if v is not None}
-        )
-        result = replace(result, notes=() if price is None else (price,))
-        _write_summary(root, result, settings)
+        healed = folded.evaluate(healed_model, "healed") if job.stages else unhealed
+        rivals = {name: _measure_baseline(arm(name), job.model, made) for name in job.baselines}
+        found = {name: evaluation for name, evaluation in rivals.items() if evaluation is not None}
+        result = replace(_summarise(job.name, made, healed_model, unhealed, healed, found), notes=job.notes)
+        _write_summary(root, result, job.settings)
     return result
 
 
-def _baseline(way: _Way, model: SourceModel, plan: Plan) -> Evaluation | None:
-    name = way.folder.name
+def _measure_baseline(arm: RunArm, model: SourceModel, plan: StackPlan) -> Evaluation | None:
+    name = arm.folder.name
     baseline = BASELINES[name]
-    if baseline.needs_healing and not way.stages:
+    if baseline.needs_healing and not arm.stages:
         return None
     try:
-        start = baseline.start(BaselineJob(way.source, model, plan, way.convert))
+        start = baseline.start(BaselineJob(arm.source, model, plan, arm.convert))
     except RecipeError as error:
-        way.say(f"{name}: no baseline ({error})")
+        arm.show.say(f"{name}: no baseline ({error})")
         return None
     if baseline.scheme is not None:
-        return way.evaluate(start, "unhealed", baseline.scheme(plan))
-    return way.evaluate(way.heal(start), "healed" if way.stages else "unhealed")
+        return arm.evaluate(start, "unhealed", baseline.scheme(plan))
+    return arm.evaluate(arm.heal(start), "healed" if arm.stages else "unhealed")
 
 
-def _stands(folder: Path) -> bool:
-    """Whether a folder was finished in an earlier go."""
-    settle(folder)
-    if not folder.exists():
-        return False
-    if is_refold_folder(folder):
-        check(folder)
-    return True
+@contextlib.contextmanager
+def _claimed(root: Path, job: RunJob) -> Iterator[None]:
+    """Holds the run folder for a run, new or begun by the same one; a run that made nothing leaves no folder."""
+    is_new = not root.exists()
+    _claim(root, job)
+    with FolderLock(root):
+        try:
+            yield
+        except BaseException:
+            if is_new and not _has_results(root):
+                for path in root.iterdir():
+                    path.unlink() if path.is_file() else path.rmdir()
+                root.rmdir()
+            raise
 
 
-def _claim(root: Path, plan: StackPlan, settings: RunSettings, train: DataSource, held_out: DataSource) -> Path:
+def _claim(root: Path, job: RunJob) -> None:
     """Makes the run folder, or checks that it is the one of this very run."""
-    wanted = {
-        "format": 1,
-        "source": plan.source.model_dump(mode="json"),
-        "recipe": plan.recipe.model_dump(mode="json"),
-        "settings": {key: value for key, value in vars(settings).items() if key != "device"},
-        "data": train.identity,
-        "held_out": held_out.identity,
-    }
-    wanted = json.loads(json.dumps(wanted))
+    wanted = json.loads(json.dumps(_identity(job)))
     path = root / RUN_NAME
+    if root.exists() and not root.is_dir():
+        raise FolderError(f"{root}: a folder's place is required (got a file); choose another output")
     if path.exists():
         begun = json.loads(path.read_text(encoding="utf-8"))
         # A run that an older version began does not know all of the source's fingerprint.
-        wanted["source"] = {key: value for key, value in wanted["source"].items() if key in begun.get("source", {})}
-        different = sorted(key for key in wanted if begun.get(key) != wanted[key])
-        if different:
+        known = {key: value for key, value in wanted["source"].items() if key in begun.get("source", {})}
+        different = list(_differences(begun, {**wanted, "source": known}))
+        if different and _has_results(root):
             raise FolderError(
-                f"{root}: this run is required to go on with what it began with (different: {', '.join(different)}); "
-                f"choose another output"
+                f"{root}: an unfinished or finished run with other settings lies there ({'; '.join(different)}); "
+                f"repeat its command to go on, or choose another output"
             )
-        return root
-    if root.exists() and not all(is_unfinished(path) for path in root.iterdir()):
+        if not different:
+            return
+    elif root.exists() and not all(is_unfinished(path) for path in root.iterdir()):
         raise FolderError(f"{root}: a new folder, or one of an earlier run, is required (it holds other files)")
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FolderError(f"{root}: a writable place is required ({error.strerror}); choose another output") from None
     write_json(path, wanted)
-    return root
+
+
+def _identity(job: RunJob) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "source": job.plan.source.model_dump(mode="json"),
+        "recipe": job.plan.recipe.model_dump(mode="json"),
+        "settings": {key: value for key, value in vars(job.settings).items() if key != "device"},
+        "data": job.train.identity,
+        "held_out": job.held_out.identity,
+    }
+
+
+def _differences(begun: Any, wanted: Any, where: str = "") -> Iterator[str]:
+    """Yields `key.path was A, is B` for all that differs."""
+    if isinstance(begun, dict) and isinstance(wanted, dict):
+        for key in sorted(begun.keys() | wanted.keys()):
+            yield from _differences(begun.get(key), wanted.get(key), f"{where}.{key}".lstrip("."))
+    elif begun != wanted:
+        old, new = (text if len(text) <= 40 else f"{text[:37]}..." for text in map(json.dumps, (begun, wanted)))
+        yield f"{where} was {old}, is {new}"
+
+
+def _has_results(root: Path) -> bool:
+    """Says whether an arm of the run has been converted or evaluated, or is being healed."""
+    return any(any(arm.iterdir()) for arm in root.iterdir() if arm.is_dir())
 
 
 def _summarise(
@@ -335,7 +252,7 @@ def _summarise(
 
 
 def _describe(arm: str, found: Evaluation) -> str:
-    """What a baseline is; of a quantised one also its real size, which no recipe gives it."""
+    """Describes a baseline; a quantised one with its real size, which no recipe gives it."""
     description = BASELINES[arm].description
     if found.model.quantised is None or found.against is None:
         return description

@@ -75,6 +75,19 @@ def test_flags_are_these() -> None:
         (["plan", "SOURCE", "--set", "mixers=[{type: [mamba]}]"], "type: must be one of"),
         (["plan", "SOURCE", "--set", "heal={protocol: {a: 1}}"], "protocol must be one of"),
         (["export", "SOURCE", "OUT"], "a folded model is required"),
+        (
+            ["heal", "SOURCE", "OUT", "--data", "LATIN", "-t", "2k", "--sweep", "rank"],
+            "--sweep: must be lr (got 'rank')",
+        ),
+        (["heal", "SOURCE", "OUT", "--data", "LATIN"], "a budget is required (got none); pass --tokens"),
+        (["heal", "SOURCE", "OUT", "--learning-rate", "1e-2"], "write --set heal.learning_rate=1e-3"),
+        (["heal", "SOURCE", "OUT", "--batch-tokens=2k"], "write --set heal.batch_tokens=2k"),
+        (["heal", "SOURCE", "OUT", "--objective=distil"], "write --set heal.objective=distil"),
+        (["heal", "SOURCE", "OUT", "--context", "64"], "write --set heal.context=512"),
+        (["heal", "SOURCE", "OUT", "--teacher-tokens", "1M"], "write --set heal.teacher_tokens=20M"),
+        (["heal", "SOURCE", "OUT", "--seed", "3"], "write --set heal.seed=1"),
+        (["run", "SOURCE", "OUT", "--data", "LATIN", "--seed", "3"], "write --set heal.seed=1"),
+        (["run", "SOURCE", "OUT", "--data", "LATIN", "--learning-rate", "3"], "write --set heal.learning_rate=1e-3"),
         (["generate", "SOURCE", "-p", "x", "--chat"], "chat template"),
         (["generate", "SOURCE"], "give --prompt, or --state to go on"),
         (["generate", "SOURCE", "-p", "x", "--save-state", "LATIN"], "it exists"),
@@ -121,7 +134,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(
     assert Path("/dev/null").is_char_device()
 
 
-@pytest.mark.parametrize(("given", "expected"), [((), 3), (("--seed", "0"), 0), (("--seed", "5"), 5)])
+@pytest.mark.parametrize(
+    ("given", "expected"), [((), 3), (("--set", "heal.seed=0"), 0), (("--set", "heal.0.seed=5"), 5)]
+)
 def test_a_seed_goes_over_the_recipes_zero_too(
     given: tuple[str, ...], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,8 +160,14 @@ def test_the_whole_way_by_hand(
     text.write_text("\n".join(f"def number_{index}():\n    return {index}\n" for index in range(3000)))
     folded, healed, dense = tmp_path / "folded", tmp_path / "healed", tmp_path / "dense"
     assert run("convert", shipped, folded, "-r", "joint", monkeypatch=monkeypatch) == 0
-    small = ("--batch-tokens", "512", "--context", "64")
-    assert run("heal", folded, healed, "-d", text, "-t", "2k", *small, monkeypatch=monkeypatch) == 0
+    small = ("--set", "heal.batch_tokens=512", "--set", "heal.context=64")
+    assert run("heal", folded, healed, "-d", text, "-t", "2k", *small, "--dry-run", monkeypatch=monkeypatch) == 0
+    assert "4 steps of 512 tokens, context 64, learning rate " in capsys.readouterr().out
+    assert not healed.exists()
+    assert run("heal", folded, healed, "-d", text, "-t", "2k", *small, "--json", monkeypatch=monkeypatch) == 0
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    assert (stage["batch_tokens"], stage["context"], stage["warmup"]) == (512, 64, 0.1)
+    assert 2e-5 <= stage["learning_rate"] <= 4e-3
     assert run("inspect", healed, "--verify", monkeypatch=monkeypatch) == 0
     assert run("export", healed, dense, monkeypatch=monkeypatch) == 0
     capsys.readouterr()

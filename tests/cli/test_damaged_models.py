@@ -17,9 +17,11 @@ from refold.errors import RefoldError, SourceError
 from refold.evaluation.evaluate import evaluate
 from refold.generation.generate import generate
 from refold.healing.heal import heal
+from refold.healing.run import HealOptions
 from refold.planning.plan import plan
 from refold.recipe.heal import HealStage
-from refold.studies.run import RunSettings, run
+from refold.studies.job import RunSettings
+from refold.studies.run import run
 
 FOLD = {"fold": {"loops": 2, "init": "average", "uneven": "prelude"}}
 STAGE = HealStage(tokens=64, batch_tokens=32, context=16)
@@ -58,9 +60,9 @@ def ways(model: Path, whole: Path, out: Path, text: Any) -> Iterator[tuple[str, 
     yield "evaluate", lambda: evaluate(model, text, max_tokens=32, context=8)
     yield "against", lambda: evaluate(whole, text, against=model, max_tokens=32, context=8)
     yield "generate", lambda: generate(model, "The sea")
-    yield "heal", lambda: heal(model, out / "healed", text, STAGE, device="cpu")
+    yield "heal", lambda: heal(model, out / "healed", text, STAGE, options=HealOptions(device="cpu"))
     distil = HealStage(tokens=64, batch_tokens=32, context=16, objective={"distil": {}})  # pyright: ignore
-    yield "teacher", lambda: heal(whole, out / "healed", text, distil, teacher=model, device="cpu")
+    yield "teacher", lambda: heal(whole, out / "healed", text, distil, teacher=model, options=HealOptions(device="cpu"))
     settings = RunSettings(tokens=64, baselines=(), eval_tokens=32, device="cpu")
     yield "run", lambda: run(model, out / "run", FOLD, text, held_out=text, settings=settings)
 
@@ -144,8 +146,8 @@ def test_a_device_that_is_not_there_is_one_line(name, device, model, whole, text
         "evaluate": lambda: evaluate(model, text, device=device, **tokens),
         "against": lambda: evaluate(whole, text, against=model, device=device, **tokens),
         "generate": lambda: generate(model, "The sea", device=device),
-        "heal": lambda: heal(model, out, text, stage, device=device),
-        "teacher": lambda: heal(whole, out, text, stage, teacher=model, device=device),
+        "heal": lambda: heal(model, out, text, stage, options=HealOptions(device=device)),
+        "teacher": lambda: heal(whole, out, text, stage, teacher=model, options=HealOptions(device=device)),
         "run": lambda: run(model, out, FOLD, text, settings=RunSettings(tokens=64, device=device)),
     }
     with pytest.raises(RefoldError, match=r"device: one of this machine's devices is required \(got ") as caught:
@@ -213,7 +215,7 @@ def test_the_stored_dtype_counts_everywhere(said, stored, model, whole, text, tm
         # Not rounded to what the config says.
         there = evaluate(whole, text, max_tokens=32, context=8)
         assert evaluate(model, text, max_tokens=32, context=8).bits_per_byte == there.bits_per_byte
-    heal(model, tmp_path / "healed", text, STAGE, device="cpu")
+    heal(model, tmp_path / "healed", text, STAGE, options=HealOptions(device="cpu"))
     assert {value.dtype for value in load_file(tmp_path / "healed" / "model.safetensors").values()} == {stored}
 
 
@@ -247,7 +249,7 @@ def test_a_source_changed_in_place_is_no_longer_the_teacher(model, text, tmp_pat
     change(model, edit)
     distil = HealStage(tokens=64, batch_tokens=32, context=16, objective={"distil": {}})  # pyright: ignore
     with pytest.raises(SourceError, match=r"is required as it was converted \(config or weights changed since\)"):
-        heal(tmp_path / "folded", tmp_path / "healed", text, distil, device="cpu")
+        heal(tmp_path / "folded", tmp_path / "healed", text, distil, options=HealOptions(device="cpu"))
 
 
 def test_a_fold_of_an_older_version_still_finds_its_teacher(model, text, tmp_path):

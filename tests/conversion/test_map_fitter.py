@@ -138,8 +138,7 @@ def test_a_folder_holds_the_fitted_maps_and_says_how_far_they_are_off(
     with CheckpointReader(source) as reader:
         layer, streams = next(SourceLayers(origin, PieceReader(origin, reader)).walk(rows))
         truth = layer.attention(streams, rows.position_ids).weights
-    contexts = model.contexts(streams)
-    context = next(iter(contexts.values()))
+    context = model.depths[0].inputs(model.batch(streams))
     fitted = model.mixers[0].matrix(streams, model.depths[0].view, context, {}, None)
     for name in NAMES:
         model.mixers[0].get_parameter(name).copy_(torch.eye(8).expand(4, 8, 8))

@@ -12,10 +12,10 @@ from torch import Tensor
 from refold.conversion.convert import convert
 from refold.errors import RecipeError
 from refold.modeling.load import load_model
-from refold.planning.plan import Plan
+from refold.planning.plan import StackPlan
 from refold.planning.plan import plan as make_plan
 
-Converted = tuple[Plan, dict[str, Tensor], dict[str, Tensor]]
+Converted = tuple[StackPlan, dict[str, Tensor], dict[str, Tensor]]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def far(one: Tensor, other: Tensor) -> float:
     return float((one - other).detach().abs().max() / other.detach().abs().max())
 
 
-def said(plan: Plan, tensors: str) -> list[tuple[str, str]]:
+def said(plan: StackPlan, tensors: str) -> list[tuple[str, str]]:
     return [(line.how, line.reason) for line in plan.lines if line.tensors == tensors]
 
 

@@ -73,9 +73,9 @@ class Healing:
 
     def __call__(self, settings: Mapping[str, Any] | None = None, **arguments: Any) -> HealResult:
         names = {field.name for field in fields(HealOptions)}
-        chosen = {"quiet": True, "on_step": self._note}
+        chosen = {"device": "cpu", "quiet": True, "on_step": self._note}
         chosen |= {name: arguments.pop(name) for name in names & set(arguments)}
-        calls = {"device": "cpu", "options": HealOptions(**chosen), **arguments}
+        calls = {"options": HealOptions(**chosen), **arguments}
         model, destination = calls.pop("model", self.model), calls.pop("destination", self.destination)
         stages = calls.pop("stages", None) or self.stage(**(settings or {}))
         return heal(model, destination, calls.pop("data", self.data), stages, **calls)

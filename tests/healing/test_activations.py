@@ -99,12 +99,12 @@ def test_a_part_that_runs_twice_is_seen_at_each_depth(fold):
     found = observe(model, TOKENS, POSITIONS, EVERYTHING)
     assert list(found.mixers) == list(found.attentions) == [0, 2, 3]
     assert source_layers(model) == found.source_layers == [0, 1, 2, 3]
-    contexts = model.model.contexts(found.streams[0], position_ids=POSITIONS)
+    batch = model.model.batch(found.streams[0], position_ids=POSITIONS)
     for depth, update in found.mixers.items():
-        alone = model.model.run_depth(depth, found.streams[depth], contexts, mixer_only=True)
+        alone = model.model.mix(depth, found.streams[depth], batch).hidden_states
         torch.testing.assert_close(update, alone)
     for depth in range(4):
-        after = model.model.run_depth(depth, found.streams[depth], contexts)
+        after = model.model.run(range(depth, depth + 1), found.streams[depth], batch).hidden_states
         torch.testing.assert_close(found.streams[depth + 1], after)
     assert not torch.allclose(found.mixers[0], found.mixers[2])
 

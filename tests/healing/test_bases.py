@@ -6,7 +6,6 @@ import torch
 from refold.conversion.convert import convert
 from refold.errors import HealError
 from refold.healing.groups import WeightGroups
-from refold.healing.heal import heal
 from refold.modeling.load import load_model
 
 RECIPE = {"fold": {"loops": 2, "prelude": 2}, "factor": {"parameters": 0.6, "weight": "none", "share": "basis"}}
@@ -43,4 +42,4 @@ def test_coefficients_are_weights_of_their_depth_and_no_adapters(healing, shared
     assert "model.depths.3.coefficients.up_proj" in groups.find("mlps", "train") & groups.find("transferred", "train")
     assert len(groups.find("model.depths.*.coefficients.*", "train")) == 14
     with pytest.raises(HealError, match=r"train: at least one weight to train from the start is required"):
-        heal(shared, healing.destination, healing.data, healing.stage(train=["adapters"]), device="cpu")
+        healing({"train": ["adapters"]}, model=shared)

@@ -46,7 +46,7 @@ def test_the_history_and_the_card_say_what_was_done(healing, folded):
     assert provenance.teacher(healing.destination).path == provenance.teacher(folded).path
     card = (healing.destination / "README.md").read_text()
     assert "folded and healed" in card
-    assert "| healing | distil, 768 tokens, learning rate 0.01 |" in card
+    assert "| healing | distil, 768 tokens, 64 a step, learning rate 0.01 |" in card
     assert "| weight bytes |" in card
     assert card.count("base_model: ") == 1
     lines = [json.loads(line) for line in (healing.destination / "train.jsonl").read_text().splitlines()]

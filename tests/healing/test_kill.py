@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def _kill_at_random_moments(healing, processes, weights, tmp_path, count, seed):
     healing(destination=whole, checkpoint_seconds=0.0)
     lasting = time.monotonic() - start
     chance = random.Random(seed)
-    options = {"device": "cpu", "options": HealOptions(quiet=True, checkpoint_seconds=0.0)}
+    options = {"options": HealOptions(device="cpu", quiet=True, checkpoint_seconds=0.0)}
     kills = 0
     for _ in range(count):
         arguments = (healing.model, healing.destination, healing.data, healing.stage())
@@ -45,7 +46,7 @@ def _kill_at_random_moments(healing, processes, weights, tmp_path, count, seed):
             assert verify(healing.destination) == ()
             expected, found = weights(whole), weights(healing.destination)
             assert all(torch.equal(expected[name], found[name]) for name in expected)
-            options["overwrite"] = True
+            options["options"] = replace(options["options"], overwrite=True)
     assert kills
     healing(overwrite=True)
     expected, found = weights(whole), weights(healing.destination)

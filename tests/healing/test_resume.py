@@ -11,6 +11,8 @@ from refold.data.readers import from_documents
 from refold.errors import FolderError, HealError
 from refold.healing.interruption import HealInterrupted
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 def _stop_after(step, number=signal.SIGTERM):
     return lambda record: signal.raise_signal(number) if record.step == step else None
@@ -59,16 +61,16 @@ def test_weights_and_optimizer_are_the_same_to_the_bit_at_a_checkpoint(healing, 
         assert all(torch.equal(one.read(name), two.read(name)) for name in one.names())
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(healing, number, exit_code):
     # What stands before differs: a shell ignores SIGINT for what it starts in the background.
-    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(each) for each in SIGNALS]
     healing.hook = _stop_after(2, number)
     with pytest.raises(HealInterrupted) as caught:
         healing()
     assert caught.value.exit_code == exit_code
     assert _checkpoints(healing.work) == ["step-000000002"]
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
 def test_the_newest_two_checkpoints_are_kept(healing):
@@ -221,3 +223,48 @@ def test_space_for_all_checkpoints_is_asked_for_at_the_start(healing, monkeypatc
         healing()
     assert not seen
     assert not healing.work.exists()
+
+
+def test_a_resumed_run_keeps_the_settings_that_were_chosen_for_it(healing, tmp_path, monkeypatch, weights):
+    stage = {"learning_rate": None, "batch_tokens": None, "warmup": None, "context": None, "tokens": 4000}
+    whole = healing(stage, destination=tmp_path / "whole")
+    healing.hook = _stop_after(3)
+    with pytest.raises(HealInterrupted):
+        healing(stage)
+    healing.hook = None
+    # A later version may choose otherwise; the run goes on with its own choice.
+    monkeypatch.setattr("refold.healing.choices.choose_learning_rate", lambda *_: 1.0)
+    monkeypatch.setattr("refold.healing.choices.complete_stage", lambda *_: 1 / 0)
+    result = healing(stage)
+    assert result.resumed_from == 3
+    assert result.stages == whole.stages
+    expected, found = weights(tmp_path / "whole"), weights(healing.destination)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_kill_while_the_learning_rate_is_noted_costs_only_that(healing, monkeypatch):
+    replace = os.replace
+
+    def kill(old, new):
+        if new.name == "learning-rate-1.json":
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    stage = {"learning_rate": None}
+    healing.work.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            healing(stage)
+    assert healing(stage).resumed_from is None
+
+
+def test_an_unfinished_run_does_not_hide_the_real_mistake(healing, source):
+    healing.hook = _stop_after(2)
+    with pytest.raises(HealInterrupted):
+        healing()
+    healing.hook = None
+    with pytest.raises(HealError, match=r"report_to: one of .* is required"):
+        healing({"learning_rate": 2e-2}, report_to=("tensorbord",))
+    with pytest.raises(HealError, match="objective exits"):
+        healing({"objective": "exits"})

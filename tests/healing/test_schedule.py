@@ -23,6 +23,13 @@ def test_the_rate_rises_to_its_peak_and_falls_to_a_tenth():
     assert rates[-1] == pytest.approx(2.0 * FLOOR)
 
 
+def test_a_warm_up_that_is_no_whole_number_of_steps_is_rounded_up():
+    schedule = Schedule(tokens=10, context=1, sequences_per_step=1, peak=1.0, warmup=0.25)
+    rates = [schedule.learning_rate(step) for step in range(10)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])  # 2.5 steps are three
+    assert rates[3] < 1.0
+
+
 @pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
 def test_a_single_step_has_a_rate(warmup):
     schedule = Schedule(tokens=5, context=8, sequences_per_step=4, peak=1.0, warmup=warmup)

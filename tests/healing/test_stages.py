@@ -136,7 +136,7 @@ def test_a_probe_tells_what_a_run_takes_and_leaves_nothing(healing, documents, t
 
 
 def test_what_cannot_be_is_refused_before_training(healing):
-    with pytest.raises(HealError, match=r"context: must be at most \d+, the model's positions \(got 100000\)"):
+    with pytest.raises(HealError, match=r"context: must be at most the model's \d+ positions \(got 100000\)"):
         healing({"context": 100_000})
     with pytest.raises(HealError, match=r"report_to: one of .* \(got 'tensorbord'\); did you mean 'tensorboard'"):
         healing(report_to=("tensorbord",))

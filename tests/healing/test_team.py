@@ -12,7 +12,7 @@ import pytest
 import torch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-SMALL = ["--context", "16", "--batch-tokens", "80", "--learning-rate", "1e-2", "--device", "cpu"]
+SMALL = ["--set", "heal.context=16", "--set", "heal.learning_rate=1e-2", "--device", "cpu", "--set", "heal.batch_tokens=80"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -78,7 +78,7 @@ def test_two_processes_resume_where_one_was_interrupted(folded, text, tmp_path, 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_process_that_is_killed_ends_the_other_with_an_error(folded, text, tmp_path, victim):
     out = tmp_path / "healed"
-    command = _command(folded, out, text, "--batch-tokens", "32")
+    command = _command(folded, out, text, "--set", "heal.batch_tokens=32")
     command[command.index("1000")] = "1000k"
     port = str(29600 + os.getpid() % 1000 + victim)
     ranks = []

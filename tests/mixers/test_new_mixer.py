@@ -53,8 +53,9 @@ from refold.ops.choice import run
 class ToyMixer(HeadedMixer):
     """A toy."""
 
-    def mix(self, x, query, key, value, state, resets, lora, vectors) -> tuple[Tensor, Tensor]:
-        query, key, value = self.widen(query) * self.query_scale, self.widen(key), self.widen(value)
+    def mix(self, reads, state, resets, lora, vectors) -> tuple[Tensor, Tensor]:
+        query, key = self.widen(reads.query) * self.query_scale, self.widen(reads.key)
+        value = self.widen(reads.value)
         decay = torch.full((self.layout.heads,), math.log(0.9), device=query.device)
         value = value + self.vector("D", vectors).unsqueeze(-1)
         return run(scalar_decay, query, key, value, decay, state=state, resets=resets)

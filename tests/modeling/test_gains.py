@@ -66,15 +66,20 @@ def test_a_gain_scales_the_update_of_its_part_alone(load, tokens, variant):
     model = load(variant, GAINS)
     seen: dict[str, Tensor] = {}
     for pool, part in (("mixer", model.model.mixers[0]), ("mlp", model.model.mlps[0])):
-        part.register_forward_hook(lambda module, given, update, pool=pool: seen.setdefault(pool, update))
+        # A mixer returns its update and the keys and values it made.
+        part.register_forward_hook(
+            lambda module, given, output, pool=pool: seen.setdefault(
+                pool, output[0] if isinstance(output, tuple) else output
+            )
+        )
     depth = model.model.depths[0]
     before = model.model.embed_tokens(tokens)
     for pool, value in (("mixer", 0.25), ("mlp", -2.0)):
         depth.gain[pool].weight.fill_(value)
-    after = model.model.run_depth(0, before, model.model.contexts(before))
+    after = model.model.run(range(1), before, model.model.batch(before)).hidden_states
     expected = before + 0.25 * seen["mixer"] - 2.0 * seen["mlp"]
     torch.testing.assert_close(after, expected)
-    mixed = model.model.run_depth(0, before, model.model.contexts(before), mixer_only=True)
+    mixed = model.model.mix(0, before, model.model.batch(before)).hidden_states
     torch.testing.assert_close(mixed, 0.25 * seen["mixer"])
     for gain in depth.gain.values():
         gain.reset()

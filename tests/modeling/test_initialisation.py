@@ -7,10 +7,9 @@ import torch
 
 from refold.families.registry import read_arch
 from refold.modeling.configuration import RefoldConfig
-from refold.modeling.depth import Coefficients
 from refold.modeling.model import RefoldForCausalLM
 from refold.nn.exits import Gate
-from refold.nn.lora import LoraPair
+from refold.nn.lora import Coefficients, LoraPair
 from refold.planning.build import build_blueprint
 from refold.recipe.load import load_recipe
 

@@ -53,20 +53,22 @@ def test_generation_from_padded_prompts_is_llamas(
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("is_packed", [None, False, True])
 @torch.no_grad()
 def test_states_after_a_padded_prompt_are_those_of_each_row_alone(
-    load: Callable[..., Any], tokens: Tensor, kind: str, mask: Any
+    load: Callable[..., Any], tokens: Tensor, kind: str, mask: Any, is_packed: bool | None
 ) -> None:
     model = load("llama", {"mixers": [{**MIXERS[kind], "depths": "all", "except": [1]}]})
     real = torch.tensor(mask)
     cache, rows = DynamicCache(config=model.config), tokens[:, :7]
     places = (real.cumsum(1) - 1).clamp(min=0)
-    found = [model(rows[:, :4], attention_mask=real, position_ids=places, past_key_values=cache).logits]
+    given: Any = {"past_key_values": cache, "is_packed": is_packed}
+    found = [model(rows[:, :4], attention_mask=real, position_ids=places, **given).logits]
     for step in range(4, 7):
         real = torch.cat((real, real.new_ones(2, 1)), dim=1)
         place = real.sum(1, keepdim=True) - 1
         one = rows[:, step : step + 1]
-        found.append(model(one, attention_mask=real, position_ids=place, past_key_values=cache).logits)
+        found.append(model(one, attention_mask=real, position_ids=place, **given).logits)
     for row, (padded, is_real) in enumerate(zip(torch.cat(found, dim=1), real.bool(), strict=True)):
         alone = model(rows[row : row + 1, is_real]).logits[0]
         torch.testing.assert_close(padded[is_real], alone, rtol=1e-4, atol=1e-4)
@@ -81,6 +83,20 @@ def test_holes_without_a_cache_change_no_token(load: Callable[..., Any], tokens:
     for row in range(2):
         alone = model(tokens[row : row + 1, :4][:, mask[row].bool()]).logits[0]
         torch.testing.assert_close(found[row, mask[row].bool()], alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_mask_of_one_call_does_not_empty_the_state_of_earlier_ones(load: Callable[..., Any], tokens: Tensor) -> None:
+    model = load("llama", {"mixers": [{"type": "retention", "depths": "all"}]})
+    expected = model(tokens[:, :6]).logits[:, 4:]
+    for is_packed in (None, False):
+        cache = DynamicCache(config=model.config)
+        model(tokens[:, :4], past_key_values=cache)
+        given: Any = {"past_key_values": cache, "is_packed": is_packed}
+        found = model(tokens[:, 4:6], attention_mask=torch.ones(2, 2, dtype=torch.long), **given).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    anew = model(tokens[:, 4:6]).logits
+    assert (anew - expected).abs().max() > 1e-2
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from transformers import LlamaConfig
 from transformers.models.auto import modeling_auto
 
 from refold.modeling.configuration import RefoldConfig
-from refold.modeling.model import RefoldForCausalLM, RefoldModel
+from refold.modeling.model import RefoldForCausalLM
+from refold.modeling.stack import RefoldModel
 from refold.planning.plan import plan
 
 TESTS, KIND = Path(os.environ["REFOLD_TRANSFORMERS_TESTS"]), os.environ["REFOLD_FOLD_KIND"]

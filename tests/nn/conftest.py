@@ -11,9 +11,11 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from refold.families.arch import ArchSpec, Layer, Norm, Rope
-from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.batch import DepthInputs
+from refold.nn.mixers.memory import CacheMemory
 from refold.nn.mixers.mixer import Mixer
 from refold.nn.mixers.registry import MIXERS
+from refold.nn.mixers.store import NOTHING_KEPT
 from refold.nn.rotary import Rotary
 from refold.planning.mixers import choose_mixers
 from refold.recipe.recipe import Recipe
@@ -45,15 +47,17 @@ class LoneMixer:
 
     def context(
         self, tokens: int, cache: Cache | None = None, resets: Tensor | None = None, past: int = 0
-    ) -> MixerContext:
+    ) -> DepthInputs:
         rope = self.arch.layers[0].rope
         assert rope is not None
         positions = torch.arange(past, past + tokens)[None]
-        return MixerContext(Rotary(rope, 512)(positions, torch.float32), None, None, resets, cache)
+        rotation = Rotary(rope, 512)(positions, torch.float32)
+        memory = NOTHING_KEPT if cache is None else CacheMemory(cache, 0)
+        return DepthInputs(rotation=rotation, resets=resets, memory=memory)
 
     @torch.no_grad()
     def run(self, x: Tensor, resets: Tensor | None = None) -> Tensor:
-        return self.mixer(x, self.view, self.context(x.shape[1], None, resets), {}, None)
+        return self.mixer(x, self.view, self.context(x.shape[1], None, resets), {}, None)[0]
 
     @torch.no_grad()
     def run_with_cache(self, x: Tensor, prefill: int) -> Tensor:
@@ -61,7 +65,7 @@ class LoneMixer:
         cache = Cache(layers=[LinearAttentionLayer()])
         found, past = [], 0
         for piece in x.split([prefill] + [1] * (x.shape[1] - prefill), dim=1):
-            found.append(self.mixer(piece, self.view, self.context(piece.shape[1], cache, None, past), {}, None))
+            found.append(self.mixer(piece, self.view, self.context(piece.shape[1], cache, None, past), {}, None)[0])
             past += piece.shape[1]
         return torch.cat(found, dim=1)
 

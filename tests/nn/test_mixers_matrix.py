@@ -8,7 +8,6 @@ from torch import Tensor
 
 from refold.nn.mixers.attention import AttentionMixer
 from refold.nn.mixers.headed import HeadedMixer
-from refold.nn.mixers.memory import Memory
 from refold.nn.mixers.registry import MIXERS
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,9 +36,9 @@ def mix_by_matrix(lone: Any, x: Tensor, resets: Tensor | None) -> Tensor:
     matrix = lone.matrix(x, resets)
     with torch.no_grad():
         if isinstance(mixer, HeadedMixer):
-            normed = mixer.normalise("input_norm", x, None)
-            value = mixer.widen(mixer.read(normed, context, Memory(None, 0), {}, None)[2])
-            mixed = mixer.finish(normed, torch.einsum("bhts,bshv->bthv", matrix, value), {}, None)
+            reads = mixer.read_inputs(x, context, {}, None)
+            value = mixer.widen(reads.value)
+            mixed = mixer.finish(reads, torch.einsum("bhts,bshv->bthv", matrix, value), {}, None)
         else:
             assert isinstance(mixer, AttentionMixer)
             value = mixer.read(x, context.rotation, {}, None)[2]

@@ -7,7 +7,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from refold.families.arch import Norm, Rope
-from refold.nn.lora import LoraPair, Own, relax
+from refold.nn.lora import Adapter, LoraPair
 from refold.nn.norms import StackNorm
 from refold.nn.part import StoredPart
 from refold.nn.rotary import Rotary, inverse_frequencies, rotate
@@ -16,13 +16,13 @@ from refold.nn.rotary import Rotary, inverse_frequencies, rotate
 def test_a_pair_adds_b_a_x_at_scale_one():
     x, y = torch.randn(2, 3, 5), torch.randn(2, 3, 7)
     a, b = torch.randn(4, 5), torch.randn(7, 4)
-    assert torch.allclose(relax(y, x, (a, b)), y + x @ (b @ a).T, atol=1e-5)
+    assert torch.allclose(Adapter((a, b)).apply(y, x), y + x @ (b @ a).T, atol=1e-5)
 
 
 def test_a_new_pair_adds_nothing_and_trains():
     pair = LoraPair(4, 5, 7)
     x = torch.randn(3, 5)
-    out = relax(torch.zeros(3, 7), x, pair.pair)
+    out = Adapter(pair()).apply(torch.zeros(3, 7), x)
     assert not out.any()
     out.sum().backward()
     assert pair.b.grad is not None
@@ -62,7 +62,7 @@ def test_a_part_runs_with_its_own_vectors_or_with_those_it_is_given():
     bare.load_state_dict({"up.weight": stored.get_parameter("up.weight")})
     given = {name: stored.get_parameter(name) for name in vectors}
     x, pair = torch.randn(2, 5), (torch.randn(3, 5), torch.randn(7, 3))
-    for lora in ({}, {"up": Own(pair)}):
+    for lora in ({}, {"up": Adapter(pair)}):
         mine = stored.project("up", stored.normalise("input_norm", x, None), lora, None)
         its = bare.project("up", bare.normalise("input_norm", x, given), lora, given)
         assert torch.allclose(mine, its, atol=1e-5)
@@ -78,7 +78,7 @@ def test_a_basis_is_read_by_the_coefficients_it_is_given():
     bias, a = nn.init.normal_(part.get_parameter("up.bias")), part.get_parameter("up.a.weight")
     x, pair = torch.randn(2, 5), (torch.randn(2, 5), torch.randn(7, 2))
     for coefficients in torch.randn(2, 7, 3):
-        alone, relaxed = (part.project("up", x, {"up": Own(each, coefficients)}, None) for each in (None, pair))
+        alone, relaxed = (part.project("up", x, {"up": Adapter(each, coefficients)}, None) for each in (None, pair))
         assert torch.allclose(alone, x @ (coefficients @ a).T + bias, atol=1e-5)
         assert torch.allclose(relaxed, alone + x @ (pair[1] @ pair[0]).T, atol=1e-5)
 

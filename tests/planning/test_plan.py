@@ -14,7 +14,7 @@ from refold.errors import RecipeError, RefoldError, SourceError
 from refold.families.registry import find_family, read_arch
 from refold.planning.build import identity_blueprint
 from refold.planning.lines import PlanLine
-from refold.planning.plan import Plan, plan, plan_all, read_plan
+from refold.planning.plan import StackPlan, plan, plan_all, read_plan
 from refold.recipe.load import built_in_recipes
 from refold.sources.source_model import read_source_model
 
@@ -60,7 +60,7 @@ def config_folder(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def _line(made: Plan, tensors: str, how: str) -> PlanLine:
+def _line(made: StackPlan, tensors: str, how: str) -> PlanLine:
     (line,) = [line for line in made.lines if (line.tensors, line.how) == (tensors, how)]
     return line
 

@@ -227,7 +227,8 @@ def test_what_is_no_file_and_no_built_in_is_refused(tmp_path):
         (["fold.loops={"], r"--set fold\.loops=\{, line 1: valid YAML is required"),
         (["relax.rank=3", "relax.rank.mlp=4"], r"relax\.rank must be a mapping to hold 'mlp' \(got 3\)"),
         (["heal.1.tokens=4"], r"heal is a list of 1; an index below that is required \(got '1'\)"),
-        (["heal.first.tokens=4"], r"an index below that is required \(got 'first'\)"),
+        (["heal.first.tokens=4"], r"heal\[0\]\.first: unknown key"),
+        (["heal=[]", "heal.tokens=4"], r"heal is a list of 0; an index below that is required \(got 'tokens'\)"),
         (["fold.loop=3"], r"fold\.loop: unknown key; did you mean 'loops'"),
     ],
 )
@@ -278,3 +279,10 @@ def test_merge_keys_are_read_and_own_keys_win(tmp_path):
         "  - {<<: [{seed: 9}, *second], tokens: 1k}\n"
     )
     assert [(stage.tokens, stage.seed) for stage in load_recipe(file).heal] == [(10**7, 3), (10**7, 4), (1000, 9)]
+
+
+def test_a_key_of_a_list_counts_for_every_entry():
+    stages = load_recipe({"heal": [{"tokens": 10}, {"tokens": 20, "warmup": 0.5}]}, ["heal.warmup=0.1"]).heal
+    assert [(stage.tokens, stage.warmup) for stage in stages] == [(10, 0.1), (20, 0.1)]
+    first, second = load_recipe({"heal": [{"tokens": 10}, {"tokens": 20}]}, ["heal.1.warmup=0.3"]).heal
+    assert (first.warmup, second.warmup) == (None, 0.3)

@@ -29,7 +29,8 @@ from refold.studies.baselines import (
     scratch_recipe,
     whole_model_stages,
 )
-from refold.studies.run import RunSettings, run
+from refold.studies.job import RunSettings
+from refold.studies.run import run
 
 TEXTS = [f"def number_{index}():\n    return {index} * {index % 7}\n" for index in range(300)]
 STAGE = {"objective": "distil", "tokens": 1024, "batch_tokens": 512, "context": 64}
@@ -154,7 +155,7 @@ def test_a_run_heals_and_reports_scratch_alike(tmp_path: Path) -> None:
     assert found.baselines["scratch"].bits_per_byte > found.healed.bits_per_byte + 1
     folded, scratch = (read_provenance(tmp_path / "run" / arm / "model") for arm in ("folded", "scratch"))
     assert [stage.stage for stage in scratch] == ["convert", "heal"]
-    assert scratch[1].recipe == folded[1].recipe
+    assert scratch[1].recipe == folded[1].recipe  # both starts are far, so both have the same learning rate
     assert scratch[1].tokens == folded[1].tokens == 1024
     assert set(json.loads((tmp_path / "run" / "summary.json").read_text())["baselines"]) == {"scratch"}
 
@@ -166,7 +167,7 @@ def stages_of(protocol: str) -> tuple[HealStage, ...]:
 def test_a_rival_trains_whole_where_the_model_trains_parts() -> None:
     aligned, _, text = whole_model_stages(stages_of("align-then-distil"))
     (thawing,) = whole_model_stages(stages_of("xatl"))
-    assert (aligned.train, list(aligned.objective.chosen()), aligned.learning_rate) == (("all",), ["distil"], 3e-4)
+    assert (aligned.train, list(aligned.objective.chosen()), aligned.learning_rate) == (("all",), ["distil"], None)
     assert (thawing.thaw, list(thawing.objective.chosen())) == (None, ["next_token"])
     assert (text.learning_rate, text.tokens) == (1e-4, 200)
 

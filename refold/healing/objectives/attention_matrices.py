@@ -1,6 +1,6 @@
 """Token-mixing matrices, compared with the teacher's attention matrices."""
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -11,7 +11,8 @@ from refold.errors import HealError
 from refold.healing.activations import Want, attention_layers, folded_depths, require_eager, source_layers
 from refold.healing.objectives.alignment import Alignment, teacher_layer_of, teacher_of
 from refold.healing.objectives.objective import Step
-from refold.modeling.model import Contexts, RefoldForCausalLM
+from refold.modeling.model import RefoldForCausalLM
+from refold.nn.mixers.batch import Batch
 from refold.nn.mixers.mixer import Mixer
 from refold.recipe import objectives as specs
 
@@ -70,18 +71,18 @@ class AttentionMatrices(Alignment[specs.AttentionMatricesOptions]):
         teacher, layer_of = teacher_of(step), teacher_layer_of(step, student)
         # In the student's dtype: a teacher may be stored in another.
         streams = {depth: teacher.streams[layer_of[depth]].to(student.dtype) for depth in depths}
-        contexts = student.model.contexts(streams[depths[0]], position_ids=step.position_ids)
+        batch = student.model.batch(streams[depths[0]], position_ids=step.position_ids)
         sums = []
         for depth in depths:
             target = _rows(teacher.attentions[layer_of[depth]], index)
-            ours = _rows(write_matrix(student, depth, streams[depth], contexts), index)
+            ours = _rows(write_matrix(student, depth, streams[depth], batch), index)
             dtype = torch.promote_types(ours.dtype, torch.float32)
             sums.append((ours.to(dtype) - target.to(dtype)).square().sum() / target.shape[1])
         return sum(sums[1:], sums[0])
 
 
 def write_matrix(
-    model: RefoldForCausalLM, depth: int, hidden_states: Float[Tensor, "B T D"], contexts: Contexts
+    model: RefoldForCausalLM, depth: int, hidden_states: Float[Tensor, "B T D"], batch: Batch
 ) -> Float[Tensor, "B H T T"]:
     """Returns the token-mixing matrix of one depth.
 
@@ -89,15 +90,13 @@ def write_matrix(
         model: a folded model.
         depth: one with a mixer that has such a matrix.
         hidden_states: the stream before it.
-        contexts: from the stack's `contexts`.
+        batch: from the stack's `batch`.
     """
     owner = folded_depths(model)[depth]
-    spec = owner.spec
-    rotaries: Any = model.model.rotaries
-    ropes = [rotary.rope for rotary in rotaries]
-    context = contexts[spec.window, None if spec.rope is None else ropes.index(spec.rope)]
     assert owner.view is not None
-    return _mixer(model, depth).matrix(hidden_states, owner.view, context, owner.adapters(), owner.own_vectors("mixer"))
+    return _mixer(model, depth).matrix(
+        hidden_states, owner.view, owner.inputs(batch), owner.adapters(), owner.own_vectors("mixer")
+    )
 
 
 def _mixer(model: RefoldForCausalLM, depth: int) -> Mixer:

@@ -10,7 +10,6 @@ from refold.errors import HealError
 from refold.healing.activations import Want, folded_depths, source_layers
 from refold.healing.objectives.alignment import Alignment, distance, teacher_layer_of, teacher_of
 from refold.healing.objectives.objective import Step
-from refold.modeling.depth import Lent
 from refold.modeling.model import RefoldForCausalLM
 from refold.recipe import objectives as specs
 
@@ -60,13 +59,13 @@ class HiddenStates(Alignment[specs.HiddenStatesOptions]):
             assert step.student is not None
             ours = [step.student.streams[depth + 1] for depth in depths]
         else:
-            contexts = student.model.contexts(streams[0].to(student.dtype), position_ids=step.position_ids)
-            lent: Lent = {}
-            ours = [
+            batch = student.model.batch(streams[0].to(student.dtype), position_ids=step.position_ids)
+            ours, shared = [], None
+            for depth, begin in zip(depths, begins, strict=True):
                 # In the student's dtype: a teacher may be stored in another.
-                student.model.run_depth(depth, streams[begin].to(student.dtype), contexts, lent=lent)
-                for depth, begin in zip(depths, begins, strict=True)
-            ]
+                stream = streams[begin].to(student.dtype)
+                after, shared = student.model.run(range(depth, depth + 1), stream, batch, shared=shared)
+                ours.append(after)
         sums = [
             distance(stream, streams[end], index, self.options.loss) for stream, end in zip(ours, ends, strict=True)
         ]

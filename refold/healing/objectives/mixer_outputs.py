@@ -6,7 +6,6 @@ from torch import Tensor
 from refold.healing.activations import Want
 from refold.healing.objectives.alignment import Alignment, distance, teacher_layer_of, teacher_of
 from refold.healing.objectives.objective import Step
-from refold.modeling.depth import Lent
 from refold.modeling.model import RefoldForCausalLM
 from refold.recipe import objectives as specs
 
@@ -36,11 +35,9 @@ class MixerOutputs(Alignment[specs.MixerOutputsOptions]):
         else:
             # In the student's dtype: a teacher may be stored in another.
             streams = {depth: teacher.streams[layer_of[depth]].to(student.dtype) for depth in depths}
-            contexts = student.model.contexts(streams[depths[0]], position_ids=step.position_ids)
-            lent: Lent = {}
-            ours = {
-                depth: student.model.run_depth(depth, streams[depth], contexts, mixer_only=True, lent=lent)
-                for depth in depths
-            }
+            batch = student.model.batch(streams[depths[0]], position_ids=step.position_ids)
+            ours, shared = {}, None
+            for depth in depths:
+                ours[depth], shared = student.model.mix(depth, streams[depth], batch, shared)
         sums = [distance(ours[depth], teacher.mixers[layer_of[depth]], index, self.options.loss) for depth in depths]
         return sum(sums[1:], sums[0])

@@ -10,10 +10,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from refold.families.arch import ArchSpec
 from refold.mixers.spec import MixerSpec
-from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.batch import DepthInputs
 from refold.nn.mixers.key_values import KeyValue
 from refold.nn.mixers.mixer import Mixer
-from refold.nn.mixers.prefix import once, put_before
+from refold.nn.mixers.prefix import put_before
 from refold.nn.part import Lora, OwnVectors
 from refold.nn.rotary import Rotation, rotate
 
@@ -67,31 +67,27 @@ class AttentionView(nn.Module):
         self.softcap = arch.attention_softcap
         self.is_causal = True
 
-    def remember(
-        self, key: Float[Tensor, "B G T K"], value: Float[Tensor, "B G T K"], context: MixerContext
-    ) -> KeyValue:
-        """Appends keys and values to the cache at this depth and returns all that are there."""
-        if context.cache is None:
-            return key, value
-        return context.cache.update(key, value, self.layer_idx)
-
     def forward(
         self,
         query: Float[Tensor, "B H T K"],
         key: Float[Tensor, "B G S K"],
         value: Float[Tensor, "B G S K"],
-        context: MixerContext,
+        inputs: DepthInputs,
         prefix: KeyValue | None = None,
-    ) -> tuple[Float[Tensor, "B T H K"], Tensor | None]:
-        """Attends to keys and values, those of earlier calls included, and to a prefix `[1, G, P, K]`."""
-        mask, num_tokens = context.attention_mask, key.shape[2]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends to keys and values, those of earlier calls included, and to a prefix `[1, G, P, K]`.
+
+        Returns:
+            The heads in the back-end's shape (`[B, T, H, K]`, or `[B T, H K]` of engines), and weights or None.
+        """
+        mask, num_tokens = inputs.attention_mask, key.shape[2]
         if prefix is not None:
             key, value, mask = put_before(prefix, query, key, value, mask, self.sliding_window)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         capped = {} if self.softcap is None else {"softcap": self.softcap}
         windowed = {} if self.sliding_window is None else {"sliding_window": self.sliding_window}
         heads, weights = attend(
-            self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **capped, **windowed, **context.extra
+            self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **capped, **windowed, **inputs.extra
         )
         return heads, weights if weights is None or prefix is None else weights[..., -num_tokens:]
 
@@ -119,41 +115,43 @@ class AttentionMixer(Mixer):
         self,
         hidden_states: Float[Tensor, "B T D"],
         view: nn.Module,
-        context: MixerContext,
+        inputs: DepthInputs,
         lora: Lora,
         vectors: OwnVectors,
-    ) -> Float[Tensor, "B T D"]:
+    ) -> tuple[Float[Tensor, "B T D"], KeyValue | None]:
         assert isinstance(view, AttentionView)
-        exchange, made = context.exchange, None
-        if exchange is not None and not exchange.heads.made:
-            query = self.read_query(hidden_states, context.rotation, lora, vectors)
+        shared, made = inputs.shared, None
+        if shared is not None and not shared.heads.made:
+            query = self.read_query(hidden_states, inputs.rotation, lora, vectors)
         else:
-            query, key, value = self.read(hidden_states, context.rotation, lora, vectors)
-            if exchange is not None and not exchange.heads.makes_all:
-                key, value = (states[:, :, list(exchange.heads.made)] for states in (key, value))
-            made = view.remember(key.transpose(1, 2), value.transpose(1, 2), context)
-        if exchange is not None:
-            exchange.made = made
-            made = exchange.heads.look_at(made, exchange.read)
-        assert made is not None
+            query, key, value = self.read(hidden_states, inputs.rotation, lora, vectors)
+            if shared is not None and not shared.heads.makes_all:
+                key, value = (states[:, :, list(shared.heads.made)] for states in (key, value))
+            key, value, extra = inputs.memory.append(key.transpose(1, 2), value.transpose(1, 2), inputs.extra)
+            made = key, value
+            if extra is not inputs.extra:
+                inputs = inputs._replace(extra=extra)
+        attended = made if shared is None else shared.heads.look_at(made, shared.read)
+        assert attended is not None
         prefix = None
-        if context.prefix is not None:
-            prefix = once(context, view.layer_idx, lambda given: self.read_prefix(given, lora, vectors))
-        heads, _ = view(query.transpose(1, 2), *made, context, prefix)
-        return self.write(heads.flatten(-2), lora, vectors)
+        if (given := inputs.prefix) is not None:
+            prefix = inputs.memory.once(lambda: self.read_prefix(given, lora, vectors))
+        heads, _ = view(query.transpose(1, 2), *attended, inputs, prefix)
+        # Engines return `[tokens, heads x size]`.
+        return self.write(heads.reshape(*query.shape[:2], -1), lora, vectors), made
 
     def matrix(
         self,
         hidden_states: Float[Tensor, "B T D"],
         view: nn.Module,
-        context: MixerContext,
+        inputs: DepthInputs,
         lora: Lora,
         vectors: OwnVectors,
     ) -> Float[Tensor, "B H T T"]:
         assert isinstance(view, AttentionView)
-        query, key, _ = self.read(hidden_states, context.rotation, lora, vectors)
+        query, key, _ = self.read(hidden_states, inputs.rotation, lora, vectors)
         key = key.repeat_interleave(view.num_key_value_groups, dim=2)
-        seen = _seen(hidden_states, view.sliding_window, context.document_starts)
+        seen = _seen(hidden_states, view.sliding_window, inputs.document_starts)
         mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
         mask.masked_fill_(~seen, torch.finfo(query.dtype).min)
         return attention_weights(query.transpose(1, 2), key.transpose(1, 2), mask, view.scaling, view.softcap)

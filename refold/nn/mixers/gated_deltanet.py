@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from refold.families.arch import ArchSpec
 from refold.mixers.gated_deltanet import GatedDeltanet
 from refold.nn.mixers.headed import HeadedMixer
+from refold.nn.mixers.recurrent import HeadReads
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import delta_rule
 from refold.ops.choice import run
@@ -21,32 +22,24 @@ class GatedDeltanetMixer(HeadedMixer):
         self.fades = spec.decay
 
     def mix(
-        self,
-        x: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        state: Tensor | None,
-        resets: Tensor | None,
-        lora: Lora,
-        vectors: OwnVectors,
+        self, reads: HeadReads, state: Tensor | None, resets: Tensor | None, lora: Lora, vectors: OwnVectors
     ) -> tuple[Tensor, Tensor]:
-        query, key, value = self._unit(query) * self.query_scale, self._unit(key), self.widen(value)
-        beta, decay = self._rates(x, lora, vectors)
+        query, key = self._unit(reads.query) * self.query_scale, self._unit(reads.key)
+        value = self.widen(reads.value)
+        beta, decay = self._rates(reads.x, lora, vectors)
         return run(delta_rule, query, key, value, beta, decay, state=state, resets=resets)
 
-    def write_matrix(
-        self, x: Tensor, query: Tensor, key: Tensor, resets: Tensor | None, lora: Lora, vectors: OwnVectors
-    ) -> Tensor:
-        beta, decay = self._rates(x, lora, vectors)
-        return delta_rule.matrix(self._unit(query) * self.query_scale, self._unit(key), beta, decay, resets)
+    def write_matrix(self, reads: HeadReads, resets: Tensor | None, lora: Lora, vectors: OwnVectors) -> Tensor:
+        beta, decay = self._rates(reads.x, lora, vectors)
+        query, key = self._unit(reads.query) * self.query_scale, self._unit(reads.key)
+        return delta_rule.matrix(query, key, beta, decay, resets)
 
-    def finish(self, x: Tensor, mixed: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:
+    def finish(self, reads: HeadReads, mixed: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:
         # As in released models the gate is applied in float32, before rounding.
         if self.gate == "none" or not self.has_scale:
-            return super().finish(x, mixed, lora, vectors)
+            return super().finish(reads, mixed, lora, vectors)
         normed = self.normalise_heads(mixed, self.vector("heads.scale", vectors)).flatten(-2)
-        gate = nn.functional.silu(self.project("g_proj", x, lora, vectors).float())
+        gate = nn.functional.silu(self.project("g_proj", reads.x, lora, vectors).float())
         return (normed.float() * gate).to(mixed.dtype)
 
     def _unit(self, states: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """What mixers with queries, keys and values in heads share: reading, convolving, gating and writing."""
 
+from abc import abstractmethod
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -8,9 +10,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from refold.families.arch import ArchSpec
 from refold.mixers.heads import HeadedSpec
 from refold.mixers.spec import MixerSpec
-from refold.nn.mixers.context import MixerContext
-from refold.nn.mixers.memory import Memory, StateView
-from refold.nn.mixers.mixer import Mixer
+from refold.nn.mixers.batch import DepthInputs
+from refold.nn.mixers.memory import StateView
+from refold.nn.mixers.recurrent import HeadReads, StateMixer
 from refold.nn.part import Lora, OwnVectors
 from refold.nn.rotary import rotate
 from refold.ops.convolution import convolve
@@ -18,8 +20,8 @@ from refold.ops.convolution import convolve
 ACTIVATIONS = {"none": lambda x: x, "silu": nn.functional.silu, "sigmoid": torch.sigmoid}
 
 
-class RecurrentMixer(Mixer):
-    """A mixer with a state of constant size.
+class RecurrentMixer(StateMixer):
+    """A recurrent mixer built from its spec.
 
     Args:
         arch: The source's architecture.
@@ -47,20 +49,17 @@ class RecurrentMixer(Mixer):
         self.eps = arch.norm.eps
 
     def write(self, mixed: Float[Tensor, "B T V"], lora: Lora, vectors: OwnVectors) -> Float[Tensor, "B T D"]:
-        """Output projection and, where there is one, output norm."""
         y = self.project(self.output_linear, mixed, lora, vectors)
         return self.normalise("output_norm", y, vectors)
 
-    def convolve(
-        self, x: Float[Tensor, "B T C"], context: MixerContext, memory: Memory, vectors: OwnVectors
-    ) -> Float[Tensor, "B T C"]:
+    def convolve(self, x: Float[Tensor, "B T C"], inputs: DepthInputs, vectors: OwnVectors) -> Float[Tensor, "B T C"]:
         """Runs the short convolution over all channels, with the inputs before this call, and keeps the last ones."""
         weight = self.vector("conv1d.weight", vectors)
         bias = self.vector("conv1d.bias", vectors) if self.has_conv_bias else None
         width = weight.shape[1] - 1
-        past = memory.exchange(x, width, context.resets) if width else None
+        past = inputs.memory.exchange(x, width, inputs.resets) if width else None
         past = None if past is None else past.transpose(1, 2)
-        y = convolve(x, weight, bias, past, context.resets)
+        y = convolve(x, weight, bias, past, inputs.resets)
         return ACTIVATIONS[self.conv_activation](y)
 
     def normalise_heads(self, y: Tensor, scale: Tensor | None) -> Tensor:
@@ -84,95 +83,53 @@ class HeadedMixer(RecurrentMixer):
         self.num_matrix_heads = self.layout.heads
         self.query_scale = self.layout.key_dim**-0.5
 
-    def forward(
-        self,
-        hidden_states: Float[Tensor, "B T D"],
-        view: nn.Module,
-        context: MixerContext,
-        lora: Lora,
-        vectors: OwnVectors,
-    ) -> Float[Tensor, "B T D"]:
-        assert isinstance(view, StateView)
-        memory = Memory(context.cache, view.layer_idx)
-        x = self.normalise("input_norm", hidden_states, vectors)
-        query, key, value = self.read(x, context, memory, lora, vectors)
-        mixed, state = self.mix(x, query, key, value, memory.state(), context.resets, lora, vectors)
-        memory.keep_state(state)
-        return self.write(self.finish(x, mixed, lora, vectors), lora, vectors)
-
     def matrix(
         self,
         hidden_states: Float[Tensor, "B T D"],
         view: nn.Module,
-        context: MixerContext,
+        inputs: DepthInputs,
         lora: Lora,
         vectors: OwnVectors,
     ) -> Float[Tensor, "B H T T"]:
-        x = self.normalise("input_norm", hidden_states, vectors)
-        query, key, _ = self.read(x, context, Memory(None, 0), lora, vectors)
-        return self.write_matrix(x, query, key, context.resets, lora, vectors)
+        reads = self.read_inputs(hidden_states, inputs, lora, vectors)
+        return self.write_matrix(reads, inputs.resets, lora, vectors)
 
-    def read(
-        self,
-        x: Float[Tensor, "B T D"],
-        context: MixerContext,
-        memory: Memory,
-        lora: Lora,
-        vectors: OwnVectors,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[B, T, heads, size]`, convolved, rotated and activated as the options say."""
-        layout = self.layout
+    def read_inputs(
+        self, hidden_states: Float[Tensor, "B T D"], inputs: DepthInputs, lora: Lora, vectors: OwnVectors
+    ) -> HeadReads:
+        """Projects queries, keys and values, convolved, rotated and activated as the options say."""
+        layout, x = self.layout, self.normalise("input_norm", hidden_states, vectors)
         parts = [self.project(name, x, lora, vectors) for name in ("q_proj", "k_proj", "v_proj")]
         if self.conv_width:
-            joined = self.convolve(torch.cat(parts, dim=-1), context, memory, vectors)
+            joined = self.convolve(torch.cat(parts, dim=-1), inputs, vectors)
             parts = joined.split([part.shape[-1] for part in parts], dim=-1)
         activate = ACTIVATIONS[self.input_activation]
         sizes = (layout.key_dim, layout.key_dim, layout.value_dim)
         query, key, value = (activate(part).unflatten(-1, (-1, size)) for part, size in zip(parts, sizes, strict=True))
-        if context.rotation is not None and self.is_rotary:
-            query, key = rotate(query, context.rotation), rotate(key, context.rotation)
-        return query, key, value
+        if inputs.rotation is not None and self.is_rotary:
+            query, key = rotate(query, inputs.rotation), rotate(key, inputs.rotation)
+        return HeadReads(x, query, key, value)
 
     def widen(self, states: Float[Tensor, "B T G K"]) -> Float[Tensor, "B T H K"]:
         """Repeats heads that serve several of the state's."""
         times = self.layout.heads // states.shape[2]
         return states if times == 1 else states.repeat_interleave(times, dim=2)
 
-    def mix(
-        self,
-        x: Float[Tensor, "B T D"],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        state: Tensor | None,
-        resets: Bool[Tensor, "B T"] | None,
-        lora: Lora,
-        vectors: OwnVectors,
-    ) -> tuple[Float[Tensor, "B T H V"], Tensor]:
-        """Runs the recurrence."""
-        raise NotImplementedError
-
+    @abstractmethod
     def write_matrix(
-        self,
-        x: Float[Tensor, "B T D"],
-        query: Tensor,
-        key: Tensor,
-        resets: Bool[Tensor, "B T"] | None,
-        lora: Lora,
-        vectors: OwnVectors,
+        self, reads: HeadReads, resets: Bool[Tensor, "B T"] | None, lora: Lora, vectors: OwnVectors
     ) -> Float[Tensor, "B H T T"]:
-        """The matrix by which `mix` mixes values."""
-        raise NotImplementedError
+        """Returns the matrix by which `mix` mixes values."""
 
     def finish(
-        self, x: Float[Tensor, "B T D"], mixed: Float[Tensor, "B T H V"], lora: Lora, vectors: OwnVectors
+        self, reads: HeadReads, mixed: Float[Tensor, "B T H V"], lora: Lora, vectors: OwnVectors
     ) -> Float[Tensor, "B T W"]:
-        """Norm, then gate, all heads side by side."""
+        """Norms, then gates the outputs, all heads side by side."""
         if self.norm == "head":
             mixed = self.normalise_heads(mixed, self.vector("heads.scale", vectors) if self.has_scale else None)
         mixed = mixed.flatten(-2)
         if self.norm == "full":
             mixed = self.normalise_heads(mixed, self.vector("heads.scale", vectors))
-        return (
-            mixed if self.gate == "none" else mixed * ACTIVATIONS[self.gate](self.project("g_proj", x, lora, vectors))
-        )
+        if self.gate == "none":
+            return mixed
+        return mixed * ACTIVATIONS[self.gate](self.project("g_proj", reads.x, lora, vectors))

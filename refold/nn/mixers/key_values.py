@@ -1,7 +1,6 @@
 """Keys and values that pass from depth to depth in one forward pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,18 +60,3 @@ class KeyHeads:
 def _head(pair: KeyValue | None, at: int) -> KeyValue:
     assert pair is not None
     return pair[0][:, at : at + 1], pair[1][:, at : at + 1]
-
-
-@dataclass
-class Exchange:
-    """What one depth is given of earlier depths' keys and values in one pass, and what it leaves for later ones.
-
-    Attributes:
-        heads: Of the depth.
-        read: What each of its sources left.
-        made: What it leaves itself: None before its mixer ran, or where it makes nothing.
-    """
-
-    heads: KeyHeads
-    read: tuple[KeyValue, ...] = ()
-    made: KeyValue | None = None

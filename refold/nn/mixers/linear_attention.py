@@ -1,5 +1,7 @@
 """Attention by feature maps instead of a softmax (arXiv 2006.16236), with a window of softmax beside it if asked."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -9,8 +11,9 @@ from refold.families.arch import ArchSpec
 from refold.mixers.linear_attention import LinearAttention
 from refold.mixers.spec import MixerSpec
 from refold.nn.mixers.attention import AttentionMixer
-from refold.nn.mixers.context import MixerContext
-from refold.nn.mixers.memory import Memory, StateView
+from refold.nn.mixers.batch import DepthInputs
+from refold.nn.mixers.memory import StateView
+from refold.nn.mixers.recurrent import StateMixer
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import scalar_decay
 from refold.ops.choice import run
@@ -26,7 +29,27 @@ SMALLEST_SUM = 1e-30
 """What weights are divided by at least: sums of a long key's random features are far below 1 and still exact."""
 
 
-class LinearAttentionMixer(AttentionMixer):
+@dataclass(frozen=True)
+class ScaledReads:
+    """Queries, keys and values of one call; queries and keys carry the root of the attention's scale.
+
+    Attributes:
+        dtype: Of the hidden states.
+        query: `[B, T, H, K]`.
+        key: `[B, T, G, K]`.
+        value: `[B, T, G, K]`.
+        before: `[B, W, 2 G K + 1]`: keys, values and a one of each of the W tokens before this call, all zero where
+            there were none; None without a window.
+    """
+
+    dtype: torch.dtype
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    before: Tensor | None
+
+
+class LinearAttentionMixer(StateMixer, AttentionMixer):
     """Attention's weights with a feature map for queries and one for keys."""
 
     @classmethod
@@ -42,18 +65,27 @@ class LinearAttentionMixer(AttentionMixer):
         self.has_weights = "map_weights.log" in spec.vectors(arch)
         self.root_scale = arch.attention_scale**0.5
 
-    def forward(
-        self, hidden_states: Tensor, view: nn.Module, context: MixerContext, lora: Lora, vectors: OwnVectors
-    ) -> Float[Tensor, "B T D"]:
-        assert isinstance(view, StateView)
-        memory = Memory(context.cache, view.layer_idx)
-        query, key, value = self._read_scaled(hidden_states, context, lora, vectors)
+    def read_inputs(
+        self, hidden_states: Float[Tensor, "B T D"], inputs: DepthInputs, lora: Lora, vectors: OwnVectors
+    ) -> ScaledReads:
+        query, key, value = self._read_scaled(hidden_states, inputs, lora, vectors)
+        before = None
         if self.window:
-            mixed, state = self._mix_with_window(query, key, value, context, memory, vectors)
-        else:
-            mixed, state = self._mix_alone(query, key, value, memory.state(), context.resets, vectors)
-        memory.keep_state(state)
-        return self.write(mixed.to(hidden_states.dtype).flatten(-2), lora, vectors)
+            # The last channel tells tokens from the zeros that stand where there were none.
+            kept = torch.cat((key.flatten(2), value.flatten(2), torch.ones_like(key[..., :1, 0])), dim=-1)
+            before = inputs.memory.exchange(kept, self.window, inputs.resets)
+            if before is None:
+                before = torch.zeros_like(kept[:, :1]).expand(-1, self.window, -1)
+        return ScaledReads(hidden_states.dtype, query, key, value, before)
+
+    def mix(
+        self, reads: ScaledReads, state: Tensor | None, resets: Tensor | None, lora: Lora, vectors: OwnVectors
+    ) -> tuple[Float[Tensor, "B T H V"], Tensor]:
+        run_over = self._mix_alone if reads.before is None else self._mix_with_window
+        return run_over(reads, state, resets, vectors)
+
+    def finish(self, reads: ScaledReads, mixed: Tensor, lora: Lora, vectors: OwnVectors) -> Float[Tensor, "B T W"]:
+        return mixed.to(reads.dtype).flatten(-2)
 
     def features(self, x: Float[Tensor, "B T H K"], name: str, vectors: OwnVectors) -> Float[Tensor, "B T H F"]:
         """Maps queries (`q_map`) or keys (`k_map`)."""
@@ -64,10 +96,10 @@ class LinearAttentionMixer(AttentionMixer):
         return feature_map(self.feature_map, x, directions, weights, is_query)
 
     def matrix(
-        self, hidden_states: Tensor, view: nn.Module, context: MixerContext, lora: Lora, vectors: OwnVectors
+        self, hidden_states: Tensor, view: nn.Module, inputs: DepthInputs, lora: Lora, vectors: OwnVectors
     ) -> Float[Tensor, "B H T T"]:
-        query, key, _ = self._read_scaled(hidden_states, context, lora, vectors)
-        return self.mixing_matrix(query, self._widen(key), context.resets, vectors)
+        query, key, _ = self._read_scaled(hidden_states, inputs, lora, vectors)
+        return self.mixing_matrix(query, self._widen(key), inputs.resets, vectors)
 
     def mixing_matrix(
         self,
@@ -96,23 +128,18 @@ class LinearAttentionMixer(AttentionMixer):
         )
 
     def _read_scaled(
-        self, hidden_states: Tensor, context: MixerContext, lora: Lora, vectors: OwnVectors
+        self, hidden_states: Tensor, inputs: DepthInputs, lora: Lora, vectors: OwnVectors
     ) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = self.read(hidden_states, context.rotation, lora, vectors)
+        query, key, value = self.read(hidden_states, inputs.rotation, lora, vectors)
         return query * self.root_scale, key * self.root_scale, value
 
     def _widen(self, states: Float[Tensor, "B T G K"]) -> Float[Tensor, "B T H K"]:
         return states if self.groups == 1 else states.repeat_interleave(self.groups, dim=2)
 
     def _mix_alone(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        state: Tensor | None,
-        resets: Tensor | None,
-        vectors: OwnVectors,
+        self, reads: ScaledReads, state: Tensor | None, resets: Tensor | None, vectors: OwnVectors
     ) -> tuple[Float[Tensor, "B T H V"], Tensor]:
+        query, key, value = reads.query, reads.key, reads.value
         pieces: list[Tensor] = []
         for rows in cut(query.shape[1], TOKENS_AT_ONCE):
             mapped = (
@@ -136,29 +163,19 @@ class LinearAttentionMixer(AttentionMixer):
         return run(scalar_decay, query, key, value, None, state=state, resets=resets)
 
     def _mix_with_window(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        context: MixerContext,
-        memory: Memory,
-        vectors: OwnVectors,
+        self, reads: ScaledReads, state: Tensor | None, resets: Tensor | None, vectors: OwnVectors
     ) -> tuple[Float[Tensor, "B T H V"], Tensor]:
+        query, key, value, before = reads.query, reads.key, reads.value, reads.before
+        assert before is not None
         batch, tokens = query.shape[:2]
-        numbers = number_documents(context.resets, batch, tokens, query.device)
-        # The last channel tells tokens from the zeros that stand where there were none.
-        kept = torch.cat((key.flatten(2), value.flatten(2), torch.ones_like(key[..., :1, 0])), dim=-1)
-        state = memory.state()
-        before = memory.exchange(kept, self.window, context.resets)
-        if before is None:
-            before = torch.zeros_like(kept[:, :1]).expand(-1, self.window, -1)
+        numbers = number_documents(resets, batch, tokens, query.device)
         width = key.flatten(2).shape[2]
         past_key, past_value, is_real = before.split([width, width, 1], dim=-1)
         keys, values = (
             self._widen(torch.cat((past.unflatten(-1, (-1, self.head_dim)), states), dim=1))
             for past, states in ((past_key, key), (past_value, value))
         )
-        # What is no token of the document that goes on gets a number that no token has.
+        # Slots without a token of the document that goes on get number -1, which no token has.
         past_numbers = torch.where(is_real.squeeze(-1) > 0, 0, -1)
         all_numbers = torch.cat((past_numbers, numbers), dim=1)
         seen = all_numbers[:, 1:].unfold(1, self.window, 1) == numbers.unsqueeze(-1)
@@ -171,7 +188,7 @@ class LinearAttentionMixer(AttentionMixer):
             is_late = (all_numbers[:, rows] == numbers[:, rows])[:, :, None, None]
             late = self.features(keys[:, rows], "k_map", vectors) * is_late
             far, state = self._mix_features(
-                self.features(query[:, rows], "q_map", vectors), late, values[:, rows], state, _of(context.resets, rows)
+                self.features(query[:, rows], "q_map", vectors), late, values[:, rows], state, _of(resets, rows)
             )
             summed = share * near + (1 - share) * far[..., :-1]
             weight = share * near_sum + (1 - share) * far[..., -1:]

@@ -1,15 +1,36 @@
 """Mamba: a selective state-space model with a decay for each channel and state (arXiv 2312.00752)."""
 
+from dataclasses import dataclass
+
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from refold.families.arch import ArchSpec
 from refold.mixers.mamba import Mamba
-from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.batch import DepthInputs
 from refold.nn.mixers.headed import RecurrentMixer
-from refold.nn.mixers.memory import Memory, StateView
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import selective_scan
 from refold.ops.choice import is_single
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The inputs of the scan.
+
+    Attributes:
+        x: The normed hidden states.
+        inner: Convolved inputs, the paper's x.
+        dt: Step sizes, float32.
+        b: The paper's B.
+        c: The paper's C.
+    """
+
+    x: Float[Tensor, "B T D"]
+    inner: Float[Tensor, "B T C"]
+    dt: Float[Tensor, "B T C"]
+    b: Float[Tensor, "B T N"]
+    c: Float[Tensor, "B T N"]
 
 
 class MambaMixer(RecurrentMixer):
@@ -21,25 +42,25 @@ class MambaMixer(RecurrentMixer):
         super().__init__(arch, spec, stores_vectors)
         self.sizes = spec.sizes
 
-    def forward(
-        self, hidden_states: Tensor, view: nn.Module, context: MixerContext, lora: Lora, vectors: OwnVectors
-    ) -> Tensor:
-        assert isinstance(view, StateView)
-        memory = Memory(context.cache, view.layer_idx)
+    def read_inputs(self, hidden_states: Tensor, inputs: DepthInputs, lora: Lora, vectors: OwnVectors) -> Selected:
         normed = self.normalise("input_norm", hidden_states, vectors)
-        inner = self.convolve(self.project("in_proj_x", normed, lora, vectors), context, memory, vectors)
+        inner = self.convolve(self.project("in_proj_x", normed, lora, vectors), inputs, vectors)
         _, size, rank = self.sizes
-        selected = self.project("x_proj", inner, lora, vectors)
-        low, b, c = selected.split([rank, size, size], dim=-1)
+        low, b, c = self.project("x_proj", inner, lora, vectors).split([rank, size, size], dim=-1)
         dt = nn.functional.softplus(self.project("dt_proj", low, lora, vectors).float())
+        return Selected(normed, inner, dt, b, c)
+
+    def mix(
+        self, reads: Selected, state: Tensor | None, resets: Tensor | None, lora: Lora, vectors: OwnVectors
+    ) -> tuple[Tensor, Tensor]:
         a = -self.vector("A_log", vectors).float().exp()
-        state = memory.state()
-        if is_single(inner, state, context.resets):
+        inner, dt, b, c = reads.inner, reads.dt, reads.b, reads.c
+        if is_single(inner, state, resets):
             y, state = selective_scan.step(inner[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state)
-            y = y.unsqueeze(1)
-        else:
-            y, state = selective_scan.chunked(inner, dt, a, b, c, state, context.resets)
-        memory.keep_state(state)
-        y = y + inner * self.vector("D", vectors)
-        y = y * nn.functional.silu(self.project("in_proj_z", normed, lora, vectors))
-        return self.write(y.to(inner.dtype), lora, vectors)
+            return y.unsqueeze(1), state
+        return selective_scan.chunked(inner, dt, a, b, c, state, resets)
+
+    def finish(self, reads: Selected, mixed: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:
+        y = mixed + reads.inner * self.vector("D", vectors)
+        y = y * nn.functional.silu(self.project("in_proj_z", reads.x, lora, vectors))
+        return y.to(reads.inner.dtype)

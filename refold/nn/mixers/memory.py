@@ -1,14 +1,21 @@
-"""What a depth with a recurrent mixer remembers between calls, kept in transformers' cache."""
+"""transformers' caches as a store: layer i of the cache is the memory of depth i."""
 
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from refold.errors import RefoldError
+from refold.nn.mixers.key_values import KeyValue
+from refold.nn.mixers.store import Appended, Memory, Store
 from refold.ops.documents import number_documents
+
+_MADE: "WeakKeyDictionary[Any, dict[int, KeyValue]]" = WeakKeyDictionary()
+"""Cache to the keys and values that depths made once for it; they are no tokens, so no layer of it holds them."""
 
 
 class StateView(nn.Module):
@@ -22,62 +29,56 @@ class StateView(nn.Module):
         return f"layer_idx={self.layer_idx}"
 
 
-class Memory:
-    """One depth's recurrent state and last inputs. Without a cache everything is new and nothing is kept.
+class CacheStore(Store):
+    """A cache as the store of a forward pass. The cache object itself gets no attribute and no method of ours.
 
     Args:
-        cache: Of the model, indexed by depth; or None.
-        layer_idx: Which depth.
-
-    Raises:
-        RefoldError: The cache was not made for this model: it keeps keys and values here.
+        cache: transformers' `Cache`, indexed by depth, or the paged cache of its continuous batching.
     """
 
-    def __init__(self, cache: Cache | None, layer_idx: int):
-        self._layer: LinearAttentionLayer | None = None
-        self._cache = cache
-        if cache is None:
-            return
-        layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-        if not isinstance(layer, LinearAttentionLayer):
-            raise RefoldError(
-                f"cache: a cache made for this model's config is required (got {type(layer).__name__} at "
-                f"depth {layer_idx}); use DynamicCache(config=model.config)"
-            )
-        self._layer = layer
+    def __init__(self, cache: Any):
+        self.cache = cache
+
+    def memory(self, depth: int) -> "CacheMemory":
+        return CacheMemory(self.cache, depth)
 
     @property
-    def is_kept(self) -> bool:
-        """Whether what is written lasts longer than this call."""
-        return self._layer is not None
+    def num_made_bytes(self) -> int:
+        """Bytes of keys and values made once for this cache, those of prefixes."""
+        return sum(states.nbytes for pair in _MADE.get(self.cache, {}).values() for states in pair)
+
+
+class CacheMemory(Memory):
+    """One layer of a cache.
+
+    Args:
+        cache: Of the model.
+        layer_idx: Which depth.
+    """
+
+    def __init__(self, cache: Any, layer_idx: int):
+        self._cache, self._layer_idx = cache, layer_idx
+
+    def append(self, key: Tensor, value: Tensor, extra: Mapping[str, Any]) -> Appended:
+        if isinstance(self._cache, Cache):
+            return Appended(*self._cache.update(key, value, self._layer_idx), extra)
+        # A paged cache writes the layer's own arguments of the back-end into the dictionary it is given.
+        arguments = dict(extra)
+        return Appended(*self._cache.update(key, value, self._layer_idx, kwargs=arguments), arguments)
 
     def state(self) -> Tensor | None:
-        """Returns the recurrent state that earlier calls left, or None."""
-        if self._layer is None or not self._layer.has_previous_state[0]:
-            return None
-        return self._layer.recurrent_states[0]
+        layer = self._layer()
+        return layer.recurrent_states[0] if layer.has_previous_state[0] else None
 
     def keep_state(self, state: Tensor) -> None:
-        """Keeps the state after this call's last token."""
-        if self._cache is not None and self._layer is not None:
-            # Its own refusal comes after layers before this one were cropped, and asks for what would not help.
-            self._cache.crop = _refuse_to_crop  # pyright: ignore[reportAttributeAccessIssue]
-            if not self._layer.has_previous_state[0]:
-                # What marks a layer as used is its last inputs; a mixer without any keeps an empty one.
-                self._layer.update_conv_state(state.new_zeros(len(state), 1, 1))
-            self._layer.update_recurrent_state(state)
+        layer = self._layer()
+        if not layer.has_previous_state[0]:
+            # What marks a layer as used is its last inputs; a mixer without any keeps an empty one.
+            layer.update_conv_state(state.new_zeros(len(state), 1, 1))
+        layer.update_recurrent_state(state)
 
-    def exchange(
-        self, inputs: Float[Tensor, "B T C"], width: int, resets: Bool[Tensor, "B T"] | None
-    ) -> Float[Tensor, "B W C"] | None:
-        """Returns the `width` inputs before these, oldest first, and keeps the last `width` of all.
-
-        Zeros stand where there were none. Of what is kept only the document that goes on is left, the rest is zeros as
-        well. None where there was nothing before.
-        """
-        if self._layer is None:
-            return None
-        layer = self._layer
+    def exchange(self, inputs: Tensor, width: int, resets: Tensor | None) -> Tensor | None:
+        layer = self._layer()
         before = layer.conv_states[0] if layer.has_previous_state[0] else None
         columns = inputs.transpose(1, 2)
         if not layer.is_conv_states_initialized[0]:
@@ -92,12 +93,24 @@ class Memory:
         layer.update_conv_state(columns)
         return earlier
 
+    def once(self, make: Callable[[], KeyValue]) -> KeyValue:
+        # Where gradients are wanted, or code is being compiled, they are made anew.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        made = _MADE.setdefault(self._cache, {})
+        if self._layer_idx not in made:
+            made[self._layer_idx] = make()
+        return made[self._layer_idx]
 
-def _refuse_to_crop(*_: Any) -> NoReturn:
-    raise RefoldError(
-        "crop: a cache of keys and values alone is required (got recurrent states, which cannot be taken back); read "
-        "the shorter text anew, or go on from a copy.deepcopy of the cache from before"
-    )
+    def _layer(self) -> LinearAttentionLayer:
+        layers = getattr(self._cache, "layers", ())
+        layer = layers[self._layer_idx] if self._layer_idx < len(layers) else None
+        if not isinstance(layer, LinearAttentionLayer):
+            raise RefoldError(
+                f"cache: a cache made for this model's config is required (got {type(layer).__name__} at "
+                f"depth {self._layer_idx}); use DynamicCache(config=model.config)"
+            )
+        return layer
 
 
 def count_tokens(cache: Cache | None, counting_depth: int | None, hidden_states: Float[Tensor, "B T D"]) -> None:

@@ -6,7 +6,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from refold.families.arch import ArchSpec
 from refold.mixers.spec import MixerSpec
-from refold.nn.mixers.context import MixerContext
+from refold.nn.mixers.batch import DepthInputs
+from refold.nn.mixers.key_values import KeyValue
 from refold.nn.part import Lora, OwnVectors, StoredPart
 
 
@@ -14,7 +15,7 @@ class Mixer(StoredPart):
     """A stored part that moves information between tokens.
 
     Attributes:
-        num_matrix_heads: heads of the token-mixing matrix that `matrix` writes down; None: there is no such matrix.
+        num_matrix_heads: Heads of the token-mixing matrix that `matrix` returns; None: there is no such matrix.
     """
 
     num_matrix_heads: int | None = None
@@ -33,24 +34,29 @@ class Mixer(StoredPart):
         self,
         hidden_states: Float[Tensor, "B T D"],
         view: nn.Module,
-        context: MixerContext,
+        inputs: DepthInputs,
         lora: Lora,
         vectors: OwnVectors,
-    ) -> Float[Tensor, "B T D"]:
-        """Returns what the mixer adds to the residual stream at the depth whose view is given."""
+    ) -> tuple[Float[Tensor, "B T D"], KeyValue | None]:
+        """Runs the mixer at the depth whose view is given.
+
+        Returns:
+            The update of the residual stream; and the keys and values the depth makes, where later depths may read them
+            (None where it makes none).
+        """
         raise NotImplementedError
 
     def matrix(
         self,
         hidden_states: Float[Tensor, "B T D"],
         view: nn.Module,
-        context: MixerContext,
+        inputs: DepthInputs,
         lora: Lora,
         vectors: OwnVectors,
     ) -> Float[Tensor, "B H T T"]:
-        """Writes down the matrix by which the mixer mixes tokens, for mixers whose `num_matrix_heads` is not None.
+        """Returns the matrix by which the mixer mixes tokens, for mixers whose `num_matrix_heads` is not None.
 
-        Row t holds what token t takes from each token, head by head. Arguments are those of `forward`, without a cache
-        and without padding: windows and documents are kept apart, other masks are not looked at.
+        Row t holds the weight of each token in the output of token t, head by head. Arguments are those of `forward`,
+        without a cache and without padding: windows and documents are kept apart, other masks are ignored.
         """
         raise NotImplementedError

@@ -1,36 +1,11 @@
 """A depth's prefix: keys and values that every token attends to, wherever it stands."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from refold.errors import RefoldError
-from refold.nn.mixers.context import MixerContext
 from refold.nn.mixers.key_values import KeyValue
-
-_KEPT = "refold_prefixes"
-
-
-def once(context: MixerContext, layer_idx: int, make: Callable[[Tensor], KeyValue]) -> KeyValue:
-    """Returns a prefix's keys and values, which are made once for each cache: they depend on nothing but weights.
-
-    Where gradients are wanted, or code is being compiled, they are made anew.
-
-    Args:
-        context: Of the depth, with its prefix.
-        layer_idx: Which depth.
-        make: From the prefix to its keys and values.
-    """
-    assert context.prefix is not None
-    if context.cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return make(context.prefix)
-    # Not in a cache layer: these are no tokens, and sequences come and go without them.
-    kept = vars(context.cache).setdefault(_KEPT, {})
-    if layer_idx not in kept:
-        kept[layer_idx] = make(context.prefix)
-    return kept[layer_idx]
 
 
 def put_before(

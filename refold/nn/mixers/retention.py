@@ -8,6 +8,7 @@ from torch import Tensor
 from refold.families.arch import ArchSpec
 from refold.mixers.retention import Retention
 from refold.nn.mixers.headed import HeadedMixer
+from refold.nn.mixers.recurrent import HeadReads
 from refold.nn.part import Lora, OwnVectors
 from refold.ops import scalar_decay
 from refold.ops.choice import run
@@ -37,22 +38,12 @@ class RetentionMixer(HeadedMixer):
             self.query_scale = 1.0
 
     def mix(
-        self,
-        x: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        state: Tensor | None,
-        resets: Tensor | None,
-        lora: Lora,
-        vectors: OwnVectors,
+        self, reads: HeadReads, state: Tensor | None, resets: Tensor | None, lora: Lora, vectors: OwnVectors
     ) -> tuple[Tensor, Tensor]:
-        query, key, value = self.widen(query) * self.query_scale, self.widen(key), self.widen(value)
-        decay = torch.tensor(self.log_decay, device=query.device)
+        query, key = self.widen(reads.query) * self.query_scale, self.widen(reads.key)
+        value, decay = self.widen(reads.value), torch.tensor(self.log_decay, device=query.device)
         return run(scalar_decay, query, key, value, decay, state=state, resets=resets)
 
-    def write_matrix(
-        self, x: Tensor, query: Tensor, key: Tensor, resets: Tensor | None, lora: Lora, vectors: OwnVectors
-    ) -> Tensor:
-        decay = torch.tensor(self.log_decay, device=query.device)
-        return scalar_decay.matrix(self.widen(query) * self.query_scale, self.widen(key), decay, resets)
+    def write_matrix(self, reads: HeadReads, resets: Tensor | None, lora: Lora, vectors: OwnVectors) -> Tensor:
+        query, key = self.widen(reads.query) * self.query_scale, self.widen(reads.key)
+        return scalar_decay.matrix(query, key, torch.tensor(self.log_decay, device=query.device), resets)

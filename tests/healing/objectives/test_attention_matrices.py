@@ -34,9 +34,9 @@ def test_the_matrix_is_what_eager_attention_multiplies_values_by(fold, documents
     with torch.no_grad():
         found = observe(fold(variant, STRICT, attn_implementation="eager"), *inputs, wants)
         student = fold(variant, STRICT, attn_implementation="sdpa")
-        contexts = student.model.contexts(found.streams[0], position_ids=documents.position_ids)
+        batch = student.model.batch(found.streams[0], position_ids=documents.position_ids)
         for depth, weights in found.attentions.items():
-            matrix = write_matrix(student, depth, found.streams[depth], contexts)
+            matrix = write_matrix(student, depth, found.streams[depth], batch)
             torch.testing.assert_close(matrix, weights)
             torch.testing.assert_close(matrix.sum(-1), torch.ones_like(matrix[..., 0]))
             assert not matrix[~documents.mask.expand_as(matrix)].any()
@@ -47,13 +47,13 @@ def test_the_matrix_is_what_eager_attention_multiplies_values_by(fold, documents
 
 def test_the_matrix_is_soft_capped(fold, documents):
     student = fold()
-    contexts = student.model.contexts(student.model.embed_tokens(documents.input_ids))
+    batch = student.model.batch(student.model.embed_tokens(documents.input_ids))
     stream = student.model.embed_tokens(documents.input_ids)
-    plain = write_matrix(student, 0, stream, contexts)
+    plain = write_matrix(student, 0, stream, batch)
     depth, mixer = student.model.depths[0], student.model.mixers[0]
     depth.view.softcap = 1.5
-    capped = write_matrix(student, 0, stream, contexts)
-    query, key, _ = mixer.read(stream, contexts[None, 0].rotation, {}, None)
+    capped = write_matrix(student, 0, stream, batch)
+    query, key, _ = mixer.read(stream, batch.rotations[0], {}, None)
     scores = torch.einsum("bqhk,bshk->bhqs", query, key.repeat_interleave(2, dim=2)) * depth.view.scaling
     seen = torch.ones(16, 16).tril().bool()
     reference = (1.5 * torch.tanh(scores / 1.5)).masked_fill(~seen, -torch.inf).softmax(-1)

@@ -1,0 +1,87 @@
+"""Rows of one batch that stand at different depths, run together through the parts they share."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from refold.errors import RefoldError
+from refold.modeling.depth import Depth, Parts
+from refold.modeling.owned_tensors import join_owned
+from refold.nn.mixers.batch import Batch
+from refold.nn.mixers.store import NOTHING_KEPT, Store
+
+
+class RowRange(NamedTuple):
+    """A run of neighbouring rows.
+
+    Attributes:
+        depths: The depths they run.
+        num_rows: How many rows.
+    """
+
+    depths: range
+    num_rows: int
+
+
+def run_rows(
+    modules: Sequence[Depth],
+    parts_of: Callable[[Depth], Parts],
+    rows: Sequence[RowRange],
+    hidden_states: Float[Tensor, "B T D"],
+    batch: Batch,
+    store: Store | None,
+) -> Float[Tensor, "B T D"]:
+    """Runs each row through its range of depths; arguments as for `RefoldModel.run_rows`.
+
+    Args:
+        modules: The stack's depths.
+        parts_of: Returns the parts a depth runs.
+        rows: Runs of rows.
+        hidden_states: The residual stream.
+        batch: Of the pass.
+        store: Memory for each row; None: nothing is kept.
+
+    Raises:
+        RefoldError: The depths cannot run together.
+    """
+    ends = [sum(each.num_rows for each in rows[: place + 1]) for place in range(len(rows))]
+    if not rows or ends[-1] != len(hidden_states) or len({len(each.depths) for each in rows}) != 1:
+        told = ", ".join(f"{each.num_rows} rows at {each.depths.start}..{each.depths.stop - 1}" for each in rows)
+        raise RefoldError(
+            f"rows: ranges of one length for all {len(hidden_states)} rows are required (got {told}); split the call"
+        )
+    slices = [slice(end - each.num_rows, end) for end, each in zip(ends, rows, strict=True)]
+    for indices in zip(*(each.depths for each in rows), strict=True):
+        depths = [modules[index] for index in indices]
+        _require_alike(depths)
+        memory = NOTHING_KEPT if store is None else store.row_memory(list(zip(indices, slices, strict=True)))
+        first, owned = depths[0], join_owned(slices, [depth.owned() for depth in depths])
+        hidden_states, _ = first.compute(hidden_states, parts_of(first), first.inputs(batch, memory), owned)
+    return hidden_states
+
+
+def _require_alike(depths: Sequence[Depth]) -> None:
+    """Refuses depths that differ in something other than adapters, norms and biases."""
+    first = depths[0]
+    for depth in depths[1:]:
+        for name in ("mixer", "mlp", "window", "rope", "vectors", "gain"):
+            ours, theirs = getattr(first.spec, name), getattr(depth.spec, name)
+            if ours != theirs:
+                raise RefoldError(
+                    f"rows: depths that run the same parts alike are required (depth {first.index} has {name} {ours}, "
+                    f"depth {depth.index} {theirs}); run their rows by themselves"
+                )
+    for depth in depths if len(depths) > 1 else ():
+        if depth.heads is not None or depth.prefix is not None:
+            raise RefoldError(
+                f"rows: depths without shared keys and without prefixes are required (depth {depth.index} has some); "
+                f"run its rows by themselves"
+            )
+        others = [name for name in depth.own_names() if not name.endswith(("_norm.weight", "_norm.bias", "_proj.bias"))]
+        if others:
+            raise RefoldError(
+                f"rows: depths whose own vectors are norms and biases are required (depth {depth.index} has "
+                f"{others[0]}); run its rows by themselves"
+            )

@@ -1,0 +1,107 @@
+"""The interface between mixers and caches: a store has a memory for each depth."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from refold.errors import RefoldError
+from refold.nn.mixers.key_values import KeyValue
+
+
+class Appended(NamedTuple):
+    """Keys and values after a call's own were appended.
+
+    Attributes:
+        key: `[B, G, S, K]` of all S tokens that are attended to.
+        value: Likewise.
+        extra: Arguments of the attention back-end; a paged cache adds its own for this depth.
+    """
+
+    key: Tensor
+    value: Tensor
+    extra: Mapping[str, Any]
+
+
+class Memory(ABC):
+    """One depth's keys and values, or recurrent state and last inputs, between calls."""
+
+    @abstractmethod
+    def append(
+        self, key: Float[Tensor, "B G T K"], value: Float[Tensor, "B G T K"], extra: Mapping[str, Any]
+    ) -> Appended:
+        """Appends keys and values and returns those of all tokens.
+
+        Args:
+            key: Of this call's tokens.
+            value: Of this call's tokens.
+            extra: Arguments of the attention back-end, which are not changed.
+        """
+
+    @abstractmethod
+    def state(self) -> Tensor | None:
+        """Returns the recurrent state that earlier calls left, or None."""
+
+    @abstractmethod
+    def keep_state(self, state: Tensor) -> None:
+        """Keeps the recurrent state after this call's last token."""
+
+    @abstractmethod
+    def exchange(
+        self, inputs: Float[Tensor, "B T C"], width: int, resets: Bool[Tensor, "B T"] | None
+    ) -> Float[Tensor, "B W C"] | None:
+        """Returns the `width` inputs before these, oldest first, and keeps the last `width` of all.
+
+        Zeros stand where there were none. Of the inputs that are kept, those of earlier documents are zeros too.
+        Returns None where there was nothing before.
+        """
+
+    @abstractmethod
+    def once(self, make: Callable[[], KeyValue]) -> KeyValue:
+        """Returns keys and values that depend on weights alone; a store that lasts makes them once."""
+
+
+class Store(ABC):
+    """The memories of all depths for the rows of a batch. Engines with pools of their own implement it."""
+
+    @abstractmethod
+    def memory(self, depth: int) -> Memory:
+        """Returns the memory of one depth, for all rows."""
+
+    def row_memory(self, depths: Sequence[tuple[int, slice]]) -> Memory:
+        """Returns the memory of rows that stand at several depths.
+
+        Args:
+            depths: Depth and the rows that stand there, in order.
+
+        Raises:
+            RefoldError: The store keeps rows of one depth together.
+        """
+        raise RefoldError(
+            f"store: rows at several depths need a store with memory for each row (got {type(self).__name__}); run "
+            f"each depth's rows by themselves"
+        )
+
+
+class NothingKept(Memory):
+    """The memory of a pass without a cache: all tokens are in this call."""
+
+    def append(self, key: Tensor, value: Tensor, extra: Mapping[str, Any]) -> Appended:
+        return Appended(key, value, extra)
+
+    def state(self) -> Tensor | None:
+        return None
+
+    def keep_state(self, state: Tensor) -> None:
+        pass
+
+    def exchange(self, inputs: Tensor, width: int, resets: Tensor | None) -> Tensor | None:
+        return None
+
+    def once(self, make: Callable[[], KeyValue]) -> KeyValue:
+        return make()
+
+
+NOTHING_KEPT = NothingKept()

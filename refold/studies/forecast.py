@@ -1,0 +1,76 @@
+"""Forecasts a run: what it is going to make, and for how long it trains and evaluates."""
+
+from dataclasses import dataclass
+
+from refold.errors import HealError
+from refold.healing.defaults import complete_stage, describe_stage
+from refold.healing.probe import describe_duration, probe
+from refold.studies.baselines import BASELINES, whole_model_stages
+from refold.studies.job import RunJob
+from refold.studies.run import describe_size
+
+FORWARD_SHARE = 4
+"""A training step takes as long as so many forward passes: three of the student's, one of the teacher's."""
+READINGS = 2
+"""Windows overlap by half, so each evaluated token is read twice."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run is going to do.
+
+    Attributes:
+        lines: For the user.
+        heal_hours: For all arms that are healed; None: could not be measured.
+        evaluate_hours: For all evaluations.
+    """
+
+    lines: tuple[str, ...]
+    heal_hours: float | None
+    evaluate_hours: float | None
+
+    @property
+    def line(self) -> str:
+        """The forecast as text."""
+        return "\n".join(self.lines)
+
+
+def forecast(job: RunJob) -> Forecast:
+    """Returns what a run is going to do; a few training steps of the source tell its speed. Nothing is written.
+
+    Args:
+        job: From `read_job`.
+
+    Raises:
+        RefoldError: As the run's own first steps would.
+    """
+    costs, tokens = job.plan.cost, job.settings.eval_tokens or 0
+    healed = [name for name in job.baselines if BASELINES[name].scheme is None]
+    lines = [
+        f"folded by {job.name}: {describe_size(costs.target.weight_bytes / costs.source.weight_bytes)}",
+        f"baselines: {', '.join(job.baselines) or 'none'}",
+        f"evaluation: up to {tokens:,} held-out tokens for each model, unhealed and healed (--eval-tokens)",
+    ]
+    if not job.stages:
+        lines.append("healing: none, so no time can be told")
+        return Forecast(tuple(lines), None, None)
+    # Parts of a fold that train alone have no counterpart in the source.
+    stages = whole_model_stages(job.stages)
+    try:
+        found = probe(job.source, job.train, stages, device=job.settings.device, quiet=True)
+    except HealError as error:
+        lines.append(f"time: unknown, because the source itself cannot be trained so ({error})")
+        return Forecast(tuple(lines), None, None)
+    arms = 1 + len(healed)
+    num_evaluations = 2 + len(job.baselines) + 1  # the folded model twice, the source once for all
+    positions = job.plan.blueprint.arch.max_position_embeddings
+    heal_hours = found.hours * arms
+    evaluate_hours = num_evaluations * READINGS * tokens / (FORWARD_SHARE * found.tokens_per_second) / 3600
+    lines += [
+        f"healing: {job.tokens:,} tokens for each of {arms} models ({', '.join(['folded', *healed])})",
+        *(describe_stage(complete_stage(stage, positions)) for stage in job.stages),
+        f"time: about {describe_duration(heal_hours)} of healing and {describe_duration(evaluate_hours)} of "
+        f"evaluation, by {found.tokens_per_second:,.0f} tokens/s of the source in training; converting comes on top",
+        *job.notes,
+    ]
+    return Forecast(tuple(lines), heal_hours, evaluate_hours)
