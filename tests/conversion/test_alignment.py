@@ -237,7 +237,7 @@ def test_scaled_means_have_the_mean_norm(make_source, tmp_path, relax):
         ),
         (
             {"fold": {**FOLD, "scale": "norm"}, "relax": {"rank": 2}},
-            r"fold\.scale: norm is for means that nothing is fitted to \(got relax\.init svd",
+            r"fold\.scale: must be none where weights are fitted \(got norm with relax\.init svd",
         ),
         (
             {"fold": {**FOLD, "scale": "norm"}, "factor": {"parameters": 0.4, "weight": "none"}},

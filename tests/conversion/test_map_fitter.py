@@ -172,7 +172,7 @@ def test_a_fit_to_text_without_text_is_refused(source: Path, tmp_path: Path) -> 
 
 
 def test_a_fit_of_fresh_queries_is_refused_when_planned(source: Path) -> None:
-    with pytest.raises(RecipeError, match=r"at depth 0 \(got fresh ones\); name q_proj and k_proj in transfer"):
+    with pytest.raises(RecipeError, match=r"at depth 0 \(got fresh ones\); add q_proj and k_proj to transfer"):
         plan(source, swap(fit="data_free", transfer=["v_proj", "o_proj", "mlp"]), allow_larger=True)
 
 

@@ -65,7 +65,7 @@ def test_the_text_part_is_converted_and_the_rest_is_named(source: Path, tmp_path
     assert len(ignored) == 2
     for part in ("vision_tower", "multi_modal_projector"):
         (line,) = (line for name, line in ignored.items() if part in name)
-        assert line.reason == "refold takes the text part only"
+        assert line.reason == "refold uses only the text part"
     tokens = torch.randint(2, 90, (2, 24), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         ours = load_model(tmp_path / "out", device="cpu")(tokens).logits

@@ -18,8 +18,8 @@ from refold.families.unsupported import REASONS
         ({"model_type": "newbert", "architectures": ["NewForMaskedLM"]}, "an encoder: it predicts no next token"),
         ({"model_type": "t5"}, "an encoder-decoder"),
         ({"model_type": "newseq", "is_encoder_decoder": True}, "an encoder-decoder"),
-        ({"model_type": "gpt2"}, "a decoder whose tensors refold has no table for yet"),
-        ({"model_type": "llava"}, "no model of text alone"),
+        ({"model_type": "gpt2"}, "a decoder whose tensor names refold does not know yet"),
+        ({"model_type": "llava"}, "not a text-only model"),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else None,
 )

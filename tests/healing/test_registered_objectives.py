@@ -59,7 +59,7 @@ def test_a_stage_with_one_survives_being_written_down() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match="the name of an objective is required"):
+    with pytest.raises(ValueError, match="must be the name of an objective"):
         HealStage(objective=Text, tokens=64)  # pyright: ignore
     with pytest.raises(ValueError, match="factr"):
         HealStage(objective={"text": {"factr": 2}}, tokens=64)  # pyright: ignore

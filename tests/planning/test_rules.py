@@ -24,7 +24,7 @@ BROKEN = [
     ),
     (
         {"fold": {**FOLD, "init": "average", "scale": "norm"}, "relax": {"rank": 2, "init": "svd"}},
-        r"fold\.scale: norm is for means that nothing is fitted to \(got relax\.init svd",
+        r"fold\.scale: must be none where weights are fitted \(got norm with relax\.init svd",
     ),
     (
         {"weights": "fresh", "fold": FOLD, "relax": {"rank": 2, "init": "svd"}},
