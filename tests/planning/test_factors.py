@@ -69,7 +69,7 @@ REFUSED = [
     ),
     (
         {"factor": BASIS, "fold": {**FOLD, "init": "stepwise"}},
-        r"fold\.init: must be average where factor\.share is basis.*\(got stepwise\); leave fold\.init out",
+        r"fold\.init: must be average where factor\.share is basis.*\(got stepwise\); remove fold\.init",
     ),
     (
         {"factor": BASIS, "fold": FOLD, "calibration": {"order": "sequential"}},
