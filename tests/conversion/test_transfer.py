@@ -164,7 +164,7 @@ def test_norms_and_scale_of_every_family_go_with_the_mixer(make_source, tmp_path
 
 
 def test_a_window_beside_features_is_refused_where_the_source_caps_its_scores(make_source):
-    with pytest.raises(RecipeError, match=r"mixers\[0\].window: must be 0 where the source caps its attention \(got 4\)"):
+    with pytest.raises(RecipeError, match=r"window: must be 0 where the source caps its attention scores \(got 4\)"):
         make_plan(make_source("gemma2"), {"mixers": [{"type": "linear_attention", "window": 4}]})
 
 

@@ -249,7 +249,7 @@ def test_layers_that_differ_cannot_be_written_as_a_family_of_equal_layers():
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("gemma2", {"window": 5}, r"gemma2: all windows must have one size to be written as gemma2 \(got \[5, 4096\]\)"),
+        ("gemma2", {"window": 5}, r"gemma2: all windows must have one size .* \(got \[5, 4096\]\)"),
         ("qwen2", {"rope": Rope(theta=9.0, rotary_dim=8)}, r"qwen2: all layers must have one rope to be written as"),
         ("gemma3_text", {"rope": None}, r"gemma3_text: all layers with a window must have one rope to be written"),
     ],
