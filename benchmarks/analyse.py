@@ -1,10 +1,10 @@
-"""Peak memory of analysing and planning a checkpoint of Llama-7B's shape, layer by layer.
+"""Peak memory of analysing and planning a checkpoint with the shape of Llama-7B.
 
     python benchmarks/analyse.py --layers 4 32 --tokens 64
 
-Makes checkpoints of that shape with random weights (400 MB for each layer, and 0.5 GB) in a temporary folder unless
---work names one, which then keeps them for the next run; of two numbers of layers, so that what grows with them shows.
-Every part runs in a process of its own. Moments of gradients take 2 GB of disk for each layer.
+Makes two checkpoints with different numbers of layers, so that growth with the number of layers is visible. Their
+weights are random (400 MB per layer, and 0.5 GB). They are in a temporary folder, or in the folder of --work, which
+keeps them for the next run. Every part runs in its own process. Moments of gradients take 2 GB of disk per layer.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def main() -> int:
 
 
 def run_part(part: str, source: Path, out: Path, options: argparse.Namespace) -> ProcessRun:
-    """Runs one part in a process of its own."""
+    """Runs one part in its own process."""
     size = [str(options.tokens), str(options.context)]
     if part == "plan":
         return run_python(["-m", "refold.cli", "plan", str(source)])

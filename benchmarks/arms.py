@@ -1,7 +1,6 @@
-"""Arms of a study: each trained at several learning rates, then at the best of them for every seed.
+"""Arms of a study: each is trained at several learning rates, and then at the best rate for every seed.
 
-Every run is one folder under `--work`, and one that is there is not run again, so a study goes on where it was
-interrupted.
+Every run is one folder under `--work`. An existing run is not repeated, so an interrupted study continues.
 """
 
 import argparse
@@ -23,6 +22,7 @@ from page import commit
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation, read_evaluation
+from refold.evaluation.settings import EvaluationSettings
 from refold.fields import read_amount
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
@@ -30,7 +30,7 @@ from refold.recipe.heal import HealStage
 
 
 def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """The arguments of every study; defaults are those that studies differ in, by name."""
+    """Returns a parser for the common arguments of studies; `defaults` are the values that differ between studies."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True)
     parser.add_argument("--train", type=Path, required=True)
@@ -50,10 +50,10 @@ def make_parser(description: str | None, **defaults: Any) -> argparse.ArgumentPa
 
 
 def measure(model: Path, path: Path, given: argparse.Namespace) -> Evaluation:
-    """Evaluates against the source, once."""
+    """Evaluates a model against the source, unless a result exists."""
     if not path.exists():
-        options = {"context": given.context, "max_tokens": given.eval_tokens, "dtype": given.dtype}
-        evaluate(model, given.held_out, against=_reference(given.source, given.dtype), **options).write(path)
+        settings = EvaluationSettings(context=given.context, max_tokens=given.eval_tokens, dtype=given.dtype)
+        evaluate(model, given.held_out, settings, against=_reference(given.source, given.dtype)).write(path)
     return read_evaluation(path)
 
 
@@ -63,14 +63,14 @@ def _reference(source: str, dtype: str | None) -> Reference:
 
 
 class Run(NamedTuple):
-    """What came of one training: its evaluation, and held-out bits per byte by tokens where they were followed."""
+    """The result of one training: its evaluation, and, if measured, held-out bits per byte by number of tokens."""
 
     found: Evaluation
     curve: list[tuple[int, float]]
 
 
 class Chosen(NamedTuple):
-    """All runs of an arm: by learning rate on the first seed, the best rate, and by seed at that rate."""
+    """All runs of an arm: by learning rate for the first seed, the best rate, and by seed at this rate."""
 
     sweep: dict[float, Evaluation]
     rate: float
@@ -82,11 +82,11 @@ class Arm:
     """One way to train a model.
 
     Attributes:
-        start: The model before.
-        folder: Of its runs.
-        stages: From learning rate, seed and tokens to what is trained.
-        given: The study's arguments.
-        is_followed: Whether whole runs are measured on the way. Of such a study only figures are kept, no weights.
+        start: The model before training.
+        folder: Folder of the arm's runs.
+        stages: Function from learning rate, seed and tokens to the healing stages.
+        given: Arguments of the study.
+        is_followed: Whether whole runs are evaluated during training. Such a study keeps figures but no weights.
     """
 
     start: Path
@@ -102,7 +102,7 @@ class Arm:
         return Chosen(sweep, best, {seed: self.train(best, seed, given.tokens) for seed in given.seeds})
 
     def train(self, rate: float, seed: int, tokens: int) -> Run:
-        """Trains and evaluates one run, once."""
+        """Trains and evaluates one run, unless its result exists."""
         name = f"lr{rate:g}-seed{seed}-{tokens}"
         out, result, curve = (self.folder / f"{name}{end}" for end in ("", ".json", ".curve.json"))
         if not (curve if self.is_followed else result).exists():
@@ -127,7 +127,7 @@ def arm_folder(work: Path, name: str) -> Path:
 
 
 def machine() -> dict[str, str]:
-    """Where a study ran."""
+    """Returns a description of the machine of a study."""
     return {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "python": platform.python_version(),
@@ -136,7 +136,7 @@ def machine() -> dict[str, str]:
 
 
 def command_lines() -> list[str]:
-    """The end of a page: where it was made, and by what."""
+    """Returns the end of a page: machine and command lines."""
     told = machine()
     command = shlex.join(argument if "/" not in argument else Path(argument).name for argument in sys.argv[1:])
     return [

@@ -1,9 +1,9 @@
-"""Conversion: its memory, its time beside a copy of the bytes, and its SVD beside LAPACK's.
+"""Memory of conversion, its time compared with a copy of the bytes, and its SVD compared with LAPACK's.
 
     python benchmarks/convert.py --write docs/results/convert.md
 
-Makes checkpoints of TinyLlama-1.1B's shape with 22 and 44 layers (7 GB on disk at most, in a temporary folder unless
---work names one, which then keeps them for the next run).
+Makes checkpoints of TinyLlama-1.1B's shape with 22 and 44 layers (at most 7 GB on disk). They are in a temporary
+folder, or in the folder of --work, which keeps them for the next run.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def measure_memory(page: Page, work: Path, layers: Sequence[int], seed: int) -> ProcessRun:
-    """Peak anonymous memory of `refold convert` in a process of its own; returns the run of the smaller checkpoint."""
+    """Measures the peak anonymous memory of `refold convert`, and returns the run of the smaller checkpoint."""
     bare = run_python(["-c", "pass"])
     imports = run_python(["-c", "import refold.conversion.convert"])
     runs, kept = {}, {}
@@ -102,7 +102,7 @@ def measure_memory(page: Page, work: Path, layers: Sequence[int], seed: int) -> 
 
 
 def measure_strict(page: Page, source: Path, work: Path, rounds: int) -> None:
-    """Strict conversion beside copies of the source's and of the target's bytes."""
+    """Measures strict conversion beside copies of the source's and of the target's bytes."""
     out, copied, reference = work / "strict", work / "copy", work / "reference"
     convert(source, reference, "recursive")
 
@@ -147,7 +147,7 @@ def measure_strict(page: Page, source: Path, work: Path, rounds: int) -> None:
 
 
 def measure_svd(page: Page, source: Path, layers: int, rounds: int, relaxed: ProcessRun | None) -> None:
-    """Truncated SVD of one residual per shape beside LAPACK's full one."""
+    """Measures the truncated SVD of one residual per shape beside LAPACK's full SVD."""
     shapes: dict[tuple[int, int], Linear] = {}
     for linear in LINEARS:
         shapes.setdefault(linear.shape, linear)

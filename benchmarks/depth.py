@@ -1,9 +1,9 @@
-"""What a model's layers are worth: nats per token lost where one, or two of them, are left out and nothing is healed.
+"""Loss in nats per token of a model without one or two of its layers, unhealed.
 
     python benchmarks/depth.py MODEL --held-out TEXT [--write PAGE]
 
-A base in which two layers can go for next to nothing flatters pruning, and cannot decide what recursion is worth.
-Single layers are tried on all windows, pairs on part of them; the pairs that cost least there, then on all.
+A base model that loses almost nothing without two layers favours pruning, and cannot show the benefit of recursion.
+Single layers are measured on all windows. Pairs are measured on a part of them, and the best pairs then on all.
 """
 
 import os
@@ -36,7 +36,7 @@ NUM_FINALISTS = 5
 
 
 class Depths:
-    """A model's layers, to be left out and put back."""
+    """The layers of a model, which can be removed and put back."""
 
     def __init__(self, model: PreTrainedModel):
         self._stack: Any = model.base_model
@@ -58,7 +58,7 @@ class Depths:
 
 
 def read_windows(folder: Path, held_out: Path, context: int, count: int) -> Tensor:
-    """Returns `[windows, context]` token ids, evenly out of the whole text."""
+    """Returns `[windows, context]` token ids at equal distances from the whole text."""
     tokens = tokenise(open_data(held_out), load_tokenizer(folder), budget=None, seed=None).tokens
     windows = torch.from_numpy(tokens[: len(tokens) // context * context].astype("int64")).view(-1, context)
     return windows[:: max(1, len(windows) // count)][:count]

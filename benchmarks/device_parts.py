@@ -1,4 +1,4 @@
-"""The parts of the GPU bench: kernels, models, compiled generation, training, sharded training."""
+"""Parts of the GPU benchmark: kernels, models, compiled generation, training, sharded training."""
 
 import contextlib
 import importlib.util
@@ -62,12 +62,12 @@ SHAPE_135M = {
 
 
 class Bench:
-    """A device, sizes that suit it, and a folder with the models that parts share.
+    """A device, sizes for it, and a folder with the models of all parts.
 
     Args:
         device: `cuda`, or `cpu` for the rehearsal.
-        work: Folder for models; what is there is used again.
-        seed: Of all random weights and tokens.
+        work: Folder for models; existing models are used again.
+        seed: Seed of all random weights and tokens.
     """
 
     def __init__(self, device: str, work: Path, seed: int):
@@ -107,7 +107,9 @@ class Bench:
         """Returns the folder of a fold, made at the first call."""
         folder = self.work / f"{source.name}-{name}"
         if not folder.exists():
-            refold.convert(source, folder, {**recipe, "seed": self.seed}, allow_larger=True)
+            refold.convert(
+                source, folder, {**recipe, "seed": self.seed}, options=refold.ConvertOptions(allow_larger=True)
+            )
         return folder
 
     def prompts(self, count: int = 2, length: int = 24) -> Tensor:
@@ -145,8 +147,8 @@ class Part:
 
     Attributes:
         says: Two sentences for the page.
-        seconds: Time it takes on one card; it is not begun with less.
-        run: Measures.
+        seconds: Time on one card; with less time left the part does not begin.
+        run: Function that measures.
     """
 
     says: str
@@ -252,7 +254,7 @@ def _largest(found: Tensor, wanted: Tensor) -> float:
 
 
 def _compare_generation(here: PreTrainedModel, there: PreTrainedModel, prompts: Tensor) -> tuple[bool, int]:
-    """Returns whether all greedy tokens agree, and else how many rows part at a tie; -1: a row parts elsewhere."""
+    """Returns whether all greedy tokens agree, and the number of rows that differ first at a tie, or -1."""
     settings: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "output_scores": True}
     one, other = (
         model.generate(prompts.to(model.device), return_dict_in_generate=True, **settings)  # pyright: ignore
@@ -336,7 +338,7 @@ def training(bench: Bench) -> Found:
 
 
 def _matrix_peak(bench: Bench) -> float:
-    """FLOPs per second of a large bfloat16 product on this device: what a share of the peak is a share of."""
+    """Returns the FLOPs per second of a large bfloat16 product on this device, the reference for shares of the peak."""
     size = 8192 if bench.is_gpu else 256
     a = torch.randn(size, size, device=bench.device, dtype=torch.bfloat16)
     best = 0.0
@@ -357,7 +359,7 @@ def _watched_memory(bench: Bench) -> Iterator[Callable[[], str]]:
 
 
 def sharded(bench: Bench) -> Found:
-    """A healing run with FSDP2 on one process beside the plain one: losses step by step."""
+    """Compares a healing run with FSDP2 in one process with the plain one: losses step by step."""
     found = Found(("run", "first loss", "last loss"))
     folder = bench.fold(bench.small, "relaxed", RECIPES["relaxed"])
     losses = {}

@@ -1,8 +1,8 @@
-"""The distillation loss of one batch, forward and backward, with and without full logits: time, memory, agreement.
+"""Time, memory and agreement of the distillation loss of one batch, with and without full logits.
 
     python benchmarks/distil_loss.py CONTENDER PRECISION TOKENS SEED
 
-runs one contender once and prints the memory it held before; `heal.py` watches it from outside.
+This command runs one contender once and prints its memory before the run; `heal.py` measures it from outside.
 """
 
 import os
@@ -59,7 +59,7 @@ class Batch:
         )
 
     def few(self, count: int) -> "Batch":
-        """A batch of as many positions and tokens, with weights of its own."""
+        """Returns a batch with other numbers of positions and tokens, and with new weights."""
 
         def cut(part: Tensor) -> Tensor:
             return part[:count].detach().clone().requires_grad_(part.requires_grad)
@@ -78,7 +78,7 @@ class Batch:
 
 
 def full_logits(batch: Batch) -> Tensor:
-    """What a training script writes down: both models' logits, PyTorch's two losses, autograd."""
+    """Computes the loss as a plain training script: logits of both models, PyTorch's two losses, autograd."""
     with batch.autocast():
         logits = F.linear(batch.hidden, batch.weight).float()
         with torch.no_grad():

@@ -1,8 +1,8 @@
-"""How far feature maps are off their source's softmax attention, layer by layer: random, unfitted and fitted ones.
+"""Distances of feature maps from the source's softmax attention by layer: random, unfitted and fitted maps.
 
     python benchmarks/feature_maps.py --source MODEL --data TEXT --write PAGE
 
-Maps are fitted to one part of the text and measured on another, as `refold convert --calibration` does it; no model is
+Maps are fitted to one part of the text and measured on another, as in `refold convert --calibration`. No model is
 written.
 """
 
@@ -30,7 +30,7 @@ RANDOM, LEARNED = ("favor", "dijiang"), ("t2r", "hedgehog")
 
 
 class Distances(NamedTuple):
-    """Total variation distance from the softmax by layer, with the map as it starts and fitted."""
+    """Total variation distances from the softmax by layer, with the initial map and with the fitted map."""
 
     start: list[float]
     fitted: list[float]
@@ -105,7 +105,7 @@ def main() -> int:
 
 
 def judge(page: Page, rows: dict[tuple[str, int, str], list[float]], ranks: list[int]) -> None:
-    """What the table is to show."""
+    """Checks the targets of the table."""
 
     def is_nearer(says: str, one: tuple[str, int, str], other: tuple[str, int, str]) -> None:
         ratios = [a / b for a, b in zip(rows[one], rows[other], strict=True)]

@@ -1,10 +1,10 @@
-"""One card in eight minutes: correctness and speed of refold on a GPU, part by part, resumable.
+"""Correctness and speed of refold on one GPU in eight minutes, in parts that can be resumed.
 
     python benchmarks/gpu.py --write docs/results/gpu.md        (this is `make gpu`)
     python benchmarks/gpu.py --device cpu --work FOLDER         (the rehearsal: tiny sizes, same code)
 
-Each part writes its result into the work folder when it ends; a second run skips what is there. A part that the time
-left does not hold is named on the page as not run.
+Each part writes its result into the work folder, and a second run skips finished parts. A part that does not fit the
+remaining time is listed on the page as not run.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def _outcome(name: str, bench: Bench, path: Path, left: float) -> Outcome:
-    """Runs a part, or reads what an earlier run left of it."""
+    """Runs a part, or reads its result of an earlier run."""
     part = PARTS[name]
     if path.exists():
         return Outcome.read(path)

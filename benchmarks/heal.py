@@ -1,9 +1,9 @@
-"""Healing: the distillation loss beside full logits; steps of the loop beside transformers' Trainer; where time goes.
+"""The distillation loss compared with full logits, and steps of the loop compared with transformers' Trainer.
 
     python benchmarks/heal.py --write docs/results/heal.md
 
-Contenders see the same tensors, in one process, and their runs are interleaved; memory is watched in processes of
-their own.
+Contenders have the same tensors, in one process, and their runs are interleaved. Memory is measured in separate
+processes.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def compare_memory(page: Page, options: argparse.Namespace) -> None:
-    """Peak anonymous memory of one forward and backward pass above what weights and inputs take."""
+    """Measures the peak anonymous memory of a forward and backward pass, without weights and inputs."""
     rows = []
     script = str(Path(__file__).with_name("distil_loss.py"))
     for precision in options.precisions:
@@ -83,7 +83,7 @@ def compare_memory(page: Page, options: argparse.Namespace) -> None:
 
 
 def compare_time(page: Page, options: argparse.Namespace) -> None:
-    """Wall time of the same pass, and how far loss and gradients agree."""
+    """Measures the wall time of the same pass, and the differences of loss and gradients."""
     rows = []
     for precision in options.precisions:
         batch = Batch.make(precision, options.tokens, options.seed)
@@ -128,7 +128,7 @@ def compare_time(page: Page, options: argparse.Namespace) -> None:
 
 
 def compare_loops(page: Page, options: argparse.Namespace) -> None:
-    """Training tokens/s of the identity fold in refold's loop over those of the source in Trainer."""
+    """Measures training tokens/s of the identity fold in refold's loop, divided by those of the source in Trainer."""
     rows = []
     rng = np.random.default_rng(options.seed)
     count = heal_loop.SEQUENCES * (heal_loop.STEPS + 1)
@@ -193,7 +193,7 @@ def _loop_speeds(
 
 
 def largest_difference(batch: Batch) -> float:
-    """Relative difference of refold's loss and both gradients from those of full logits, the largest of them."""
+    """Returns the largest relative difference of loss and gradients between refold and full logits."""
     found = {}
     for name, run in CONTENDERS.items():
         batch.forget()

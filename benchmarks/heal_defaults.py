@@ -34,6 +34,7 @@ from refold.data.readers import DataSource, open_data
 from refold.data.split import split
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.reference import Reference
+from refold.evaluation.settings import EvaluationSettings
 from refold.healing.defaults import choose_learning_rate, complete_stage
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
@@ -188,10 +189,8 @@ def measure(model: Path, grid: Grid) -> dict[str, float]:
     found = evaluate(
         model,
         given.held_out,
+        EvaluationSettings(context=grid.eval_context, max_tokens=grid.eval_tokens, device="cpu"),
         against=reference(grid.source),
-        context=grid.eval_context,
-        max_tokens=grid.eval_tokens,
-        device="cpu",
     )
     assert found.against is not None
     difference = found.against.difference

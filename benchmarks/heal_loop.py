@@ -1,4 +1,4 @@
-"""Training steps of the identity fold in refold's loop, beside transformers' model in its Trainer."""
+"""Training steps of the identity fold in refold's loop, and of transformers' model in its Trainer."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.data.packing import PackedSequences
 from refold.healing.checkpoints import RunState
 from refold.healing.groups import Trainable, WeightGroups
@@ -128,7 +128,7 @@ def run_trainer(
 def identity_pair(source: Path, device: str = "cpu") -> Iterator[tuple[PreTrainedModel, PreTrainedModel]]:
     """Yields the identity fold of a source and the source itself, float32, in training mode."""
     with tempfile.TemporaryDirectory() as folder:
-        convert(source, Path(folder) / "identity", allow_larger=True)
+        convert(source, Path(folder) / "identity", options=ConvertOptions(allow_larger=True))
         fold = load_model(Path(folder) / "identity", dtype="float32", device=device)
         yield fold.train(), load_model(source, dtype="float32", device=device).train()
 

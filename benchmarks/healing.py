@@ -1,11 +1,10 @@
-"""What healing brings: recursive models, strict and relaxed, beside depth pruning and training from scratch.
+"""Quality of healed recursive models, strict and relaxed, compared with depth pruning and training from scratch.
 
     python benchmarks/healing.py --source MODEL --train TRAIN.parquet --held-out VALIDATION.parquet --work runs/healing
     python benchmarks/healing.py ... --only strict 'pruned to strict'
 
-For each arm the learning rate is chosen by short runs, then each seed is trained with it. Every run is one folder
-under `--work`, and one that is there is not run again, so the script goes on where it was interrupted. `--write` makes
-the page.
+Short runs choose the learning rate of each arm, and then each seed is trained with it. Every run is one folder under
+`--work`. An existing run is not repeated, so an interrupted script continues. `--write` writes the page.
 """
 
 import os

@@ -25,14 +25,14 @@ LAYER = {
 
 
 def make_checkpoint(folder: Path, num_layers: int, seed: int) -> None:
-    """Writes the checkpoint, with the tokenizer of the model refold ships (its tokens are among the 32,000).
+    """Writes the checkpoint, with the tokenizer of the model that ships with refold (its ids are below 32,000).
 
-    Every matrix is one stretch of the same Gaussian numbers, begun elsewhere: drawing all anew would take minutes.
+    Every matrix is a slice of the same Gaussian numbers with another offset, because drawing all would take minutes.
 
     Args:
-        folder: Made here; must not exist.
-        num_layers: Of about 400 MB each.
-        seed: Of all weights.
+        folder: Folder to make; must not exist.
+        num_layers: Number of layers, of about 400 MB each.
+        seed: Seed of all weights.
     """
     folder.mkdir(parents=True)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}

@@ -1,4 +1,4 @@
-"""Anonymous memory of a process: what it holds itself, without the files it maps, which the kernel can drop."""
+"""Anonymous memory of a process: its memory without mapped files, whose pages the kernel can drop."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INTERVAL = 0.002
-"""Seconds between two looks. A matrix of tens of megabytes lives for longer than that."""
+"""Seconds between two samples; a matrix of tens of megabytes exists for longer."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class ProcessRun:
     """A finished process.
 
     Attributes:
-        peak: Largest anonymous resident memory seen, in bytes (`RssAnon` of /proc/PID/status).
+        peak: Largest sampled anonymous resident memory in bytes (`RssAnon` of /proc/PID/status).
         seconds: Wall time, imports included.
-        looks: How often memory was read.
-        output: Its stdout.
+        looks: Number of samples.
+        output: Text on stdout.
     """
 
     peak: int
@@ -29,7 +29,7 @@ class ProcessRun:
 
 
 def anonymous_bytes(pid: int | str = "self") -> int:
-    """Anonymous resident memory of a process now; 0 where it is gone."""
+    """Returns the anonymous resident memory of a process, or 0 if it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -41,7 +41,7 @@ def anonymous_bytes(pid: int | str = "self") -> int:
 
 
 def run_python(arguments: Sequence[str]) -> ProcessRun:
-    """Runs this interpreter and watches its anonymous memory from outside.
+    """Runs this interpreter and samples its anonymous memory from outside.
 
     Raises:
         RuntimeError: There is no /proc/PID/status with RssAnon (Linux 4.5), or the process failed.

@@ -1,4 +1,4 @@
-"""What mixers keep after long contexts, for timing one decoding step."""
+"""Caches of mixers after long contexts, for timing one decoding step."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ PIECE = 4096
 
 
 def prefill(lone: LoneMixer, contexts: list[int]) -> dict[int, Cache]:
-    """Caches after so many tokens of one long row."""
+    """Returns the caches after a number of tokens of one long row."""
     cache, found, past = Cache(layers=[LinearAttentionLayer()]), {}, 0
     for context in contexts:
         while past < context:
@@ -24,7 +24,7 @@ def prefill(lone: LoneMixer, contexts: list[int]) -> dict[int, Cache]:
 
 
 def fill(contexts: list[int]) -> dict[int, Cache]:
-    """Caches of attention with so many random keys and values."""
+    """Returns caches of attention with a number of random keys and values."""
     found = {}
     for context in contexts:
         found[context] = Cache(layers=[DynamicLayer()])
@@ -33,13 +33,13 @@ def fill(contexts: list[int]) -> dict[int, Cache]:
 
 
 def step_back(call: Callable[[], object], cache: Cache) -> None:
-    """Takes a step and forgets it."""
+    """Runs a decoding step and removes its token from the cache."""
     call()
     cache.crop(-1)
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Returns the bytes of all tensors that are kept."""
+    """Returns the bytes of all tensors of a cache."""
     layer = cache.layers[0]
     if isinstance(layer, DynamicLayer):
         kept = [layer.keys, layer.values]

@@ -14,12 +14,12 @@ Key = tuple[str, int]
 
 
 class Clock:
-    """Times of contenders, interleaved, in seconds of one run; short ones are repeated within a sample.
+    """Interleaved times of contenders in seconds per run; short work is repeated within a sample.
 
     Args:
-        contenders: What is timed; each is run once before.
-        rounds: Five or more.
-        once: What takes too long for rounds: run a single time after them.
+        contenders: The work to time; each runs once before.
+        rounds: Number of rounds, at least five.
+        once: Work that is too slow for rounds; it runs once after them.
         settle: Called before each clock is read, such as `torch.cuda.synchronize`.
     """
 
@@ -48,7 +48,7 @@ class Clock:
         return f"{seconds * 1e3:,.{3 if seconds < 0.001 else 1 if seconds < 0.1 else 0}f}"
 
     def ratio(self, key: Key, over: Key) -> Spread:
-        """Ratios within rounds; of what was run once, to that."""
+        """Returns the ratios within rounds, or the ratio to the single run of slow work."""
         base = [self.once[over]] * len(self.seconds[key]) if over in self.once else self.seconds[over]
         return Spread.of([mine / other for mine, other in zip(self.seconds[key], base, strict=True)])
 

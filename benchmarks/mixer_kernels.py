@@ -30,7 +30,7 @@ KERNELS: Mapping[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 
 def why_not(device: str) -> str:
-    """Why there is nothing to compare; empty where there is."""
+    """Returns the reason why kernels cannot be compared, or an empty string."""
     if device != "cpu" and not torch.cuda.is_available():
         return "a CUDA device is required (got none)"
     return "" if importlib.util.find_spec("fla") else "flash-linear-attention is required; install refold's extra `gpu`"
@@ -64,7 +64,7 @@ def compare_kernels(page: Page, options: argparse.Namespace, passes: Mapping[str
 
 
 def _check(page: Page, makers: Mapping[tuple[str, str], Callable[[int], Work]], options: argparse.Namespace) -> None:
-    """Both give the same on the same inputs."""
+    """Checks that both give the same outputs for the same inputs."""
     for name in KERNELS:
         found = []
         for who in (OURS, THEIRS):

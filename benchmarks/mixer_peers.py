@@ -1,4 +1,4 @@
-"""Transformers' own linear-cost mixers, each with refold's of the same weights."""
+"""Linear-cost mixers of transformers, each with refold's mixer of the same weights."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 CONV = 4
 CHUNK = 64
-"""What Mamba2 works in: as refold does, and quicker for it here than its default of 256."""
+"""Chunk size of Mamba2: that of refold, and faster for Mamba2 here than its default of 256."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Pair:
     Attributes:
         theirs: Transformers' module.
         call: Runs it on a row.
-        ours: With the same weights. Its norm of the input, which the peer leaves to its block, is in its time.
+        ours: Refold's mixer with the same weights. Its time includes the input norm, which is not in the peer's.
     """
 
     theirs: nn.Module

@@ -1,9 +1,9 @@
-"""What carrying weights over to mixers of linear cost brings: each mixer transferred and from scratch, at equal tokens.
+"""Benefit of transferring weights to mixers of linear cost: transferred and from scratch, at equal tokens.
 
     python benchmarks/mixer_study.py --source MODEL --train TEXT --held-out TEXT --work runs/mixers --write PAGE
 
-For each arm the learning rate is chosen by short runs on one seed, then every seed is trained with it. A run is one
-folder under `--work`, and one that is there is not run again, so the script goes on where it was interrupted.
+Short runs of one seed choose the learning rate of each arm, and then every seed is trained with it. A run is one folder
+under `--work`. An existing run is not repeated, so an interrupted script continues.
 """
 
 import os
@@ -47,12 +47,12 @@ def swap(mixer: str, transfer: Any = ALL, **options: Any) -> Recipe:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to a model.
+    """Recipe and protocol of one arm.
 
     Attributes:
-        recipe: What is made of the source.
-        protocol: How it is healed; `next_token`, `distil` and `frozen` are one stage of that kind.
-        fresh: Whether it is the architecture from scratch.
+        recipe: Recipe of the conversion.
+        protocol: Healing protocol; `next_token`, `distil` and `frozen` are a single stage of this kind.
+        fresh: Whether all weights are fresh.
     """
 
     recipe: Recipe
@@ -123,7 +123,7 @@ def arguments() -> argparse.Namespace:
 
 
 def stages(way: Way, given: argparse.Namespace, rate: float, seed: int, tokens: int) -> Sequence[HealStage]:
-    """The way's training at one learning rate; protocols keep the proportions of their stages' rates."""
+    """Returns the healing stages at one learning rate; a protocol keeps the ratios of its stages' rates."""
     if way.protocol in ("next_token", "distil"):
         found = (HealStage.model_validate({"objective": way.protocol, "tokens": tokens}),)
     else:
@@ -136,7 +136,7 @@ def stages(way: Way, given: argparse.Namespace, rate: float, seed: int, tokens: 
 
 
 def tokens_to_reach(goal: float, curve: list[tuple[int, float]]) -> float | None:
-    """Tokens after which a curve first is as low as `goal`, between two points by a straight line; None: never."""
+    """Returns the tokens after which a curve reaches `goal`, by linear interpolation, or None."""
     before: tuple[int, float] | None = None
     for tokens, value in curve:
         if value <= goal:

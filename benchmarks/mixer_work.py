@@ -1,4 +1,4 @@
-"""What the mixers' benchmark runs: whole mixers and bare recurrences of one width, on one row of random numbers."""
+"""Work of the mixers' benchmark: whole mixers and bare recurrences of one width, on one row of random numbers."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -62,7 +62,7 @@ class Work:
 
     Attributes:
         call: Computes it.
-        leaves: What gradients are asked of: inputs and weights.
+        leaves: Inputs and weights that get gradients.
     """
 
     call: Callable[[], Tensor]

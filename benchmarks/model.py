@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.modeling.cache_name import CACHE_NAME
 from refold.modeling.load import load_model
 
@@ -239,7 +239,7 @@ def _make_folders(work: Path, shape: dict[str, Any], seed: int) -> dict[str, Pat
     config = LlamaConfig(**shape, max_position_embeddings=512, initializer_range=0.1, dtype="float32")
     folders = {name: work / name for name in ("source", "identity", "strict")}
     LlamaForCausalLM(config).save_pretrained(folders["source"])
-    convert(folders["source"], folders["identity"], None, allow_larger=True)
+    convert(folders["source"], folders["identity"], None, options=ConvertOptions(allow_larger=True))
     convert(folders["source"], folders["strict"], "recursive")
     return folders
 

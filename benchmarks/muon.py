@@ -1,4 +1,4 @@
-"""A step of refold's Muon beside torch's, on the matrices of a model's layers.
+"""Time of a step of refold's Muon, compared with torch's, on the matrices of a model's layers.
 
 python benchmarks/muon.py MODEL [--write PAGE]
 """

@@ -1,4 +1,4 @@
-"""A results page: what was run, where, what came out, and which targets are met."""
+"""Results pages with command, machine, results and targets."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Target:
-    """Something a benchmark must show."""
+    """A target of a benchmark."""
 
     says: str
     measured: str
@@ -27,7 +27,7 @@ class Target:
 
 @dataclass
 class Page:
-    """Collects sections and prints each as it comes, so that a run can be followed."""
+    """A page whose sections are printed when they are added."""
 
     title: str
     seed: int
@@ -73,7 +73,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def run_facts(seed: int, load_before: float) -> dict[str, str]:
-    """What somebody needs who wants to repeat the run."""
+    """Returns the facts that are needed to repeat the run."""
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     return {
         "command": f"`python {shlex.join([_relative(sys.argv[0]), *sys.argv[1:]])}`",
@@ -90,7 +90,7 @@ def run_facts(seed: int, load_before: float) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short hash of the checkout, marked where the package or the benchmarks differ from it."""
+    """Returns the short hash of the checkout, with a mark if the package or the benchmarks differ from it."""
     head = _git("rev-parse", "--short=10", "HEAD")
     changed = _git("status", "--porcelain", "--", "refold", "benchmarks")
     return f"{head or 'unknown'}{', with uncommitted changes' if changed else ''}"

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work inside this process."""
+"""Peak memory of work inside this process."""
 
 import ctypes
 import gc
@@ -11,10 +11,10 @@ MMAP_THRESHOLD_OPTION, MMAP_THRESHOLD = -3, 128 * 1024
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Returns how far resident memory rises above what it is before.
+    """Returns the rise of peak resident memory above its value before.
 
-    The kernel itself keeps the highest value, so nothing short-lived is missed. From the first call on, this process
-    maps each larger piece of memory anew, which costs time: measure times before.
+    The kernel records the peak, so short-lived memory counts too. After the first call this process maps each larger
+    allocation separately, which costs time. So measure times before.
 
     Raises:
         RuntimeError: This is no Linux with glibc, or its kernel does not let the highest value be reset.

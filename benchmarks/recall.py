@@ -1,11 +1,11 @@
-"""Associative recall and passkey: what small models learn to look up, by mixer.
+"""Associative recall and passkey retrieval of small models by mixer.
 
     python benchmarks/recall.py --write docs/results/recall.md
 
-Two-layer models of one width are trained from scratch on synthetic sequences. Associative recall (arXiv 2312.04927): N
-pairs of a key and a value, then all keys once more in another order, each followed by its value, which is to be
-predicted. Passkey: one marked pair at a random place among filler tokens, asked for at the end. Mixers that only add to
-their state hold fewer pairs than its size; the delta rule replaces what a key had.
+Two-layer models of one width are trained from scratch on synthetic sequences. Associative recall (arXiv 2312.04927) has
+N pairs of a key and a value, and then all keys in another order, each followed by its value, which the model predicts.
+Passkey has one marked pair at a random place among filler tokens, and asks for its value at the end. Mixers that only
+add to their state store fewer pairs than its size; the delta rule replaces the old value of a key.
 """
 
 import os
@@ -52,7 +52,7 @@ MIXERS: dict[str, dict[str, Any]] = {
 
 
 class Batch(NamedTuple):
-    """Tokens, and what is to be predicted at each place; -100: nothing."""
+    """Tokens and labels; -100: no target."""
 
     tokens: Tensor
     labels: Tensor
@@ -72,7 +72,7 @@ def recall(rows: int, pairs: int, generator: torch.Generator) -> Batch:
 
 
 def passkey(rows: int, length: int, generator: torch.Generator) -> Batch:
-    """Draws sequences with one marked value among fillers, `[rows, length]`; only the last place is predicted."""
+    """Draws sequences with one marked value among fillers, `[rows, length]`; only the last position has a target."""
     tokens = torch.randint(KEYS, (rows, length), generator=generator)
     places = torch.randint(length - 3, (rows,), generator=generator)
     values = KEYS + torch.randint(VALUES, (rows,), generator=generator)
@@ -111,7 +111,7 @@ def make_model(recipe: dict[str, Any], seed: int) -> RefoldForCausalLM:
 
 
 def train(model: RefoldForCausalLM, task: str, given: argparse.Namespace, rate: float, seed: int) -> dict[int, float]:
-    """Trains on all sizes in turn and returns the accuracy at each on fresh sequences."""
+    """Trains on all sizes in turn, and returns the accuracy for each size on new sequences."""
     draw, sizes = TASKS[task]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
@@ -145,7 +145,7 @@ def accuracy(model: RefoldForCausalLM, batch: Batch) -> float:
 
 
 def run_one(name: str, task: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Trains one mixer on one task at every rate, then every further seed at the best, once."""
+    """Trains one mixer on one task at every rate, and then every other seed at the best rate."""
     slug = "".join(letter if letter.isalnum() else "-" for letter in f"{task} {name}")
     path = given.work / f"{slug}-{given.steps}.json"
     if not path.exists():

@@ -16,7 +16,7 @@ TOKENS, CONTEXT, BATCH = 4096, 64, 512
 
 
 def main(folded: str, log: str, device: str, sharded: str, seed: str) -> None:
-    """Heals a small fold on made text and writes the loss of every step."""
+    """Heals a small fold on generated text and writes the loss of every step."""
     losses: list[float] = []
     texts = from_documents([f"{word} goes to {word * (2 + n % 9)}." for n in range(64) for word in ("ab", "cde", "f")])
     stage = refold.HealStage.model_validate(

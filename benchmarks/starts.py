@@ -1,11 +1,11 @@
-"""What starts and their rivals lose at equal shares of the source's linear weights, before healing and after.
+"""Losses of initialisations and other methods at equal shares of the source's linear weights, unhealed and healed.
 
     python benchmarks/starts.py --source MODEL --train TEXT --held-out TEXT --work runs/starts --write PAGE
     python benchmarks/starts.py ... --heal-tokens 1M --seeds 0 1 --rates 5e-4 1e-3 --heal-shares 0.67
 
-Every arm at every size is one result under `--work`, and one that is there is not made again, so the script goes on
-where it was interrupted. Moments of calibration text are measured once and used by all arms. Healing comes last: for
-each arm the learning rate is chosen by short runs, then each seed is trained with it, and the source alike.
+Every arm at every size is one result under `--work`. An existing result is not measured again, so an interrupted
+script continues. Moments of calibration text are measured once for all arms. Healing comes last: short runs choose the
+learning rate of each arm, and then each seed is trained with it. The source is healed in the same way.
 """
 
 import os
@@ -36,6 +36,7 @@ from refold.data.readers import open_data
 from refold.errors import RecipeError
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.result import Evaluation
+from refold.evaluation.settings import EvaluationSettings
 from refold.fields import read_amount
 from refold.planning.build import identity_blueprint
 from refold.planning.factors import stored_share
@@ -46,19 +47,19 @@ from refold.sources.source_model import SourceModel, read_source_model
 
 SHARES = (0.67, 0.6, 0.5, 0.75, 0.45)
 NUMBER_BYTES = 2
-"""Of what is not quantised: bfloat16, whatever the source's file has."""
+"""Bytes per number that is not quantised: bfloat16, for any dtype of the source."""
 Recipe = dict[str, Any]
 
 
 class Arm(NamedTuple):
-    """One way to a size: a recipe for a share of the linear weights; None where it has none of that size."""
+    """A method: a function from a share of the linear weights to a recipe, or None if it has no such size."""
 
     recipe: Callable[[float, SourceModel], Recipe | None]
     is_ours: bool = False
 
 
 def _fold(share: float, model: SourceModel, ends: int, **relax: Any) -> Recipe | None:
-    """Two loops between `ends` untied layers on either side, and LoRAs for what the share leaves."""
+    """Returns a recipe of two loops between `ends` untied layers on each side, with LoRAs for the rest of the share."""
     layers = model.arch.num_layers
     stored = (layers + 2 * ends) / 2 / layers
     if share <= stored + 0.01:
@@ -72,7 +73,7 @@ def _lowrank(**factor: Any) -> Arm:
 
 
 def _sequential(arm: Arm) -> Arm:
-    """The same, each linear fitted by what it sees in the model folded so far."""
+    """Returns the same recipe with linears fitted in sequence to their inputs in the folded model."""
 
     def recipe(share: float, model: SourceModel) -> Recipe | None:
         made = arm.recipe(share, model)
@@ -82,7 +83,7 @@ def _sequential(arm: Arm) -> Arm:
 
 
 def _aligned(arm: Arm) -> Arm:
-    """The same, tied layers brought into a common frame first."""
+    """Returns the same recipe with tied layers aligned first."""
 
     def recipe(share: float, model: SourceModel) -> Recipe | None:
         made = arm.recipe(share, model)
@@ -204,7 +205,7 @@ def moments(given: argparse.Namespace, text: Path, tokens: int) -> Path:
 
 @dataclass(frozen=True)
 class Study:
-    """What all arms have in common: the source, what was given, and its work folder."""
+    """The common state of all arms: source, arguments and work folder."""
 
     model: SourceModel
     given: argparse.Namespace
@@ -216,11 +217,13 @@ class Study:
 
     def evaluate(self, model: str | Path, scheme: str | None = None) -> Evaluation:
         given = self.given
-        options = {"context": given.context, "max_tokens": given.eval_tokens, "dtype": given.dtype}
-        return evaluate(model, given.held_out, quantise=scheme, **options)
+        settings = EvaluationSettings(
+            context=given.context, max_tokens=given.eval_tokens, dtype=given.dtype, quantise=scheme
+        )
+        return evaluate(model, given.held_out, settings)
 
     def source(self, scheme: str | None = None) -> Row:
-        """Returns what the source has, whole or quantised."""
+        """Returns the result of the source, whole or quantised."""
         path = self.given.work / f"source-{scheme or 'whole'}.json"
         if not path.exists():
             blueprint = identity_blueprint(self.model.arch)
@@ -228,7 +231,7 @@ class Study:
         return json.loads(path.read_text())
 
     def convert(self, recipe: Recipe, folder: Path, out: Path) -> Plan | None:
-        """Makes one target with the moments of a folder; None where the recipe does not fit."""
+        """Converts one target with the moments of a folder; returns None if the recipe does not fit."""
         given, sizes = self.given, {"tokens": self.given.tokens, "context": self.given.context}
         calibration = {**recipe.get("calibration", {}), **sizes}
         try:
@@ -242,10 +245,10 @@ class Study:
             return None
 
     def run(self, name: str, share: float, recipe: Recipe, folder: Path) -> dict[str | None, Row]:
-        """Converts, measures and forgets one target, once; nothing where the recipe does not fit or time is over.
+        """Converts, measures and deletes one target, unless its result exists, the recipe does not fit or time is over.
 
         Returns:
-            What it has by scheme of quantisation: None for whole, and those of an arm in `QUANTISED`.
+            Results by scheme of quantisation: None for the whole model, and the schemes of an arm in `QUANTISED`.
         """
         schemes = (None, *SCHEMES) if name in QUANTISED and folder.name == self._first else (None,)
         paths = {
@@ -269,12 +272,12 @@ class Study:
         return {scheme: json.loads(path.read_text()) for scheme, path in paths.items()}
 
     def is_healed(self, name: str, share: float) -> bool:
-        """Whether every seed of an arm has been healed before."""
+        """Returns whether all seeds of an arm are healed already."""
         found = self._healed_folder(name, share).glob(f"*-{self.given.heal_tokens}.json")
         return len(list(found)) >= len(self.given.seeds)
 
     def heal(self, name: str, share: float, recipe: Recipe, folder: Path) -> Row | None:
-        """Heals one target with each seed, at the learning rate that short runs choose; None where it does not fit."""
+        """Heals one target with each seed at the best rate of short runs; returns None if the recipe does not fit."""
         place = self._healed_folder(name, share)
         if not (place / "converted").exists() and self.convert(recipe, folder, place / "converted") is None:
             return None

@@ -13,27 +13,27 @@ from page import Page, table
 
 Row = dict[str, Any]
 GOALS = ((0.67, 0.08), (0.6, 0.15))
-"""Share of the linear weights and nats over the source that an arm of refold's must reach unhealed."""
+"""Targets of an unhealed arm of refold: nats over the source by share of the linear weights."""
 RIVAL = "low rank, weight: activations (SVD-LLM)"
 LEAST = 1e-4
-"""Losses are drawn on a logarithmic axis; what is nearer to the source than this is drawn here."""
+"""Smallest loss that is drawn; the axis of losses is logarithmic."""
 COLOURS = ("#7F7F7F", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^DvPX*<>hp"
-"""Seven colours that are easily told apart, and twelve markers: no two of the first 84 arms look alike."""
+"""Seven colours that are easy to distinguish and twelve markers, for 84 different arms."""
 
 
 @dataclass
 class Found:
-    """Everything the study has measured.
+    """All results of the study.
 
     Attributes:
-        given: Its arguments.
-        source: The source, whole.
-        quantised: The source by scheme.
-        rows: By arm, share of the linear weights, and scheme (None: whole).
-        calibrated: By arm and calibration text, at one size.
-        healed_source: The source trained alike.
-        healed: By arm and share.
+        given: Arguments of the study.
+        source: Result of the source.
+        quantised: Results of the quantised source by scheme.
+        rows: Results by arm, share of the linear weights, and scheme (None: not quantised).
+        calibrated: Results by arm and calibration text, at one size.
+        healed_source: Results of the source after the same training.
+        healed: Results by arm and share.
     """
 
     given: argparse.Namespace
@@ -61,10 +61,10 @@ def render(page: Page, found: Found, arms: Sequence[str], ours: Sequence[str]) -
     """Writes the sections and targets of the page.
 
     Args:
-        page: Gets them.
-        found: What was measured.
-        arms: All, in order.
-        ours: Those that are refold's.
+        page: The page.
+        found: The results.
+        arms: Names of all arms in order.
+        ours: Names of refold's arms.
     """
     given = found.given
     page.section("Loss over the source, in nats per token", _losses(found, arms))
@@ -205,7 +205,7 @@ def _targets(page: Page, found: Found, ours: Sequence[str]) -> None:
 
 
 def draw(found: Found, arms: Sequence[str]) -> Figure:
-    """Loss over stored bytes: one panel before healing, one after it where there is any."""
+    """Draws loss over stored bytes: one panel before healing, and one after healing if there is any."""
     panels = 2 if found.healed else 1
     figure = Figure(figsize=(6.4 * panels + 4.6, 5.6), layout="constrained")
     axes = figure.subplots(1, panels, sharex=True, sharey=True, squeeze=False)[0]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 ROUNDS = 5
-"""Fewest rounds a median is taken of."""
+"""Least number of rounds for a median."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Timings:
         return min(self.seconds[name])
 
     def ratio(self, name: str, over: str) -> Spread:
-        """Ratios taken within each round, so that what slows a whole round down cancels."""
+        """Returns the ratios within each round, in which a slow round cancels."""
         return Spread.of([a / b for a, b in zip(self.seconds[name], self.seconds[over], strict=True)])
 
     def best_ratio(self, name: str, over: str) -> float:
-        """Ratio of the fastest rounds: what is left when the machine gets in nobody's way."""
+        """Returns the ratio of the fastest rounds, with the least disturbance by the machine."""
         return self.best(name) / self.best(over)
 
 
@@ -57,14 +57,14 @@ def interleave(
     prepare: Callable[[], object] = lambda: None,
     settle: Callable[[], object] = lambda: None,
 ) -> Timings:
-    """Runs all contenders in every round, in turned order every other round.
+    """Runs all contenders in every round, in reversed order every other round.
 
     Args:
-        contenders: Name to what is timed.
-        rounds: At least so many, and never fewer than five.
+        contenders: Work to time by name.
+        rounds: Least number of rounds; five if it is smaller.
         warmups: Untimed rounds before.
-        seconds: Goes on with rounds until so much time is used.
-        prepare: Called before each run, outside the clock.
+        seconds: Rounds continue until this time is used.
+        prepare: Called before each run, outside the timed interval.
         settle: Called before each clock is read, such as `torch.cuda.synchronize`.
     """
     for _ in range(warmups):

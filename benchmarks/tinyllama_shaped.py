@@ -1,4 +1,4 @@
-"""A bf16 checkpoint of TinyLlama-1.1B's shape whose layers differ as a trained model's layers do."""
+"""A bf16 checkpoint of TinyLlama-1.1B's shape whose layers differ like those of a trained model."""
 
 import json
 import math
@@ -14,18 +14,18 @@ from refold.checkpoint.writer import ShardedWriter, TensorSpecs, count_bytes
 NUM_SHARDS = 5
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 2048, 32, 4, 64, 5632, 32_000
 RMS = 0.02
-"""Root mean square of the entries of a residual, and of the mean of two tied layers: alike in every linear measured."""
+"""Root mean square of the entries of a residual, and of the mean of two tied layers; equal in every measured linear."""
 
 
 @dataclass(frozen=True)
 class Law:
     """Spectrum of the residual between tied layers: s(x) ~ (x + shift)^-power (1 - x)^end + floor.
 
-    x = (i + 1/2) / n is a singular value's place among all n. Found on books-10m (12 trained layers, hidden 256): the
-    root mean square over the six pairs (l, l + 6) of the singular values of (W_l - W_{l+6}) / 2, each scaled to unit
-    mean square; fitted in log s with weights x^-1/2 over the first 95%, by L-BFGS from eight starts. Over the first 90%
-    the fit is off by 2-7%, and the energy in the first 1/32, 1/8 and 1/2 by at most 0.012 of the whole. As the law is
-    one of x, a larger matrix has no steeper a head: 64 triples of 2,048 hold what 8 of 256 hold there.
+    x = (i + 1/2) / n is the relative index of a singular value. The law was fitted on books-10m (12 trained layers,
+    hidden 256): the root mean square over the six pairs (l, l + 6) of the singular values of (W_l - W_{l+6}) / 2, each
+    scaled to unit mean square, in log s with weights x^-1/2 over the first 95%, by L-BFGS from eight starts. The error
+    of the fit is 2-7% over the first 90%, and at most 0.012 of the whole for the energy in the first 1/32, 1/8 and 1/2.
+    The law depends on x alone, so 64 of 2,048 singular values have the same share of energy as 8 of 256.
     """
 
     power: float
@@ -72,9 +72,9 @@ def make_checkpoint(folder: Path, num_layers: int, seed: int) -> None:
     Layers l and l + num_layers / 2, which two loops tie, are M + R and M - R: M Gaussian, R with the law's spectrum.
 
     Args:
-        folder: Made here; must not exist.
-        num_layers: Even.
-        seed: Of all weights.
+        folder: Folder to make; must not exist.
+        num_layers: Number of layers, even.
+        seed: Seed of all weights.
     """
     assert num_layers % 2 == 0
     folder.mkdir(parents=True)
@@ -86,7 +86,7 @@ def make_checkpoint(folder: Path, num_layers: int, seed: int) -> None:
 
 
 def _shard_bytes(specs: TensorSpecs) -> int:
-    """The smallest limit, in steps of a MiB, at which the tensors fill no more than five shards."""
+    """Returns the smallest shard size, in steps of a MiB, at which the tensors fill at most five shards."""
     sizes = [count_bytes({name: spec}) for name, spec in specs.items()]
     limit = math.ceil(sum(sizes) / NUM_SHARDS)
     while True:
@@ -125,7 +125,7 @@ def _tensors(num_layers: int, seed: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def with_spectrum(linear: Linear, generator: torch.Generator) -> Tensor:
-    """Returns a float32 matrix with the law's singular values and singular vectors that look random."""
+    """Returns a float32 matrix with the singular values of the law and pseudo-random singular vectors."""
     rows, columns = linear.shape
     count = min(rows, columns)
     values = linear.law.spectrum(count)
@@ -140,9 +140,9 @@ def with_spectrum(linear: Linear, generator: torch.Generator) -> Tensor:
 
 
 def _mix_rows(matrix: Tensor, generator: torch.Generator) -> Tensor:
-    """Multiplies from the left with an orthogonal matrix: signs, a permutation, then two small orthogonal factors.
+    """Returns the product with an orthogonal matrix: signs, a permutation, and then two small orthogonal factors.
 
-    Two rounds of it spread every singular vector over all entries, at a hundredth of a dense rotation's cost.
+    Two rounds spread every singular vector over all entries, at a hundredth of the cost of a dense rotation.
     """
     rows, columns = matrix.shape
     outer = max(factor for factor in range(1, math.isqrt(rows) + 1) if rows % factor == 0)

@@ -1,4 +1,4 @@
-"""The folder a benchmark makes its checkpoints in."""
+"""The folder for the checkpoints of a benchmark."""
 
 import contextlib
 import tempfile
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def workplace(folder: Path | None) -> Iterator[Path]:
-    """Yields the folder, which stays for the next run; None: a temporary one."""
+    """Yields the given folder, which is kept for the next run, or a temporary folder for None."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder

@@ -11,12 +11,18 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import hypothesis
 import jaxtyping
 import pytest
 
 # Tiny tensors: threads that wait for each other cost far more than they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+# A deadline for each example fails on a busy machine, and tests assert no time.
+hypothesis.settings.register_profile("refold", deadline=None)
+hypothesis.settings.load_profile("refold")
 
 
 class Unchecked(PathFinder):

@@ -1,4 +1,4 @@
-"""The public API."""
+"""Names of the public API."""
 
 import importlib
 import subprocess
@@ -11,7 +11,8 @@ import refold
 PUBLIC = {
     "analyse", "plan", "convert", "inspect", "heal", "evaluate", "generate", "export", "run",
     "Recipe", "HealStage", "HealOptions", "RunSettings", "RunOptions", "AnalysisSettings", "Reference",
-    "load_adapters", "load_model", "load_tokenizer", "RefoldError", "Mixture", "from_documents",
+    "ConvertOptions", "EvaluationSettings", "Sampling",
+    "linear_names", "load_adapters", "load_model", "load_tokenizer", "RefoldError", "Mixture", "from_documents",
     "register_objective",
     "__version__",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the documentation says is so."""
+"""The documentation agrees with the code: links, commands, options, code blocks."""
 
 import re
 import subprocess

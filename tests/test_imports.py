@@ -1,4 +1,4 @@
-"""Imports go one way."""
+"""Packages import only packages to their right."""
 
 import ast
 import re

@@ -1,1 +1,1 @@
-"""What can be known of a source before it is folded: measured, drawn, and written down for recipes."""
+"""Analysis of a source before it is folded: measurements, figures, and advice for recipes."""

@@ -1,4 +1,4 @@
-"""Measures a source in one streamed pass over its layers and two over its weights."""
+"""Analysis of a source, in one streamed pass over its layers and two over its weights."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -28,24 +28,24 @@ from refold.sources.pieces import PieceReader
 from refold.sources.source_model import SourceModel, read_source_model, record_source
 
 TEXT_BYTES = 2**26
-"""Bytes of a generator or stream that are read."""
+"""Bytes of a generator or stream that are read at most."""
 RANDOM_NOTE = (
-    "measured on random tokens, for want of text: influence on real text differs, give some with --data for figures to "
-    "rely on"
+    "measured on random tokens, because no text was given: influence on real text differs; give text with --data for "
+    "reliable figures"
 )
 
 
 @dataclass(frozen=True)
 class AnalysisSettings:
-    """What is measured, and on how much.
+    """Settings of an analysis: its measurements and the amount of text.
 
     Attributes:
         tokens: Tokens of text, drawn from all over it.
         context: Tokens of each sequence, at most the source's context.
-        seed: Which sequences; or which random tokens.
-        moments: Whether second moments of what every linear sees are stored too, besides their summaries.
-        spectra: Whether residual spectra are measured: of large models they take longer than all the rest.
-        device: Where layers run and matrices are decomposed.
+        seed: Seed of the choice of sequences, or of random tokens.
+        moments: Whether the second moments of every linear's inputs are stored, beside their summaries.
+        spectra: Whether residual spectra are measured; for large models they take longer than all other measurements.
+        device: Device that runs layers and decomposes matrices.
 
     Raises:
         DataError: Fewer than two tokens.
@@ -74,21 +74,21 @@ def analyse(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Measurements:
-    """Measures what each layer of a source does, how alike layers are, and what tying them would lose.
+    """Measures the influence and similarity of a source's layers, and the loss by tying them.
 
     One layer is in memory at a time, so a source may be larger than memory.
 
     Args:
         source: Folder or hub id.
-        out: The folder to write: `measurements.json`, figures and `index.html`; None: nothing is written.
+        out: The folder to write, with `measurements.json`, figures and `index.html`; None: nothing is written.
         data: Text (see `refold.data.corpus`), best of several kinds with weights; None: random tokens.
-        settings: What is measured, and on how much.
-        overwrite: Replace a folder refold wrote.
-        progress: Told steps done and steps in all.
+        settings: Measurements to make and amount of text.
+        overwrite: Replace a folder that refold wrote.
+        progress: Called with the steps done and the steps in all.
 
     Raises:
-        DataError: The text is missing, broken or too short.
-        FolderError: The destination is taken, locked or cannot be written; or moments are to be stored nowhere.
+        DataError: The text is missing, broken or too short; or moments are asked for without a folder.
+        FolderError: The destination exists, is locked or cannot be written.
         SourceError: The source is missing, broken or unknown, or has no weights.
     """
     settings = settings or AnalysisSettings()
@@ -193,7 +193,7 @@ def _draw(
 
 
 class _SeenMoments:
-    """Second moments of the layer that runs, made into summaries when it has run."""
+    """Second moments of the current layer, summarised when the layer has run."""
 
     def __init__(self, store: MomentStore | None, tokens: int):
         self.summaries: list[Mapping[str, MomentSummary]] = []

@@ -1,19 +1,34 @@
-"""Sentences that follow from measurements: layers to drop, layers to tie, and the command to try next."""
+"""Conclusions from measurements: rankings of layers, and advice on drops, tying and settings to try next."""
 
 import statistics
 
-from refold.sources.measurements import Measurements, TyingSpectra
+from refold.sources.measurements import Influence, Measurements, Similarity, TyingSpectra
 
+NUM_NAMED = 3
+"""Layers, or pairs of layers, that a ranking names."""
 IDLE_SHARE = 1 / 3
-"""Share of the median influence below which a layer counts as idle."""
+"""Share of the median influence below which a layer is idle."""
 ALIKE = 0.7
-"""Relative distance of weights below which two layers count as alike; unlike matrices of equal norm are at 1."""
+"""Relative distance of weights below which two layers are similar; unrelated matrices of equal norm are at 1."""
 MOST_LOST = 0.35
-"""Share of the weights' energy that tying may lose before low rank is the better way."""
+"""Share of the weights' energy that tying may lose; above it low rank is the better choice."""
+
+
+def least_important(influence: Influence, count: int = NUM_NAMED) -> dict[str, tuple[int, ...]]:
+    """Returns the layers with the least influence, for blocks, attention and MLPs, least first."""
+    return {
+        name: tuple(sorted(range(len(values)), key=lambda layer: values[layer])[:count])
+        for name, values in (("block", influence.block), ("attention", influence.attention), ("MLP", influence.mlp))
+    }
+
+
+def most_alike(similarity: Similarity, count: int = NUM_NAMED) -> list[tuple[float, int, int]]:
+    """Returns the most similar pairs of layers, with the distance of their weights, mean over linears."""
+    return similarity.pairs()[:count]
 
 
 def conclude(found: Measurements) -> list[str]:
-    """Returns advice, one sentence for each measure that says something."""
+    """Returns advice, one sentence for each measure with a conclusion."""
     return [_about_drops(found), *_about_twins(found), *_about_tying(found)]
 
 
@@ -52,5 +67,5 @@ def _about_tying(found: Measurements) -> list[str]:
 
 
 def mean_lost(spectra: TyingSpectra) -> float:
-    """Returns the share of energy that a way of tying loses, mean over linears."""
+    """Returns the share of energy that one tying loses, mean over linears."""
     return statistics.fmean(each.lost for each in spectra.linears.values())

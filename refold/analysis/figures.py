@@ -1,4 +1,4 @@
-"""Measurements as figures: colours that everybody can tell apart (Okabe and Ito's, cividis), all axes named."""
+"""Figures of measurements, in colours that colour-blind readers can tell apart (Okabe and Ito's, cividis)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,15 +11,15 @@ from matplotlib.figure import Figure
 from refold.sources.measurements import Matrix, Measurements
 
 STYLES = (("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "D"))
-"""Colour and marker: no figure relies on colour alone."""
+"""Colour and marker of each line, because no figure relies on colour alone."""
 WIDTH, HEIGHT = 5.0, 3.6
-"""Inches: the text stays legible where a telephone shows a figure across its screen."""
+"""Size in inches; the text stays legible if a telephone shows a figure across its screen."""
 MAX_WRITTEN = 14
-"""Layers up to which a heat map has its numbers written in it."""
+"""Number of layers up to which a heat map shows its numbers."""
 
 
 def draw_influence(found: Measurements) -> Figure:
-    """Influence of block, attention and MLP by layer."""
+    """Draws the influence of block, attention and MLP by layer."""
     figure, axes = _make()
     layers = range(len(found.influence.block))
     names = (("block", found.influence.block), ("attention", found.influence.attention), ("MLP", found.influence.mlp))
@@ -35,18 +35,18 @@ def draw_influence(found: Measurements) -> Figure:
 
 
 def draw_weights(found: Measurements) -> Figure:
-    """Mean distance of all linears' weights between any two layers."""
+    """Draws the distance of weights between any two layers, mean over linears."""
     mean = np.mean([np.array(table) for table in found.similarity.weights.values()], axis=0)
     return _heatmap(mean, "layer", "relative distance", "Distance of weights")
 
 
 def draw_streams(found: Measurements) -> Figure:
-    """Angular distance between the streams before any two layers."""
+    """Draws the angular distance between the residual streams before any two layers."""
     return _heatmap(found.similarity.streams, "stream before layer", "angular distance (of π)", "Distance of streams")
 
 
 def draw_spectra(found: Measurements) -> Figure:
-    """What LoRAs of a rank would give back of what each tying loses, over all linears."""
+    """Draws the share of the loss by each tying that LoRAs of each rank keep, over all linears."""
     figure, axes = _make()
     for spectra, (colour, marker) in zip(found.spectra, STYLES, strict=True):
         lost = np.array([each.lost for each in spectra.linears.values()])
@@ -65,7 +65,7 @@ def draw_spectra(found: Measurements) -> Figure:
 
 
 def draw_moments(found: Measurements) -> Figure:
-    """How many directions the inputs of linears use."""
+    """Draws the participation ratio of the inputs of linears by layer."""
     figure, axes = _make()
     for name, (colour, marker) in zip(found.moments[0], STYLES, strict=False):
         values = [layer[name].participation_ratio for layer in found.moments]
@@ -89,19 +89,19 @@ FIGURES: Mapping[str, Callable[[Measurements], Figure]] = {
 
 
 def draw_all(found: Measurements) -> dict[str, Figure]:
-    """Draws what was measured."""
+    """Draws a figure of each measurement."""
     lacking = {name for name in ("spectra", "moments") if not getattr(found, name)}
     return {name: draw(found) for name, draw in FIGURES.items() if name not in lacking}
 
 
 def _make(width: float = WIDTH) -> tuple[Figure, Axes]:
-    # Without pyplot: no window system is asked for, and nothing is kept.
+    # Without pyplot, which would need a window system and keep figures in memory.
     figure = Figure(figsize=(width, HEIGHT), layout="constrained")
     return figure, figure.subplots()
 
 
 def _heatmap(values: Matrix | Any, place: str, quantity: str, title: str) -> Figure:
-    """Draws distances of layers to others; the diagonal, which is 0, stays out of the scale of colours."""
+    """Draws distances between layers; the diagonal, which is 0, is not in the colour scale."""
     figure, axes = _make(HEIGHT * 1.25)
     table = np.array(values, dtype=float)
     np.fill_diagonal(table, np.nan)
@@ -109,7 +109,7 @@ def _heatmap(values: Matrix | Any, place: str, quantity: str, title: str) -> Fig
     colours.set_bad("#cccccc")
     image = axes.imshow(table, cmap=colours)
     if len(table) <= MAX_WRITTEN:
-        # As many digits as tell the colours apart.
+        # Enough digits to distinguish the colours.
         digits = 3 if np.nanmax(table) - np.nanmin(table) < 0.05 else 2
         middle = np.nanmean([np.nanmin(table), np.nanmax(table)]) if len(table) > 1 else 0.0
         for (row, column), value in np.ndenumerate(table):

@@ -1,4 +1,4 @@
-"""The page of an analysis: one file with all figures in it, and the same figures beside it."""
+"""The page of an analysis: one HTML file with all figures, and the same figures as separate files."""
 
 import io
 from collections.abc import Mapping
@@ -8,9 +8,8 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from matplotlib import rc_context
 
-from refold.analysis.conclusion import conclude
+from refold.analysis.conclusion import conclude, least_important, most_alike
 from refold.analysis.figures import draw_all
-from refold.analysis.ranking import least_important, most_alike
 from refold.sources.measurements import Measurements
 
 PAGE_NAME = "index.html"
@@ -44,7 +43,7 @@ def write_page(found: Measurements, folder: Path) -> None:
         OSError: The disk is full or failed.
     """
     figures = {}
-    # The same measurements give the same file.
+    # A fixed salt, so that the same measurements give the same file.
     with rc_context({"svg.hashsalt": "refold", "svg.fonttype": "none"}):
         for name, figure in draw_all(found).items():
             figure.savefig(folder / f"{name}.png", dpi=150)

@@ -1,6 +1,7 @@
-"""Calibration text: sequences drawn from all over it, some to fit to and others to measure on."""
+"""Calibration text: sequences drawn from all over a text, some for fits and others for measurements."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,20 +18,20 @@ from refold.errors import DataError
 from refold.families.arch import ArchSpec
 
 READ_AHEAD = 32
-"""So many times the tokens wanted are tokenised, and sequences drawn from all over them: neighbours are alike."""
+"""Ratio of tokenised tokens to drawn tokens; sequences are drawn from all over them, because neighbours are alike."""
 HELD_OUT_SHARE = 0.2
-"""The last share of the tokens, from which held-out sequences are drawn."""
+"""Share of the tokens, at the end, that held-out sequences are drawn from."""
 
 
 class CalibrationText(NamedTuple):
-    """Packed text to fit to, where there is a fit, and other text to measure on."""
+    """Packed text for fits, None without a fit, and other text for measurements."""
 
     fit: PackedSequence | None
     held_out: PackedSequence
 
 
 def draw_streams(arch: ArchSpec, rows: int, tokens: int, seed: int) -> Float[Tensor, "B T D"]:
-    """Draws a standard normal stream, which a layer's input norm brings to the scale the layer is used to."""
+    """Draws a standard normal residual stream; a layer's input norm brings it to the usual scale."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, tokens, arch.hidden_size, generator=generator)
 
@@ -45,27 +46,28 @@ def pack_calibration(
     seed: int = 0,
     vocab_size: int | None = None,
 ) -> CalibrationText:
-    """Packs calibration text; documents are kept apart by their positions.
+    """Packs calibration text; positions mark the documents.
 
-    Of a mixture with weights every part gives its share of the sequences, to the nearest whole one.
+    Each part of a mixture with weights gives its share of the sequences, rounded to whole sequences.
 
     Args:
-        data: The text. The first tokens of it, in an order drawn by the seed, are read.
-        tokenizer: Of the source.
+        data: The text. Its documents are read in a random order until there are enough tokens.
+        tokenizer: Tokenizer of the source.
         sequence_length: T, tokens of each sequence.
-        num_fit: Sequences to fit to; fewer where the text is short. With 0 all of the text is held out.
-        num_held_out: Sequences to measure on; fewer where the text is short.
-        seed: Which sequences.
-        vocab_size: Tokens the source knows, to check; None: no check.
+        num_fit: Sequences for fits; fewer if the text is short. With 0 all of the text is held out.
+        num_held_out: Sequences for measurements; fewer if the text is short.
+        seed: Seed of the choice of sequences.
+        vocab_size: Number of tokens in the source's vocabulary, to check; None: no check.
 
     Raises:
-        DataError: The text is shorter than two sequences, or a part of a mixture than its share; or it has tokens that
-            the source does not know.
+        DataError: The text is shorter than two sequences, a part of a mixture is shorter than its share, or a token is
+            not in the source's vocabulary.
     """
     if isinstance(data, MixedSource) and data.weights is not None:
-        return _pack_mixture(
-            data, Interleave(data.weights), tokenizer, sequence_length, num_fit, num_held_out, seed, vocab_size
+        pack = partial(
+            pack_calibration, tokenizer=tokenizer, sequence_length=sequence_length, seed=seed, vocab_size=vocab_size
         )
+        return _pack_mixture(data, Interleave(data.weights), num_fit, num_held_out, pack)
     wanted = num_fit + num_held_out
     tokens = tokenise(data, tokenizer, budget=READ_AHEAD * wanted * sequence_length, seed=seed)
     require_known_tokens(f"calibration: {data.name}", tokens.tokens, vocab_size)
@@ -87,14 +89,11 @@ def pack_calibration(
 def _pack_mixture(
     data: MixedSource,
     interleave: Interleave,
-    tokenizer: PreTrainedTokenizerBase,
-    sequence_length: int,
     num_fit: int,
     num_held_out: int,
-    seed: int,
-    vocab_size: int | None,
+    pack: Callable[..., CalibrationText],
 ) -> CalibrationText:
-    """Packs each part by itself and deals its sequences to the places that are its own."""
+    """Packs each part by itself and puts its sequences at the places that the interleaving gives to the part."""
     counts = [
         (interleave.among(part, num_fit), interleave.among(part, num_held_out)) for part in range(len(data.parts))
     ]
@@ -103,19 +102,12 @@ def _pack_mixture(
         if not fit and not held_out:
             packed.append(None)
             continue
-        found = pack_calibration(
-            part,
-            tokenizer,
-            sequence_length=sequence_length,
-            num_fit=fit,
-            num_held_out=held_out or 1,
-            seed=seed,
-            vocab_size=vocab_size,
-        )
+        found = pack(part, num_fit=fit, num_held_out=held_out or 1)
         got = (0 if found.fit is None else len(found.fit.input_ids)), len(found.held_out.input_ids)
         if got[0] < fit or got[1] < held_out:
+            length = found.held_out.input_ids.shape[1]
             raise DataError(
-                f"calibration: {fit + held_out} sequences of {sequence_length} tokens are required of {part.name} for "
+                f"calibration: {fit + held_out} sequences of {length} tokens are required of {part.name} for "
                 f"its share (got {sum(got)}); give more of it, a smaller weight, or lower calibration.tokens"
             )
         packed.append(found)
@@ -139,7 +131,7 @@ def _deal(parts: Sequence[PackedSequence | None], interleave: Interleave, count:
 def _draw(
     tokens: TokenisedDocuments, first: int, last: int, sequence_length: int, count: int, seed: int
 ) -> PackedSequence:
-    """Draws from sequences `first..last` of the tokens, counted from their beginning."""
+    """Draws from the sequences `first..last` of the tokens."""
     start, stop = first * sequence_length, last * sequence_length
     inside = tokens.offsets[(tokens.offsets > start) & (tokens.offsets < stop)] - start
     offsets = np.concatenate(([0], inside, [stop - start]))

@@ -1,4 +1,4 @@
-"""What each rank of each stored linear saves of the error that tying and factorising make."""
+"""Error curves: the error of tying and factorising for each rank of each stored linear."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ from refold.planning.allocation import Curve, MeasuredLinear, SharedCurve
 from refold.sources.pieces import PieceReader
 
 EVERY, GROWTH = 32, 1.06
-"""Curves have every rank up to the first, then ranks that grow by the second."""
+"""Curves have every rank below `EVERY`; from there on each rank is `GROWTH` times the one before."""
 
 
 @dataclass(frozen=True)
 class LinearSources:
-    """A stored linear, and where what it is fitted to lies.
+    """A stored linear, with the source tensors that it is fitted to.
 
     Attributes:
         carried: The source's canonical tensor.
-        sources: Source layers the stored weight is made from.
-        users: Depth to the source layer it stands for, of those that run it.
-        is_native: Whether it does in the target what it does in the source, so that what was measured there holds.
-        is_basis: Whether no more than a basis is stored, and each user has coefficients.
+        sources: Source layers that the stored weight is made from.
+        users: Depths that run it, each with the source layer that the depth replaces.
+        is_native: Whether its role is the same as in the source, so that moments of the source apply.
+        is_basis: Whether only a basis is stored and each depth has coefficients.
     """
 
     pool: Pool
@@ -46,7 +46,7 @@ class LinearSources:
 def linear_sources(
     blueprint: Blueprint, starts: Initialisation, pool: Pool, part: int, linear: str
 ) -> LinearSources | None:
-    """Says what a stored linear is fitted to; None where it starts fresh."""
+    """Returns the source tensors that a stored linear is fitted to; None if it is freshly initialised."""
     local = f"{linear}.weight"
     carried = carried_tensor(blueprint, starts, part, local) if pool == "mixer" else Carried(f"{pool}.{local}")
     sources = sources_of(blueprint, pool, part, local)
@@ -60,42 +60,42 @@ def linear_sources(
 
 
 class GroupWeightings:
-    """How errors of one stored linear are weighed: by depth, of the members together, and of their difference.
+    """Weightings of the errors of one stored linear: at each depth, of all depths together, and of a difference.
 
     Args:
-        inputs: By depth the second moment of its inputs, with its ridge; None: every input alike.
-        outputs: The same of its gradients; empty: every output alike.
+        inputs: By depth, the second moment of the inputs with its ridge; None: the identity.
+        outputs: By depth, the second moment of the gradients with its ridge; empty: the identity.
     """
 
     def __init__(self, inputs: Mapping[int, Tensor | None], outputs: Mapping[int, Tensor]):
         self.inputs, self._own_outputs = dict(inputs), dict(outputs)
-        # What all members share is weighed by one mean of their gradients: only then there is a closed form.
+        # One mean of the gradients weights errors that all members share: only then there is a closed form.
         self.outputs = torch.stack(list(outputs.values())).mean(dim=0) if outputs else None
 
     def with_inputs(self, depth: int, inputs: Tensor) -> "GroupWeightings":
-        """Returns the same with another second moment, ridge included, of what one depth sees."""
+        """Returns the weightings with another second moment of the inputs of one depth, ridge included."""
         return GroupWeightings({**self.inputs, depth: inputs}, self._own_outputs)
 
     def of(self, depth: int) -> Weighting:
-        """Returns how an error at one depth is weighed."""
+        """Returns the weighting of errors at one depth."""
         return Weighting(self.inputs[depth], self._own_outputs.get(depth))
 
     def of_all(self) -> Weighting:
-        """Returns how an error that all depths share is weighed, summed over them."""
+        """Returns the weighting of an error that all depths share, summed over depths."""
         given = [each for each in self.inputs.values() if each is not None]
         return Weighting(torch.stack(given).sum(dim=0) if given else None, self.outputs)
 
     def stack(self, weights: Mapping[int, Tensor]) -> tuple[Tensor, Weighting]:
-        """Returns what members sharing a basis have one of: T_b W_b one below the other, and how their inputs weigh.
+        """Returns the stacked weights T_b W_b of all depths that share a basis, and the weighting of their inputs.
 
-        Inputs are weighed alike, by the mean of their moments.
+        The weighting is the mean of the depths' input moments.
         """
         given = [each.double() for each in self.inputs.values() if each is not None]
         turned = [Weighting(None, self._own_outputs.get(depth)).apply(each) for depth, each in weights.items()]
         return torch.cat(turned), Weighting(torch.stack(given).mean(dim=0) if given else None)
 
     def of_difference(self, like: Tensor) -> Weighting:
-        """Returns how the difference of two members is weighed once the stored weight has settled between them."""
+        """Returns the weighting of the difference of two members, for the best stored weight between them."""
         first, second = self.inputs.values()
         return Weighting(parallel_sum(first, second, like), self.outputs)
 
@@ -112,13 +112,13 @@ class GroupWeightings:
 def read_weightings(
     weight: ErrorMetric, group: LinearSources, store: MomentStore | None, device: str = "cpu"
 ) -> GroupWeightings:
-    """Reads how errors of a stored linear are weighed.
+    """Reads the weightings of errors of a stored linear.
 
     Args:
-        weight: By what.
+        weight: The error metric.
         group: The linear.
-        store: Moments; None where nothing is measured.
-        device: Where to compute.
+        store: Moments; None without measurements.
+        device: Device that computes.
     """
     if weight == "none" or not group.is_native:
         return GroupWeightings(dict.fromkeys(group.users), {})
@@ -145,19 +145,19 @@ def measure_linears(
     device: str = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[MeasuredLinear]:
-    """Measures what there is to choose, one stored linear in memory at a time.
+    """Measures the error curves of stored linears; the weights of one linear are in memory at a time.
 
-    Losses weighed by Fisher matrices are estimates of one thing, the loss, and stay as they are. Others are divided by
-    what the linear's outputs hold in all, so that linears of different scale can be compared.
+    Errors weighted by Fisher matrices estimate the loss of the model and are comparable as they are. Other errors are
+    divided by the energy of the linear's weights under the same weighting, so that linears of different scale compare.
 
     Args:
         groups: The stored linears.
-        weight: How errors are weighed.
+        weight: The error metric.
         is_joint: Whether stored weight and LoRAs are fitted together.
-        pieces: Reads the source.
-        store: Moments, where errors are weighed by some.
-        device: Where to compute.
-        progress: Told how many linears are done.
+        pieces: Reader of the source.
+        store: Moments that errors are weighted by; None without weighting.
+        device: Device that computes.
+        progress: Called with the number of linears that are done.
     """
     found = []
     for done, group in enumerate(groups, start=1):
@@ -188,7 +188,7 @@ def _measure(
     if group.is_basis:
         stacked, inputs = weighting.stack(weights)
         return _measured(group, weights, _curve(inputs.spectrum(stacked), unit))
-    # As in the fits: the best for all where it is made from all, else what its sources say.
+    # Same rule as `fit_joint`: the weighted mean if the part uses all tied layers, else the mean of its sources.
     is_shared = len(group.sources) == len(weights)
     mean = weighting.mean(weights) if is_shared else torch.stack([read[layer] for layer in group.sources]).mean(dim=0)
     tying = sum(each[depth].energy(matrix - mean) for depth, matrix in weights.items())
@@ -233,7 +233,7 @@ def _measured(
 
 
 def _curve(spectrum: Tensor, unit: float, rest: float = 0.0) -> Curve:
-    """Losses at some ranks: what the spectrum holds beyond them, and what no rank recovers."""
+    """Returns the error at each rank: the spectrum beyond the rank, plus the error that no rank recovers."""
     beyond = torch.cat((spectrum.flip(0).cumsum(0).flip(0), spectrum.new_zeros(1)))
     ranks = [*range(min(EVERY, len(spectrum)))]
     while (following := max(ranks[-1] + 1, int(ranks[-1] * GROWTH))) < len(spectrum):

@@ -12,21 +12,23 @@ from refold.calibration.weighting import Moments
 from refold.sources.pieces import PieceReader
 
 FIRST, LAST, STEP = 0.25, 1e-4, 5.0
-"""Least raise of a bid, as a share of the scores' spread: at first, in the end, and what it is divided by between."""
+"""Auction epsilon as a share of the range of scores: initial value, final value, divisor per round."""
 BIDDERS = 1024
-"""So many rows bid at once, which bounds what is in memory beside the scores."""
+"""Rows that bid at once, which bounds the memory beside the scores."""
 
 
 def assign(scores: Float[Tensor, "n n"]) -> Int[Tensor, " n"]:
-    """Returns for each row its column, each column once, so that the scores' sum is largest.
+    """Returns the column assigned to each row, each column once, with the largest sum of scores.
 
-    Bertsekas's auction (Annals of Operations Research 14, 1988): rows that have none bid for columns, many at once, and
-    each bid raises a price by the gain over the second best and a little more. The sum is within `LAST` of the spread
-    for each row of the largest there is. The same scores give the same assignment.
+    Bertsekas's auction (Annals of Operations Research 14, 1988): rows without a column bid, many at once. Each bid
+    raises the price of a column by the gain over the second best column plus epsilon. The sum is at most `LAST` times
+    the range of scores, for each row, below the largest sum. The same scores give the same assignment.
     """
     size = len(scores)
     spread = float(scores.max() - scores.min())
-    assert math.isfinite(spread), "no bid is the highest among others that are no numbers: the auction would not end"
+    assert math.isfinite(spread), (
+        "finite scores are required: with NaN no bid is the highest, and the auction would not end"
+    )
     if size == 1 or spread == 0:
         return torch.arange(size, device=scores.device)
     prices = torch.zeros(size, dtype=torch.float64, device=scores.device)
@@ -59,12 +61,12 @@ def _auction(scores: Tensor, prices: Tensor, least: float) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadFrame:
-    """Another order of a layer's heads, and other axes for the values of each key-value head.
+    """A permutation of a layer's heads, and a rotation of the values of each key-value head.
 
     Attributes:
-        queries: Which query head stands at each place; heads that read one key-value head stay together.
-        key_values: Which key-value head does.
-        turns: For each place an orthogonal matrix that values are multiplied by.
+        queries: Index of the query head at each place; heads that read one key-value head stay together.
+        key_values: Index of the key-value head at each place.
+        turns: Orthogonal matrix at each place that values are multiplied by.
     """
 
     queries: Int[Tensor, " H"]
@@ -81,7 +83,7 @@ class HeadFrame:
         return self._turn(self.order_keys(rows), self.turns)
 
     def turn_outputs(self, rows: Tensor) -> Tensor:
-        """Brings what heads give into the frame, as the output projection reads it."""
+        """Permutes and rotates the heads' outputs, which the output projection reads."""
         groups = len(self.queries) // len(self.key_values)
         return self._turn(self.order_queries(rows), self.turns.repeat_interleave(groups, dim=0))
 
@@ -93,18 +95,18 @@ class HeadFrame:
 
 @dataclass(frozen=True)
 class LayerFrame:
-    """What a layer's inner numbers are called after it has been brought into another layer's frame.
+    """Permutations and rotations that bring one layer into the frame of another.
 
     Attributes:
-        neurons: Which of the MLP's neurons stands at each place; None: as they were.
-        heads: The attention's; None: as they were.
+        neurons: Index of the MLP's neuron at each place; None: no permutation.
+        heads: The attention's heads; None: no permutation or rotation.
     """
 
     neurons: Int[Tensor, " I"] | None = None
     heads: HeadFrame | None = None
 
     def outputs(self, owner: str, rows: Float[Tensor, "out *rest"]) -> Float[Tensor, "out *rest"]:
-        """Brings what a linear or a norm gives, the first axis of `rows`, into the frame."""
+        """Brings the outputs of a linear or a norm, the first axis of `rows`, into the frame."""
         if owner in ("gate_proj", "up_proj") and self.neurons is not None:
             return rows[self.neurons]
         if self.heads is None:
@@ -113,7 +115,7 @@ class LayerFrame:
             return self.heads.order_queries(rows) if owner == "q_proj" else self.heads.order_keys(rows)
         if owner == "v_proj":
             return self.heads.turn_values(rows)
-        # A norm over single heads has the same weight for all.
+        # A norm over single heads has the same weight for all heads.
         head = self.heads.turns.shape[-1]
         if owner == "q_norm" and len(rows) != head:
             return self.heads.order_queries(rows)
@@ -124,18 +126,18 @@ class LayerFrame:
         return self.inputs(linear, self.outputs(linear, weight).T).T.contiguous()
 
     def inputs(self, linear: str, rows: Float[Tensor, "in *rest"]) -> Float[Tensor, "in *rest"]:
-        """Brings what a linear sees, the first axis of `rows`, into the frame."""
+        """Brings the inputs of a linear, the first axis of `rows`, into the frame."""
         if linear == "down_proj" and self.neurons is not None:
             return rows[self.neurons]
         return self.heads.turn_outputs(rows) if linear == "o_proj" and self.heads is not None else rows
 
 
 class FramedPieces(PieceReader):
-    """Reads a source some of whose layers have been brought into other frames; what it computes is the source's.
+    """Reader of a source whose layers are brought into other frames; each layer computes the same function.
 
     Args:
-        pieces: Reads it as it is.
-        frames: By layer.
+        pieces: Reader of the source in its own frames.
+        frames: Frame by layer.
     """
 
     def __init__(self, pieces: PieceReader, frames: dict[int, LayerFrame]):
@@ -153,11 +155,11 @@ class FramedPieces(PieceReader):
 
 
 class FramedMoments(MomentStore):
-    """Moments of a source's layers, in other frames.
+    """Moments of a source whose layers are brought into other frames.
 
     Args:
-        store: The source's own.
-        frames: By layer.
+        store: Moments in the source's own frames.
+        frames: Frame by layer.
     """
 
     def __init__(self, store: MomentStore, frames: dict[int, LayerFrame]):

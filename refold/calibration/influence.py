@@ -1,4 +1,4 @@
-"""How much each layer, attention and MLP of a source does to the stream, on text, a layer in memory at a time."""
+"""Influence of each layer, attention and MLP of a source on the residual stream of a text."""
 
 from collections.abc import Callable
 
@@ -11,11 +11,11 @@ from refold.data.packing import PackedSequence
 from refold.sources.measurements import Influence
 
 WatchStream = Callable[[int, Tensor], None]
-"""Called with a layer's index and the stream before it; after the last layer with the number of layers and its end."""
+"""Called with a layer's index and the residual stream before the layer; at the end with the number of layers."""
 
 
 class _Means:
-    """Sums of one minus the cosine similarity by layer and part, in float64."""
+    """Sums of one minus the cosine similarity, by layer and part, in float64."""
 
     def __init__(self, num_layers: int):
         self._sums = {name: [0.0] * num_layers for name in ("block", "attention", "mlp")}
@@ -34,7 +34,7 @@ class _Means:
 def total_change(before: Float[Tensor, "*tokens D"], after: Float[Tensor, "*tokens D"]) -> float:
     """Returns one minus the cosine similarity, summed over tokens.
 
-    Through the distance of the two directions, |u - v|^2 / 2: the difference to 1 would lose what float32 holds.
+    It is computed as |u - v|^2 / 2 of the two directions, because a difference to 1 would lose digits.
     """
     first, second = (torch.nn.functional.normalize(each.double(), dim=-1) for each in (before, after))
     return float((first - second).square().sum()) / 2
@@ -48,14 +48,14 @@ def measure_influence(
     watch_stream: WatchStream = lambda layer, stream: None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Influence:
-    """Runs sequences through a source, one layer in memory at a time, and measures what each layer does to them.
+    """Runs sequences through a source and measures the influence of each layer; one layer is in memory at a time.
 
     Args:
-        layers: The source's.
+        layers: Layers of the source.
         sequences: Packed tokens, a batch.
-        watch: Told the inputs of every linear.
-        watch_stream: Told every stream.
-        progress: Told how many layers have been run.
+        watch: Called with the inputs of every linear.
+        watch_stream: Called with every residual stream.
+        progress: Called with the number of layers that have run.
     """
     num_layers = layers.arch.num_layers
     means = _Means(num_layers)

@@ -1,4 +1,4 @@
-"""A source run layer by layer, one in memory at a time: what its attention and each of its linears see."""
+"""Layers of a source, run one by one: residual streams, inputs of linears, attention, and gradients."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -25,20 +25,20 @@ from refold.sources.source_model import SourceModel
 EMBEDDING = "embed_tokens.weight"
 
 Watch = Callable[[int, str, Tensor], None]
-"""Called with a layer's index, a linear's name (`q_proj`, `down_proj`) and its inputs `[B, T, in]`, where the layer
-computes; of gradients with those of its outputs `[B, T, out]`."""
+"""Called with a layer's index, a linear's name (`q_proj`, `down_proj`) and its inputs `[B, T, in]`, or the
+gradients of its outputs `[B, T, out]`, on the layer's device."""
 
 WatchPart = Callable[[int, Pool, Tensor, Tensor], None]
-"""Called with a layer's index, a pool, the stream `[B, T, D]` its part reads, and what the part adds to it."""
+"""Called with a layer's index, a pool, the residual stream `[B, T, D]` that its part reads, and the part's update."""
 
 
 class AttentionSample(NamedTuple):
     """Attention of one source layer on some sequences, in float32.
 
     Attributes:
-        query: Normed and rotated, times the square root of the attention's scale.
-        key: Likewise, key-value heads repeated for all query heads.
-        weights: The softmax itself, with the layer's window, soft-cap and documents.
+        query: Queries, normalised and rotated, times the square root of the attention's scale.
+        key: Keys, likewise, with key-value heads repeated for all query heads.
+        weights: The softmax, with the layer's window, soft-cap and documents.
         resets: True where a document begins.
     """
 
@@ -52,22 +52,22 @@ class AttentionSample(NamedTuple):
         return AttentionSample(*(part[chosen] for part in self))
 
 
-class _Reached(Exception):
-    """Ends a forward pass once what it was run for has been seen."""
+class _InputReached(Exception):
+    """Ends a forward pass at the module whose input was asked for."""
 
 
 def reach_input(module: nn.Module, run: Callable[[], object]) -> Tensor:
-    """Runs until a module is called, and returns its input."""
+    """Returns the input of a module; the forward pass `run` ends there."""
     seen: list[Tensor] = []
 
     def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0])
-        raise _Reached
+        raise _InputReached
 
     hook = module.register_forward_pre_hook(stop)
     try:
         run()
-    except _Reached:
+    except _InputReached:
         pass
     finally:
         hook.remove()
@@ -79,10 +79,10 @@ class SourceLayer:
 
     Args:
         model: A stack of this layer alone, without a usable embedding.
-        index: Which of the source's layers it is.
+        index: Index among the source's layers.
         arch: The source's architecture.
-        device: Where it computes; results come back to the CPU.
-        rows_at_once: How many sequences it computes at once.
+        device: Device of the layer; results come back to the CPU.
+        rows_at_once: Number of sequences that run at once.
     """
 
     def __init__(self, model: RefoldModel, index: int, arch: ArchSpec, device: str, rows_at_once: int):
@@ -97,13 +97,13 @@ class SourceLayer:
         watch: Watch | None = None,
         watch_part: WatchPart | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Returns the stream after the layer.
+        """Returns the residual stream after the layer.
 
         Args:
-            hidden_states: The stream before it.
-            positions: Within each document; None: every row is one.
-            watch: Told the inputs of every linear of the layer, some sequences at a time.
-            watch_part: Told what attention and MLP read and add, norms included, some sequences at a time.
+            hidden_states: The residual stream before it.
+            positions: Positions within documents; None: every row is one document.
+            watch: Called with the inputs of every linear of the layer, some sequences at a time.
+            watch_part: Called with the input and the update of attention and MLP, norms included, likewise.
         """
         hooks = [] if watch is None else self._watch(watch)
         hooks += [] if watch_part is None else self._watch_parts(watch_part)
@@ -118,12 +118,12 @@ class SourceLayer:
     def input_of(
         self, linear: str, hidden_states: Float[Tensor, "B T D"], positions: Int[Tensor, "B T"] | None
     ) -> Float[Tensor, "B T in"]:
-        """Returns what a linear of the layer sees, where the layer computes; what comes later does not run.
+        """Returns the input of a linear of the layer, on the layer's device; later modules do not run.
 
         Args:
             linear: `q_proj`, `down_proj`, ...
-            hidden_states: The stream before the layer, of no more sequences than are computed at once.
-            positions: Within each document; None: every row is one.
+            hidden_states: The residual stream before the layer, for at most `rows_at_once` sequences.
+            positions: Positions within documents; None: every row is one document.
         """
         ((states, batch),) = self._pieces(hidden_states, positions)
         return reach_input(dict(self._linears())[linear], lambda: self._run(states, batch))
@@ -137,14 +137,14 @@ class SourceLayer:
         watch: Watch,
         watch_gradient: Watch,
     ) -> Float[Tensor, "B T D"]:
-        """Returns the loss's gradient with respect to the stream before the layer; weights get none.
+        """Returns the gradient of the loss with respect to the residual stream before the layer; weights get none.
 
         Args:
-            hidden_states: The stream before the layer.
-            positions: Within each document; None: every row is one.
-            gradient: With respect to the stream after the layer.
-            watch: Told the inputs of every linear.
-            watch_gradient: Told the gradients with respect to every linear's outputs.
+            hidden_states: The residual stream before the layer.
+            positions: Positions within documents; None: every row is one document.
+            gradient: Gradient with respect to the residual stream after the layer.
+            watch: Called with the inputs of every linear.
+            watch_gradient: Called with the gradients with respect to the outputs of every linear.
         """
         hooks = self._watch(watch)
         hooks += self._watch_gradients(watch_gradient, hooks)
@@ -212,7 +212,7 @@ class SourceLayer:
     def _watch_gradients(
         self, watch: Watch, hooks: list[torch.utils.hooks.RemovableHandle]
     ) -> list[torch.utils.hooks.RemovableHandle]:
-        """Adds the hooks on outputs to `hooks` as they come: one that stays would hold layer and watcher."""
+        """Registers hooks on outputs and adds them to `hooks`: a hook that stays would keep the layer in memory."""
 
         def tell(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -228,56 +228,60 @@ class SourceLayers:
 
     Args:
         model: The source.
-        pieces: Reads its weights.
-        device: Where layers compute.
-        rows_at_once: How many sequences a layer computes at once.
+        pieces: Reader of its weights.
+        device: Device that runs layers.
+        rows_at_once: Sequences that a layer computes at once.
     """
 
     def __init__(self, model: SourceModel, pieces: PieceReader, device: str = "cpu", rows_at_once: int = 4):
-        self._source, self._pieces, self._device, self._rows_at_once = model, pieces, device, rows_at_once
+        self.model, self.pieces, self.device, self._rows_at_once = model, pieces, device, rows_at_once
         self.arch = model.arch
 
+    def with_pieces(self, pieces: PieceReader) -> "SourceLayers":
+        """Returns the same source with another reader of its weights."""
+        return SourceLayers(self.model, pieces, self.device, self._rows_at_once)
+
     def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """Returns the stream before the first layer."""
-        # In the dtype of the file, of which only the rows asked for are then read.
-        table = self._pieces.read(EMBEDDING, None, getattr(torch, self._source.dtype))
+        """Returns the residual stream before the first layer."""
+        # Read in the dtype of the file, so that only the rows of these tokens are read from disk.
+        table = self.pieces.read(EMBEDDING, None, getattr(torch, self.model.dtype))
         return table[input_ids].float() * self.arch.embedding_scale
 
     def load(self, index: int, pools: Sequence[Pool] = POOLS) -> SourceLayer:
-        """Loads one layer; with `pools=("mixer",)` only its attention, which then is all that `run` adds."""
+        """Loads one layer; with `pools=("mixer",)` the layer has only its attention."""
         blueprint = _lone_layer(self.arch, index, has_mlp="mlp" in pools)
-        # No memory for an embedding nobody asks, no time for weights that are replaced at once.
+        # The meta device takes no memory for the unused embedding and no time for weights that are replaced at once.
         with torch.device("meta"):
             model = RefoldModel(RefoldConfig(blueprint=blueprint.model_dump(mode="json"))).eval()
         for pool, parts in (("mixer", model.mixers), ("mlp", model.mlps)):
             for part in parts:
-                read = {name: self._pieces.read(f"{pool}.{name}", index, torch.float32) for name in part.state_dict()}
-                part.load_state_dict({name: each.to(self._device) for name, each in read.items()}, assign=True)
+                read = {name: self.pieces.read(f"{pool}.{name}", index, torch.float32) for name in part.state_dict()}
+                part.load_state_dict({name: each.to(self.device) for name, each in read.items()}, assign=True)
         for rotary in model.rotaries:
-            cast("Rotary", rotary.to_empty(device=self._device)).reset()
+            cast("Rotary", rotary.to_empty(device=self.device)).reset()
         model.requires_grad_(False)
-        return SourceLayer(model, index, self.arch, self._device, self._rows_at_once)
+        return SourceLayer(model, index, self.arch, self.device, self._rows_at_once)
 
     def load_ending(self) -> Callable[[Float[Tensor, "*M D"]], Float[Tensor, "*M N"]]:
-        """Loads final norm and head, and returns the function from the last stream to float32 logits."""
+        """Loads final norm and head, and returns the function from the last residual stream to float32 logits."""
         arch = self.arch
         norm = StackNorm(arch.norm, arch.hidden_size)
-        read = {name: self._pieces.read(f"norm.{name}", None, torch.float32) for name in norm.state_dict()}
+        read = {name: self.pieces.read(f"norm.{name}", None, torch.float32) for name in norm.state_dict()}
         norm.load_state_dict(read, assign=True)
-        norm.requires_grad_(False).to(self._device)
-        weight = self._pieces.read(EMBEDDING if arch.tied_head else "lm_head.weight", None, torch.float32)
-        head = Head(weight.to(self._device), softcap=arch.logit_softcap)
-        return lambda states: head.logits(norm(states.to(self._device))).to(states.device)
+        norm.requires_grad_(False).to(self.device)
+        weight = self.pieces.read(EMBEDDING if arch.tied_head else "lm_head.weight", None, torch.float32)
+        head = Head(weight.to(self.device), softcap=arch.logit_softcap)
+        return lambda states: head.logits(norm(states.to(self.device))).to(states.device)
 
     def walk(
         self, sequences: PackedSequence, num_layers: int | None = None, watch: Watch | None = None
     ) -> Iterator[tuple[SourceLayer, Float[Tensor, "B T D"]]]:
-        """Yields each layer with the stream before it, top to bottom.
+        """Yields each layer with the residual stream before it, first to last.
 
         Args:
             sequences: Packed tokens, a batch.
-            num_layers: Stop behind so many; None: all.
-            watch: Told the inputs of every linear, of a layer once the next is asked for.
+            num_layers: Number of layers to yield; None: all.
+            watch: Called with the inputs of every linear of a layer when the next layer is asked for.
         """
         hidden_states = self.embed(sequences.input_ids)
         last = (self.arch.num_layers if num_layers is None else num_layers) - 1

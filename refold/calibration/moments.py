@@ -1,4 +1,4 @@
-"""Second moments of what a source's linears see on text, and of the gradients they get back: streamed, kept on disk."""
+"""Second moments of inputs and gradients of a source's linears on text, measured layer by layer and kept on disk."""
 
 import json
 from collections.abc import Callable
@@ -25,12 +25,12 @@ SAMPLES_AT_ONCE = 512
 
 
 class MomentStore:
-    """Moments of all linears, one file a layer; one layer is in memory at a time.
+    """Moments of all linears, in one file for each layer; the moments of one layer are in memory at a time.
 
     Linears with the same input, such as queries, keys and values, share its moment.
 
     Args:
-        folder: An existing folder. What it holds is read; `write` adds to it.
+        folder: An existing folder, with or without moments.
     """
 
     def __init__(self, folder: Path):
@@ -39,12 +39,12 @@ class MomentStore:
     def write(
         self, layer: int, inputs: dict[str, Tensor], shared: dict[str, str], outputs: dict[str, Tensor] | None
     ) -> None:
-        """Stores one layer.
+        """Stores the moments of one layer.
 
         Args:
-            layer: Its index.
-            inputs: Moment of the inputs by the first linear that sees them.
-            shared: Every linear to the one whose input it shares.
+            layer: Index of the layer.
+            inputs: Moment of each input, by the first linear that reads the input.
+            shared: For each linear, the first linear with the same input.
             outputs: Moment of the gradients by linear.
         """
         tensors = {f"inputs.{name}": value.float() for name, value in inputs.items()}
@@ -62,20 +62,20 @@ class MomentStore:
             )
 
     def sign(self, source: dict[str, Any], tokens: int, text: str) -> None:
-        """Says whose moments these are, so that they can be used again; written last.
+        """Records the source and the text of the moments, so that they can be used again; written last.
 
         Args:
             source: The source's fingerprint.
-            tokens: How many were read.
-            text: What was read.
+            tokens: Number of tokens.
+            text: Name of the text.
         """
         write_json(self.folder / SIGNATURE_NAME, {"source": source, "tokens": tokens, "text": text})
 
     def check(self, source: dict[str, Any], with_gradients: bool) -> None:
-        """Checks that these are the whole moments of a source.
+        """Checks that the moments are complete and those of a source.
 
         Raises:
-            SourceError: They are not, or are not there.
+            SourceError: They are missing, incomplete or another source's.
         """
         try:
             signed = json.loads((self.folder / SIGNATURE_NAME).read_text(encoding="utf-8"))
@@ -95,7 +95,7 @@ class MomentStore:
 
 
 class MomentSums:
-    """Sums of x x^T of one layer, one for each input several linears may share."""
+    """Sums of x x^T over tokens for the linears of one layer; linears with the same input share a sum."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, Tensor] = {}
@@ -104,7 +104,7 @@ class MomentSums:
         self._last: tuple[str, Tensor] | None = None
 
     def see_input(self, layer: int, linear: str, x: Tensor) -> None:
-        # Linears that share an input are called one after the other with the very same tensor.
+        # Linears that share an input are called one after the other with the same tensor object.
         if self._last is not None and self._last[1] is x:
             self.shared[linear] = self._last[0]
             return
@@ -116,12 +116,12 @@ class MomentSums:
         _add(self.outputs, linear, g)
 
     def store(self, store: MomentStore, layer: int, tokens: int) -> None:
-        """Makes the sums means over tokens and stores them."""
+        """Divides the sums by the number of tokens and stores them."""
         self.divide(tokens)
         store.write(layer, self.inputs, self.shared, self.outputs or None)
 
     def divide(self, tokens: int) -> None:
-        """Makes the sums means over tokens."""
+        """Divides the sums by the number of tokens."""
         for each in (self.inputs, self.outputs):
             for value in each.values():
                 value.div_(tokens)
@@ -148,18 +148,18 @@ def measure_moments(
 ) -> None:
     """Runs text through a source layer by layer and stores the moments of every linear.
 
-    Gradients are those of the loss of labels drawn from the model's own predictions, which makes their second moment
-    the Fisher matrix's. For them the stream before each layer is kept on disk, and layers are loaded again from the
+    Labels are drawn from the model's own predictions, so that the second moment of the gradients is the Fisher matrix.
+    For the backward pass the residual stream before each layer is kept on disk, and layers are loaded again from the
     last to the first.
 
     Args:
-        layers: The source's.
+        layers: Layers of the source.
         sequences: Packed tokens.
-        store: Where the moments go.
-        scratch: An existing folder for the streams; they are taken away again.
+        store: Store of the moments.
+        scratch: An existing folder for residual streams, which are deleted again.
         with_gradients: Whether gradients are measured too.
-        seed: Of the labels.
-        progress: Told how many layers have been run, forwards or backwards.
+        seed: Seed of the labels.
+        progress: Called with the number of layers that have run, forwards or backwards.
     """
     tokens, last = sequences.input_ids.numel(), layers.arch.num_layers - 1
     hidden = layers.embed(sequences.input_ids)
@@ -192,7 +192,7 @@ def _stream(scratch: Path, layer: int) -> Path:
 
 
 def _loss_gradient(layers: SourceLayers, hidden: Float[Tensor, "B T D"], seed: int) -> Float[Tensor, "B T D"]:
-    """Gradient of each token's cross-entropy on a label drawn from its prediction, with respect to the last stream."""
+    """Returns the gradient of each token's cross-entropy, on a label drawn from its prediction, at the last stream."""
     generator = torch.Generator().manual_seed(seed)
     flat = hidden.flatten(0, 1)
     found = torch.empty_like(flat)

@@ -1,4 +1,4 @@
-"""How alike layers are: in their weights, and in the streams they read."""
+"""Similarity of layers: distances of their weights, and of the residual streams before them."""
 
 import math
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from refold.sources.measurements import Matrix
 from refold.sources.pieces import PieceReader
 
 CHUNK_NUMBERS = 2**24
-"""Weights of all layers together that are in memory at a time, in float64."""
+"""Number of weights, over all layers, that are in memory at a time, in float64."""
 STREAM_NUMBERS = 2**26
-"""Numbers of streams that are kept, in float32."""
+"""Number of float32 entries of residual streams that are kept."""
 
 
 def linears_of(arch: ArchSpec) -> dict[str, str]:
-    """Returns the linears of a source's layers: name to canonical tensor."""
+    """Returns the linears of a source's layers: canonical tensor by name."""
     identity = identity_blueprint(arch)
     return {name: f"{pool}.{name}.weight" for pool in POOLS for name in part_linears(identity, pool, 0)}
 
@@ -31,14 +31,13 @@ def weight_distances(
 ) -> dict[str, Matrix]:
     """Returns |W_i - W_j| / sqrt(|W_i|^2 + |W_j|^2) of every linear for each pair of layers, in Frobenius norms.
 
-    It is 0 for equal weights and 1 for weights that have nothing in common. Neurons that stand in another order have
-    nothing in common by it.
+    The distance is 0 for equal weights and 1 for unrelated weights. Equal neurons in another order count as unrelated.
 
     Args:
-        pieces: Reads the source.
+        pieces: Reader of the source.
         arch: The source's architecture.
-        dtype: Of its file: what is read in it stays on disk until it is used.
-        progress: Told how many linears are done.
+        dtype: Dtype of its file; a tensor read in this dtype is mapped, not copied into memory.
+        progress: Called with the number of linears that are done.
     """
     found = {}
     for done, (name, canonical) in enumerate(linears_of(arch).items(), start=1):
@@ -58,10 +57,10 @@ def weight_distances(
 
 
 class StreamDistances:
-    """Angular distances arccos(cos) / pi between the streams before any two layers, means over tokens.
+    """Angular distances arccos(cos) / pi between the residual streams before any two layers, means over tokens.
 
-    As arXiv 2403.17887 (section 3.2) defines it to find layers that can go together, but over all positions instead of
-    the last. Some tokens stand for all where keeping all streams would take too much memory.
+    arXiv 2403.17887 (section 3.2) defines the distance to find blocks of layers to drop; here it is the mean over all
+    positions instead of the last one. A sample of tokens is kept if all streams would take too much memory.
 
     Args:
         arch: The source's architecture.
@@ -72,23 +71,23 @@ class StreamDistances:
         self._num_kept = max(1, STREAM_NUMBERS // (arch.hidden_size * (arch.num_layers + 1)))
 
     def see(self, layer: int, stream: Float[Tensor, "B T D"]) -> None:
-        """Takes the stream before the next layer."""
+        """Keeps the residual stream before the next layer."""
         flat = stream.flatten(0, 1)
         kept = flat[:: math.ceil(len(flat) / self._num_kept)].float()
         self._streams.append(torch.nn.functional.normalize(kept, dim=-1))
 
     def found(self) -> Matrix:
-        """Returns the distances: row and column `l` stand for the stream before layer `l`, the last for the end."""
+        """Returns the distances: row and column `l` are the stream before layer `l`, the last the stream at the end."""
         size = len(self._streams)
         distances = torch.zeros(size, size, dtype=torch.float64)
         for one in range(size):
             for other in range(one + 1, size):
-                # Twice the angle whose sine is half the chord: arccos near 1 would lose half the digits.
+                # The angle is computed from the chord, because arccos near 1 would lose half of the digits.
                 chord = (self._streams[one] - self._streams[other]).norm(dim=-1).clamp(max=2.0)
                 distances[one, other] = (2 * torch.asin(chord.double() / 2)).mean() / math.pi
         return as_rows(distances + distances.T)
 
 
 def as_rows(matrix: Float[Tensor, "n m"]) -> Matrix:
-    """Returns a matrix as plain numbers."""
+    """Returns a matrix as tuples of Python floats."""
     return tuple(tuple(row) for row in matrix.tolist())

@@ -1,4 +1,4 @@
-"""What tying a source's layers would lose, and how much of it LoRAs of a rank would give back, by linear."""
+"""Residual spectra: the energy that tying a source's layers loses, and the share that LoRAs of each rank keep."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -14,7 +14,7 @@ from refold.sources.measurements import LinearSpectrum, TyingSpectra
 from refold.sources.pieces import PieceReader
 
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Shares of the full rank at which kept energy is told."""
+"""Shares of the full rank for which kept energy is computed."""
 
 
 def tyings(num_layers: int) -> list[tuple[Literal["cycle", "sequence"], int]]:
@@ -30,9 +30,10 @@ def tie_spectra(
     device: str = "cpu",
     progress: Callable[[int], None] = lambda done: None,
 ) -> TyingSpectra:
-    """Measures one tying: every layer tied to the mean of its group, one linear of one group in memory at a time.
+    """Measures one tying, which replaces each layer by the mean of its group.
 
-    Layers that `loops` leaves over stay untied at the beginning, as `fold.uneven: prelude` does.
+    The weights of one linear of one group are in memory at a time. Layers left over by `loops` stay untied at the
+    beginning, as with `fold.uneven: prelude`.
 
     Args:
         pieces: Reads the source.
@@ -40,7 +41,7 @@ def tie_spectra(
         pattern: As `fold.pattern`.
         loops: As `fold.loops`.
         device: Where matrices are decomposed.
-        progress: Told how many linears are done.
+        progress: Called with the number of linears that are done.
     """
     fold = Fold(loops=loops, pattern=pattern, init="average", uneven="prelude")
     groups = fold_layers(fold, range(arch.num_layers)).groups(range(arch.num_layers))
@@ -57,7 +58,7 @@ def _spectrum(pieces: PieceReader, canonical: str, groups: Sequence[Sequence[int
         weights = [pieces.read(canonical, layer, torch.float32).to(device) for layer in group]
         mean = sum(weights) / len(weights)
         whole += sum(plain.energy(each) for each in weights)
-        # The residuals of two are opposite: one decomposition serves both.
+        # The residuals of two layers are opposite, so one decomposition serves both.
         for each in weights[:1] if len(group) == 2 else weights:
             spectrum = plain.spectrum(each - mean) * (2 if len(group) == 2 else 1)
             residual += float(spectrum.sum())

@@ -1,4 +1,4 @@
-"""Truncated singular value decomposition: Gram matrix where a side is short, block Krylov where both are long."""
+"""Truncated singular value decomposition, by the Gram matrix or by block Krylov iteration."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,10 +10,10 @@ from torch import Tensor
 SvdMode = Literal["auto", "exact"]
 
 SHORT = 512
-"""Up to this smaller side the eigenproblem of the Gram matrix takes milliseconds."""
+"""Smaller side of a matrix up to which the eigenproblem of its Gram matrix takes milliseconds."""
 OVERSAMPLE = 8
 GAIN = 0.01
-"""The Krylov space grows until a further block raises the kept energy by no more than this share."""
+"""Relative gain of kept energy below which the Krylov space grows no further."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class Truncated:
 
     @property
     def kept(self) -> float:
-        """Share of the squared Frobenius norm these triples hold (1 for a zero matrix)."""
+        """Share of the squared Frobenius norm that these triples keep (1 for a zero matrix)."""
         return min(1.0, float(self.s.double().square().sum()) / self.energy) if self.energy > 0 else 1.0
 
     def take(self, triples: Tensor | slice) -> "Truncated":
-        """Returns some of the triples, as a decomposition of the same matrix."""
+        """Returns a selection of the triples."""
         return Truncated(self.u[:, triples], self.s[triples], self.v[:, triples], self.energy)
 
     def project(self, matrix: Float[Tensor, "rows columns"]) -> "Truncated":
-        """Returns another matrix with nearly the same singular vectors, projected on those of its shorter side.
+        """Projects another matrix, with nearly the same singular vectors, on the vectors of the shorter side.
 
-        At full rank that is the matrix itself. Vectors of the longer side are then only about orthogonal.
+        At full rank the result is the matrix itself. Vectors of the longer side are only nearly orthogonal.
         """
         by_rows = matrix.shape[0] <= matrix.shape[1]
         scaled = matrix.T @ self.u if by_rows else matrix @ self.v
@@ -54,7 +54,7 @@ class Truncated:
         return Truncated(self.u, s, turned, energy) if by_rows else Truncated(turned, s, self.v, energy)
 
     def factors(self) -> tuple[Float[Tensor, "rank columns"], Float[Tensor, "rows rank"]]:
-        """A = V^T and B = U S of arXiv 2410.20672, section 2.3, so that B A is the truncated matrix."""
+        """Returns A = V^T and B = U S of arXiv 2410.20672, section 2.3, so that B A is the truncated matrix."""
         return self.v.T.contiguous(), self.u * self.s
 
     def matrix(self) -> Float[Tensor, "rows columns"]:
@@ -64,21 +64,22 @@ class Truncated:
 def truncated_svd(matrix: Float[Tensor, "rows columns"], rank: int, mode: SvdMode = "auto", seed: int = 0) -> Truncated:
     """Returns the leading singular triples of a float32 matrix.
 
-    `exact` is LAPACK's divide and conquer. `auto` takes the left vectors from the Gram matrix M M^T where the smaller
-    side is at most 512 or the rank above a third of it; else from block Krylov iteration (Musco and Musco,
-    arXiv 1504.05477): the space spanned by G, (M M^T) G, (M M^T)^2 G, ... for a Gaussian block G, grown until the kept
-    energy stands still. Right vectors and singular values follow from M^T u, so that u s v^T is the projection u u^T M.
+    `exact` is LAPACK's divide and conquer. `auto` takes the left vectors from the Gram matrix M M^T if the smaller side
+    is at most 512 or the rank above a third of it. Otherwise it uses block Krylov iteration (Musco and Musco,
+    arXiv 1504.05477): the space spanned by G, (M M^T) G, (M M^T)^2 G, ... for a Gaussian block G grows until the kept
+    energy gains less than `GAIN`. Right vectors and singular values follow from M^T u, so that u s v^T is the
+    projection u u^T M.
 
     Args:
         matrix: float32.
         rank: Number of triples, at most the smaller side.
         mode: `auto` or `exact`.
-        seed: Of the Gaussian block: results are reproducible on one machine.
+        seed: Seed of the Gaussian block; results are reproducible on one machine.
     """
     smaller = min(matrix.shape)
     assert 0 < rank <= smaller, (rank, matrix.shape)
     assert matrix.dtype == torch.float32
-    # By rows: a float64 norm of the whole would cost a tenth of the decomposition.
+    # By rows, because a float64 norm of the whole matrix would take a tenth of the decomposition's time.
     energy = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
     if mode == "exact":
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -94,17 +95,18 @@ def truncated_svd(matrix: Float[Tensor, "rows columns"], rank: int, mode: SvdMod
 
 
 def _gram_vectors(matrix: Tensor, rank: int, seed: int) -> Tensor:
-    """Leading left singular vectors from the eigenvectors of M M^T.
+    """Returns the leading left singular vectors, from the eigenvectors of M M^T.
 
-    Squaring in float32 blurs directions whose singular values are below about 1e-3 of the largest. Few triples do not
-    reach down to them, or lose no more than 1e-6 of the energy there. Many are found in float64, at twice the time.
+    Squaring in float32 blurs directions whose singular values are below about 1e-3 of the largest. A few triples do not
+    include such directions, or lose at most 1e-6 of the energy. Many triples are computed in float64, which takes twice
+    the time.
     """
     wide = matrix if rank * 3 <= matrix.shape[0] else matrix.double()
     return torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1)[:, :rank].float()
 
 
 def _krylov_vectors(matrix: Tensor, rank: int, seed: int) -> Tensor:
-    """Leading left singular vectors by block Krylov iteration, for no more rows than columns."""
+    """Returns the leading left singular vectors by block Krylov iteration; rows must not exceed columns."""
     rows, columns = matrix.shape
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(columns, rank + OVERSAMPLE, generator=generator).to(matrix.device)
@@ -118,7 +120,7 @@ def _krylov_vectors(matrix: Tensor, rank: int, seed: int) -> Tensor:
             return basis @ vectors.flip(1)[:, :rank]
         kept = now
         block = matrix @ reach[:, -block.shape[1] :]
-        # Twice, because once leaves float32 rounding in the direction of the old basis.
+        # Twice, because one projection leaves float32 rounding in the direction of the old basis.
         for _ in range(2):
             block = block - basis @ (basis.T @ block)
         block = torch.linalg.qr(block).Q

@@ -1,4 +1,4 @@
-"""Weightings of errors by inputs and gradients, and the targets of fits in sequence."""
+"""Weightings of errors by second moments of inputs and gradients, and the targets of fits in sequence."""
 
 from typing import NamedTuple
 
@@ -9,15 +9,15 @@ from torch import Tensor
 from refold.calibration.svd import SvdMode, Truncated, truncated_svd
 
 INPUT_RIDGE, OUTPUT_RIDGE = 1e-2, 1e-1
-"""Shares of the mean variance added to every direction, so that none is free for what the text did not show. Between
-1e-3 and 1e-1 the losses of books-10m hardly move; gradients are rarer than inputs, and need more."""
+"""Shares of the mean variance that are added to every direction, so that directions absent from the text count too.
+Between 1e-3 and 1e-1 the losses of books-10m hardly change. Gradients need more, because there are fewer of them."""
 
 
 class Moments(NamedTuple):
-    """Second moments of one linear on text, uncentred, means over tokens.
+    """Uncentred second moments of one linear on text, means over tokens.
 
     Attributes:
-        inputs: E[x x^T].
+        inputs: E[x x^T] of the inputs x.
         outputs: E[g g^T], with g the gradient of a token's loss with respect to the linear's output; None: unknown.
     """
 
@@ -29,8 +29,8 @@ class Weighting:
     """The norm |T E S|^2 of an error E `[out, in]`, with S S^T = C and T^T T = G.
 
     C is the second moment of the inputs and |E S|^2 the mean squared error of the outputs (SVD-LLM, arXiv 2403.07378);
-    with G, the second moment of the loss's gradients, it is a second-order estimate of what E does to the loss, with
-    the Fisher matrix as a Kronecker product (arXiv 1503.05671). Without either it is the Frobenius norm.
+    with G, the second moment of the loss's gradients, the norm is a second-order estimate of the change of the loss by
+    E, with the Fisher matrix as a Kronecker product (arXiv 1503.05671). Without both it is the Frobenius norm.
 
     Args:
         inputs: C, with its ridge; None: the identity.
@@ -44,7 +44,7 @@ class Weighting:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is the Frobenius norm."""
+        """Whether the norm is the Frobenius norm."""
         return self._right is None and self._left is None
 
     def apply(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
@@ -66,9 +66,9 @@ class Weighting:
         return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
 
     def truncate(self, matrix: Float[Tensor, "out in"], rank: int, svd: SvdMode, seed: int) -> Truncated:
-        """Returns the matrix of a rank that is nearest in this norm, T^-1 SVD_rank(T M S) S^-1, as factors.
+        """Returns the nearest matrix of a rank in this norm, T^-1 SVD_rank(T M S) S^-1, as factors.
 
-        Columns of `v` have length 1; in other norms than Frobenius's neither they nor those of `u` are orthogonal.
+        Columns of `v` have length 1. Except in the Frobenius norm, columns of `u` and `v` are not orthogonal.
         """
         found = truncated_svd(self.apply(matrix), rank, svd, seed)
         if self.is_plain:
@@ -80,14 +80,14 @@ class Weighting:
             v = torch.linalg.solve_triangular(self._right.T, v, upper=True)
         lengths = torch.linalg.vector_norm(v, dim=0).clamp(min=torch.finfo(torch.float64).tiny)
         share = found.kept
-        # What is kept is said in this norm, so the energy is scaled to give the same share of the new numbers.
+        # The kept share is that of this norm, so the energy is scaled to give the same share of the new values.
         scaled = (found.s.double() * lengths).float()
         energy = float(scaled.double().square().sum()) / share if share > 0 else 0.0
         return Truncated(u.float(), scaled, (v / lengths).float(), energy)
 
 
 def ridged(moment: Float[Tensor, "n n"], share: float) -> Float[Tensor, "n n"]:
-    """Adds a share of the mean variance to every direction; a moment of zeros becomes the identity."""
+    """Returns a moment plus a share of its mean variance in every direction; a zero moment becomes the identity."""
     wide = moment.double()
     mean = float(wide.diagonal().mean())
     if mean <= 0:
@@ -98,21 +98,21 @@ def ridged(moment: Float[Tensor, "n n"], share: float) -> Float[Tensor, "n n"]:
 def parallel_sum(
     one: Float[Tensor, "n n"] | None, other: Float[Tensor, "n n"] | None, like: Tensor
 ) -> Float[Tensor, "n n"]:
-    """Returns (A^-1 + B^-1)^-1, for what two members of a tie may differ in; None stands for the identity of `like`."""
+    """Returns (A^-1 + B^-1)^-1, which weights the difference of two tied weights; None stands for the identity."""
     eye = torch.eye(like.shape[1], dtype=torch.float64, device=like.device)
     first, second = (eye if each is None else each.double() for each in (one, other))
-    # A (A + B)^-1 B is the same, with one inverse of a matrix that is better conditioned than either.
+    # A (A + B)^-1 B is equal, with one inverse of a matrix that is better conditioned than A and B.
     found = first @ torch.linalg.solve(first + second, second)
     return (found + found.T) / 2
 
 
 class Drift(NamedTuple):
-    """What a linear sees in a folded model beside what it sees in the source, on the same tokens.
+    """Inputs of a linear in a folded model compared with its inputs in the source, on the same tokens.
 
     Attributes:
-        inputs: Sum of x x^T over tokens, with x what it sees in the folded model.
-        drift: Sum of (x_source - x) x^T.
-        tokens: How many.
+        inputs: Sum of x x^T over tokens, with x the input in the folded model.
+        drift: Sum of (x_source - x) x^T over tokens.
+        tokens: Number of tokens.
     """
 
     inputs: Float[Tensor, "in in"]
@@ -133,20 +133,20 @@ class Drift(NamedTuple):
 
 
 def drift_between(source: Float[Tensor, "*batch in"], folded: Float[Tensor, "*batch in"]) -> Drift:
-    """Compares what a linear sees in the source and in the folded model on the same tokens."""
+    """Compares the inputs of a linear in the source and in the folded model on the same tokens."""
     theirs, ours = source.flatten(0, -2), folded.flatten(0, -2)
     return Drift(ours.T @ ours, (theirs - ours).T @ ours, len(ours))
 
 
 def aimed_weight(weight: Float[Tensor, "out in"], drifts: tuple[Drift, Drift]) -> Float[Tensor, "out in"]:
-    """Returns the weight that comes nearest, on what a linear sees, to what the source's gives on what that one sees.
+    """Returns the weight whose outputs, on the folded model's inputs, are nearest to the source's outputs.
 
-    A little text says less about inputs of many dimensions than it seems to: a correction found on one half of the text
-    is held against the other, and so much of it is made as helps there.
+    A little text overfits inputs of many dimensions. So the correction of each half of the text is tested on the other
+    half, and only the share that helps there is applied.
 
     Args:
-        weight: The source's.
-        drifts: Of two halves of the text.
+        weight: Weight of the linear in the source.
+        drifts: Comparisons of inputs on two halves of the text.
     """
     gained = spent = 0.0
     for one, other in (drifts, drifts[::-1]):

@@ -1,5 +1,5 @@
-"""Checkpoints on disk: finding and reading a source, and writing folders that are whole or not there.
+"""Checkpoints on disk: finding and reading a source, and writing folders atomically.
 
-Import the module that holds the noun: `locate`, `hub`, `headers`, `atomic_file`, `folder`, `lock`, `manifest`,
+Import from the modules of the package: `locate`, `hub`, `headers`, `atomic_file`, `folder`, `lock`, `manifest`,
 `provenance` and `companions` are torch-free; `dtypes`, `reader` and `writer` import torch.
 """

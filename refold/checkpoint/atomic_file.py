@@ -1,4 +1,4 @@
-"""Single files that are there whole or not at all, and what brings files and folders to the disk."""
+"""Atomic writing of single files, and flushing of files and folders to disk."""
 
 import json
 import os
@@ -23,16 +23,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file so that a kill or power cut at any moment leaves the old one or the new one, never a part.
+    """Writes a file so that a kill or power cut leaves the old or the new file, never a part of it.
 
     Args:
-        path: the file. Missing parents are made.
-        write: writes all of it to the path it is given, which is then flushed and renamed.
+        path: The file. Missing parents are made.
+        write: Writes the whole content to the path that is its argument; this file is then flushed and renamed.
 
     Raises:
-        FolderError: the file cannot be written; the old one stands.
+        FolderError: The file cannot be written; the old file remains.
     """
-    # Of this process: two that write the same file do not share a half-written one.
+    # The name has the process id, so that two processes never write the same unfinished file.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,19 +50,20 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def require_free(path: str | Path, kind: str, is_kind: Callable[[Path], bool], overwrite: bool = False) -> Path:
-    """Checks that a file can be written where nobody else's file is lost.
+    """Checks that a file can be written without replacing a file of another kind.
 
     Args:
         path: The file.
         kind: Name of such files in messages, such as `state file`.
         is_kind: Tells whether an existing regular file is of this kind.
-        overwrite: An older file of this kind may be there.
+        overwrite: An older file of this kind may be replaced.
 
     Returns:
         The path.
 
     Raises:
-        FolderError: A folder, a link, a device, or a file of another kind is there; or any, without `overwrite`.
+        FolderError: The path is a folder, a link, a device or a file of another kind; or it exists and `overwrite` is
+            False.
     """
     path = Path(path)
     try:
@@ -80,15 +81,15 @@ def require_free(path: str | Path, kind: str, is_kind: Callable[[Path], bool], o
 
 
 def is_unfinished(path: Path) -> bool:
-    """Says whether a file is what `write_file` had begun when its process was killed."""
+    """Tells whether a file is an unfinished file of `write_file` whose process was killed."""
     return _UNFINISHED.fullmatch(path.name) is not None
 
 
 def flush(path: Path) -> None:
-    """Brings a file's bytes, or a folder's entries, to the disk.
+    """Flushes a file's bytes, or a folder's entries, to disk.
 
     Raises:
-        OSError: the disk is full or failed.
+        OSError: The disk is full or failed.
     """
     fd = os.open(path, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""The model card of a folder refold writes."""
+"""The model card of a folder that refold writes."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
 def read_licence(folder: Path) -> str | None:
-    """Returns the `license:` a model card names, or None."""
+    """Returns the `license:` of a model card; None if it names none."""
     try:
         front = _FRONT.match(read_file(folder / CARD_NAME).decode("utf-8"))
     except (SourceError, UnicodeDecodeError):
@@ -36,16 +36,16 @@ def write_card(
     licence: str | None = None,
     usage: str = FOLDED_USAGE,
 ) -> None:
-    """Writes `README.md` with the front matter the hub reads.
+    """Writes `README.md` with the front matter that the hub reads.
 
     Args:
-        folder: A folder that is being made.
+        folder: An unfinished model folder.
         base_model: Hub id or folder name of the source.
         title: The card's heading.
-        facts: Rows of the table: quantity to value.
+        facts: Rows of the table: value by quantity.
         notes: Sentences under the table.
-        licence: The source's, where its card names one.
-        usage: Python that loads the folder.
+        licence: The source's licence; None if its card names none.
+        usage: Python code that loads the folder.
     """
     front = ["---", f"base_model: {base_model}", "library_name: transformers", "tags: [refold]"]
     front += [f"license: {licence}"] if licence else []

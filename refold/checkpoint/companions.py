@@ -47,14 +47,14 @@ _NEVER = {".py", ".pyc", ".so", ".sh", ".bin", ".pt", ".pth", ".ckpt", ".safeten
 
 @dataclass(frozen=True)
 class Companions:
-    """What was copied: file names in order, and whether a tokenizer's vocabulary is among them."""
+    """Copied files: their names in order, and whether a tokenizer's vocabulary is among them."""
 
     copied: tuple[str, ...]
     has_tokenizer: bool
 
 
 def is_companion(name: str) -> bool:
-    """Says whether a file, named relative to its model folder, travels with the weights. Code and weights never do."""
+    """Tells whether a file, named relative to its model folder, is copied along with the weights; code never is."""
     path = PurePosixPath(name)
     if path.suffix.lower() in _NEVER:
         return False
@@ -66,7 +66,7 @@ def is_companion(name: str) -> bool:
 
 
 def has_tokenizer(names: Collection[str]) -> bool:
-    """Says whether a folder with these files holds a tokenizer's vocabulary."""
+    """Tells whether a folder with these files holds a tokenizer's vocabulary."""
     return any(needed <= set(names) for needed in _VOCABULARIES)
 
 
@@ -79,7 +79,7 @@ def check_companions(folder: Path) -> list[str]:
     """
     entries = list(folder.iterdir())
     for path in entries:
-        # Whoever reads a pipe waits for ever, even of a file that only transformers looks at.
+        # A reader of a pipe waits for ever, even if only transformers opens the file.
         if path.exists() and not path.is_file() and not path.is_dir():
             open_file(path).close()
     candidates = [path.name for path in entries]
@@ -94,7 +94,7 @@ def check_companions(folder: Path) -> list[str]:
 
 
 def copy_companions(source_folder: Path, target_folder: Path) -> Companions:
-    """Copies a model's companions; links within the folder or into its hub cache are followed to their content.
+    """Copies a model's companions; a link within the folder, or into its hub cache, is copied as a file.
 
     Raises:
         SourceError: as `check_companions`.
@@ -108,8 +108,9 @@ def copy_companions(source_folder: Path, target_folder: Path) -> Companions:
 
 
 def _require_inside(folder: Path, name: str) -> None:
-    """Refuses a link out of the folder: a copy would publish a file that nobody meant to. The hub's cache keeps the
-    files of `snapshots/COMMIT` in `blobs`."""
+    """Refuses a link out of the folder, because a copy would publish an unrelated file.
+
+    A link into the hub's cache is allowed: the cache keeps the files of `snapshots/COMMIT` in `blobs`."""
     root, real = folder.resolve(), (folder / name).resolve()
     allowed = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
     if not any(real.is_relative_to(place) for place in allowed):

@@ -1,4 +1,4 @@
-"""The tensors a source must have by its config, held against those its checkpoint has; torch-free."""
+"""The tensors that a source must have by its config, compared with its checkpoint; torch-free."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,20 +25,20 @@ WRAPPERS = {
     "_orig_mod.": "torch.compile leaves it: save the model that was compiled, not the compiled one",
     "module.": "DataParallel leaves it: save the wrapped model's `module`",
 }
-"""Prefixes that other modules put before every name."""
+"""Prefixes that wrapper modules put before every name."""
 
 
 @dataclass(frozen=True)
 class ExpectedTensors:
-    """The tensors an architecture must have in one checkpoint.
+    """The tensors that an architecture must have in one checkpoint.
 
     Attributes:
-        where: The checkpoint, for messages.
-        arch: Its architecture; untied where a head of its own is stored.
-        family: How its checkpoints are read, with the names this one has.
-        headers: Its tensors; None where only `config.json` is there.
-        tensors: Those it must have, by name.
-        notes: What was decided against the config.
+        where: The checkpoint's name in messages.
+        arch: Its architecture; untied if the checkpoint stores a separate head.
+        family: Its family, with the tensor names of this checkpoint.
+        headers: Headers of its tensors; None if there is only `config.json`.
+        tensors: The tensors that it must have, by name.
+        notes: Decisions that differ from the config.
     """
 
     where: str
@@ -56,13 +56,13 @@ class ExpectedTensors:
         return piece
 
     def check(self, ignore: Sequence[IgnoredTensor] = ()) -> dict[str, tuple[str, str]]:
-        """Holds the checkpoint's tensors against those the architecture must have.
+        """Compares the checkpoint's tensors with those that the architecture must have.
 
         Args:
             ignore: The recipe's `ignore_tensors`.
 
         Returns:
-            The tensors that are left out: name to the pattern that matched and the reason. Empty without headers.
+            The ignored tensors: pattern and reason by name. Empty without headers.
 
         Raises:
             RecipeError: A pattern of `ignore` matches nothing.
@@ -131,14 +131,14 @@ class ExpectedTensors:
 
 
 def expect_tensors(source: Source, config: Mapping[str, Any]) -> ExpectedTensors:
-    """Reads from config and headers which tensors a source must have.
+    """Returns the tensors that a source must have, from its config and headers.
 
     Args:
-        source: Where it lies.
+        source: The source.
         config: Its raw `config.json`.
 
     Raises:
-        SourceError: An unknown family, a value refold cannot run, quantised weights, or a broken file.
+        SourceError: The family is unknown, a value is not supported, weights are quantised, or a file is broken.
     """
     _refuse_quantised(source, config)
     arch, family = read_arch(config), find_family(config.get("model_type"))
@@ -166,13 +166,13 @@ def _refuse_quantised(source: Source, config: Mapping[str, Any]) -> None:
 
 
 def _has_own_head(source: Source, family: Family, headers: CheckpointHeaders) -> bool:
-    """Whether a tied checkpoint stores a head that is not the embedding, which transformers then does not tie."""
+    """Tells whether a tied checkpoint stores a head that differs from the embedding; transformers does not tie it."""
     embedding, head = (headers.tensors.get(locate_piece(family, each).name) for each in (EMBEDDING, HEAD))
     return embedding is not None and head is not None and not source.holds_same_data(embedding, head)
 
 
 def _as_spelled(family: Family, headers: CheckpointHeaders) -> Family:
-    """The family with those of its rules whose names the checkpoint has."""
+    """Returns the family with the rules whose tensor names the checkpoint has."""
     for rules in family.spellings:
         spelled = replace(family, rules=rules)
         if any(locate_piece(spelled, piece).name in headers.tensors for piece in (EMBEDDING, HEAD)):
@@ -183,7 +183,7 @@ def _as_spelled(family: Family, headers: CheckpointHeaders) -> Family:
 def _with_stored_embedding(
     expected: dict[str, SourceTensor], family: Family, headers: CheckpointHeaders
 ) -> dict[str, SourceTensor]:
-    # Of a tied pair a checkpoint may hold either; some hold only the head.
+    # A checkpoint may hold either tensor of a tied pair; some hold only the head.
     embedding, head = locate_piece(family, EMBEDDING).name, locate_piece(family, HEAD).name
     if embedding in headers.tensors or head not in headers.tensors:
         return expected

@@ -1,4 +1,4 @@
-"""The one check that numbers are finite: of tensors read from a checkpoint, loaded into a model, or written."""
+"""The check that all numbers of a tensor are finite, when it is read, loaded or written."""
 
 import math
 
@@ -14,9 +14,9 @@ _CAST_HINT = {
 
 
 def first_not_finite(tensor: Tensor) -> tuple[tuple[int, ...], float] | None:
-    """Returns position and value of the first entry that is NaN or infinite; None where all are finite.
+    """Returns position and value of the first entry that is NaN or infinite; None if all are finite.
 
-    One pass without a copy: minimum and maximum are finite only where every entry is.
+    One pass without a copy: minimum and maximum are finite only if every entry is.
     """
     if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel() or tensor.is_meta:
         return None
@@ -35,14 +35,14 @@ def require_finite(tensor: Tensor, name: str, where: str, error: type[RefoldErro
     """Checks that every number of a tensor is finite.
 
     Args:
-        tensor: The tensor; one of whole numbers passes.
-        name: Its name, for the message.
-        where: The folder, for the message.
-        error: The kind of mistake it is.
-        mend: Ends the message: how to mend it.
+        tensor: The tensor; a tensor of integers passes.
+        name: Its name in the message.
+        where: The folder in the message.
+        error: Class of the error.
+        mend: Remedy at the end of the message.
 
     Raises:
-        RefoldError: An entry is NaN or infinite; the message has its position.
+        RefoldError: An entry is NaN or infinite; the message names its position.
     """
     found = first_not_finite(tensor)
     if found is None:

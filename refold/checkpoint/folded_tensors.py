@@ -1,4 +1,4 @@
-"""The tensors a folded model must have by its blueprint, held against those its folder has; torch-free."""
+"""The tensors that a folded model must have by its blueprint, compared with its folder; torch-free."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ def read_blueprint(where: str, config: Mapping[str, Any]) -> Blueprint:
     """Returns the blueprint in a folded model's raw `config.json`.
 
     Raises:
-        FolderError: There is none, or it is damaged.
+        FolderError: The config has no blueprint, or a damaged one.
     """
     try:
         return Blueprint.model_validate(config.get("blueprint"))
@@ -45,7 +45,7 @@ def check_folded_tensors(where: str, blueprint: Blueprint, headers: CheckpointHe
             faults.append(f"{tensor.name} is missing")
         elif tuple(stored.shape) != tuple(tensor.shape):
             faults.append(f"{tensor.name} has shape {list(stored.shape)}, not {shorten(list(tensor.shape))}")
-        # Of a damaged blueprint with millions of depths the first few say enough.
+        # A damaged blueprint may have millions of depths; the first few names are enough.
         if len(faults) > MAX_NAMED:
             break
     if faults:

@@ -1,4 +1,4 @@
-"""Atomic folders: written beside their destination, flushed, then swapped in: a kill leaves the old or the new one."""
+"""Atomic folders: written beside the destination, flushed and swapped in; a kill leaves the old or the new folder."""
 
 import contextlib
 import ctypes
@@ -23,22 +23,22 @@ _RENAME_EXCHANGE = 2
 
 
 class AtomicFolder:
-    """Writes a folder that is there whole, or not at all.
+    """Writes a folder atomically.
 
     Inside the `with` body, write to `path`, a hidden sibling of the destination. When the body ends, files are flushed,
     the manifest is written and the folder takes the destination's place; when it raises, the sibling is removed.
 
     Args:
-        destination: the folder to make. Missing parents are made.
-        overwrite: replaces a folder that refold wrote, whole. A folder of anyone else is refused all the same.
-        needed_bytes: disk space to ask for before anything is written.
+        destination: The folder to make. Missing parents are made.
+        overwrite: Replace a folder that refold wrote; other folders are never replaced.
+        needed_bytes: Disk space that must be free before anything is written.
 
     Attributes:
-        path: where to write.
-        hashes: sha256 by file name; what a writer adds here is not hashed again for the manifest.
+        path: The folder to write into.
+        hashes: sha256 by file name; files in it are not hashed again for the manifest.
 
     Raises:
-        FolderError: the destination is taken, locked or cannot be written, or the disk is full.
+        FolderError: The destination exists, is locked or cannot be written, or the disk is full.
     """
 
     def __init__(self, destination: str | Path, overwrite: bool = False, needed_bytes: int = 0):
@@ -85,7 +85,7 @@ class AtomicFolder:
         except BaseException as failure:
             self._abandon()
             raise _as_folder_error(self.destination, failure) from None
-        # From here on the new folder stands; what is left of the old one is debris with a name that says so.
+        # From here on the new folder is in place; the rest of the old one is debris, by its name.
         try:
             with contextlib.suppress(OSError):
                 _repair_locked(self.destination)
@@ -93,7 +93,7 @@ class AtomicFolder:
             self._lock.__exit__()
 
     def _abandon(self) -> None:
-        # Where an interrupt came just after the swap, `path` holds the old folder, and it is right to remove it.
+        # After an interrupt just behind the swap, `path` holds the old folder, which is to be removed.
         with contextlib.suppress(OSError):
             _repair_locked(self.destination)
         self._lock.__exit__()
@@ -143,12 +143,12 @@ class AtomicFolder:
 
 
 def repair(destination: str | Path) -> None:
-    """Mends what a killed writer left: restores the old folder where no new one stands, and removes debris.
+    """Repairs a folder after a killed writer: restores the old folder if there is no new one, and removes debris.
 
     Every reader calls this first. It does nothing while a live writer holds the folder.
 
     Raises:
-        FolderError: the old folder is to be restored and cannot be.
+        FolderError: The old folder cannot be restored.
     """
     destination = _real(destination)
     if not _needs_repair(destination):
@@ -162,19 +162,19 @@ def repair(destination: str | Path) -> None:
         while not destination.exists() and _hidden(destination, "old").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
     except (FolderError, OSError) as error:
-        # Debris that this user may not remove does not hinder reading; a folder that is not there does.
+        # Reading is possible with debris that this user may not remove, but not without the folder.
         if not destination.exists() and _hidden(destination, "old").exists():
             raise _as_folder_error(destination, error) from None
 
 
 def settle(folder: str | Path) -> Path:
-    """Makes a folder ready to be read: repairs it, and where refold wrote it checks that it is whole.
+    """Prepares a folder for reading: repairs it, and checks that a folder of refold is complete.
 
     Returns:
-        The folder. Whether it exists, and whether it is a checkpoint, is for the caller to see.
+        The folder. It may be missing or no checkpoint.
 
     Raises:
-        FolderError: a folder written by refold is torn.
+        FolderError: A folder of refold is torn.
     """
     folder = Path(folder).expanduser()
     repair(folder)
@@ -205,7 +205,7 @@ def _needs_repair(destination: Path) -> bool:
 
 
 def _repair_locked(destination: Path) -> None:
-    """Repairs under the folder's lock: no writer lives, so every partial is debris."""
+    """Repairs under the folder's lock. No writer lives, so every partial folder is debris."""
     old = _hidden(destination, "old")
     if is_refold_folder(old):
         if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
@@ -218,14 +218,14 @@ def _repair_locked(destination: Path) -> None:
 
 
 def _discard(folder: Path, destination: Path) -> None:
-    # Renamed first: a removal killed half-way then leaves debris by its name, not half a folder that looks kept.
+    # Renamed before it is removed, so that a kill during the removal leaves debris, not half a valid folder.
     debris = _hidden(destination, f"partial-{secrets.token_hex(8)}")
     os.rename(folder, debris)
     shutil.rmtree(debris, ignore_errors=True)
 
 
 def _swap_in(stage: Path, destination: Path) -> None:
-    """Puts `stage` at `destination`; a folder that stood there is at `stage`, or discarded, afterwards."""
+    """Puts `stage` at `destination`; the old folder is then at `stage`, or discarded."""
     if not destination.exists() or not any(destination.iterdir()):
         os.rename(stage, destination)
         flush(destination.parent)
@@ -243,7 +243,7 @@ def _swap_in(stage: Path, destination: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two folders in one step (Linux renameat2); False where kernel or file system cannot."""
+    """Exchanges two folders in one step (Linux renameat2); returns False if kernel or file system cannot."""
     if not sys.platform.startswith("linux"):
         return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -270,7 +270,7 @@ def _flush_folders(folder: Path) -> None:
 
 
 def _as_folder_error(where: Path, error: BaseException) -> BaseException:
-    """Words an operating system's error for the user; anything else is given back as it is."""
+    """Turns an operating system's error into a FolderError; other errors are returned unchanged."""
     if not isinstance(error, OSError):
         return error
     if error.errno in _FULL:

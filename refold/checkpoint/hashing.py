@@ -1,4 +1,4 @@
-"""A sha256 that follows a file while it is being written."""
+"""A sha256 that is computed while the file is being written."""
 
 import hashlib
 import os
@@ -11,12 +11,12 @@ _BLOCK_BYTES = 1 << 20
 class RunningHash:
     """Hashes the finished front of a file in the background, from the page cache.
 
-    Reading back costs a few per cent of the hashing itself, holds one block in memory whatever the tensors' sizes, and
-    works for any order of writes.
+    Reading back takes a few per cent of the time of hashing, holds one block in memory, and works for any order of
+    writes.
 
     Args:
-        fd: the file, open for reading; it must stay open until `result` has returned.
-        pool: runs the hashing; one task at a time per file.
+        fd: The file, open for reading; it must stay open until `result` has returned.
+        pool: Threads that hash; one task at a time for each file.
     """
 
     def __init__(self, fd: int, pool: ThreadPoolExecutor):
@@ -30,7 +30,7 @@ class RunningHash:
         self._is_running = False
 
     def advance(self, end: int) -> None:
-        """Says that the bytes before `end` are final."""
+        """Marks the bytes before `end` as final."""
         with self._lock:
             self._end = end
             if not self._is_running and self._position < end:
@@ -38,13 +38,13 @@ class RunningHash:
                 self._task = self._pool.submit(self._run)
 
     def result(self) -> str:
-        """Waits for the bytes announced so far and returns their hash as hex digits."""
+        """Waits until all final bytes are hashed, and returns the hash as hex digits."""
         if self._task is not None:
             self._task.result()
         return self._digest.hexdigest()
 
     def stop(self) -> None:
-        """Gives up on bytes announced and not yet hashed; the hash is void."""
+        """Stops hashing; the hash is then invalid."""
         with self._lock:
             self._end = 0
 
@@ -56,7 +56,7 @@ class RunningHash:
                 if left <= 0:
                     self._is_running = False
                     return
-            # One-shot read into a fixed buffer: hashlib lets go of the GIL while it works on a block.
+            # A read into a fixed buffer; hashlib releases the GIL while it hashes a block.
             count = os.preadv(self._fd, [buffer[: min(left, _BLOCK_BYTES)]], self._position)
             if count == 0:
                 raise OSError(f"file shrank below {self._end} bytes while it was written")

@@ -1,4 +1,4 @@
-"""Safetensors headers: names, dtypes, shapes and byte ranges of a checkpoint, read without data and without torch."""
+"""Safetensors headers: names, dtypes, shapes and byte ranges of a checkpoint's tensors; torch-free."""
 
 import hashlib
 import math
@@ -57,7 +57,7 @@ class CheckpointHeaders:
 
     tensors: dict[str, TensorInfo]
     files: dict[str, int]
-    # What stands for the checkpoint's identity: sha256 of the index file, or of a single file's header.
+    # Identity of the checkpoint: sha256 of the index file, or of the header of a single file.
     sha256: str = field(default="", compare=False)
 
     @property
@@ -84,11 +84,11 @@ def read_headers(folder: Path, *, config_only: bool = False) -> CheckpointHeader
     """Reads the headers of a checkpoint folder.
 
     Args:
-        folder: a transformers folder with `model.safetensors`, or an index and its shards.
-        config_only: a folder without any weights gives None instead of an error.
+        folder: A transformers folder with `model.safetensors`, or an index and its shards.
+        config_only: Return None instead of an error for a folder without weights.
 
     Raises:
-        SourceError: the folder or a shard is missing, or a file is damaged.
+        SourceError: The folder or a shard is missing, or a file is damaged.
     """
     try:
         names = [path.name for path in folder.iterdir()]
@@ -112,14 +112,14 @@ def collect_headers(
     *,
     config_only: bool = False,
 ) -> CheckpointHeaders | None:
-    """Puts the headers of all shards together, wherever they lie (a folder, the hub).
+    """Combines the headers of all shards, in a folder or on the hub.
 
     Args:
-        where: the folder or hub id, for messages.
-        names: the file names there.
-        read: gives a small file's bytes.
-        read_header: gives, for each file in turn, its JSON header's bytes and the file's size.
-        config_only: no weights at all gives None instead of an error.
+        where: The folder or hub id, for messages.
+        names: The file names there.
+        read: Returns the bytes of a small file.
+        read_header: Yields, for each file, the bytes of its JSON header and the file's size.
+        config_only: Return None instead of an error if there are no weights.
     """
     raw_index = read(INDEX_NAME) if INDEX_NAME in names else b""
     index = _read_index(f"{where}/{INDEX_NAME}", raw_index) if INDEX_NAME in names else None

@@ -1,4 +1,4 @@
-"""Sources on the hub: configs and headers by small requests, whole checkpoints only when they are to be converted."""
+"""Sources on the hub: configs and headers by small requests, whole checkpoints only for a conversion."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +19,14 @@ _COMPARED_BYTES, _NUM_COMPARED = 4096, 8
 class HubSource(Source):
     """A repository of the Hugging Face hub, resolved to a commit when it is made.
 
-    Without a network, or with `HF_HUB_OFFLINE`, what the local cache holds of it is used.
+    Without a network, or with `HF_HUB_OFFLINE`, the local cache is used.
 
     Args:
         hub_id: `org/name`.
-        revision: branch, tag or commit; None for the default branch.
+        revision: Branch, tag or commit; None: the default branch.
 
     Raises:
-        SourceError: offline and not in the cache, gated, or no such repository or revision.
+        SourceError: The repository is gated or missing, has no such revision, or is not in the cache while offline.
     """
 
     def __init__(self, hub_id: str, revision: str | None = None):
@@ -43,9 +43,9 @@ class HubSource(Source):
                 self._commit = info.sha
                 self._names = [sibling.rfilename for sibling in info.siblings or []]
         except _Unreachable:
-            # The cache's own fallback for a missing network, taken openly: the commit used is in every report.
+            # The cache's fallback for a missing network; every report names the commit that is used.
             with _explained(self._asked):
-                # Only the config is required to be there: missing shards are named when headers are read.
+                # Only the config is required here; missing shards are named when headers are read.
                 needed = [CONFIG_NAME]
                 found = snapshot_download(hub_id, revision=revision, local_files_only=True, allow_patterns=needed)
             self._snapshot = Path(found)
@@ -79,7 +79,7 @@ class HubSource(Source):
         # Exact names: a pattern for shards would also fetch the second copies some repositories keep in other layouts.
         files = [name for name in self._names if name in wanted or is_companion(name)]
         with _explained(self.where):
-            # By the name asked for, so that the cache knows it when offline; by commit where the branch has moved.
+            # By the name of the revision, so that the cache finds it when offline; by commit if the branch has moved.
             folder = Path(snapshot_download(self.hub_id, revision=self._branch, allow_patterns=files))
             if folder.name != self._commit:
                 folder = Path(snapshot_download(self.hub_id, revision=self._commit, allow_patterns=files))
@@ -97,7 +97,7 @@ class HubSource(Source):
             raise SourceError(f"{self.where}/{name}: cannot be read ({error.strerror}); check the hub cache") from None
 
     def _compared_ranges(self, num_bytes: int) -> Iterable[tuple[int, int]]:
-        # A few places over the network tell a head of its own; whole tensors are compared once they are fetched.
+        # A few ranges show over the network whether the head differs; fetched tensors are compared whole.
         size = min(_COMPARED_BYTES, num_bytes)
         places = {(num_bytes - size) * part // (_NUM_COMPARED - 1) for part in range(_NUM_COMPARED)}
         return ((start, size) for start in sorted(places))
@@ -141,7 +141,7 @@ class _Unreachable(SourceError):
 
 
 def _get_range(url: str, num_bytes: int, start: int = 0) -> tuple[bytes, int]:
-    """Returns bytes of a remote file from `start` on, and its whole size."""
+    """Returns bytes of a remote file from `start` on, and the file's size."""
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     headers = {**build_hf_headers(), "Range": f"bytes={start}-{start + num_bytes - 1}", "Accept-Encoding": "identity"}
@@ -155,7 +155,7 @@ def _get_range(url: str, num_bytes: int, start: int = 0) -> tuple[bytes, int]:
             size = int(response.headers.get("Content-Length", 0))
             num_bytes += start  # a server without ranges begins at the front
         raw = bytearray()
-        # A server without ranges sends the whole file: stop reading where we have what we asked for.
+        # A server without ranges sends the whole file: reading stops after the requested bytes.
         for chunk in response.iter_bytes(1 << 16):
             raw += chunk
             if len(raw) >= num_bytes:
@@ -165,7 +165,7 @@ def _get_range(url: str, num_bytes: int, start: int = 0) -> tuple[bytes, int]:
 
 @contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """Turns the hub client's errors into one line each."""
+    """Turns each error of the hub's client into one line."""
     from huggingface_hub import errors
 
     try:

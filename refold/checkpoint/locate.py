@@ -1,4 +1,4 @@
-"""Where a source lies: a folder, or a repository of the hub when its id is given."""
+"""The place of a source: a local folder, or a repository of the hub."""
 
 import hashlib
 import re
@@ -18,21 +18,21 @@ from refold.errors import SourceError
 CONFIG_NAME = "config.json"
 PLAN_NAME = "plan.json"
 Fingerprint = Mapping[str, str | None]
-"""What tells a source from another, or from itself before a change; None: not known."""
+"""Hashes that differ between sources, and after a change of a source; None: not known."""
 _SAMPLE_BYTES = 4096
-"""Of each tensor, from its middle, that the fingerprint covers."""
+"""Bytes from the middle of each tensor that the fingerprint covers."""
 _BLOCK_BYTES = 1 << 22
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^\s@]+))?")
 
 
 class Source(ABC):
-    """A source checkpoint, wherever it lies.
+    """A source checkpoint, in a folder or on the hub.
 
     Attributes:
-        path: its folder, or None on the hub.
-        hub_id: its `org/name`, or None in a folder.
-        revision: on the hub, the commit it was resolved to.
-        ignore_tensors: pattern and reason of tensors that are not required to have a place when it is loaded.
+        path: Its folder; None on the hub.
+        hub_id: Its `org/name`; None in a folder.
+        revision: On the hub, the commit that was resolved.
+        ignore_tensors: Pattern and reason of tensors that need no place when the source is loaded.
     """
 
     path: Path | None = None
@@ -46,7 +46,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def where(self) -> str:
-        """What messages and reports call it: the folder, or `org/name@commit`."""
+        """Name in messages and reports: the folder, or `org/name@commit`."""
 
     @abstractmethod
     def names(self) -> Collection[str]:
@@ -54,7 +54,7 @@ class Source(ABC):
 
     @abstractmethod
     def fetch(self) -> Path:
-        """Returns a folder with its weights, config, tokenizer and licence files, downloading what is on the hub."""
+        """Returns a folder with weights, config, tokenizer and licence files; files on the hub are downloaded."""
 
     @abstractmethod
     def _read(self, name: str) -> bytes: ...
@@ -66,10 +66,10 @@ class Source(ABC):
     def _read_headers(self, files: Sequence[str]) -> Iterable[tuple[bytes, int]]: ...
 
     def read_config(self) -> dict[str, Any]:
-        """Returns `config.json` as it is written.
+        """Returns the raw content of `config.json`.
 
         Raises:
-            SourceError: it is missing or not a JSON object.
+            SourceError: The file is missing or not a JSON object.
         """
         if CONFIG_NAME not in self.names():
             raise SourceError(
@@ -78,36 +78,36 @@ class Source(ABC):
         return parse_object(self._read(CONFIG_NAME), f"{self.where}/{CONFIG_NAME}", "mend the file")
 
     def headers(self, *, config_only: bool = False) -> CheckpointHeaders | None:
-        """Returns the checkpoint's headers; with `config_only`, None where there are no weights.
+        """Returns the checkpoint's headers; with `config_only`, None if there are no weights.
 
         Raises:
-            SourceError: a shard is missing or damaged, or there are no safetensors weights.
+            SourceError: A shard is missing or damaged, or there are no safetensors weights.
         """
         if self._headers is None and not config_only:
             return collect_headers(self.where, self.names(), self._read, self._read_headers)
         return self._headers
 
     def fingerprint(self) -> dict[str, str | None]:
-        """Returns what tells this source from others: `config_sha256` and `index_sha256` (of the index, or a single
-        file's header), None where missing.
+        """Returns the hashes that identify this source.
 
-        Of a folder also, where they are known: `sample_sha256` (4 KiB from the middle of each tensor) and
-        `files_sha256` (of the weight files' own hashes, which a manifest of refold's lists).
+        `config_sha256` and `index_sha256` (of the index, or of a single file's header) are None if the file is missing.
+        A folder also has, if known, `sample_sha256` (4 KiB from the middle of each tensor) and `files_sha256` (of the
+        weight files' hashes, which a manifest of refold lists).
         """
         config = hashlib.sha256(self._read(CONFIG_NAME)).hexdigest() if CONFIG_NAME in self.names() else None
         index = self._headers.sha256 if self._headers else None
         return {"config_sha256": config, "index_sha256": index, **self._hash_data()}
 
     def _hash_data(self) -> dict[str, str | None]:
-        """Returns `sample_sha256` and `files_sha256` where they are known; a commit of the hub needs neither."""
+        """Returns `sample_sha256` and `files_sha256` if known; a commit of the hub needs neither."""
         return {}
 
     def hash_files(self) -> str | None:
-        """Returns `files_sha256` by reading every weight file; None on the hub, where the commit stands for it."""
+        """Returns `files_sha256` by reading every weight file; None on the hub, whose commit identifies them."""
         return None
 
     def holds_same_data(self, one: TensorInfo, other: TensorInfo) -> bool:
-        """Says whether two tensors hold the same bytes; of another dtype or shape they do not."""
+        """Tells whether two tensors have the same dtype, shape and bytes."""
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
         return all(
@@ -117,7 +117,7 @@ class Source(ABC):
         )
 
     def _compared_ranges(self, num_bytes: int) -> Iterable[tuple[int, int]]:
-        """Start and size of the parts that `holds_same_data` reads."""
+        """Returns start and size of the ranges that `holds_same_data` reads."""
         return ((start, min(_BLOCK_BYTES, num_bytes - start)) for start in range(0, num_bytes, _BLOCK_BYTES))
 
     @cached_property
@@ -185,16 +185,16 @@ def _join_hashes(hashes: Sequence[str]) -> str:
 
 
 def is_same_source(one: Fingerprint, other: Fingerprint) -> bool:
-    """Says whether two fingerprints may be of one source: all that both know is the same."""
+    """Tells whether two fingerprints may be of one source: all hashes that both have are equal."""
     return all(one[key] == other[key] for key in one.keys() & other.keys() if None not in (one[key], other[key]))
 
 
 def locate(source: str | Path) -> Source:
-    """Finds a source: a folder that exists always wins, else `org/name[@revision]` is asked of the hub.
+    """Finds a source: an existing folder if there is one, else the repository `org/name[@revision]` of the hub.
 
     Raises:
-        SourceError: there is no such folder and the string is no hub id, or the hub does not give it.
-        FolderError: the folder was written by refold and is torn.
+        SourceError: There is no such folder and the text is no hub id, or the hub has no such repository.
+        FolderError: The folder was written by refold and is torn.
     """
     text = str(source)
     if not text:
@@ -210,7 +210,7 @@ def locate(source: str | Path) -> Source:
         raise SourceError(
             f"{text}: a folder or hub id org/name[@revision] is required (no such folder); check the path"
         )
-    # Here and nowhere else: what reads folders never comes near the hub's client.
+    # Imported only here, so that reading a folder never imports the hub's client.
     from refold.checkpoint.hub import HubSource
 
     return HubSource(match["id"], match["revision"])

@@ -1,4 +1,4 @@
-"""One writer per folder: a lock file beside the destination that names its owner and dies with it."""
+"""The lock of a folder: a file beside it that names the one writing process and ends with it."""
 
 import contextlib
 import errno
@@ -27,16 +27,16 @@ class FolderLockedError(FolderError):
 class FolderLock:
     """Holds `.{name}.lock` beside `destination` while the `with` body runs.
 
-    The lock is `flock` where the file system has it: it ends with its process, however that ends. Elsewhere the file's
-    existence is the lock, and one left by a dead process of this host is taken over.
+    The lock is `flock` if the file system has it, so it ends with its process. On other file systems the file's
+    existence is the lock, and the lock of a dead process of this host is taken over.
 
     Args:
-        destination: the folder to be written; it need not exist, its parent must.
-        wait: seconds to wait for another holder. Short, because readers hold the lock only while they repair.
+        destination: The folder to write; it need not exist, but its parent must.
+        wait: Seconds to wait for another holder. They are few, because readers hold the lock only while they repair.
 
     Raises:
-        FolderLockedError: another live process holds the lock, named by pid and host.
-        FolderError: the lock file cannot be made.
+        FolderLockedError: Another live process holds the lock; the message names its pid and host.
+        FolderError: The lock file cannot be made.
     """
 
     def __init__(self, destination: Path, wait: float = 0.5):
@@ -59,7 +59,7 @@ class FolderLock:
 
     def __exit__(self, *_: object) -> None:
         assert self._fd is not None
-        # Unlinked while still held: whoever waits on this file finds it gone and starts over (see _try).
+        # Unlinked while the lock is held: a process that waits on this file finds it gone and starts again (see _try).
         with contextlib.suppress(OSError):
             self.path.unlink()
         _held.discard(self._fd)
@@ -103,7 +103,7 @@ class FolderLock:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             if _is_dead(self._owner()):
-                # Renamed, not unlinked: of two takers only one moves the dead lock away, and never a live one's.
+                # Renamed, not unlinked, so that only one of two processes takes over a dead lock, and none a live one.
                 with contextlib.suppress(OSError):
                     grave = self.path.with_name(f"{self.path.name}.{os.getpid()}")
                     os.rename(self.path, grave)
@@ -126,7 +126,7 @@ class FolderLock:
             os.ftruncate(fd, 0)
             os.pwrite(fd, json.dumps(owner).encode(), 0)
         except OSError:
-            # A full disk: the file is held and says nothing, so nobody else could tell whose it is.
+            # On a full disk the file would be empty, and no other process could tell its owner.
             with contextlib.suppress(OSError):
                 self.path.unlink()
             os.close(fd)
@@ -154,7 +154,7 @@ def _is_same_file(fd: int, path: Path) -> bool:
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
-    """Says whether a lock's owner is known to be gone; one on another host, or not yet written, is taken as alive."""
+    """Tells whether a lock's owner is known to be dead; an owner on another host, or still unknown, counts as alive."""
     if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
         return False
     pid = owner["pid"]
@@ -168,7 +168,7 @@ def _is_dead(owner: dict[str, Any]) -> bool:
 
 
 def _start_time(pid: int) -> int | None:
-    """Returns the process's start in clock ticks since boot, which tells a reused pid; None where there is no /proc."""
+    """Returns the process's start in clock ticks since boot, which reveals a reused pid; None without /proc."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

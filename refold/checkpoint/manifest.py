@@ -1,4 +1,4 @@
-"""`manifest.json`: size and sha256 of every file of a folder, written last: a folder without it is not whole."""
+"""`manifest.json`: size and sha256 of every file of a folder; it is written last and marks a complete folder."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from refold.version import __version__
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
-# The model card is for people to edit; `verify` still names it when it changed, loading does not mind.
+# The model card may be edited: `verify` names a changed card, and loading accepts it.
 _EDITABLE = {"README.md"}
 # A folder whose manifest does not list these cannot be verified.
 _REQUIRED = (".safetensors", ".safetensors.index.json", "config.json", "state.json")
@@ -24,8 +24,8 @@ def write_manifest(folder: Path, known_hashes: Mapping[str, str] | None = None) 
     """Writes the manifest of a finished folder and flushes it to disk.
 
     Args:
-        folder: every file in it, at any depth, is listed, the manifest itself excepted.
-        known_hashes: sha256 by file name where the writer has it already; other files are read and hashed.
+        folder: The folder; all files in it, at any depth, are listed, except the manifest.
+        known_hashes: sha256 by file name; other files are read and hashed.
     """
     known_hashes = known_hashes or {}
     files = {
@@ -43,7 +43,7 @@ def write_manifest(folder: Path, known_hashes: Mapping[str, str] | None = None) 
 
 
 def is_refold_folder(folder: Path) -> bool:
-    """Says whether the folder was written by refold, whole or damaged since: its manifest is ours."""
+    """Tells whether a folder was written by refold, from its manifest; it may be damaged."""
     try:
         manifest = json.loads(read_file(folder / MANIFEST_NAME))
     except (SourceError, ValueError, RecursionError):
@@ -52,10 +52,10 @@ def is_refold_folder(folder: Path) -> bool:
 
 
 def check(folder: Path) -> None:
-    """Checks quickly that a folder is whole: the manifest is there, and every file it lists, with its size.
+    """Checks quickly that a folder is complete: the manifest exists, and every listed file with its size.
 
     Raises:
-        FolderError: no manifest, or a file missing or of another size, each named.
+        FolderError: There is no manifest, or a file is missing or has another size; the message names each file.
     """
     found = _compare_sizes(folder)
     faults = [f"{name} ({fault})" for name, fault in found if name not in _EDITABLE]
@@ -70,15 +70,15 @@ def verify(folder: Path, progress: Callable[[int], None] | None = None) -> tuple
     """Checks every file's bytes against the manifest.
 
     Args:
-        folder: a folder written by refold.
-        progress: called with the number of bytes hashed since the last call.
+        folder: A folder written by refold.
+        progress: Called with the number of bytes hashed since the last call.
 
     Returns:
-        Files that the manifest does not list. They do no harm and are only named.
+        Harmless files that the manifest does not list.
 
     Raises:
-        FolderError: every file that is missing, of another size or of other content, and weights and config that the
-            manifest does not list, each named.
+        FolderError: A file is missing or has another size or content, or weights or config are not listed; the message
+            names each file.
     """
     files = _read_files(folder)
     faults = dict(_compare_sizes(folder))
@@ -114,22 +114,22 @@ def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
 def content_hash(path: Path) -> str:
     """Returns a file's sha256 as hex digits: from its folder's manifest, or read from the file.
 
-    The manifest is believed as `listed_hashes` says; anything else is hashed.
+    Hashes of the manifest are used under the conditions of `listed_hashes`; other files are hashed.
 
     Raises:
-        FolderError: the file cannot be read, or the folder's manifest is damaged.
+        FolderError: The file cannot be read, or the folder's manifest is damaged.
     """
     known = listed_hashes(path.parent, [path.name])
     return hash_file(path) if known is None else known[0]
 
 
 def listed_hashes(folder: Path, names: Sequence[str]) -> list[str] | None:
-    """Returns the sha256 of some files as the folder's manifest has them; None where it is not to be believed.
+    """Returns the sha256 of files from the folder's manifest; None if a file may have changed since.
 
-    It is believed of files that have its size and were not written after it, which is how refold leaves a folder.
+    A file counts as unchanged if it has the listed size and is not newer than the manifest.
 
     Raises:
-        FolderError: the folder's manifest is damaged.
+        FolderError: The folder's manifest is damaged.
     """
     if not is_refold_folder(folder):
         return None

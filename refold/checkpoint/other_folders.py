@@ -1,4 +1,4 @@
-"""Names the kind of a folder or file that is given as a model and is none, and the way to a model."""
+"""Kinds of folders that are given as a model and are none, each with the remedy for the message."""
 
 import json
 from collections.abc import Collection
@@ -16,7 +16,7 @@ def explain_missing_config(names: Collection[str], path: Path | None = None) -> 
 
     Args:
         names: Names of its files and folders.
-        path: The folder, where it is a local one.
+        path: The folder; None if it is not local.
     """
     endings = {name.rpartition(".")[2].lower() for name in names if "." in name}
     if "adapter_config.json" in names:

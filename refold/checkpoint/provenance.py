@@ -1,4 +1,4 @@
-"""`provenance.json`: how a model folder came to be, stage by stage."""
+"""`provenance.json`: the stages that made a model folder."""
 
 import json
 import sys
@@ -29,17 +29,17 @@ def _versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step on the way, such as `convert` or `heal`.
+    """One stage of a model's production, such as `convert` or `heal`.
 
     Attributes:
-        stage: its name.
-        source: what it read: `path` or `id`, `revision`, `fingerprint` (see `describe_source`).
-        recipe: the recipe's section or whole, as plain data.
-        seed: the seed of everything random in it.
-        tokens: training tokens seen, 0 for stages that do not train.
-        command: the command line as typed.
-        versions: of refold, python, torch and transformers, taken when the stage is made.
-        time: local time with offset, likewise.
+        stage: Its name.
+        source: The model that it read: `path` or `id`, `revision`, `fingerprint` (see `describe_source`).
+        recipe: The recipe, or its section, as plain data.
+        seed: Seed of all random numbers of the stage.
+        tokens: Training tokens; 0 for stages that do not train.
+        command: The command line as typed.
+        versions: Versions of refold, python, torch and transformers when the stage is made.
+        time: Local time with offset, likewise.
     """
 
     stage: str
@@ -53,22 +53,22 @@ class Stage:
 
 
 def describe_source(source: Source) -> dict[str, Any]:
-    """Returns what a stage keeps of its source: `path` (absolute) or `id`, `revision` and `fingerprint`."""
+    """Returns the record of a source: `path` (absolute) or `id`, `revision` and `fingerprint`."""
     place = {"path": str(source.path.resolve())} if source.path is not None else {"id": source.hub_id}
     return {**place, "revision": source.revision, "fingerprint": source.fingerprint()}
 
 
 def read(folder: Path) -> list[Stage]:
-    """Returns a folder's stages, first to last; none where it has no provenance.
+    """Returns a folder's stages, first to last; an empty list without provenance.
 
     Raises:
-        FolderError: the file is there and not readable.
+        FolderError: The file exists and is not readable.
     """
     path = folder / PROVENANCE_NAME
     try:
         data = json.loads(path.read_bytes())
         known = {entry.name for entry in fields(Stage)}
-        # Keys of a later version are let go: an older refold reads a newer folder.
+        # Keys of a later version are dropped, so that an older refold reads a newer folder.
         return [Stage(**{key: value for key, value in stage.items() if key in known}) for stage in data["stages"]]
     except FileNotFoundError:
         return []
@@ -77,22 +77,22 @@ def read(folder: Path) -> list[Stage]:
 
 
 def append(before: Path | Sequence[Stage], stage: Stage) -> list[Stage]:
-    """Returns the stages of a folder, or those given, with one more; nothing is written."""
+    """Returns the stages of a folder, or those given, with one more stage; nothing is written."""
     return [*(read(before) if isinstance(before, Path) else before), stage]
 
 
 def write(folder: Path, stages: Sequence[Stage]) -> None:
-    """Writes the stages into a folder that is being made."""
+    """Writes the stages into an unfinished folder."""
     data = {"format": FORMAT, "stages": [asdict(stage) for stage in stages]}
     (folder / PROVENANCE_NAME).write_text(json.dumps(data, indent=2, default=str) + "\n")
 
 
 def teacher(folder: Path) -> Source:
-    """Finds the model a folder was folded from: the source of its first convert stage.
+    """Finds the model that a folder was folded from: the source of its first convert stage.
 
     Raises:
-        FolderError: the folder does not tell.
-        SourceError: the source is gone or is no longer the one that was converted.
+        FolderError: The folder has no convert stage.
+        SourceError: The source is missing or has changed since it was converted.
     """
     found = next((stage for stage in read(folder) if stage.stage == "convert"), None)
     if found is None or not (found.source.get("path") or found.source.get("id")):
@@ -106,7 +106,7 @@ def teacher(folder: Path) -> Source:
     fingerprint = found.source.get("fingerprint") or {}
     current = source.fingerprint()
     if fingerprint.get("files_sha256") and "files_sha256" not in current and source.path is not None:
-        # Files written after their manifest: training reads them all, so hashing them is worth it.
+        # Files newer than their manifest are hashed; training reads all of them anyway.
         current["files_sha256"] = source.hash_files()
     if not is_same_source(fingerprint, current):
         raise SourceError(
@@ -118,6 +118,6 @@ def teacher(folder: Path) -> Source:
 
 
 def _ignored(convert: Stage) -> tuple[tuple[str, str], ...]:
-    """The `ignore_tensors` of a convert stage's recipe."""
+    """Returns the `ignore_tensors` of a convert stage's recipe."""
     given = convert.recipe.get("ignore_tensors") or ()
     return tuple((str(each["name"]), str(each["reason"])) for each in given)

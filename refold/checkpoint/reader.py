@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint folder, one at a time, with an account of what was never read."""
+"""Reader of a checkpoint folder's tensors, with a record of tensors that were never read."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +18,16 @@ from refold.errors import SourceError
 class CheckpointReader:
     """Reads tensors by name.
 
-    A tensor read in its own dtype is a view of the mapped file: it takes no anonymous memory, its pages come in on
-    first use and the kernel may drop them again. A converted one is a copy of its own.
+    A tensor read in its stored dtype is a view of the mapped file: it takes no anonymous memory, and the kernel loads
+    and drops its pages. A tensor read in another dtype is a copy.
 
     Args:
-        path: a folder with safetensors weights. One written by refold is repaired and checked for wholeness first.
-        blueprint: Of a folded model, whose tensors are then known by their names in this version; None: a source's.
+        path: A folder with safetensors weights. A folder of refold is repaired and checked to be complete first.
+        blueprint: Blueprint of a folded model, whose tensors get their names in this version; None: a source.
 
     Raises:
-        SourceError: the folder, a shard or a header is missing or damaged.
-        FolderError: the folder was written by refold and is torn.
+        SourceError: The folder, a shard or a header is missing or damaged.
+        FolderError: The folder was written by refold and is torn.
     """
 
     def __init__(self, path: str | Path, blueprint: Blueprint | None = None):
@@ -56,10 +56,10 @@ class CheckpointReader:
         return list(self.headers.tensors)
 
     def info(self, name: str) -> TensorInfo:
-        """Returns dtype, shape and place of a tensor.
+        """Returns dtype, shape and byte range of a tensor.
 
         Raises:
-            SourceError: no such tensor.
+            SourceError: There is no such tensor.
         """
         return self.headers.info(name)
 
@@ -67,11 +67,11 @@ class CheckpointReader:
         """Returns a tensor on the CPU; treat it as read-only.
 
         Args:
-            name: its name.
-            dtype: converts to this dtype; None keeps the stored one.
+            name: Its name.
+            dtype: Dtype of the result; None: the stored dtype.
 
         Raises:
-            SourceError: no such tensor, or its file is damaged.
+            SourceError: There is no such tensor, or its file is damaged.
         """
         info = self.info(name)
         try:
@@ -96,7 +96,7 @@ class CheckpointReader:
         return list(self._unread)
 
     def close(self) -> None:
-        """Lets go of the files; tensors read before stay valid."""
+        """Closes the files; tensors read before stay valid."""
         self._files.clear()
 
     def _open(self, file: str) -> Any:

@@ -1,4 +1,4 @@
-"""Files of a model folder that anybody may have made: only plain files are opened, and only JSON objects accepted."""
+"""Files of an untrusted model folder: only plain files are opened, and only JSON objects are accepted."""
 
 import json
 import os
@@ -14,7 +14,7 @@ def open_file(path: Path) -> BinaryIO:
     """Opens a plain file for reading; links are followed.
 
     Raises:
-        SourceError: It cannot be read, or is a folder, a pipe, a socket or a device, which could block for ever.
+        SourceError: The file cannot be read, or is a folder, a pipe, a socket or a device, which could block for ever.
     """
     try:
         # Without O_NONBLOCK opening a pipe waits for a writer.
@@ -47,12 +47,12 @@ def parse_object(
 
     Args:
         raw: The text, in UTF-8.
-        where: The file, for messages.
-        mend: Ends the message: how to mend it.
-        pairs: Makes an object of its pairs; None: the last one of equal keys counts.
+        where: The file's name in messages.
+        mend: Remedy at the end of messages.
+        pairs: Makes an object of its pairs; None: the last of several equal keys counts.
 
     Raises:
-        SourceError: It is not JSON, nested too deeply, or another value than an object.
+        SourceError: The text is not JSON, is nested too deeply, or is another value than an object.
     """
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)

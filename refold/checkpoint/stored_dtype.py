@@ -1,4 +1,4 @@
-"""The dtype of a checkpoint: that of most of its stored numbers; the config's counts only where nothing is stored."""
+"""The dtype of a checkpoint: the dtype of most stored numbers, or of the config if there are no weights."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -9,7 +9,7 @@ from refold.errors import SourceError
 from refold.suggest import must_be_one_of
 
 STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Safetensors name to torch name of the dtypes weights may have."""
+"""Torch name of each dtype that weights may have, by its safetensors name."""
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -17,12 +17,12 @@ def stored_dtype(where: str, headers: CheckpointHeaders, names: Collection[str] 
     """Returns the torch name of the dtype that most stored numbers have.
 
     Args:
-        where: The checkpoint, for messages.
-        headers: Its tensors.
-        names: Those that count; None: all.
+        where: The checkpoint's name in messages.
+        headers: Headers of its tensors.
+        names: Tensors that count; None: all.
 
     Raises:
-        SourceError: A tensor that counts holds no plain floats.
+        SourceError: A tensor that counts has no plain float dtype.
     """
     sizes: Counter[str] = Counter()
     for name, info in headers.tensors.items():
@@ -37,10 +37,10 @@ def stored_dtype(where: str, headers: CheckpointHeaders, names: Collection[str] 
 
 
 def config_dtype(config: Mapping[str, Any]) -> str:
-    """Returns the torch name of the dtype a config names, for a folder without weights.
+    """Returns the torch name of the dtype in a config, for a folder without weights.
 
     Raises:
-        SourceError: It names none that weights may have.
+        SourceError: The config names no dtype, or one that weights may not have.
     """
     given = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if given not in DTYPE_BYTES:

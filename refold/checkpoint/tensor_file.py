@@ -1,4 +1,4 @@
-"""One safetensors file: where its tensors lie, and how it is written without a second copy of them in memory."""
+"""One safetensors file: byte ranges of its tensors, and writing without a second copy in memory."""
 
 import json
 import math
@@ -16,11 +16,11 @@ Specs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def lay_out(specs: Specs, header: Mapping[str, object]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Returns the head of a file with these tensors, and each one's first and last byte in the file.
+    """Returns the header bytes of a file with these tensors, and the byte range of each tensor in the file.
 
     Args:
-        specs: The tensors.
-        header: What stands in the head besides, such as `__metadata__`.
+        specs: Shape and dtype of the tensors.
+        header: Other entries of the header, such as `__metadata__`.
     """
     entries, offsets, position = dict(header), {}, 0
     # Wider dtypes first, as safetensors does: each tensor then starts at a multiple of its item size.
@@ -36,12 +36,12 @@ def lay_out(specs: Specs, header: Mapping[str, object]) -> tuple[bytes, dict[str
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a file. `safetensors.torch.save_file` makes the whole of it in memory first, which doubles what is held.
+    """Writes a file; `safetensors.torch.save_file` would hold a second copy of all tensors in memory.
 
     Args:
-        path: Replaced where it is there.
-        tensors: By name.
-        metadata: Texts to keep with them.
+        path: The file; an existing file is replaced.
+        tensors: Tensors by name.
+        metadata: Texts for the header.
     """
     specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     head, places = lay_out(specs, {"__metadata__": dict(metadata)})
@@ -55,13 +55,13 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Returns a tensor's bytes in row order, where it lies on the CPU in that order without a copy."""
+    """Returns a tensor's bytes in row order, without a copy if it is on the CPU in that order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_all(fd: int, data: memoryview, position: int) -> None:
-    """Writes bytes at a place in a file."""
+    """Writes bytes at an offset of a file."""
     while data:
         # Linux writes at most 2 GiB at once, a full disk any smaller part.
         count = os.pwrite(fd, data, position)

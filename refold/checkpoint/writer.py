@@ -1,4 +1,4 @@
-"""Sharded safetensors, written tensor by tensor at places fixed up front."""
+"""Writer of sharded safetensors: tensors are written one by one at offsets that are planned before."""
 
 import errno
 import json
@@ -28,25 +28,25 @@ def count_bytes(tensors: TensorSpecs) -> int:
 
 
 class ShardedWriter:
-    """Writes tensors whose names, shapes and dtypes are known, in any order, each from its memory to its place.
+    """Writes tensors whose names, shapes and dtypes are planned, in any order, without copies.
 
-    Shards are filled in the order given (within one, wider dtypes first, so that each tensor is aligned) and
-    preallocated, so a disk that is too small shows before any work is done. Files are hashed and flushed to disk in the
+    Shards are filled in the planned order (within a shard wider dtypes first, so that each tensor is aligned). They are
+    preallocated, so a full disk is noticed before any work is done. Files are hashed and flushed to disk in the
     background while they are written.
 
     Args:
-        folder: an existing folder, usually an `AtomicFolder`'s `path`.
-        tensors: name -> (shape, dtype) of everything to be written.
-        max_shard_bytes: data bytes per file; a larger tensor has a file of its own.
-        metadata: the header's `__metadata__`.
-        is_finite: whether every number must be finite; state that is only kept to go on from may be anything.
+        folder: An existing folder, usually the `path` of an `AtomicFolder`.
+        tensors: name -> (shape, dtype) of all tensors.
+        max_shard_bytes: Data bytes per file; a larger tensor has its own file.
+        metadata: The header's `__metadata__`.
+        is_finite: Whether every number must be finite; the state of an optimiser need not be.
 
     Attributes:
-        hashes: after `close`, sha256 by file name; give them to `AtomicFolder.hashes`.
-        num_bytes: bytes of all files.
+        hashes: After `close`, sha256 by file name, for `AtomicFolder.hashes`.
+        num_bytes: Bytes of all files.
 
     Raises:
-        FolderError: the disk is too small, or the folder cannot be written.
+        FolderError: The disk is too small, or the folder cannot be written.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ShardedWriter:
         self._is_finite = is_finite
         self.hashes: dict[str, str] = {}
         self._specs = {name: (tuple(shape), dtype) for name, (shape, dtype) in tensors.items()}
-        # Two shards may be hashed at a time, and one flushed: hashing waits for a core, flushing for the disk.
+        # Two threads hash and one flushes: hashing waits for a core, flushing for the disk.
         self._pool = ThreadPoolExecutor(3, thread_name_prefix="refold-writer")
         groups = _plan_shards(self._specs, max_shard_bytes)
         names = [SINGLE_NAME] if len(groups) == 1 else _shard_names(len(groups))
@@ -92,12 +92,12 @@ class ShardedWriter:
         """Writes one tensor.
 
         Args:
-            name: one of the names planned, not written before.
-            tensor: of the planned shape and dtype; from another device, or not contiguous, it is copied first.
+            name: A planned name that is not written yet.
+            tensor: A tensor of the planned shape and dtype; it is copied if it is not contiguous on the CPU.
 
         Raises:
-            FolderError: the tensor does not fit the plan, was written before, or the disk does not take it; or a number
-                in it is not finite.
+            FolderError: The tensor does not fit the plan, is written already, or holds a number that is not finite; or
+                the disk is full.
         """
         if name not in self._specs:
             raise FolderError(f"{self.folder}: tensor {name} has no place (not planned)")
@@ -111,7 +111,7 @@ class ShardedWriter:
         if name in shard.written:
             raise FolderError(f"{self.folder}: tensor {name} is required once (written before)")
         if self._is_finite:
-            # Of the folder's hidden sibling nobody has heard.
+            # The message names the destination, not its hidden sibling.
             require_finite(
                 tensor, name, "output", FolderError, "the model's numbers have overflowed or were never finite"
             )
@@ -121,10 +121,10 @@ class ShardedWriter:
             raise self._failed(error) from None
 
     def close(self) -> None:
-        """Finishes all files and writes the index where there is more than one.
+        """Finishes all files, and writes the index if there are several.
 
         Raises:
-            FolderError: tensors that were never written, each named, or the disk failed.
+            FolderError: Tensors were never written, each named, or the disk failed.
         """
         missing = [name for shard in self._shards for name in shard.places if name not in shard.written]
         if missing:
@@ -140,7 +140,7 @@ class ShardedWriter:
             self.abort()
 
     def abort(self) -> None:
-        """Closes all files as they are."""
+        """Closes all files without finishing them."""
         for shard in self._shards:
             shard.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -180,7 +180,7 @@ class ShardedWriter:
 
 
 class _Shard:
-    """One file: its header, its tensors' places, and how much of its front is final."""
+    """One file: its header, its tensors' offsets, and the length of its final front."""
 
     def __init__(
         self,
@@ -216,7 +216,7 @@ class _Shard:
         self._advance()
 
     def finish(self) -> str:
-        """Waits until the whole file is hashed and on disk, and returns its sha256."""
+        """Waits until the file is hashed and on disk, and returns its sha256."""
         assert self._hash is not None
         assert self._flushed is not None
         digest = self._hash.result()

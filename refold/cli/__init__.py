@@ -1,11 +1,11 @@
-"""The command line: one thin file for each sub-command."""
+"""The command line, with one thin file per sub-command."""
 
 import io
 import sys
 
 
 def main() -> None:
-    """Runs `refold`: any exception becomes one line on stderr and an exit status (see `refold.cli.failures`)."""
+    """Runs `refold` and turns any exception into one line on stderr and an exit status (see `refold.cli.failures`)."""
     from refold.cli.failures import one_line_each
     from refold.healing.interruption import stop_on_signals
 
@@ -14,7 +14,7 @@ def main() -> None:
         from refold.cli.removed import refuse_removed_flags
 
         for stream in (sys.stdout, sys.stderr):
-            # Names of files may hold bytes that are no text.
+            # File names may contain bytes that are not valid text.
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         refuse_removed_flags(sys.argv[1:])

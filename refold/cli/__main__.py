@@ -1,4 +1,4 @@
-"""`python -m refold.cli`."""
+"""Entry point of `python -m refold.cli`."""
 
 from refold.cli import main
 

@@ -1,4 +1,4 @@
-"""`refold analyse`: what each layer of a source does, and how alike layers are."""
+"""`refold analyse`: influence and similarity of the layers of a source."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,7 @@ def command(
     source: options.SourceOption,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", "-d", help="Text, best of several kinds with weights: A=0.5. Left out: random tokens."),
+        typer.Option("--data", "-d", help="Text, best of several kinds with weights: A=0.5. Default: random tokens."),
     ] = None,
     field: options.FieldOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write: measurements.json, figures, index.html.")] = None,
@@ -26,7 +26,7 @@ def command(
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
-    """Measure what each layer does to the stream, how alike layers are, and what tying them would lose."""
+    """Measure the influence of each layer, the similarity of layers, and the loss by tying them."""
     from refold.analysis.analyse import AnalysisSettings, analyse
     from refold.cli.analysis_tables import print_measurements
 

@@ -3,13 +3,13 @@
 import shlex
 from pathlib import Path
 
-from refold.analysis.ranking import least_important, most_alike
+from refold.analysis.conclusion import least_important, most_alike
 from refold.cli.show import note, print_table
 from refold.sources.measurements import Measurements
 
 
 def print_measurements(found: Measurements, source: str, out: Path | None) -> None:
-    """Influence by layer, what matters least, what is most alike, what tying would lose, and what to do next."""
+    """Prints influence by layer, the least important and most alike layers, the loss by tying, and the next command."""
     influence = found.influence
     rows = [
         (str(layer), *(f"{value:.4f}" for value in values))
@@ -22,7 +22,7 @@ def print_measurements(found: Measurements, source: str, out: Path | None) -> No
     for name, layers in least_important(influence).items():
         print(f"least important, {name}: layers {', '.join(map(str, layers))}")
     pairs = (f"{one} and {other} ({distance:.3f})" for distance, one, other in most_alike(found.similarity))
-    print(f"weights most alike (0 equal, 1 nothing in common): layers {', '.join(pairs)}")
+    print(f"most similar weights (0: equal, 1: nothing in common): layers {', '.join(pairs)}")
     if found.spectra:
         print()
         _print_spectra(found)
@@ -44,4 +44,4 @@ def _print_spectra(found: Measurements) -> None:
         kept = [sum(each.lost * each.kept[index] for each in linears) / (lost or 1.0) for index in range(len(shares))]
         shown = (f"{lost / len(linears):.1%}", *(f"{share:.1%}" for share in kept))
         rows.append((f"{spectra.pattern}, {spectra.loops} loops", *shown))
-    print_table(columns, rows, "energy that tying loses of the weights, and what LoRAs would keep of it")
+    print_table(columns, rows, "energy of the weights lost by tying, and the share of it that LoRAs would keep")

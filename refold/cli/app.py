@@ -1,4 +1,4 @@
-"""All sub-commands, in the order a user meets them."""
+"""The typer application with all sub-commands, in the order of a user's work."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from refold.version import __version__
 
 
 class _Commands(TyperGroup):
-    """Reports exceptions of commands before typer does, which ends without a word on Ctrl-C."""
+    """A group of commands that reports exceptions before typer, because typer prints nothing on Ctrl-C."""
 
     def invoke(self, ctx: Any) -> Any:
         with one_line_each():

@@ -24,10 +24,9 @@ def command(
     allow_larger: options.AllowLarger = False,
     json: options.Json = False,
 ) -> None:
-    """Fold a source into a new model folder, streaming: a few matrices are in memory at a time."""
-    from refold.cli.approximation_table import print_approximation
-    from refold.cli.plan_tables import print_plan
-    from refold.conversion.convert import convert
+    """Fold a source into a new model folder, with a few matrices in memory at a time."""
+    from refold.cli.plan_tables import print_approximation, print_plan
+    from refold.conversion.convert import ConvertOptions, convert
 
     with progress("converting", "steps") as report:
         made = convert(
@@ -35,13 +34,15 @@ def command(
             out,
             recipe,
             set_ or (),
+            options=ConvertOptions(
+                overwrite=overwrite,
+                allow_larger=allow_larger,
+                device=device or "cpu",
+                command=options.command_line(),
+                progress=report,
+            ),
             calibration=options.locate_data(calibration, field),
             measurements=measurements,
-            overwrite=overwrite,
-            allow_larger=allow_larger,
-            device=device or "cpu",
-            command=options.command_line(),
-            progress=report,
         )
     if json:
         print_json(made)

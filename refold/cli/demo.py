@@ -1,4 +1,4 @@
-"""`refold demo`: folds of the shipped model, compared in one table."""
+"""`refold demo`: folding, healing and measuring the model that ships with refold."""
 
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ from refold.cli.show import note, print_json
 
 
 def command(
-    out: Annotated[Path, typer.Option("--out", help="Folder the folded models are left in.")] = Path("refold-demo"),
+    out: Annotated[Path, typer.Option("--out", help="Folder to write the folded models to.")] = Path("refold-demo"),
     heal_tokens: Annotated[
         int,
         typer.Option(

@@ -1,4 +1,4 @@
-"""The demo's table, samples and report line."""
+"""The table, samples and summary line of the demo."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from refold.studies.demo import PROMPT, DemoResult, DemoRow
 
 
 def print_demo(found: DemoResult) -> None:
-    """Prints everything the demo found."""
+    """Prints the table, the samples and the summary line."""
     source = found.rows[0]
-    # Any plan knows what its source caches.
+    # Every plan has the cost of the source.
     planned = next(row.plan for row in found.rows if row.plan is not None)
     source_cache = planned.cost.source.cache_bytes(found.context)
     print()
@@ -29,7 +29,7 @@ def print_demo(found: DemoResult) -> None:
 
 
 def demo_data(found: DemoResult) -> dict[str, Any]:
-    """The same as plain data."""
+    """Returns the result as plain data for JSON."""
     return {
         "rows": [
             {

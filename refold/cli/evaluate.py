@@ -1,4 +1,4 @@
-"""`refold evaluate`: how well a model predicts a text, and how close it stays to its source."""
+"""`refold evaluate`: scores of a model on text, and its agreement with another model."""
 
 from refold.cli import options
 from refold.cli.show import print_json, progress
@@ -24,14 +24,14 @@ def command(
     from refold.cli.evaluation_tables import print_evaluation
     from refold.evaluation.evaluate import evaluate
     from refold.evaluation.result import require_free_evaluation
+    from refold.evaluation.settings import EvaluationSettings
 
     if out is not None:
         require_free_evaluation(out, overwrite)
-    sizes = {"context": context, "stride": stride, "max_tokens": max_tokens, "batch_size": batch_size}
-    where = {"device": device, "dtype": dtype, "quantise": quantise}
+    settings = EvaluationSettings(context, stride, max_tokens, batch_size, dtype, device, quantise)
     with progress("evaluating", "windows") as report:
         texts = options.locate_data(data, field) or ()
-        found = evaluate(model, texts, against=against, progress=report, **sizes, **where)
+        found = evaluate(model, texts, settings, against=against, progress=report)
     if out is not None:
         found.write(out, overwrite)
     print_json(found) if json else print_evaluation(found)

@@ -1,21 +1,21 @@
-"""An evaluation as a table."""
+"""Tables of an evaluation."""
 
 from refold.cli.show import format_bytes, print_table
 from refold.evaluation.result import Evaluation, ModelFacts
 
 
 def with_error(value: float, error: float | None, sign: str = "") -> str:
-    """`1.234 ± 0.005`."""
+    """Returns a value with its standard error, as `1.2345 ± 0.0051`."""
     return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def weights(model: ModelFacts) -> str:
-    """`5.5 MB`, with the scheme where linears are quantised."""
+    """Returns the weight bytes as `5.5 MB`, with the scheme if linears are quantised."""
     return format_bytes(model.weight_bytes) + ("" if model.quantised is None else f", linears in {model.quantised}")
 
 
 def print_evaluation(found: Evaluation) -> None:
-    """The figures of one evaluation, the model compared with beside it."""
+    """Prints the figures of one evaluation, with a column for the model it was compared with."""
     other = found.against
     rows = [
         ("bits per byte", with_error(found.bits_per_byte, found.bits_per_byte_error)),
@@ -53,7 +53,7 @@ def print_evaluation(found: Evaluation) -> None:
             )
             for left in found.exits
         ]
-        names = ("left after", "bits per byte", "accuracy", "as at full depth", "KL from it", "gate is right")
+        names = ("exit after", "bits per byte", "accuracy", "agrees with full depth", "KL", "gate accuracy")
         print_table(names, rows)
     part = "" if found.is_whole_data else f", the first {found.max_tokens:,} tokens only"
     print(f"\n{found.documents:,} documents, {found.tokens:,} tokens, {found.bytes:,} bytes{part}; ", end="")

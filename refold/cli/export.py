@@ -1,4 +1,4 @@
-"""`refold export`: write a model in a format others read."""
+"""`refold export`: writing a model in a format that other software reads."""
 
 from typing import Annotated
 

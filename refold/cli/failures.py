@@ -1,4 +1,4 @@
-"""Turns any exception of a command into its line on stderr and an exit status."""
+"""Lines on stderr and exit statuses for all exceptions of commands."""
 
 import errno
 import os
@@ -13,10 +13,10 @@ import typer
 from refold.errors import RefoldError
 
 TRACEBACK_VARIABLE = "REFOLD_TRACEBACK"
-"""Environment variable: with any value but `0`, the traceback is printed above the line."""
+"""Environment variable; with any value but `0` the traceback is printed above the line."""
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
 MAX_LENGTH = 4_000
-"""Characters of a message that are printed."""
+"""Most characters of a message to print."""
 _REMEDIES = {
     errno.ENOSPC: "make room on that disk, or write elsewhere",
     errno.EDQUOT: "make room in your quota, or write elsewhere",
@@ -32,17 +32,17 @@ _REMEDIES = {
 
 @contextmanager
 def one_line_each() -> Iterator[None]:
-    """Ends the process with one line on stderr for an exception of the body.
+    """Ends the process with one line on stderr if the body raises.
 
     Raises:
-        SystemExit: 2 for the user's mistakes, 130 after Ctrl-C, 1 for the rest.
+        SystemExit: Status 2 for the user's mistakes, 130 after Ctrl-C, 1 for other exceptions.
     """
     try:
         yield
     except typer.Exit:
         raise
     except BrokenPipeError:
-        # The reader of our output has gone, as in `refold plan ... | head`: nobody is left to be told.
+        # The reader of the output has ended, as in `refold plan ... | head`, so no message is printed.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         sys.exit(FAILURE)
     except (SystemExit, GeneratorExit):
@@ -60,7 +60,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     if _is_usage_error(error):
         return _usage(error), USER_MISTAKE
     if isinstance(getattr(error, "exit_code", None), int):
-        # A signal ended a command that left a checkpoint.
+        # A signal ended a command, which wrote a checkpoint first.
         return f"{error}; to go on, type: {shlex.join(['refold', *sys.argv[1:]])}", error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(error, RefoldError):
         return str(error), USER_MISTAKE
@@ -79,7 +79,7 @@ def describe(error: BaseException) -> tuple[str, int]:
 
 
 def _is_usage_error(error: BaseException) -> bool:
-    # typer's own classes for a wrong command line have no public common name in all its versions.
+    # typer's classes for usage errors have no common public name in all its versions.
     return hasattr(error, "format_message") and hasattr(error, "ctx")
 
 
@@ -99,7 +99,7 @@ def _usage(error: BaseException) -> str:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    # torch is not imported here: it raises an OutOfMemoryError of its own on devices, a RuntimeError on the CPU.
+    # Compared by name, so that torch is not imported: OutOfMemoryError on devices, RuntimeError on the CPU.
     said = str(error)
     is_allocation = "can't allocate memory" in said or "not enough memory" in said
     return type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and is_allocation)

@@ -1,4 +1,4 @@
-"""`refold generate`: continue a text."""
+"""`refold generate`: continuing a text."""
 
 import sys
 from pathlib import Path
@@ -34,7 +34,7 @@ def command(
 
     _require_task(prompt, state, save_state, generates=stream or bool(exit_depth or max_new_tokens))
     text = sys.stdin.read() if prompt == "-" else prompt or ""
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, exit_depth)
     if save_state is not None:
         require_free(save_state, overwrite)
     generator = TextGenerator(model, dtype=dtype, device=device)
@@ -47,18 +47,18 @@ def command(
         read.save(save_state, overwrite)
         note(f"{len(read.token_ids):,} tokens read; {save_state} keeps {format_bytes(read.num_bytes)} of them")
         return
-    how = {"chat": chat, "exit_depth": exit_depth, "state": begun}
+    how = {"chat": chat, "state": begun}
     for piece in generator.stream(text, sampling, **how) if stream else generator.generate([text], sampling, **how):
         print(piece, end="", flush=True)
     print()
 
 
 def _require_task(prompt: str | None, state: Path | None, save_state: Path | None, generates: bool) -> None:
-    """Checks that there is something to read, and that a state is not both written and continued."""
+    """Checks that there is a prompt or a state, and that no generation option is combined with --save-state."""
     if prompt is None and state is None:
         raise RefoldError("prompt: a text to continue is required (got none); give --prompt, or --state to go on")
     if save_state is not None and generates:
         raise RefoldError(
-            "save_state: nothing is generated with it; leave out --stream, --max-new-tokens and --exit-depth, and use "
+            "save_state: nothing is generated with it; drop --stream, --max-new-tokens and --exit-depth, and use "
             "--state next"
         )

@@ -1,4 +1,4 @@
-"""`refold heal`: train what a fold broke."""
+"""`refold heal`: training of a folded model, or of any model."""
 
 from refold.cli import options
 from refold.cli.show import note, print_json
@@ -13,8 +13,8 @@ def command(
     protocol: options.Protocol = None,
     recipe: options.HealRecipe = None,
     set_: options.HealSet = None,
-    held_out: options.HeldOut = None,
-    teacher: options.Teacher = None,
+    held_out: options.HeldOutOption = None,
+    teacher: options.TeacherOption = None,
     sweep: options.Sweep = None,
     dry_run: options.DryRun = False,
     sharded: options.Sharded = False,
@@ -24,7 +24,7 @@ def command(
     restart: options.Restart = False,
     json: options.Json = False,
 ) -> None:
-    """Train a folded model, or any model, stage by stage. Interrupted, the same command goes on where it was."""
+    """Train a folded model, or any model, stage by stage. After an interruption the same command resumes."""
     from refold.data.corpus import describe_training
     from refold.healing.heal import heal
     from refold.healing.probe import probe

@@ -1,4 +1,4 @@
-"""`refold inspect`: what a folded model consists of, and whether its files are as they were written."""
+"""`refold inspect`: description of a folded model, and verification of its files."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ from refold.cli.show import note, print_json
 
 def command(
     model: Annotated[Path, typer.Argument(help="A folded model's folder.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Also hash every file: finds a flipped bit.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Also compare the hash of every file.")] = False,
     json: options.Json = False,
 ) -> None:
     """Show a folded model's blueprint, cost, history and kept energy."""

@@ -1,14 +1,14 @@
-"""A folded model's description as tables."""
+"""Tables that describe a folded model."""
 
 from refold.blueprint.owned.registry import OWNED
 from refold.blueprint.schema import Blueprint, DepthSpec
-from refold.cli.approximation_table import print_approximation
+from refold.cli.plan_tables import print_approximation
 from refold.cli.show import format_bytes, format_count, print_table
 from refold.conversion.inspect import Inspection
 
 
 def print_inspection(found: Inspection) -> None:
-    """Cost beside the source's, the stack depth by depth, kept energy, history."""
+    """Prints the cost of model and source, the stack depth by depth, kept energy and history."""
     source, target = found.cost.source, found.cost.target
     rows = [
         ("parameters", format_count(source.parameters), format_count(target.parameters)),
@@ -52,14 +52,14 @@ def print_inspection(found: Inspection) -> None:
 
 
 def _owned(blueprint: Blueprint, index: int, column: str) -> str:
-    """Returns everything that a depth owns and one column of the table shows."""
-    # Backwards, so that LoRA ranks, which most recipes have, come first.
+    """Returns the text of one column for the objects that a depth owns."""
+    # In reverse order, so that LoRA ranks, which most recipes have, come first.
     told = [kind.describe(blueprint, index) for kind in reversed(OWNED) if kind.column == column]
     return ", ".join(each for each in told if each) or "-"
 
 
 def _keys(depth: DepthSpec, num_heads: int) -> str:
-    """Whose keys and values a depth looks at."""
+    """Returns the depths whose keys and values a depth reads."""
     if depth.mixer is None:
         return "-"
     read = sum(len(each.heads) for each in depth.kv)

@@ -1,4 +1,4 @@
-"""Options that several sub-commands share."""
+"""Types and parsers of command-line options."""
 
 import math
 import shlex
@@ -13,10 +13,10 @@ from refold.suggest import MAX_NUMBER, shorten
 
 
 def amount(text: str | int) -> int:
-    """Reads `20M`, `1.5k` or a plain number of tokens: the parser of an option.
+    """Parses an amount of tokens such as `20M`, `1.5k` or a plain number.
 
     Raises:
-        typer.BadParameter: Anything else.
+        typer.BadParameter: The text is no amount.
     """
     from refold.fields import read_amount
 
@@ -30,7 +30,7 @@ def amount(text: str | int) -> int:
 
 
 def whole(least: int) -> Callable[[str | int], int]:
-    """Returns the parser of an option that is a whole number of at least `least`."""
+    """Returns a parser for an option whose value is a whole number of at least `least`."""
 
     def parse(text: str | int) -> int:
         try:
@@ -47,10 +47,10 @@ def whole(least: int) -> Callable[[str | int], int]:
 
 
 def real(text: str | float) -> float:
-    """Reads a number: the parser of an option.
+    """Parses a finite number.
 
     Raises:
-        typer.BadParameter: It is none, or not finite.
+        typer.BadParameter: The text is no number, or the number is not finite.
     """
     try:
         number = float(text)
@@ -62,11 +62,11 @@ def real(text: str | float) -> float:
 
 
 SourceOption = Annotated[
-    str, typer.Argument(help="Folder of a transformers checkpoint, or hub id `org/name[@revision]`.")
+    str, typer.Argument(help="Folder of a transformers checkpoint, or hub id `org/name` or `org/name@revision`.")
 ]
 Model = Annotated[str, typer.Argument(help="A folded model's folder; a source's folder or hub id works too.")]
 FoldedModel = Annotated[str, typer.Argument(help="Folder, or hub id, of a folded model; a source needs no export.")]
-Out = Annotated[Path, typer.Argument(help="Folder to write. It is there whole afterwards, or not at all.")]
+Out = Annotated[Path, typer.Argument(help="Folder to write. It is complete afterwards, or does not exist.")]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", "-r", help="Built-in name (see `refold recipes`) or YAML file.")
 ]
@@ -86,21 +86,21 @@ TrainingDataOption = Annotated[
     ),
 ]
 FieldOption = Annotated[
-    str | None, typer.Option("--field", help="JSON field, or CSV or parquet column, with the text. Left out: text.")
+    str | None, typer.Option("--field", help="JSON field, or CSV or parquet column, with the text. Default: text.")
 ]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Left out: the best one there is.")]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu. Default: the best one there is.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16. Left out: as stored, or float32 where that is slow.")
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: as stored, or float32 where that is slow.")
 ]
 MeasurementsOption = Annotated[
-    str | None, typer.Option(help="What `refold analyse` wrote of the source: what to drop by similarity follows it.")
+    str | None, typer.Option(help="Folder written by `refold analyse`: drops by similarity follow its measurements.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if refold wrote it.")]
 AllowLarger = Annotated[
-    bool, typer.Option("--allow-larger", help="Accept a target that is smaller than its source in nothing.")
+    bool, typer.Option("--allow-larger", help="Accept a folded model that is smaller than its source in nothing.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it takes; write nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the settings and the expected time, and write nothing.")]
 HealTokens = Annotated[
     int | None,
     typer.Option(
@@ -110,9 +110,7 @@ HealTokens = Annotated[
         help="Training tokens of all stages, such as 20M. Default: the recipe's.",
     ),
 ]
-HeldOut = Annotated[
-    list[str] | None, typer.Option(help="Text that is not trained on, to measure the model on. Repeatable.")
-]
+HeldOutOption = Annotated[list[str] | None, typer.Option(help="Held-out text for evaluation. Repeatable.")]
 Protocol = Annotated[
     str | None, typer.Option("--protocol", "-p", help="A built-in protocol (`refold recipes --protocols`).")
 ]
@@ -123,7 +121,7 @@ HealSet = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="One key of all stages, `heal.learning_rate=1e-3`. Repeatable."),
 ]
-Teacher = Annotated[str | None, typer.Option(help="Folder or hub id. Default: the source MODEL was folded from.")]
+TeacherOption = Annotated[str | None, typer.Option(help="Folder or hub id. Default: the source MODEL was folded from.")]
 Sweep = Annotated[
     str | None, typer.Option(metavar="lr", help="`lr`: try a third, one and three times the learning rate first.")
 ]
@@ -152,9 +150,9 @@ AnalysisTokens = Annotated[
     typer.Option("--tokens", "-t", parser=amount, metavar="AMOUNT", help="Tokens to run, from all over the text."),
 ]
 Context = Annotated[int, typer.Option(parser=whole(2), metavar="N", help="Tokens of each sequence.")]
-Seed = Annotated[int, typer.Option(parser=whole(0), metavar="N", help="Seed of the draws.")]
+Seed = Annotated[int, typer.Option(parser=whole(0), metavar="N", help="Seed of random numbers.")]
 MomentsOption = Annotated[bool, typer.Option("--moments", help="Also store second moments of linears' inputs.")]
-NoSpectra = Annotated[bool, typer.Option("--no-spectra", help="Do not measure the loss by tying: quicker.")]
+NoSpectra = Annotated[bool, typer.Option("--no-spectra", help="Skip the slow measurement of the loss by tying.")]
 # Of `evaluate`.
 Against = Annotated[str | None, typer.Option(help="Also compare with this model: agreement, KL, difference.")]
 WindowContext = Annotated[
@@ -162,13 +160,15 @@ WindowContext = Annotated[
     typer.Option("--context", parser=whole(1), metavar="N", help="Tokens in a window. Default: as the model."),
 ]
 Stride = Annotated[
-    int | None, typer.Option(parser=whole(1), metavar="N", help="Tokens a window moves on. Default: half the context.")
+    int | None,
+    typer.Option(parser=whole(1), metavar="N", help="Tokens from one window to the next. Default: half the context."),
 ]
 MaxTokens = Annotated[
     int | None, typer.Option(parser=amount, metavar="AMOUNT", help="Read no more than this, such as 200k.")
 ]
 BatchSize = Annotated[
-    int | None, typer.Option(parser=whole(1), metavar="N", help="Windows at a time. Default: 4,096 tokens of them.")
+    int | None,
+    typer.Option(parser=whole(1), metavar="N", help="Windows at a time. Default: as many as have 4,096 tokens."),
 ]
 Quantise = Annotated[
     str | None, typer.Option(help="int8 or int4: round the weights of linears, and count their bytes so.")
@@ -185,7 +185,7 @@ Temperature = Annotated[float, typer.Option(parser=real, metavar="X", help="0: a
 TopP = Annotated[
     float, typer.Option(parser=real, metavar="X", help="Sample from the likeliest tokens of this total probability.")
 ]
-TopK = Annotated[int, typer.Option(parser=whole(0), metavar="N", help="Sample from so many likeliest tokens; 0: all.")]
+TopK = Annotated[int, typer.Option(parser=whole(0), metavar="N", help="Sample from the N likeliest tokens; 0: all.")]
 SaveState = Annotated[
     Path | None, typer.Option(help="Read the prompt, write the model's state after it to this file, and stop.")
 ]
@@ -195,16 +195,16 @@ StateOption = Annotated[
 Adapters = Annotated[
     str | None, typer.Option(help="Folder healed from MODEL with `--protocol domain`: its adapters instead.")
 ]
-ExitDepth = Annotated[int | None, typer.Option(parser=whole(1), metavar="N", help="Run only so many depths.")]
+ExitDepth = Annotated[int | None, typer.Option(parser=whole(1), metavar="N", help="Run only the first N depths.")]
 
 
 def command_line() -> str:
-    """The command as typed, for the provenance."""
+    """Returns the command as typed, for the provenance."""
     return shlex.join(["refold", *sys.argv[1:]])
 
 
 def locate_data(data: list[str] | None, field: str | None) -> list[Any] | None:
-    """Returns data as typed, each with the field that holds its text."""
+    """Returns the location of each data argument, with the field of its text."""
     if not data:
         return None
     from refold.data.location import parse_location
@@ -213,5 +213,5 @@ def locate_data(data: list[str] | None, field: str | None) -> list[Any] | None:
 
 
 def parse_amount(text: str | int | None) -> int | None:
-    """Reads a number of tokens where an option without a parser of its own holds one."""
+    """Parses an amount of tokens for an option without its own parser."""
     return None if text is None else amount(text)

@@ -1,4 +1,4 @@
-"""`refold plan`: what a recipe would make of a source."""
+"""`refold plan`: cost and contents of a folded model before conversion."""
 
 from typing import Annotated
 
@@ -16,13 +16,13 @@ def command(
     context: Annotated[
         int, typer.Option(parser=options.whole(1), metavar="N", help="Context at which cache and FLOPs are counted.")
     ] = 8192,
-    lines: Annotated[bool, typer.Option("--lines", help="Also say how every tensor group is made.")] = False,
+    lines: Annotated[bool, typer.Option("--lines", help="Also show the origin of every tensor group.")] = False,
     allow_larger: options.AllowLarger = False,
     json: options.Json = False,
 ) -> None:
-    """Say what a recipe would make of a source, from config.json and file headers alone.
+    """Show the cost and contents of a folded model before conversion, from config.json and file headers alone.
 
-    Without --recipe and --set all built-in recipes stand side by side. A folder with only config.json can be planned.
+    Without --recipe and --set one table compares all built-in recipes. A folder with only config.json can be planned.
     """
     from refold.cli.plan_tables import as_json, print_all, print_plan
     from refold.planning.plan import plan, plan_all

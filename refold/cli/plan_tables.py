@@ -1,10 +1,11 @@
-"""Plans as tables."""
+"""Tables of plans, and of the approximation that a conversion measured."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refold.blueprint.cost import Cost
 from refold.cli.show import format_bytes, format_count, print_table, print_text
+from refold.planning.approximation import Approximation
 from refold.planning.lines import MemoryNeeds, compare_memory
 from refold.planning.plan import PlannedRecipe, StackPlan
 
@@ -13,16 +14,16 @@ LABELS = {
     "non_embedding_parameters": "without embedding and head",
     "weight_bytes": "weight bytes",
     "cache_bytes": "cache at {context:,} tokens",
-    "flops": "FLOPs per token there",
+    "flops": "FLOPs per token at {context:,}",
 }
 
 TEXT = {"required": "yes", "useful": "helps", "unused": "-"}
 SMALL_SHARE = 1.2
-"""Parameters over those without embedding and head from which the embedding is worth a line."""
+"""Ratio of all parameters to those without embedding and head from which a line about the embedding is printed."""
 
 
 def print_plan(made: StackPlan, context: int, lines: bool) -> None:
-    """One plan: costs of source and target side by side, then notes."""
+    """Prints one plan: costs of source and target side by side, then notes."""
     rows = []
     for row in made.summary(context):
         form = format_bytes if row.quantity.endswith("bytes") else format_count
@@ -53,8 +54,32 @@ def print_plan(made: StackPlan, context: int, lines: bool) -> None:
         print_table(("tensors", "how", "count", "source layers", "why"), table)
 
 
+def print_approximation(found: Mapping[str, Approximation]) -> None:
+    """Prints how far the feature maps of each depth are from softmax attention, if there are feature maps."""
+    if not found:
+        return
+    first = next(iter(found.values()))
+    on = "held-out text" if first.inputs == "text" else "random inputs"
+    rows = [
+        (
+            name.removeprefix("depths."),
+            f"{each.start:.3f}",
+            _number(each.fitted),
+            f"{each.start_gap:.3f}",
+            _number(each.fitted_gap),
+        )
+        for name, each in found.items()
+    ]
+    print()
+    print_table(
+        ("depth", "attention misplaced", "fitted", "cross-entropy gap (nats)", "fitted"),
+        rows,
+        f"softmax attention by feature maps, at conversion, on {first.tokens:,} tokens of {on}",
+    )
+
+
 def as_json(made: StackPlan) -> dict[str, Any]:
-    """The plan as `convert` writes it, with what follows from its cost about memory."""
+    """Returns the plan as `convert` writes it, with its needs of memory."""
     memory = compare_memory(made.cost.source, made.cost.target)
     return {**made.model_dump(mode="json"), "memory": memory.model_dump(mode="json")}
 
@@ -98,7 +123,7 @@ def _less_memory(memory: MemoryNeeds) -> str:
 
 
 def _floor(source: Cost) -> str:
-    """Says how much of a source no recipe makes smaller."""
+    """Returns the line about the share of embedding and head, which no recipe makes smaller."""
     embeddings = source.parameters - source.non_embedding_parameters
     share = embeddings / source.parameters
     return (
@@ -114,7 +139,11 @@ def _healing(plans: Mapping[str, StackPlan]) -> str:
 
 
 def _span(layers: Sequence[int]) -> str:
-    """`0..5` for a run, `0,2,5` otherwise."""
+    """Returns numbers as `0..5` if they are consecutive, else as `0,2,5`."""
     if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}..{layers[-1]}"
     return ",".join(map(str, layers))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

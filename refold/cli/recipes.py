@@ -22,7 +22,7 @@ def command(
 
     if protocols:
         listed = built_in_protocols()
-        print_json(listed) if json else print_table(("protocol", "what it does"), list(listed.items()))
+        print_json(listed) if json else print_table(("protocol", "description"), list(listed.items()))
         return
     if name is not None:
         loaded = load_recipe(name)
@@ -32,4 +32,4 @@ def command(
     elif json:
         print_json(built_in_recipes())
     else:
-        print_table(("recipe", "what it does"), list(built_in_recipes().items()))
+        print_table(("recipe", "description"), list(built_in_recipes().items()))

@@ -1,4 +1,4 @@
-"""Flags that earlier versions had, and the recipe keys that take their place."""
+"""Flags of earlier versions, and the recipe keys that replace them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,17 +18,17 @@ REMOVED: Mapping[str, Mapping[str, str]] = {
     },
     "run": _STAGE,
 }
-"""By command: flag to an example of its key for `--set`, which applies to all stages."""
+"""For each command: flags with an example of their key for `--set`, which sets the key of all stages."""
 
 
 def refuse_removed_flags(arguments: Sequence[str]) -> None:
-    """Refuses a flag that is a recipe key now.
+    """Refuses flags that recipe keys have replaced.
 
     Args:
-        arguments: Of `refold`, the command first.
+        arguments: Arguments of `refold`, the command first.
 
     Raises:
-        RecipeError: One of them is such a flag; the message names the key.
+        RecipeError: An argument is such a flag; the message names the key.
     """
     removed = REMOVED.get(arguments[0], {}) if arguments else {}
     for argument in arguments[1:]:

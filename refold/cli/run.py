@@ -1,4 +1,4 @@
-"""`refold run`: the whole way in one go."""
+"""`refold run`: conversion, healing and evaluation in one run, with baselines."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,13 +11,13 @@ from refold.cli.show import note, print_json, progress
 
 def command(
     source: options.SourceOption,
-    out: Annotated[Path, typer.Argument(help="Run folder. The same command again goes on where it was interrupted.")],
+    out: Annotated[Path, typer.Argument(help="Run folder. After an interruption the same command resumes.")],
     data: options.TrainingDataOption,
     field: options.FieldOption = None,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Built-in name or YAML file.")] = "lowrank",
     set_: options.Set = None,
     tokens: options.HealTokens = None,
-    held_out: options.HeldOut = None,
+    held_out: options.HeldOutOption = None,
     baseline: options.Baselines = None,
     eval_tokens: options.EvalTokens = None,
     dry_run: options.DryRun = False,
@@ -25,7 +25,7 @@ def command(
     allow_larger: options.AllowLarger = False,
     json: options.Json = False,
 ) -> None:
-    """Plan, convert, heal and evaluate, beside a depth-pruned model of the same size and the source quantised."""
+    """Plan, convert, heal and evaluate, and compare with a depth-pruned model and the quantised source."""
     from refold.studies.arm import Show
     from refold.studies.baselines import read_baselines
     from refold.studies.forecast import forecast

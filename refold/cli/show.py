@@ -1,4 +1,4 @@
-"""Results on stdout, progress on stderr."""
+"""Printing of results to stdout, and of notes and progress to stderr."""
 
 import contextlib
 import json
@@ -10,26 +10,26 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 MAX_WORD_WIDTH = 40
-"""Words of tables that are never broken."""
+"""Longest word of a table that is never broken."""
 MAX_NUMBER_WIDTH = 16
-"""Cells of numbers with a unit, which stay on one line."""
+"""Longest cell of a number with a unit that is never broken."""
 
 
 def print_json(data: Any) -> None:
-    """Prints plain data, or a pydantic model, as JSON."""
+    """Prints plain data or a pydantic model as JSON."""
     plain = data.model_dump(mode="json") if hasattr(data, "model_dump") else data
     print(json.dumps(plain, indent=2, default=str))
 
 
 def console_width() -> int:
-    """Returns the columns that a line may take: the terminal's, or `COLUMNS`; 240 where stdout is a file."""
+    """Returns the width of a line: the width of the terminal, or `COLUMNS`, or 240 if stdout is a file."""
     if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
         return 240
     return max(40, shutil.get_terminal_size().columns)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Prints a table, words to the left, numbers to the right; lines break between words where they must."""
+    """Prints a table with words on the left and numbers on the right, and breaks lines between words if necessary."""
     from rich.console import Console
     from rich.table import Table
 
@@ -48,16 +48,16 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 
 def _column_widths(columns: Sequence[str], cells: Sequence[Sequence[str]], is_number: Sequence[bool]) -> list[int]:
-    """Returns widths that fit the terminal without breaking a word, or the narrowest that do not."""
+    """Returns widths that fit the terminal, but at least the widths that break no word."""
     widths, least, whole_cells = [], [], []
     for name, column, number in zip(columns, cells, is_number, strict=True):
-        # Numbers stay beside their units.
+        # A number and its unit stay on one line.
         whole = [cell for cell in column if number and len(cell) <= MAX_NUMBER_WIDTH]
         longest = max(map(len, (*name.split(), *" ".join(column).split(), *whole)), default=1)
         widths.append(max(map(len, (name, *column))) or 1)
         least.append(min(longest, MAX_WORD_WIDTH, widths[-1]))
         whole_cells.append(max(least[-1], *map(len, column), 1))
-    # Names of columns break before cells do; then the column that can give most becomes narrower.
+    # Names of columns are broken before cells. In each step the column with most spare width becomes narrower.
     for floor in (whole_cells, least):
         while sum(widths) + 2 * (len(widths) - 1) > console_width() and any(map(int.__gt__, widths, floor)):
             index = max(range(len(widths)), key=lambda each: widths[each] - floor[each])
@@ -66,7 +66,7 @@ def _column_widths(columns: Sequence[str], cells: Sequence[Sequence[str]], is_nu
 
 
 def print_text(text: str, bullet: str = "") -> None:
-    """Prints a sentence, its lines broken between words, as an entry of a list with `bullet`."""
+    """Prints a sentence with line breaks between words, as an entry of a list if there is a `bullet`."""
     width = console_width()
     print(
         textwrap.fill(text, width, initial_indent=bullet, subsequent_indent=" " * len(bullet), break_on_hyphens=False)
@@ -74,7 +74,7 @@ def print_text(text: str, bullet: str = "") -> None:
 
 
 def format_bytes(count: int | float) -> str:
-    """`20.5 MB`: powers of 1000, as disks are sold and files are listed."""
+    """Returns a size as `20.5 MB`, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -83,7 +83,7 @@ def format_bytes(count: int | float) -> str:
 
 
 def format_count(count: int | float) -> str:
-    """`1.10B`: three digits and a suffix."""
+    """Returns a number as `1.10B`, with three digits and a suffix."""
     for unit in ("", "k", "M"):
         if count < 1000:
             return f"{count:.0f}" if not unit else f"{count:.2f}{unit}"
@@ -92,13 +92,13 @@ def format_count(count: int | float) -> str:
 
 
 def note(text: str) -> None:
-    """Prints a line that is not the result."""
+    """Prints a line that is no result to stderr."""
     print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
 def progress(label: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, told (done, total); nothing where stderr is no terminal."""
+    """Shows a progress bar on stderr and gives its function of (done, total); without a terminal shows nothing."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

@@ -1,1 +1,1 @@
-"""From a source and a recipe to a folded model: `plan` says how, free of torch; the rest of the package does it."""
+"""Conversion of a source into a folded model: measurements, fits, and the new model folder."""

@@ -1,8 +1,8 @@
-"""Tied layers brought into a common frame: neurons and heads in the order, and values in the axes, of those they meet.
+"""Alignment of tied layers: permutations of neurons and heads, and rotations of values, that bring layers together.
 
-Layers that compute alike may have their neurons in different orders, and then their mean is of unlike things. Neurons
-are matched as in Git Re-Basin (arXiv 2209.04836), here layers of one model; the values of a head may be turned by any
-orthogonal matrix that its output projection undoes.
+Two layers may compute the same function with their neurons in different orders; the mean of their weights then mixes
+unrelated neurons. Neurons are matched as in Git Re-Basin (arXiv 2209.04836), but between layers of one model. Values of
+a head may be rotated by any orthogonal matrix, because the output projection can undo the rotation.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,25 +20,27 @@ from refold.planning.fold import aligned_groups
 from refold.sources.pieces import PieceReader
 
 Weights = Mapping[str, Tensor]
-"""Of one layer's attention or MLP, by linear."""
+"""The weights of one layer's attention or MLP, by linear."""
 HEADED = ("q_proj", "k_proj", "v_proj", "o_proj")
 ROUNDS = 3
-"""How often layers of a group of three and more are matched to the mean of the others."""
+"""Number of times that each layer of a group of three or more is matched to the mean of the others."""
 TURNS = 2
-"""How often query heads are matched and values turned in turn."""
+"""Number of alternations between matching query heads and rotating values."""
 
 
 def align_layers(blueprint: Blueprint, align: Align, pieces: PieceReader, device: str = "cpu") -> dict[int, LayerFrame]:
-    """Finds the frames of tied layers, one stored part's in memory at a time; those of the first stay as they are.
+    """Finds the frames of tied layers; the first layer of each group keeps its frame.
+
+    The weights of one stored part are in memory at a time.
 
     Args:
-        blueprint: Says which layers are tied.
-        align: What may be exchanged (`permutation`) and turned (`rotation`).
-        pieces: Reads the source.
-        device: Where to compute.
+        blueprint: The folded model, which ties the layers.
+        align: Permutations of neurons and heads (`permutation`), rotations of values (`rotation`), or both.
+        pieces: Reader of the source.
+        device: Device that computes.
 
     Raises:
-        SourceError: Weights are not finite, which nothing can be matched to.
+        SourceError: Weights are not finite, so they cannot be matched.
     """
     arch = blueprint.arch
     neurons: dict[int, LayerFrame] = {}
@@ -57,20 +59,20 @@ def align_layers(blueprint: Blueprint, align: Align, pieces: PieceReader, device
 
 
 def match_neurons(ours: Weights, theirs: Weights) -> LayerFrame:
-    """Finds the order in which one MLP's neurons come nearest to another's."""
+    """Finds the order in which the neurons of one MLP are nearest to those of another."""
     scores = sum(theirs[name] @ ours[name].T for name in theirs if name != "down_proj")
     return LayerFrame(neurons=assign(scores + theirs["down_proj"].T @ ours["down_proj"]).cpu())
 
 
 def match_heads(arch: ArchSpec, ours: Weights, theirs: Weights, align: Align) -> LayerFrame:
-    """Finds the order in which one attention's heads, and the axes in which its values, come nearest to another's.
+    """Finds the order of heads, and the rotations of values, in which one attention is nearest to another.
 
-    Key-value heads may change places with the query heads that read them, and those among themselves.
+    A key-value head moves together with the query heads that read it; these may also change places among themselves.
     """
     groups, size = arch.num_key_value_heads, arch.head_dim
     readers = arch.num_attention_heads // groups
     mine, other = (_split_heads(each, groups, size) for each in (ours, theirs))
-    # Of every pair of key-value heads: how well the best order and turn make them agree.
+    # For every pair of key-value heads: their agreement under the best order and rotation.
     pairs = [(there, here) for there in range(groups) for here in range(groups)]
     if align == "rotation":
         pairs = [(head, head) for head in range(groups)]
@@ -99,7 +101,7 @@ def match_heads(arch: ArchSpec, ours: Weights, theirs: Weights, align: Align) ->
 
 
 def _split_heads(weights: Weights, groups: int, size: int) -> dict[str, Tensor]:
-    """Queries and outputs `[G, readers, K, D]`, keys and values `[G, K, D]`."""
+    """Splits weights by key-value head: queries and outputs `[G, readers, K, D]`, keys and values `[G, K, D]`."""
     return {
         "q_proj": weights["q_proj"].unflatten(0, (groups, -1, size)),
         "k_proj": weights["k_proj"].unflatten(0, (groups, size)),
@@ -119,7 +121,7 @@ def _read(
 
 
 def _match(weights: Mapping[int, Weights], find: Callable[[Weights, Weights], LayerFrame]) -> dict[int, LayerFrame]:
-    """Matches all layers to the first, and three and more then to the mean of the others in turn."""
+    """Matches all layers to the first; three or more are then each matched to the mean of the others."""
     first, *others = weights
     frames = {layer: find(weights[layer], weights[first]) for layer in others}
     for _ in range(ROUNDS if len(others) > 1 else 0):

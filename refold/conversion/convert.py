@@ -1,8 +1,9 @@
-"""A plan carried out: one pass over the source's tensors, streamed into a new model folder."""
+"""Conversion of a source into a new model folder: measure, fit, write, record; tensors are streamed."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,15 +17,17 @@ from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import PLAN_NAME, Source, locate
 from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.writer import ShardedWriter, count_bytes
-from refold.conversion.map_fitter import MapFitter
+from refold.conversion.map_fitter import MapFitter, mapped_layers
 from refold.conversion.measured import (
+    Measured,
+    expect_measurements,
     measure_plan,
-    measuring_steps,
     pack_text,
     reads_text,
     reads_weights,
     require_calibration,
 )
+from refold.conversion.progress import Progress, StepReport
 from refold.conversion.sequential import FittedTensors, SequentialFitter
 from refold.conversion.target_tensors import TargetBuilder
 from refold.data.corpus import Data, open_text
@@ -33,7 +36,7 @@ from refold.data.readers import DataSource
 from refold.errors import RecipeError, SourceError
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.load import choose_device
-from refold.planning.approximation import require_text, stored_maps
+from refold.planning.approximation import Approximation, require_text, stored_maps
 from refold.planning.notes import Note
 from refold.planning.plan import Draft, Plan, StackPlan, plan_model, read_influence
 from refold.recipe.load import RecipeLike, load_recipe
@@ -42,12 +45,29 @@ from refold.sources.pieces import PieceReader
 from refold.sources.source_model import read_source_model
 
 SCRATCH_NAME = "measured"
-"""Folder for what is measured, inside the one that is being made, so that a kill leaves nothing behind."""
+"""Folder for moments and fitted tensors inside the unfinished model folder, so that a kill leaves nothing behind."""
 CALIBRATION_BYTES = 2**26
 """Bytes of a generator or stream that are read as calibration text."""
 PASSED_ON = ("bos_token_id", "eos_token_id", "pad_token_id")
-Progress = Callable[[int, int], None]
-"""Called with steps done and steps in all: tensors written, and layers whose approximation is measured."""
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Settings of one conversion that are no part of a recipe.
+
+    Attributes:
+        overwrite: Replace a folder that refold wrote.
+        allow_larger: Accept a folded model that is smaller than its source in nothing; checked when the plan is made.
+        device: Device that decomposes residuals and fits feature maps.
+        command: Command line, for the provenance.
+        progress: Called with the steps done and the steps in all.
+    """
+
+    overwrite: bool = False
+    allow_larger: bool = False
+    device: str = "cpu"
+    command: str = ""
+    progress: StepReport | None = None
 
 
 def convert(
@@ -55,47 +75,39 @@ def convert(
     destination: str | Path,
     recipe: RecipeLike = None,
     overrides: Sequence[str] = (),
+    options: ConvertOptions | None = None,
     *,
     calibration: Data | None = None,
     measurements: str | Path | None = None,
-    overwrite: bool = False,
-    allow_larger: bool = False,
-    device: str = "cpu",
-    command: str = "",
-    progress: Progress | None = None,
 ) -> Plan:
     """Folds a source into a new model folder.
 
     Args:
         source: Folder or hub id.
-        destination: The folder to write: there whole afterwards, or not at all.
+        destination: The folder to write; it is complete afterwards, or does not exist.
         recipe: Built-in name, YAML file, mapping or Recipe; None for the identity.
         overrides: `key.path=value` strings.
+        options: Settings beside the recipe, such as `overwrite`, `allow_larger` and the device.
         calibration: Text (see `refold.data.corpus`), best of several kinds with weights: `["books.parquet=0.5",
-            "docs.parquet=0.5"]`. Errors of fitted linears are weighted by it, maps with `fit: calibration` are fitted
-            to it, every approximation of attention is measured on it, and without `measurements` layers are dropped
-            by their similarity on it. None: approximations are measured on random inputs.
-        measurements: What `analyse` wrote of the source: the folder, or its `measurements.json`. Moments stored there
-            weigh errors by activations where there is no calibration text.
-        overwrite: Replace a folder refold wrote.
-        allow_larger: Accept a target that is smaller than its source in nothing.
-        device: Where residuals are decomposed and feature maps fitted.
-        command: Command line, for the provenance.
-        progress: Told how far the conversion is.
+            "docs.parquet=0.5"]`. Errors of fitted linears are weighted by its moments, maps with `fit: calibration`
+            are fitted to it, and every approximation of attention is measured on it. Without `measurements` it also
+            ranks layers by similarity. None: approximations are measured on random inputs.
+        measurements: The folder that `analyse` wrote for the source, or its `measurements.json`. Without calibration
+            text, errors are weighted by the moments stored there.
 
     Returns:
         The plan with the kept energy of every residual and the error of every approximation.
 
     Raises:
-        RecipeError: The recipe is wrong, does not fit the source, or requires calibration text, or has no use for it.
+        RecipeError: The recipe is wrong, does not fit the source, lacks calibration text, or does not use it.
         DataError: The calibration text is missing, broken or too short.
         SourceError: The source is missing, broken or unknown.
         FolderError: The destination is taken, locked or cannot be written, or the measurements are missing or damaged.
     """
     located = source if isinstance(source, Source) else locate(source)
-    loaded = load_recipe(recipe, overrides)
+    loaded, options = load_recipe(recipe, overrides), options or ConvertOptions()
     model = read_source_model(located)
-    plan = plan_model(model, loaded, allow_larger, read_influence(model, measurements))
+    plan = plan_model(model, loaded, options.allow_larger, read_influence(model, measurements))
     if calibration is not None and not (stored_maps(plan.blueprint, plan.starts) or reads_text(plan)):
         raise RecipeError(
             "calibration: this recipe does not use calibration text; remove --calibration, or set relax.weight, "
@@ -103,111 +115,158 @@ def convert(
         )
     text = None if calibration is None else open_text(calibration, limit=CALIBRATION_BYTES)
     moments = stored_moments(measurements) if text is None and plan.recipe.weight == "activations" else None
-    return carry_out(plan, located, destination, overwrite, device, command, progress, text, moments)
+    return carry_out(plan, located, destination, options, calibration=text, moments=moments)
 
 
 def carry_out(
     draft: Draft,
     source: Source,
     destination: str | Path,
-    overwrite: bool = False,
-    device: str = "cpu",
-    command: str = "",
-    progress: Progress | None = None,
+    options: ConvertOptions | None = None,
+    *,
     calibration: DataSource | None = None,
     moments: Path | None = None,
 ) -> Plan:
-    """Carries a draft out on the source it was made for; arguments as for `convert`.
+    """Carries out a draft on the source that it was made for.
 
-    With `moments`, a folder that `keep_moments` filled, errors are weighed by those instead of by the text.
+    Args:
+        draft: The plan; its drops and ranks may still have to be measured.
+        source: The source of the draft.
+        destination: As for `convert`.
+        options: As for `convert`; `allow_larger` changes nothing here.
+        calibration: As for `convert`, opened.
+        moments: A folder that `keep_moments` filled; errors are weighted by its moments instead of by the text's.
 
     Raises:
-        SourceError: The source is not the one the plan was made for, has no weights and not all start fresh, or holds a
-            number that is not finite.
+        SourceError: The source is not the draft's, has no weights although the plan reads some, or holds a number that
+            is not finite.
         RefoldError: No such device.
         RecipeError: A feature map is to be fitted to text and there is none.
         DataError: The calibration text is too short, or cannot be read.
     """
-    device = str(choose_device(device))
-    maps = stored_maps(draft.blueprint, draft.starts)
-    require_text(maps, calibration is not None)
-    require_calibration(draft, calibration is not None, moments is not None)
-    used_text = calibration is not None and bool(maps or reads_text(draft))
-    has_weights = source.headers(config_only=True) is not None
-    if not has_weights and reads_weights(draft, calibration is not None):
+    options = options or ConvertOptions()
+    device = str(choose_device(options.device))
+    _require_inputs(draft, source, calibration is not None, moments is not None)
+    folder, progress = source.fetch(), Progress(options.progress)
+    check_companions(folder)
+    expect_measurements(draft, calibration is not None, progress)
+    _expect_fits(draft, progress)
+    with (
+        AtomicFolder(destination, options.overwrite, needed_bytes=count_bytes(_specs(draft))) as out,
+        CheckpointReader(folder) if _has_weights(source) else nullcontext() as reader,
+    ):
+        scratch = out.path / SCRATCH_NAME
+        scratch.mkdir()
+        model = read_source_model(locate(folder))
+        layers = SourceLayers(model, PieceReader(model, reader), device)
+        measured = measure_plan(draft, layers, calibration, scratch, moments, progress)
+        _expect_fits(measured.plan, progress)
+        builder, approximation = _fit(measured, calibration, scratch, progress)
+        _write(measured.plan, builder, out, progress)
+        shutil.rmtree(scratch)
+        found = {
+            "kept_energy": builder.kept_energy,
+            "approximation": approximation,
+            "notes": (*measured.plan.notes, *_calibration_notes(draft, calibration)),
+        }
+        return _record(measured.plan.model_copy(update=found), source, folder, out.path, options.command)
+
+
+def _has_weights(source: Source) -> bool:
+    return source.headers(config_only=True) is not None
+
+
+def _require_inputs(draft: Draft, source: Source, has_text: bool, has_moments: bool) -> None:
+    """Checks that a draft can be carried out on a source, with text or without."""
+    require_text(stored_maps(draft.blueprint, draft.starts), has_text)
+    require_calibration(draft, has_text, has_moments)
+    if not _has_weights(source) and reads_weights(draft, has_text):
         raise SourceError(f"{source.where}: safetensors weights are required (only config.json is there)")
     if not draft.source.is_of(source):
         raise SourceError(
             f"{source.where}: the source of the plan is required (config.json or weights differ); plan again"
         )
-    dtype = getattr(torch, draft.source.dtype)
-    specs = _specs(draft, dtype)
-    folder = source.fetch()
-    check_companions(folder)
-    with (
-        AtomicFolder(destination, overwrite, needed_bytes=count_bytes(specs)) as out,
-        CheckpointReader(folder) if has_weights else nullcontext() as reader,
-    ):
-        model = read_source_model(locate(folder))
-        pieces = PieceReader(model, reader)
-        report = progress or (lambda done, total: None)
-        measuring, scratch = measuring_steps(draft, calibration is not None), out.path / SCRATCH_NAME
-        scratch.mkdir()
-        num_steps = measuring + len(specs)
-        plan, pieces, store = measure_plan(
-            draft, model, pieces, calibration, scratch, device, lambda done: report(done, num_steps), moments
-        )
-        specs = _specs(plan, dtype)
-        fitter = MapFitter(plan, model, pieces, device)
-        fitting = plan.blueprint.num_depths if plan.recipe.fits_in_sequence else 0
-        before = measuring + fitter.num_layers + fitting
-        num_steps = before + len(specs)
-        fitter.run(calibration, lambda done: report(measuring + done, num_steps))
-        fitted = FittedTensors(scratch, fitter.tensors)
-        builder = TargetBuilder(plan, pieces, dtype, device, fitted, store)
-        if fitting:
-            assert calibration is not None
-            packed = pack_text(model, calibration, plan.recipe)
-            in_sequence = SequentialFitter(plan, SourceLayers(model, pieces, device), builder, fitted, device)
-            in_sequence.run(packed, lambda done: report(before - fitting + done, num_steps))
-        with ShardedWriter(out.path, specs) as writer, torch.inference_mode():
-            for done, (name, value) in enumerate(builder.build(), start=before + 1):
-                writer.write(name, value)
-                report(done, num_steps)
-        out.hashes.update(writer.hashes)
-        shutil.rmtree(scratch)
-        companions = copy_companions(folder, out.path)
-        said = list(plan.notes)
-        if used_text:
-            assert calibration is not None
-            said.append(Note(text=f"calibration text: {calibration.name}"))
-            if (price := describe_one_kind(calibration, "calibration")) is not None:
-                said.append(Note(text=price))
-        if not companions.has_tokenizer:
-            said.append(Note(text="the source has no tokenizer: none was copied"))
-        found = {"kept_energy": builder.kept_energy, "approximation": fitter.approximation, "notes": tuple(said)}
-        made = plan.model_copy(update=found)
-        _write_config(plan, source, out.path)
-        (out.path / PLAN_NAME).write_text(made.model_dump_json(indent=2) + "\n")
-        stage = provenance.Stage(
-            stage="convert",
-            source=provenance.describe_source(source),
-            recipe=plan.recipe.model_dump(mode="json", exclude_none=True),
-            seed=plan.starts.seed,
-            command=command,
-        )
-        provenance.write(out.path, [stage])
-        _write_card(made, source, folder, out.path)
-    return made
 
 
-def _specs(plan: StackPlan, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return {tensor.name: (tensor.shape, dtype) for tensor in target_tensors(plan.blueprint)}
+def _expect_fits(plan: StackPlan, progress: Progress) -> None:
+    """Sets the steps of fitting and writing, which measured drops change."""
+    progress.expect("maps", len(mapped_layers(stored_maps(plan.blueprint, plan.starts))))
+    progress.expect("sequence", plan.blueprint.num_depths if plan.recipe.fits_in_sequence else 0)
+    progress.expect("write", len(_specs(plan)))
+
+
+def _fit(
+    measured: Measured, text: DataSource | None, scratch: Path, progress: Progress
+) -> tuple[TargetBuilder, dict[str, Approximation]]:
+    """Fits feature maps, then linears in sequence; returns the builder of the target and the error of each map."""
+    plan, layers, store = measured
+    maps = MapFitter(plan, layers.model, layers.pieces, layers.device)
+    maps.run(text, progress.of("maps"))
+    fitted = FittedTensors(scratch, maps.tensors)
+    builder = TargetBuilder(plan, layers.pieces, _dtype(plan), layers.device, fitted, store)
+    if plan.recipe.fits_in_sequence:
+        assert text is not None
+        packed = pack_text(layers.model, text, plan.recipe)
+        SequentialFitter(plan, layers, builder, fitted, layers.device).run(packed, progress.of("sequence"))
+    return builder, maps.approximation
+
+
+def _write(plan: Plan, builder: TargetBuilder, out: AtomicFolder, progress: Progress) -> None:
+    """Writes the tensors of the target one by one."""
+    tell = progress.of("write")
+    with ShardedWriter(out.path, _specs(plan)) as writer, torch.inference_mode():
+        for done, (name, value) in enumerate(builder.build(), start=1):
+            writer.write(name, value)
+            tell(done)
+    out.hashes.update(writer.hashes)
+
+
+def _record(plan: Plan, source: Source, folder: Path, target: Path, command: str) -> Plan:
+    """Writes all files beside the weights, and returns the plan with a note if the source has no tokenizer.
+
+    Args:
+        plan: The settled plan, with measured errors.
+        source: The source as the caller named it.
+        folder: The files of the source.
+        target: The folder to write.
+        command: Command line, for the provenance.
+    """
+    if not copy_companions(folder, target).has_tokenizer:
+        notes = (*plan.notes, Note(text="the source has no tokenizer: none was copied"))
+        plan = plan.model_copy(update={"notes": notes})
+    _write_config(plan, source, target)
+    (target / PLAN_NAME).write_text(plan.model_dump_json(indent=2) + "\n")
+    stage = provenance.Stage(
+        stage="convert",
+        source=provenance.describe_source(source),
+        recipe=plan.recipe.model_dump(mode="json", exclude_none=True),
+        seed=plan.starts.seed,
+        command=command,
+    )
+    provenance.write(target, [stage])
+    _write_card(plan, source, folder, target)
+    return plan
+
+
+def _calibration_notes(draft: Draft, text: DataSource | None) -> list[Note]:
+    """Returns notes on the calibration text: its name, and the risk of text of one kind."""
+    if text is None or not (stored_maps(draft.blueprint, draft.starts) or reads_text(draft)):
+        return []
+    price = describe_one_kind(text, "calibration")
+    return [Note(text=f"calibration text: {text.name}"), *([] if price is None else [Note(text=price)])]
+
+
+def _dtype(plan: StackPlan) -> torch.dtype:
+    return getattr(torch, plan.source.dtype)
+
+
+def _specs(plan: StackPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {tensor.name: (tensor.shape, _dtype(plan)) for tensor in target_tensors(plan.blueprint)}
 
 
 def _write_config(plan: Plan, source: Source, folder: Path) -> None:
     raw = source.read_config()
-    # A model of several parts may name its tokens in the part for text.
+    # A model for several kinds of input may name its special tokens in the config of its text part.
     raw = {**(raw.get("text_config") or {}), **raw}
     config = RefoldConfig(
         blueprint=plan.blueprint.model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""What a folded model's folder says of itself, without loading a weight."""
+"""Description of a folded model's folder, from its files without loading weights."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from refold.planning.plan import CostPair, read_plan
 
 
 class Inspection(Frozen):
-    """A folded model's folder, described."""
+    """Description of a folded model's folder."""
 
     path: str
     blueprint: Blueprint
@@ -30,13 +30,13 @@ class Inspection(Frozen):
     memory: MemoryNeeds
     dtype: str
     num_files: int
-    """Weight files, or with `verify` all files that were hashed."""
+    """Number of weight files; with `verify` the number of hashed files."""
     stages: tuple[dict[str, Any], ...]
-    """The provenance, first to last."""
+    """Stages of the provenance, first to last."""
     kept_energy: dict[str, float]
-    """By `depths.<d>.<linear>`: the share of what tying lost that the LoRA held at conversion."""
+    """By `depths.<d>.<linear>`: the share of the residual's energy that the LoRA kept at conversion."""
     approximation: dict[str, Approximation]
-    """By `depths.<d>`: how far feature maps were off the source's softmax at conversion."""
+    """By `depths.<d>`: error of the feature maps against the source's softmax at conversion."""
     notes: tuple[str, ...]
 
 

@@ -24,7 +24,7 @@ from refold.sources.pieces import PieceReader
 from refold.sources.source_model import SourceModel
 
 SMALLEST_WEIGHT = 1e-6
-"""Added to an approximated weight before its logarithm is taken: maps with a relu can give none at all."""
+"""Added to an approximated weight before its logarithm: maps with a relu can give a weight of zero."""
 
 FitVectors = Mapping[str, Tensor]
 """Name in the mixer, such as `q_map.weight`, to value."""
@@ -32,15 +32,15 @@ FitVectors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How much is looked at, and how long maps are fitted.
+    """Settings of the fit of feature maps: amount of text and length of training.
 
     Attributes:
-        sequence_length: Tokens of a sequence, where the source's context is as long.
-        fit_sequences: Sequences a map is fitted to; layers that share a map divide them.
-        held_out_sequences: Sequences of each layer measured on.
-        steps: Of Adam (arXiv 1412.6980).
+        sequence_length: Tokens of a sequence, at most the source's context.
+        fit_sequences: Sequences that a map is fitted to; layers that share a map divide them.
+        held_out_sequences: Sequences of each layer that errors are measured on.
+        steps: Steps of Adam (arXiv 1412.6980).
         rows_per_step: Sequences in a step.
-        learning_rate: At first; it falls to zero in a line.
+        learning_rate: Learning rate of the first step; it falls linearly to zero.
     """
 
     sequence_length: int = 256
@@ -52,23 +52,23 @@ class FitSettings:
 
 
 class Error(NamedTuple):
-    """Means over heads and tokens; see `Approximation`."""
+    """Error of a map, means over heads and tokens; `Approximation` defines both numbers."""
 
     distance: float
     gap: float
 
 
 class MapFit:
-    """Feature maps of one mixer, computed by the mixer itself.
+    """Feature maps of one mixer, fitted and measured through the mixer's own computation.
 
     Args:
         arch: The source's architecture.
-        mixer: Whose maps they are.
-        device: Where to compute.
+        mixer: The mixer that owns the maps.
+        device: Device that computes.
     """
 
     def __init__(self, arch: ArchSpec, mixer: MixerSpec, device: str = "cpu"):
-        # Its linears are never asked, its vectors are given with each call.
+        # The mixer's linears are not used; its vectors are arguments of each call.
         with torch.device("meta"):
             self._mixer = LinearAttentionMixer(arch, mixer, stores_vectors=False)
         self._device = device
@@ -79,14 +79,14 @@ class MapFit:
     ) -> FitVectors:
         """Fits maps of queries and keys to the source's attention (Hedgehog, arXiv 2402.04347, equation 4).
 
-        Minimises the cross-entropy between the softmax and the mixer's own weights, in float32; heads do not touch each
-        other. The same arguments give the same bits on the same machine.
+        Minimises the cross-entropy between the softmax and the mixer's own weights, in float32. Each head is fitted
+        independently. The same arguments give the same bits on the same machine.
 
         Args:
-            start: Where maps begin; what is not learned stays as it is.
+            start: Initial vectors of the mixer; only the maps change.
             samples: Attention of the layers that share the maps.
-            settings: Steps, their size and their rate.
-            seed: Order of sequences.
+            settings: Number of steps, their size and learning rate.
+            seed: Seed of the order of sequences.
         """
         # Copies: Adam changes them in place.
         vectors = {name: value.detach().to(self._device, torch.float32, copy=True) for name, value in start.items()}
@@ -96,7 +96,7 @@ class MapFit:
         batches = _batches(samples, settings.rows_per_step, seed)
         for _ in range(settings.steps):
             optimizer.zero_grad()
-            # A sum over heads: each learns at its own pace, however many there are.
+            # A sum over heads, so that the step of one head does not depend on the number of heads.
             self._cross_entropy(_to(next(batches), self._device), vectors).sum().backward()
             optimizer.step()
             schedule.step()
@@ -104,12 +104,12 @@ class MapFit:
 
     @torch.no_grad()
     def measure(self, vectors: FitVectors, sample: AttentionSample) -> Error:
-        """Returns how far the mixer's weights are off the softmax."""
+        """Returns the error of the mixer's weights against the softmax."""
         vectors = {name: value.float().to(self._device) for name, value in vectors.items()}
         distances, gaps = [], []
         for row in range(len(sample.query)):
             one = _to(sample.rows([row]), self._device)
-            # Of rows that sum to one half the sum of |p - q|; where weights vanish, all of what is missing counts.
+            # Equals half the sum of |p - q| for rows that sum to one; missing weight counts whole where rows vanish.
             distances.append((one.weights - self._weights(one, vectors)).clamp(min=0).sum(-1).mean())
             entropy = -torch.special.xlogy(one.weights, one.weights).sum(-1).mean()
             gaps.append(self._cross_entropy(one, vectors).mean() - entropy)
@@ -127,7 +127,7 @@ class MapFit:
 
 
 def _batches(samples: Sequence[AttentionSample], size: int, seed: int) -> Iterator[AttentionSample]:
-    """Yields sequences of all samples in ever new orders, without end."""
+    """Yields sequences of all samples endlessly, in a new order for each pass."""
     places = [(sample, row) for sample in samples for row in range(len(sample.query))]
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -144,34 +144,39 @@ def _to(sample: AttentionSample, device: str) -> AttentionSample:
 DIGITS = 6
 
 Streams = tuple[Tensor, Tensor | None] | None
-"""Hidden states `[B, T, D]` before a layer and positions `[B, T]` in their documents; None: there is no text."""
+"""Hidden states `[B, T, D]` before a layer, and positions `[B, T]` within documents; None: there is no text."""
 
 
 @dataclass
 class _Sampled:
-    """A map, and what has been seen of its layers so far."""
+    """A map, and the attention sampled from its layers so far."""
 
     stored: StoredMap
     fit: list[AttentionSample] = field(default_factory=list)
     held_out: dict[int, AttentionSample] = field(default_factory=dict)
 
 
+def mapped_layers(maps: Sequence[StoredMap]) -> list[int]:
+    """Returns the source layers whose attention is approximated by feature maps, in ascending order."""
+    return sorted({layer for stored in maps for layer in stored.layers})
+
+
 class MapFitter:
     """Fits and measures a plan's feature maps.
 
-    Of layers that share a map the samples are kept until the last of them is read; everything else is let go layer by
-    layer.
+    Samples of layers that share a map are kept until the last of these layers is read. All other memory is freed layer
+    by layer.
 
     Args:
         plan: The conversion.
         model: Its source.
-        pieces: Reads the source's weights.
-        device: Where layers run and maps are fitted.
-        settings: How much is looked at.
+        pieces: Reader of the source's weights.
+        device: Device that runs layers and fits maps.
+        settings: Amount of text and length of training.
 
     Attributes:
-        tensors: After `run`, fitted maps by name in the target, in the dtype of the target.
-        approximation: After `run`, by `depths.<d>`.
+        tensors: After `run`, fitted maps by tensor name, in the dtype of the folded model.
+        approximation: After `run`, the error of each map by `depths.<d>`.
 
     Raises:
         RecipeError: A map is to be fitted where queries or keys start fresh.
@@ -191,21 +196,16 @@ class MapFitter:
         self._dtype = getattr(torch, plan.source.dtype)
         self._length = min(self._settings.sequence_length, model.arch.max_position_embeddings)
         self._maps = stored_maps(plan.blueprint, plan.starts)
-        self._wanted = sorted({layer for stored in self._maps for layer in stored.layers})
+        self._wanted = mapped_layers(self._maps)
         self.tensors: dict[str, Tensor] = {}
         self.approximation: dict[str, Approximation] = {}
 
-    @property
-    def num_layers(self) -> int:
-        """How many layers are read for it."""
-        return len(self._wanted)
-
     def run(self, text: DataSource | None = None, progress: Callable[[int], None] = lambda done: None) -> None:
-        """Fits what is to be fitted and measures all maps: on text where there is some, else on random inputs.
+        """Fits the maps that have a fit and measures all maps, on text if there is some, else on random inputs.
 
         Args:
             text: Calibration text.
-            progress: Told how many layers are done.
+            progress: Called with the number of layers that are done.
 
         Raises:
             DataError: The text is too short, or cannot be read.
@@ -239,7 +239,7 @@ class MapFitter:
         )
 
     def _walk(self, packed: CalibrationText | None) -> Iterator[tuple[SourceLayer, Streams, Streams]]:
-        """Yields the layers that are wanted with the text to fit to and the text to measure on before them."""
+        """Yields each layer that has a map, with its input streams for the fit and for the measurement."""
         if packed is None:
             for index in self._wanted:
                 yield self._layers.load(index, ("mixer",)), None, None
@@ -257,7 +257,7 @@ class MapFitter:
         count = -(-settings.fit_sequences // len(stored.layers))
         if stored.fit == "calibration":
             assert fit is not None
-            # Each layer shows other sequences.
+            # Layers that share a map take different sequences.
             place = stored.layers.index(layer.index)
             rows = slice(place, None, len(stored.layers))
             streams, positions = fit
@@ -273,7 +273,7 @@ class MapFitter:
         return draw_streams(self._layers.arch, rows, self._length, seed)
 
     def _settle(self, sampled: _Sampled, is_text: bool) -> dict[int, Approximation]:
-        """Fits and measures a map all of whose layers have been seen."""
+        """Fits and measures a map once all of its layers are sampled."""
         stored = sampled.stored
         mapping = MapFit(self._layers.arch, stored.mixer, self._device)
         start = self._start(stored)
@@ -298,7 +298,7 @@ class MapFitter:
         return approximations
 
     def _start(self, stored: StoredMap) -> FitVectors:
-        """What is stored where nothing is fitted, in the dtype of the target."""
+        """Returns the initial map, in the dtype of the folded model."""
         blueprint, seed = self._plan.blueprint, self._plan.starts.seed
         wanted = {f"{stored.prefix}{name}" for name in stored.names}
         return {

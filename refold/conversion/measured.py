@@ -1,6 +1,5 @@
-"""What a plan leaves to measurement: what to drop, moments its fits are weighed by, ranks that follow from weights."""
+"""Measurements that settle a draft: layers to drop, moments that weight errors, and ranks."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from refold.calibration.layers import SourceLayers
 from refold.calibration.moments import MomentStore, measure_moments
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.alignment import align_layers
+from refold.conversion.progress import DoneReport, Progress
 from refold.data.packing import PackedSequence
 from refold.data.readers import DataSource
 from refold.errors import FolderError, RecipeError
@@ -28,28 +28,26 @@ from refold.recipe.recipe import RankEnergy, RankShare, Recipe
 from refold.sources.pieces import PieceReader
 from refold.sources.source_model import SourceModel, read_source_model
 
-Report = Callable[[int], None]
-
 
 class Measured(NamedTuple):
-    """A settled plan, and the readers that carry it out.
+    """A settled plan, with the source and the moments that its fits read.
 
     Attributes:
         plan: With measured drops and ranks.
-        pieces: Reads the source, tied layers in their common frame.
-        store: Moments, in the same frames; None where errors are not weighed.
+        layers: The source, tied layers in their common frame.
+        store: Moments, in the same frames; None where errors are not weighted.
     """
 
     plan: Plan
-    pieces: PieceReader
+    layers: SourceLayers
     store: MomentStore | None
 
 
 def require_calibration(plan: StackPlan, has_text: bool, has_moments: bool = False) -> None:
-    """Checks that there is text where something is chosen or weighed by what the source does on some.
+    """Checks that a recipe whose drops, weights or fits depend on text has text, or moments measured on text.
 
     Raises:
-        RecipeError: There is none.
+        RecipeError: The recipe needs text and there is none.
     """
     recipe = plan.recipe
     if recipe.fits_in_sequence and has_moments and not has_text:
@@ -71,21 +69,21 @@ def require_calibration(plan: StackPlan, has_text: bool, has_moments: bool = Fal
 
 
 def reads_text(plan: StackPlan) -> bool:
-    """Says whether a plan leaves something to measure on calibration text where there is some."""
+    """Tells whether a plan measures something on calibration text."""
     return plan.recipe.needs_text or _measures_influence(plan, has_text=True)
 
 
-def measuring_steps(plan: StackPlan, has_text: bool) -> int:
-    """Returns how many steps of progress measuring takes."""
-    layers = plan.blueprint.arch.num_layers
-    steps = layers if _measures_influence(plan, has_text) else 0
-    if plan.recipe.needs_text:
-        steps += layers if plan.starts.weight == "activations" else 2 * layers
-    return steps + (len(list(stored_linears(plan.blueprint))) if plan.recipe.measures_ranks else 0)
+def expect_measurements(plan: StackPlan, has_text: bool, progress: Progress) -> None:
+    """Sets the steps of the measurements that a plan waits for."""
+    num_layers = plan.blueprint.arch.num_layers
+    progress.expect("influence", num_layers if _measures_influence(plan, has_text) else 0)
+    passes = 1 if plan.starts.weight == "activations" else 2
+    progress.expect("moments", passes * num_layers if plan.recipe.needs_text else 0)
+    progress.expect("ranks", len(list(stored_linears(plan.blueprint))) if plan.recipe.measures_ranks else 0)
 
 
 def reads_weights(plan: StackPlan, has_text: bool) -> bool:
-    """Whether a plan cannot be carried out on a source of which only the config is there."""
+    """Tells whether a plan needs the weights of its source, not only its config."""
     return plan.starts.weights == "source" or _measures_influence(plan, has_text)
 
 
@@ -95,87 +93,74 @@ def _measures_influence(plan: StackPlan, has_text: bool) -> bool:
 
 def measure_plan(
     draft: Draft,
-    model: SourceModel,
-    pieces: PieceReader,
+    layers: SourceLayers,
     text: DataSource | None,
     folder: Path,
-    device: str = "cpu",
-    progress: Report = lambda done: None,
     moments: Path | None = None,
+    progress: Progress | None = None,
 ) -> Measured:
     """Makes the measurements that a draft waits for, and settles it.
 
     Args:
-        draft: With even ranks and drops where those follow from measurement.
-        model: Its source.
-        pieces: Reads the source.
+        draft: The plan; ranks and drops that follow from measurement are even so far.
+        layers: Its source, on the device that measures.
         text: Calibration text.
-        folder: An existing folder for moments; as large as the squares of all linears' sides together.
-        device: Where layers run and matrices are decomposed.
-        progress: Told how many of `measuring_steps` are done.
-        moments: A folder `keep_moments` filled, instead of the text.
-
-    Returns:
-        The settled plan, with the reader and the moments that carry it out.
+        folder: An existing folder for moments. A moment has the square of the width of a linear's inputs or outputs.
+        moments: A folder that `keep_moments` filled, used instead of the text.
+        progress: Progress of the phases `influence`, `moments` and `ranks`.
 
     Raises:
         DataError: The text is too short or cannot be read.
-        RecipeError: The budget holds not even the smallest ranks.
+        RecipeError: The budget is below the smallest ranks.
         SourceError: The moments are another source's.
     """
-    recipe, store, done = draft.recipe, None, 0
+    recipe, progress = draft.recipe, progress or Progress()
     measures_influence = _measures_influence(draft, text is not None)
-    layers = SourceLayers(model, pieces, device)
     packed = None
     if measures_influence or (recipe.needs_text and moments is None):
         assert text is not None
-        packed = pack_text(model, text, recipe)
+        packed = pack_text(layers.model, text, recipe)
     if measures_influence:
         assert packed is not None
-        influence = measure_influence(layers, packed, progress=progress)
-        draft = plan_model(model, recipe, allow_larger=True, influence=influence)
-        done = model.arch.num_layers
-    if recipe.needs_text:
-        before = done
-        store = MomentStore(folder if moments is None else moments)
-        if moments is not None:
-            store.check(model.source.fingerprint(), with_gradients=recipe.weight == "fisher")
-        else:
-            assert packed is not None
-            _measure_moments(layers, packed, store, folder, recipe, lambda count: progress(before + count))
-        done += model.arch.num_layers * (2 if recipe.weight == "fisher" else 1)
+        influence = measure_influence(layers, packed, progress=progress.of("influence"))
+        draft = plan_model(layers.model, recipe, allow_larger=True, influence=influence)
+    store = None
+    if recipe.needs_text and moments is not None:
+        store = MomentStore(moments)
+        store.check(layers.model.source.fingerprint(), with_gradients=recipe.weight == "fisher")
+    elif recipe.needs_text:
+        assert packed is not None
+        store = MomentStore(folder)
+        _measure_moments(layers, packed, store, folder, recipe, progress.of("moments"))
     if draft.starts.align != "none":
-        frames = align_layers(draft.blueprint, draft.starts.align, pieces, device)
-        pieces = FramedPieces(pieces, frames)
+        frames = align_layers(draft.blueprint, draft.starts.align, layers.pieces, layers.device)
+        layers = layers.with_pieces(FramedPieces(layers.pieces, frames))
         store = None if store is None else FramedMoments(store, frames)
-    if not recipe.measures_ranks:
-        return Measured(draft.settle(), pieces, store)
-    groups = measured_groups(draft)
+    plan = _measure_ranks(draft, layers, store, progress.of("ranks")) if recipe.measures_ranks else draft.settle()
+    return Measured(plan, layers, store)
+
+
+def _measure_ranks(draft: Draft, layers: SourceLayers, store: MomentStore | None, progress: DoneReport) -> Plan:
+    is_joint = draft.starts.lora == "joint"
     with torch.inference_mode():
         linears = measure_linears(
-            groups,
-            recipe.weight,
-            draft.starts.lora == "joint",
-            pieces,
-            store,
-            device,
-            lambda count: progress(done + count),
+            measured_groups(draft), draft.recipe.weight, is_joint, layers.pieces, store, layers.device, progress
         )
-    return Measured(replan(draft, model, _choose(draft, linears)).settle(), pieces, store)
+    return replan(draft, layers.model, _choose(draft, linears)).settle()
 
 
 def keep_moments(source: str | Path, recipe: RecipeLike, text: DataSource, folder: Path, device: str = "cpu") -> None:
-    """Measures the moments a recipe needs into a new folder, for several conversions to use.
+    """Measures the moments that a recipe needs and stores them in a new folder, for several conversions.
 
     Args:
         source: Folder or hub id.
-        recipe: Says in `weight` and `calibration` what is measured, on how much text.
+        recipe: `weight` selects the moments, `calibration` the amount of text.
         text: Calibration text.
-        folder: A folder that is not there yet.
-        device: Where layers run.
+        folder: A folder that does not exist yet.
+        device: Device that runs layers.
 
     Raises:
-        FolderError: The folder is there.
+        FolderError: The folder exists.
         RecipeError, SourceError, DataError: As `convert`.
     """
     loaded, device = load_recipe(recipe).resolved(), str(choose_device(device))
@@ -191,7 +176,7 @@ def keep_moments(source: str | Path, recipe: RecipeLike, text: DataSource, folde
 
 
 def pack_text(model: SourceModel, text: DataSource, recipe: Recipe) -> PackedSequence:
-    """Draws as many tokens of calibration text as a recipe asks for.
+    """Draws the number of tokens of calibration text that a recipe asks for.
 
     Raises:
         DataError: The text is too short or cannot be read.
@@ -215,14 +200,14 @@ def _measure_moments(
     store: MomentStore,
     scratch: Path,
     recipe: Recipe,
-    progress: Report = lambda done: None,
+    progress: DoneReport = lambda done: None,
 ) -> None:
     gradients = recipe.weight == "fisher"
     measure_moments(layers, packed, store, scratch, with_gradients=gradients, seed=recipe.seed, progress=progress)
 
 
 def measured_groups(plan: StackPlan) -> list[LinearSources]:
-    """Returns the stored linears whose ranks are measured: those that do what they did in the source."""
+    """Returns the stored linears whose ranks are measured: those with the same role as in the source."""
     found = [
         linear_sources(plan.blueprint, plan.starts, pool, part, linear)
         for pool, part, linear, _ in stored_linears(plan.blueprint)
@@ -238,7 +223,7 @@ def _choose(plan: StackPlan, linears: list) -> Blueprint:
     source = identity_blueprint(blueprint.arch)
     measures_loras = isinstance(rank, RankShare) and rank.split == "measured"
     measured = {(each.pool, each.part, each.linear) for each in linears}
-    # What is not measured keeps the ranks it has.
+    # Linears that are not measured keep their ranks.
     paid = lora_parameters(blueprint, skipped=measured if measures_loras else ())
     if recipe.factor is None:
         assert isinstance(rank, RankShare)

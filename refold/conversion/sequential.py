@@ -1,4 +1,4 @@
-"""Fits depths in sequence, each on the stream that the folded depths before it make."""
+"""Fits of depths in sequence: each depth is fitted on the residual stream that the folded depths before it produce."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,25 +29,24 @@ from refold.planning.plan import Plan
 
 
 class TargetStack:
-    """A target in float32 whose tensors are put in where they are needed, and taken out behind the last depth that
-    runs them.
+    """A folded model in float32 that holds only the tensors of the depth that runs.
 
     Args:
-        blueprint: The target.
-        positions: Of every token within its document.
-        device: Where depths compute; results come back to the CPU.
-        rows_at_once: How many sequences a depth computes at once.
+        blueprint: The folded model.
+        positions: Position of every token within its document.
+        device: Device that runs depths; results come back to the CPU.
+        rows_at_once: Number of sequences that a depth runs at once.
 
     Attributes:
-        rows: Which sequences are computed together.
+        rows: Slices of sequences that run together.
     """
 
     def __init__(self, blueprint: Blueprint, positions: Int[Tensor, "B T"], device: str = "cpu", rows_at_once: int = 4):
         self._blueprint, self._positions, self._device = blueprint, positions, device
         self.rows = [slice(first, first + rows_at_once) for first in range(0, len(positions), rows_at_once)]
-        # Keys and values that later depths read, for each run of rows.
+        # Keys and values that later depths read, for each slice of rows.
         self._shared: list[KeyValues] = [{} for _ in self.rows]
-        # Neither embedding nor head is asked for anything.
+        # Embedding and head are not used.
         small = blueprint.arch.model_copy(update={"vocab_size": 1})
         config = RefoldConfig(blueprint=blueprint.model_copy(update={"arch": small}).model_dump(mode="json"))
         with torch.device("meta"):
@@ -56,12 +55,12 @@ class TargetStack:
             cast("Rotary", rotary.to_empty(device=device)).reset()
 
     def put(self, name: str, value: Tensor) -> None:
-        """Puts a tensor in, by its name in the target."""
+        """Sets a tensor of the folded model."""
         owner, kind = self._place(name)
         setattr(owner, kind, nn.Parameter(value.float().to(self._device), requires_grad=False))
 
     def take_out(self, names: Iterable[str]) -> None:
-        """Lets tensors go."""
+        """Frees tensors."""
         for name in names:
             owner, kind = self._place(name)
             setattr(owner, kind, nn.Parameter(getattr(owner, kind).to("meta"), requires_grad=False))
@@ -70,13 +69,13 @@ class TargetStack:
     def input_of(
         self, depth: int, linear: str, rows: slice, hidden_states: Float[Tensor, "B T D"]
     ) -> Float[Tensor, "B T in"]:
-        """Returns what a linear sees at a depth, where the depth computes; what runs later need not be there.
+        """Returns the input of a linear at a depth, on the device; modules after the linear need no tensors.
 
         Args:
-            depth: Which depth.
+            depth: Index of the depth.
             linear: `q_proj`, `down_proj`, ...
             rows: One of `rows`.
-            hidden_states: The stream of those before the depth.
+            hidden_states: Residual stream of these rows before the depth.
         """
         spec = self._blueprint.depths[depth]
         parts = [] if spec.mixer is None else [self._model.mixers[spec.mixer]]
@@ -86,7 +85,7 @@ class TargetStack:
 
     @torch.no_grad()
     def run(self, depth: int, hidden_states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Returns the stream after a depth."""
+        """Returns the residual stream after a depth."""
         return torch.cat([self._run(depth, rows, hidden_states[rows]).cpu() for rows in self.rows])
 
     def _run(self, depth: int, rows: slice, hidden_states: Tensor) -> Tensor:
@@ -103,11 +102,11 @@ class TargetStack:
 
 
 class FittedTensors(Mapping[str, Tensor]):
-    """Tensors of a target that are there already, by name: most of them on disk, and read anew each time.
+    """Finished tensors of a folded model by name; most of them are on disk and read anew each time.
 
     Args:
-        folder: An existing folder, for those that are written.
-        given: Those that are there at first.
+        folder: An existing folder for the tensors on disk.
+        given: Tensors in memory.
     """
 
     def __init__(self, folder: Path, given: Mapping[str, Tensor] | None = None):
@@ -115,7 +114,7 @@ class FittedTensors(Mapping[str, Tensor]):
         self._paths: dict[str, Path] = {}
 
     def write(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Stores tensors under a key; of the same name the last ones count."""
+        """Writes tensors to the file of a key; a later tensor replaces an earlier one of the same name."""
         path = self._folder / f"{key}.safetensors"
         write_tensors(path, tensors, {})
         self._paths |= dict.fromkeys(tensors, path)
@@ -137,12 +136,12 @@ class FittedTensors(Mapping[str, Tensor]):
 
 
 STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Linears of attention and MLP that see the same, in the order they run."""
+"""Linears of attention and MLP that share an input, in the order in which they run."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A depth, and the two streams before it."""
+    """A depth, and the residual streams of source and folded model before it."""
 
     depth: int
     layer: SourceLayer
@@ -152,20 +151,21 @@ class _Place:
 
 
 class SequentialFitter:
-    """Fits a plan's linears from the first depth to the last, while source and folded model run side by side.
+    """Fits the linears of a plan from the first depth to the last, while source and folded model run side by side.
 
-    A stored linear is fitted at the first depth that runs it, together with the LoRAs of all its depths: by what this
-    depth sees in the folded model, and for later depths, whose inputs are not known before, by what the source's layers
-    see. At each later depth what is stored stays, and the depth's LoRA is fitted anew by what it sees there.
+    A stored linear is fitted at the first depth that runs it, together with the LoRAs of all its depths. For this depth
+    errors are weighted by the inputs in the folded model; for later depths, whose inputs are not known yet, by the
+    inputs in the source. At each later depth the stored weight stays, and the depth's LoRA is fitted again with the
+    inputs of that depth.
 
-    Two streams and the weights of a layer and a depth are in memory at a time; what is fitted waits on disk.
+    Two residual streams and the weights of one layer and one depth are in memory at a time; fitted tensors are on disk.
 
     Args:
-        plan: The conversion, whose errors are weighed.
-        layers: The source's.
-        builder: Makes what is not fitted, and fits.
-        fitted: The builder's; what is fitted is written there.
-        device: Where depths run.
+        plan: The conversion; its errors are weighted.
+        layers: Layers of the source.
+        builder: Builder of the target's tensors.
+        fitted: The builder's finished tensors; the fits are written there.
+        device: Device that runs depths.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class SequentialFitter:
 
         Args:
             sequences: Packed calibration tokens.
-            progress: Told how many depths are done.
+            progress: Called with the number of depths that are done.
         """
         blueprint = self._plan.blueprint
         stack = TargetStack(blueprint, sequences.position_ids, self._device)
@@ -203,7 +203,7 @@ class SequentialFitter:
             progress(index + 1)
 
     def _tensors_of(self, index: int) -> list[TargetTensor]:
-        """Returns the tensors that a depth runs, its own and those of its stored parts."""
+        """Returns the tensors that a depth runs: its own and those of its stored parts."""
         depth = self._plan.blueprint.depths[index]
         return [
             tensor
@@ -214,7 +214,7 @@ class SequentialFitter:
         ]
 
     def _stages(self, index: int) -> Iterator[tuple[str, ...]]:
-        """Linears of a depth that are fitted at once: other mixers' first, of which nothing is measured."""
+        """Yields the linears of a depth that are fitted together, first those of new mixers, which have no moments."""
         names = list(depth_linears(self._plan.blueprint, index))
         native = {name for name in names if (found := self._sources(index, name)) is not None and found.is_native}
         stages = [tuple(name for name in names if name not in native)]
@@ -235,7 +235,7 @@ class SequentialFitter:
         groups = [group for group in groups if stored_name(group) not in self._settled or group.linear in ranks]
         if not groups:
             return
-        seen = _look(stage[0], place, stack) if groups[0].is_native else None
+        seen = _compare_inputs(stage[0], place, stack) if groups[0].is_native else None
         for group in groups:
             given = self._builder.linear_group(group)
             self._fit(group, given if seen is None else _aim(given, place.depth, seen), place.depth)
@@ -249,11 +249,11 @@ class SequentialFitter:
         if self._builder.is_fitted(group):
             self._fitted.write(name, dict(self._builder.fit(group, given)))
         elif group.is_native and group.sources == tuple(group.users.values()):
-            # An untied linear: what it was copied from would be best on what the source sees.
+            # An untied linear keeps its target as weight: a copy would be best only for the inputs in the source.
             self._fitted.write(name, {f"{name}.weight": given.members[depth].weight.cpu()})
 
     def _relax(self, group: LinearSources, given: LinearGroup, depth: int) -> None:
-        """Fits the LoRA of a later depth to what is stored."""
+        """Fits the LoRA of a later depth to the residual of the stored weight."""
         starts, name = self._plan.starts, stored_name(group)
         if starts.lora == "zero" or not group.is_native:
             return
@@ -268,7 +268,7 @@ class SequentialFitter:
         self._fitted.write(pair, {f"{pair}.a": a.cpu(), f"{pair}.b": b.cpu()})
 
     def _stored(self, name: str, given: LinearGroup) -> Tensor:
-        # As they are written: pairs correct that.
+        # Rounded as they are written, because LoRA pairs correct the rounding.
         if given.stored_rank is None:
             return given.round(self._fitted[f"{name}.weight"])
         if not given.stored_rank:
@@ -276,8 +276,8 @@ class SequentialFitter:
         return given.round(self._fitted[f"{name}.b.weight"]) @ given.round(self._fitted[f"{name}.a.weight"])
 
 
-def _look(linear: str, place: _Place, stack: TargetStack) -> tuple[Drift, Drift]:
-    """Compares what a linear sees in both streams, on every other sequence and on the rest."""
+def _compare_inputs(linear: str, place: _Place, stack: TargetStack) -> tuple[Drift, Drift]:
+    """Compares the inputs of a linear in source and folded model, on each half of the sequences."""
     found: list[list[Drift]] = [[], []]
     for rows in stack.rows:
         theirs = place.layer.input_of(linear, place.source[rows], place.positions[rows])
@@ -290,7 +290,10 @@ def _look(linear: str, place: _Place, stack: TargetStack) -> tuple[Drift, Drift]
 
 
 def _aim(given: LinearGroup, depth: int, seen: tuple[Drift, Drift]) -> LinearGroup:
-    """Aims one depth at what the source gives, on what the depth sees, and weighs it by that."""
+    """Sets the target of one depth to the weight that gives the source's outputs on the depth's inputs.
+
+    Errors at this depth are weighted by the same inputs.
+    """
     assert given.weightings is not None
     member = given.members[depth]
     aimed = replace(member, weight=aimed_weight(member.weight, seen))

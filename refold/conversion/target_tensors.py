@@ -1,4 +1,4 @@
-"""Builds each tensor of the target from the source, or fresh."""
+"""Builds each tensor of a folded model: copied, averaged or fitted from the source, or freshly initialised."""
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,16 +20,16 @@ from refold.sources.pieces import PieceReader
 
 
 def tensor_seed(seed: int, name: str) -> int:
-    """Returns a seed for each tensor, so that the order of writing does not matter."""
+    """Returns the seed of one tensor, so that values do not depend on the order of writing."""
     return seed * 1_000_003 + zlib.crc32(name.encode())
 
 
 def fresh_tensor(tensor: TargetTensor, fill: Fill, seed: int) -> Tensor:
-    """Returns the float32 values of a fresh tensor.
+    """Returns the float32 values of a freshly initialised tensor.
 
     Args:
-        tensor: Gives name and shape.
-        fill: From `tensor.fill(blueprint)`.
+        tensor: Name and shape.
+        fill: The result of `tensor.fill(blueprint)`.
         seed: The conversion's seed.
     """
     # Random features estimate exp(q . k) only where queries and keys have the same directions.
@@ -38,20 +38,21 @@ def fresh_tensor(tensor: TargetTensor, fill: Fill, seed: int) -> Tensor:
 
 
 class TargetBuilder:
-    """Computes a plan's target tensor by tensor.
+    """Computes the tensors of a folded model one by one.
 
-    Residuals, means and decompositions are float32 from the source's own weights; what is only copied stays as it is.
+    Residuals, means and decompositions are computed in float32 from the source's own weights; copies are exact.
 
     Args:
         plan: The conversion.
-        pieces: Reads the source's weights.
-        dtype: Of the target.
-        device: Where linears are fitted.
-        fitted: Tensors that are there already, by name.
-        store: Moments that errors are weighed by, where the plan weighs them.
+        pieces: Reader of the source's weights.
+        dtype: Dtype of the folded model.
+        device: Device that fits linears.
+        fitted: Finished tensors by name.
+        store: Moments that errors are weighted by; None where the plan does not weight errors.
 
     Attributes:
-        kept_energy: After `build`, by `depths.<d>.<linear>`: the share of what tying lost that the LoRA holds.
+        kept_energy: After `build`, the share of the residual's energy that each LoRA keeps, by
+            `depths.<d>.<linear>`.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class TargetBuilder:
         self.kept_energy: dict[str, float] = {}
 
     def build(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields name and value of every target tensor once, in the dtype of the target."""
+        """Yields name and value of every tensor once, in the dtype of the folded model."""
         fitted: set[str] = set()
         for tensor in target_tensors(self._plan.blueprint):
             if tensor.name in fitted:
@@ -83,7 +84,7 @@ class TargetBuilder:
                 yield tensor.name, self.make(tensor)
 
     def make(self, tensor: TargetTensor) -> Tensor:
-        """Returns a tensor that is there already, fresh, averaged or copied, in the dtype of the target."""
+        """Returns a tensor that is finished, fresh, averaged or copied, in the dtype of the folded model."""
         if tensor.name in self._fitted:
             return self._fitted[tensor.name].to(self._dtype)
         blueprint, starts = self._plan.blueprint, self._plan.starts
@@ -98,7 +99,7 @@ class TargetBuilder:
         return self._pieces.read(made.canonical, layer, self._dtype, made.repeat)
 
     def _group_of(self, tensor: TargetTensor) -> LinearSources | None:
-        """The stored linear that a tensor is fitted with; None where it is only copied, averaged or fresh."""
+        """Returns the stored linear that a tensor is fitted with; None for a copied, averaged or fresh tensor."""
         if not tensor.kind.is_fitted:
             return None
         blueprint = self._plan.blueprint
@@ -108,17 +109,17 @@ class TargetBuilder:
         return group if group is not None and self.is_fitted(group) else None
 
     def is_fitted(self, group: LinearSources) -> bool:
-        """Says whether a stored linear is more than copied or averaged."""
+        """Tells whether a stored linear is fitted, not only copied or averaged."""
         blueprint = self._plan.blueprint
         is_tied = len(group.users) > 1 and self._store is not None and group.is_native
         relaxed = any(group.linear in blueprint.depths[depth].ranks for depth in group.users)
         kept = blueprint.pool(group.pool)[group.part]
         is_factored = group.linear in kept.factors or group.linear in kept.bases
-        # A weighted mean is fitted too, where stored weights start from all layers tied to them.
+        # A weighted mean counts as a fit, if the stored weight is made from all layers that are tied to it.
         return relaxed or is_factored or (is_tied and len(group.sources) == len(group.users))
 
     def linear_group(self, group: LinearSources) -> LinearGroup:
-        """Reads what a stored linear is fitted from."""
+        """Reads the weights and moments that a stored linear is fitted from."""
         blueprint, starts = self._plan.blueprint, self._plan.starts
         wanted = dict.fromkeys((*group.sources, *group.users.values()))
         weights = {
@@ -180,5 +181,5 @@ def norm_matched(weights: Sequence[Tensor]) -> Tensor:
 
 
 def stored_name(group: LinearSources) -> str:
-    """Returns what the names of a stored linear's tensors begin with."""
+    """Returns the prefix of the names of a stored linear's tensors."""
     return f"model.{group.pool}s.{group.part}.{group.linear}"

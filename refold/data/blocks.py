@@ -16,7 +16,7 @@ from refold.data.kinds import LONGEST_RECORD
 from refold.errors import DataError
 
 D = TypeVar("D", covariant=True)
-"""What the documents are: texts or conversations."""
+"""Type of the documents: texts or conversations."""
 
 BROKEN_PARQUET = (pa.ArrowException, OSError, ValueError, KeyError, MemoryError)
 """Errors of reading a parquet file that is truncated or damaged."""
@@ -32,13 +32,13 @@ class Block(ABC, Generic[D]):
         """Returns the documents of this block in file order."""
 
     def parts(self) -> Iterator[Sequence[D]]:
-        """Yields the documents in file order, as many at a time as may be in memory together."""
+        """Yields the documents in file order, in lists that fit in memory."""
         yield self.documents()
 
 
 @dataclass(frozen=True)
 class MemoryBlock(Block[D]):
-    """Documents that are in memory already."""
+    """A block of documents in memory."""
 
     texts: tuple[D, ...]
 
@@ -49,10 +49,10 @@ class MemoryBlock(Block[D]):
 
 @dataclass(frozen=True)
 class TextBlock(Block[str]):
-    """A plain text file, which is one document; of one larger than a block, a piece, which then is one document.
+    """One document of plain text: a file, or a piece of a file that is larger than a block.
 
-    Pieces are cut after the first line end at or past the nominal byte range's ends, or between two characters where no
-    line ends nearby.
+    Each end of the byte range moves to the first line end at or after it. If no line ends nearby, it moves to the next
+    character.
     """
 
     path: Path
@@ -60,10 +60,10 @@ class TextBlock(Block[str]):
     stop: int
 
     def documents(self) -> Sequence[str]:
-        """Returns one document, or none where the piece is empty.
+        """Returns a list of one document, or an empty list if the piece is empty.
 
         Raises:
-            DataError: the bytes are not UTF-8, or the file cannot be read.
+            DataError: The bytes are not UTF-8, or the file cannot be read.
         """
         offset, raw = _read_range(self.path, self.start, self.stop, _TEXT_CUT_BYTES)
         text = decode(self.path, offset, raw)
@@ -72,7 +72,7 @@ class TextBlock(Block[str]):
 
 @dataclass(frozen=True)
 class JsonLinesBlock(Block[Document]):
-    """The lines of a jsonl file whose first byte lies in `[start, stop)`, each to its end; one document per line."""
+    """The complete lines of a jsonl file that begin in the byte range `[start, stop)`; one document per line."""
 
     path: Path
     start: int
@@ -80,10 +80,10 @@ class JsonLinesBlock(Block[Document]):
     field: Field
 
     def documents(self) -> Sequence[Document]:
-        """Returns the field's document of every line that is not blank.
+        """Returns the document in the field of every line that is not blank.
 
         Raises:
-            DataError: a line is not UTF-8, not JSON, not an object, or lacks a document in its field.
+            DataError: A line is not UTF-8, not JSON, not an object, or has no document in its field.
         """
         offset, raw = _read_range(self.path, self.start, self.stop, None)
         texts = []
@@ -99,7 +99,7 @@ class JsonLinesBlock(Block[Document]):
         try:
             return read_json_row(line, self.field, f"{self.path}: byte {offset}")
         except DataError:
-            # Again, with the line's number: it is found by reading all that stands before.
+            # The line number is computed only for the message, because it needs all bytes before the line.
             return read_json_row(line, self.field, self._where(offset))
 
     def _where(self, offset: int) -> str:
@@ -116,10 +116,10 @@ class ParquetBlock(Block[Document]):
     field: Field
 
     def documents(self) -> Sequence[Document]:
-        """Returns the column's documents.
+        """Returns the documents in the column.
 
         Raises:
-            DataError: a row holds no document or is not UTF-8, or the file cannot be read.
+            DataError: A row has no document or is not UTF-8, or the file cannot be read.
         """
         try:
             file = pq.ParquetFile(self.path)
@@ -129,10 +129,10 @@ class ParquetBlock(Block[Document]):
 
 
 def read_json_row(line: str, field: Field, where: str) -> Document:
-    """Returns the document of a row of JSON.
+    """Returns the document in one row of JSON.
 
     Raises:
-        DataError: it is not JSON, not an object, or lacks a document in its field.
+        DataError: The row is not JSON, not an object, or has no document in its field.
     """
     try:
         row = json.loads(line)
@@ -146,10 +146,10 @@ def read_json_row(line: str, field: Field, where: str) -> Document:
 
 
 def check_column(schema: pa.Schema, field: Field, path: Path) -> None:
-    """Checks that a parquet file has a column that can hold documents.
+    """Checks that a parquet file has the field's column and that its type can hold documents.
 
     Raises:
-        DataError: the column is missing, or holds something else.
+        DataError: The column is missing or has another type.
     """
     if field.name not in schema.names:
         raise field.missing(schema.names, str(path))
@@ -169,7 +169,7 @@ def parquet_documents(file: pq.ParquetFile, group: int, field: Field, path: Path
     """Returns the documents of one row group.
 
     Raises:
-        DataError: a row holds no document or is not UTF-8, or the file cannot be read.
+        DataError: A row has no document or is not UTF-8, or the file cannot be read.
     """
     try:
         values = file.read_row_group(group, columns=[field.name]).column(field.name).to_pylist()
@@ -182,7 +182,7 @@ def parquet_documents(file: pq.ParquetFile, group: int, field: Field, path: Path
 
 
 def unreadable_group(path: Path, group: int, error: BaseException) -> DataError:
-    """Words an error of reading parquet."""
+    """Returns the error for a row group that cannot be read."""
     return DataError(f"{path}: row group {group}: a readable parquet file is required ({first_line(error)})")
 
 
@@ -199,7 +199,7 @@ def _read_range(path: Path, start: int, stop: int, search: int | None) -> tuple[
 
 
 def _cut(file: BinaryIO, offset: int, size: int, search: int | None) -> int:
-    """The first line start at or after `offset`; after `search` bytes without one, the next character's first byte."""
+    """Returns the first line start at or after `offset`, or the next character if no line starts in `search` bytes."""
     if offset <= 0 or offset >= size:
         return min(max(offset, 0), size)
     file.seek(offset - 1)
@@ -216,10 +216,10 @@ def _cut(file: BinaryIO, offset: int, size: int, search: int | None) -> int:
 
 
 def decode(path: Path, offset: int, raw: bytes) -> str:
-    """Decodes the bytes of a file from an offset on; a byte order mark at the beginning is dropped.
+    """Decodes bytes that begin at an offset of a file, and drops a byte order mark at offset 0.
 
     Raises:
-        DataError: they are not UTF-8.
+        DataError: The bytes are not UTF-8.
     """
     if offset == 0 and raw.startswith(b"\xef\xbb\xbf"):
         raw, offset = raw[3:], 3
@@ -234,5 +234,5 @@ def decode(path: Path, offset: int, raw: bytes) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the part of a library's message that fits into ours."""
+    """Returns the first line of a library's error message, at most 200 characters."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0][:200]

@@ -1,4 +1,4 @@
-"""Conversations, and their encoding through a chat template with a mask of trained tokens."""
+"""Conversations, and their encoding by a chat template with a mask of the tokens to train on."""
 
 import itertools
 import re
@@ -20,12 +20,12 @@ ROLES = (ASSISTANT, "user", "system", "developer", "tool")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in order.
+    """A list of chat messages.
 
     Attributes:
-        messages: at least one; `role` of `ROLES`, `content`, and whatever else the chat template reads (`tool_calls`,
-            `name`, ...). Keys without a value are left out.
-        where: file and place, for messages.
+        messages: At least one. Each has a `role` of `ROLES`, `content`, and other keys for the chat template
+            (`tool_calls`, `name`, ...). Keys without a value are dropped.
+        where: File and place, for error messages.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -33,14 +33,14 @@ class Conversation:
 
 
 def read_conversation(value: object, where: str) -> Conversation:
-    """Checks a `messages` list as it stands in a file.
+    """Checks a `messages` list of a file and returns it as a conversation.
 
     Args:
-        value: a list of `{role, content}`. `content` may be missing where there are `tool_calls`.
-        where: file and place, for messages.
+        value: A list of `{role, content}`. `content` may be missing in a message with `tool_calls`.
+        where: File and place, for error messages.
 
     Raises:
-        DataError: it is not such a list, a role is unknown, or the assistant says nothing in it.
+        DataError: The value is not such a list, a role is unknown, or no message is of the assistant.
     """
     if not isinstance(value, list | tuple) or not value:
         got = "an empty list" if isinstance(value, list | tuple) else _kind(value)
@@ -48,14 +48,14 @@ def read_conversation(value: object, where: str) -> Conversation:
     messages = tuple(_message(message, f"{where}, message {index}") for index, message in enumerate(value))
     if all(message["role"] != ASSISTANT for message in messages):
         roles = [message["role"] for message in messages]
-        raise DataError(f"{where}: a message of the assistant is required (got roles {roles}); leave such rows out")
+        raise DataError(f"{where}: a message of the assistant is required (got roles {roles}); drop such rows")
     return Conversation(messages, where)
 
 
 def _message(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise DataError(f"{where}: an object with role and content is required (got {_kind(value)})")
-    # Parquet gives every row the keys of all rows.
+    # In parquet every row has the keys of all rows, with None for the missing ones.
     message = {str(key): part for key, part in value.items() if part is not None}
     role = message.get("role")
     if role not in ROLES:
@@ -86,23 +86,23 @@ _MEND = "mark the assistant's part with {% generation %} in the chat template"
 
 
 class _Rendered(NamedTuple):
-    """A conversation's text; `spans` are the character ranges the assistant says."""
+    """The text of a conversation; `spans` are the character ranges of the assistant's turns."""
 
     text: str
     spans: list[tuple[int, int]]
 
 
 class ChatEncoder(Encoder):
-    """Encodes conversations; only what the assistant says is to be predicted.
+    """Encodes conversations; the targets are the tokens of the assistant alone.
 
-    What that is, the template says where it has `{% generation %}` blocks. Of any other template it is, for every turn
-    of the assistant, what the template writes after the generation prompt, and this is checked: the text up to a turn
-    must be the beginning of the text with the turn, and that of the whole. A token belongs to the assistant where its
-    first character does. There is no start token beside what the template writes.
+    A template with `{% generation %}` blocks marks these tokens itself. For any other template a turn of the assistant
+    is the text after the generation prompt. Then the text up to a turn must be a prefix of the text with the turn, and
+    of the whole conversation; this is checked. A token belongs to the assistant if its first character does. No start
+    token is added to the text of the template.
     """
 
     has_targets = True
-    # Templates are Python code, which threads do not speed up, and the tokenizer's settings are not safe between them.
+    # Threads do not speed up templates, which run as Python code, and must not share the settings of a tokenizer.
     max_threads = 1
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -167,7 +167,7 @@ class ChatEncoder(Encoder):
         if messages[-1]["role"] != ASSISTANT:
             texts.append(self._render(conversation, len(messages)))
         for before, after in itertools.pairwise(texts):
-            # A prompt may end in what the finished turn writes otherwise; a later turn may rewrite an earlier one.
+            # The finished turn may differ from the end of the prompt, and a later turn may change an earlier one.
             if not after.startswith(before):
                 same = next(place for place, (a, b) in enumerate(zip(before, after + "\0", strict=False)) if a != b)
                 raise DataError(
@@ -178,7 +178,8 @@ class ChatEncoder(Encoder):
 
     def _render(self, conversation: Conversation, num_messages: int, add_generation_prompt: bool = False) -> str:
         try:
-            # In a list of its own, or no messages at all would be refused: some templates begin with the assistant.
+            # A batch of one, because transformers refuses an empty conversation that is not in a batch, and some
+            # conversations begin with the assistant.
             texts: Any = apply_chat_template(
                 self.tokenizer,
                 [list(conversation.messages[:num_messages])],
@@ -194,8 +195,8 @@ class ChatEncoder(Encoder):
     ) -> EncodedDocument:
         if not is_target.any():
             raise DataError(
-                f"{conversation.where}: a word of the assistant is required (the chat template leaves none to learn); "
-                f"leave such rows out, or {_MEND}"
+                f"{conversation.where}: at least one token of the assistant is required (got none from the template); "
+                f"drop such rows, or {_MEND}"
             )
         return EncodedDocument(np.array(ids, dtype=self.dtype), is_target, len(text.encode("utf-8", "replace")))
 

@@ -1,4 +1,4 @@
-"""Chat templates: code of a model folder that anybody may have made, rendered within bounds of time and size."""
+"""Rendering of chat templates within limits of time and memory, because a template is code from a model folder."""
 
 import ctypes
 import os
@@ -11,32 +11,32 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 MAX_SECONDS = 10.0
-"""Of one rendering; templates of real models take milliseconds."""
+"""Limit for one rendering; templates of real models take milliseconds."""
 MAX_GROWTH = 2**30
-"""Bytes of memory that one rendering may take."""
+"""Limit in bytes for the memory that one rendering takes."""
 MAX_CHARACTERS = 2**26
-"""Of a rendered conversation."""
+"""Limit for the length of a rendered conversation."""
 _INTERVAL, _IDLE_SECONDS = 0.05, 2.0
 
 
 class TemplateFault(Exception):
-    """A chat template does not take these messages, or does not end. The message is the reason, in one line."""
+    """A chat template refuses the messages or exceeds a limit; the error's text is the reason in one line."""
 
 
 class _Stopped(BaseException):
-    """Raised inside a rendering that is out of bounds; templates cannot catch it."""
+    """Raised inside a rendering that exceeds a limit; templates cannot catch it."""
 
 
 def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) -> Any:
     """Returns `tokenizer.apply_chat_template(messages, **options)`.
 
     Args:
-        tokenizer: With a chat template.
-        messages: One conversation, or a list of them.
-        options: As transformers takes them.
+        tokenizer: A tokenizer with a chat template.
+        messages: One conversation or a list of conversations.
+        options: Options of transformers' method.
 
     Raises:
-        TemplateFault: The template raises, takes longer than `MAX_SECONDS`, or makes more text than `MAX_CHARACTERS`.
+        TemplateFault: The template raises, takes longer than `MAX_SECONDS`, or writes more than `MAX_CHARACTERS`.
     """
     try:
         with _watchdog.bounded():
@@ -44,7 +44,7 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: Any, **opt
     except _Stopped:
         raise TemplateFault(f"the template takes more than {MAX_SECONDS:g} seconds or {MAX_GROWTH:,} bytes") from None
     except Exception as error:
-        # A template is a program: it can raise whatever Python can.
+        # A template is a program, so it can raise any exception of Python.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise TemplateFault(reason) from error
     texts = [each for each in (found if isinstance(found, list) else [found]) if isinstance(each, str)]
@@ -54,9 +54,9 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: Any, **opt
 
 
 class _Watchdog:
-    """One thread that stops renderings which are out of bounds, by an exception between two of their instructions.
+    """A thread that stops renderings which exceed a limit, by an exception raised in their thread.
 
-    It lives while templates are rendered, and some seconds more.
+    The thread ends some seconds after the last rendering.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class _Watchdog:
 
     @contextmanager
     def bounded(self) -> Iterator[None]:
-        """Bounds the body; it must not be entered twice by one thread."""
+        """Applies the limits to the body of `with`; one thread must not enter it twice."""
         caller = threading.get_ident()
         with self._lock:
             self._limits[caller] = time.monotonic() + MAX_SECONDS, _resident_bytes() + MAX_GROWTH
@@ -100,7 +100,7 @@ _watchdog = _Watchdog()
 
 
 def _watch_anew() -> None:
-    """Gives a forked process a watchdog of its own: the thread is not in it, and the lock may be held there."""
+    """Makes a new watchdog in a forked process, which has no copy of the thread and may have a locked lock."""
     global _watchdog
     _watchdog = _Watchdog()
 
@@ -110,7 +110,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _resident_bytes() -> int:
-    """Bytes of memory of this process; 0 where the system does not tell."""
+    """Returns the resident memory of this process in bytes, or 0 if the system does not report it."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

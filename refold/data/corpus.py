@@ -1,4 +1,4 @@
-"""Everything that a user can name as data, opened: paths, hub data sets, and objects in memory."""
+"""Opening of all data that a user can name: paths, hub data sets, and objects in memory."""
 
 import re
 import sys
@@ -16,33 +16,32 @@ from refold.data.streams import DatasetStream, DocumentStream, IterableStream, r
 from refold.errors import DataError
 
 Data = str | Path | Location | DataSource | DocumentStream | Mixture | Iterable[Any]
-"""Data is a string (`refold.data.location` has the spellings) or path; a list of texts, of rows or of messages; a
-pandas data frame or series; a `datasets.Dataset` or `datasets.IterableDataset`; a generator, or any other object that
-gives texts, rows or lists of messages whenever it is iterated; an opened source or stream; a list of several of these;
-or a mixture of them."""
+"""One of: a path or a string (forms in `refold.data.location`); a list of texts, rows or messages; a pandas data frame
+or series; a `datasets.Dataset` or `datasets.IterableDataset`; a generator or any other iterable of texts, rows or lists
+of messages; an opened source or stream; a list of several of these; a `Mixture` of them."""
 
 MOST_KINDS = 16
-"""Things named side by side count as kinds of text up to so many; more are one whole."""
+"""Most parts of a list that are reported as kinds of text; a longer list is reported as a whole."""
 
 MOST_BYTES_PER_TOKEN = 16
-"""Well above the mean of any language: so much of a generator is read for every token that is asked for."""
+"""Bytes that are read from a generator for each token asked for; well above the mean of any language."""
 
 _PATH_END = re.compile(r"\.\w{1,7}(\?field=\S+)?(=[\d.]+)?$")
 _LONGEST_NAME = 255
 
 
 def open_text(data: Data, *, form: Form = "text", limit: int = SPOOL_BYTES) -> DataSource[Any]:
-    """Opens data as one source that can be read again and in any order.
+    """Opens data as one source that can be read several times and in any order.
 
-    Things named side by side become the parts of a `MixedSource`, with their weights where they have some.
+    A list of data becomes a `MixedSource` with its parts and, if given, their weights.
 
     Args:
-        data: what to read.
+        data: The data to read.
         form: `text`, or `chat` for lists of messages.
-        limit: bytes that are kept of a generator or stream, which can be read only once or only from its beginning.
+        limit: Bytes to keep of a generator or stream, because it cannot be read in any order.
 
     Raises:
-        DataError: data is missing, empty, broken or of another form; a weight is not above 0.
+        DataError: Data is missing, empty, broken or of another form; a weight is not above 0.
     """
     if isinstance(data, DataSource):
         return data
@@ -60,10 +59,10 @@ def open_text(data: Data, *, form: Form = "text", limit: int = SPOOL_BYTES) -> D
 
 
 def weighted_parts(data: Any, form: Form) -> list[tuple[list[Any], float]]:
-    """Takes data apart into lists of things that make up one source each, with weights.
+    """Splits data into parts with weights; a part is a list of entries that are opened as one source.
 
     Raises:
-        DataError: there is nothing, or only some have weights, or a weight is not above 0.
+        DataError: There is no part, only some parts have weights, or a weight is not above 0.
     """
     if isinstance(data, MixedSource) and data.weights is not None:
         return [([part], weight) for part, weight in zip(data.parts, data.weights, strict=True)]
@@ -85,10 +84,10 @@ def weighted_parts(data: Any, form: Form) -> list[tuple[list[Any], float]]:
 
 
 def describe_training(data: Data, form: Form = "text") -> tuple[str, ...]:
-    """Returns the notes on data to train on: a line where one thing alone was named, which may be text of one kind.
+    """Returns the notes about training data: one line if the data has a single part, which may be text of one kind.
 
     Raises:
-        DataError: as for `open_text`, where data is missing or weights are wrong.
+        DataError: Data is missing or weights are wrong, as for `open_text`.
     """
     if form == "chat":
         return ()
@@ -105,7 +104,7 @@ def describe_training(data: Data, form: Form = "text") -> tuple[str, ...]:
 
 
 def open_together(entries: Sequence[Any], form: Form, limit: int) -> DataSource | DocumentStream:
-    """Opens things that make up one source; what can be iterated only once is read now, up to a limit of bytes."""
+    """Opens entries as one source or stream, and copies iterators to disk up to a limit of bytes."""
     kept = [_stored(entry, form, limit) if isinstance(entry, Iterator) else entry for entry in entries]
     return _open_together(kept, form)[0]
 
@@ -130,7 +129,7 @@ def _entry(given: Any) -> Any:
 
 
 def _documents_of(items: Sequence[Any], form: Form) -> DataSource | None:
-    """Returns a list's items as documents, where that is what they are: rows, conversations, or texts and no paths."""
+    """Returns a source if the items of a list are documents (rows, conversations, texts), or None if they are not."""
     field = Field.of(None, form)
     name = "documents in memory"
     are_rows = isinstance(items[0], Mapping)
@@ -150,7 +149,7 @@ def _documents_of(items: Sequence[Any], form: Form) -> DataSource | None:
 
 
 def _is_prose(text: str) -> bool:
-    """Whether a string cannot be meant as a path."""
+    """Returns whether a string is certainly a text and no path."""
     if "\n" in text or len(text.encode("utf-8", "replace")) > _LONGEST_NAME:
         return not exists(text)
     return len(text.split()) > 3 and not _may_be_path(text)
@@ -168,7 +167,7 @@ def _may_be_path(text: str) -> bool:
 def _open_together(
     entries: Sequence[Any], form: Form
 ) -> tuple[DataSource | DocumentStream, Sequence[DataSource | DocumentStream]]:
-    """Opens things that make up one source, and each of them; neighbouring files become one list of blocks."""
+    """Returns one source of all entries, and the source of each; neighbouring files are opened together."""
     wholes: list[DataSource | DocumentStream] = []
     parts: list[DataSource | DocumentStream] = []
     for field, group in groupby(entries, _field_of_path):
@@ -194,7 +193,7 @@ def _open_together(
 
 
 def _field_of_path(entry: Any) -> str | None:
-    """Returns which field a path is read with, empty for the usual one; None for what is no path."""
+    """Returns the field of a path, empty for the default field, or None if the entry is no path."""
     if isinstance(entry, Path):
         return ""
     if isinstance(entry, Location) and isinstance(entry.place, Path):
@@ -209,7 +208,8 @@ def _open(entry: Any, form: Form) -> DataSource | DocumentStream:
         assert isinstance(entry.place, HubName)
         return open_hub(entry.place, Field.of(entry.field, form))
     field = Field.of(None, form)
-    datasets, pandas = sys.modules.get("datasets"), sys.modules.get("pandas")  # who has one of their objects has them
+    # An object of these libraries exists only if its library is imported already.
+    datasets, pandas = sys.modules.get("datasets"), sys.modules.get("pandas")
     if datasets is not None:
         if isinstance(entry, datasets.Dataset):
             return open_dataset(entry, field, "data set in memory")
@@ -230,7 +230,7 @@ def _open(entry: Any, form: Form) -> DataSource | DocumentStream:
 
 
 def _stored(entry: Any, form: Form, limit: int) -> Any:
-    """Returns an entry that can be read again in any order: what cannot is copied, up to a limit of bytes."""
+    """Returns an entry that can be read in any order; iterators and streams are copied up to a limit of bytes."""
     field = Field.of(None, form)
     if isinstance(entry, Iterator):
         return spool(read_items(entry, field, "a generator"), "a generator", limit)

@@ -1,4 +1,4 @@
-"""Encodes documents into tokens, alone and in parallel."""
+"""Encoders of documents into tokens, and parallel encoding."""
 
 import hashlib
 import json
@@ -15,17 +15,17 @@ from transformers import PreTrainedTokenizerBase
 
 from refold.errors import DataError
 
-_CHARACTERS_PER_TOKEN = 16  # well above any language's mean; only decides how much of a long last document is looked at
+_CHARACTERS_PER_TOKEN = 16  # well above the mean of any language; limits how much of a long document is encoded
 _SLACK_TOKENS = 256
 
 
 class EncodedDocument(NamedTuple):
-    """One document's tokens.
+    """The tokens of one document.
 
     Attributes:
         ids: `[n]`, in the encoder's dtype, start token included.
-        is_target: bool `[n]`, whether a token is to be predicted; None: all are.
-        num_bytes: UTF-8 bytes of what the tokens stand for (a start token has none).
+        is_target: Bool `[n]`, the tokens to predict; None: all of them.
+        num_bytes: UTF-8 bytes of the text of the tokens (0 for a start token).
     """
 
     ids: np.ndarray
@@ -34,14 +34,14 @@ class EncodedDocument(NamedTuple):
 
 
 class Encoder(ABC):
-    """Turns documents of one form into tokens.
+    """Encodes documents of one form into tokens.
 
     Attributes:
-        tokenizer: what it does so with.
-        dtype: of the ids: uint16 where the vocabulary is below 65,536, else uint32.
-        document_start: id of the token put before each document, None where none is.
-        has_targets: whether some tokens are not to be predicted.
-        max_threads: how many threads may encode at once; None: any number.
+        tokenizer: The tokenizer.
+        dtype: Dtype of the ids: uint16 for a vocabulary below 65,536, else uint32.
+        document_start: Id of the token put before each document, or None.
+        has_targets: Whether a mask says which tokens are targets.
+        max_threads: Most threads that may encode at once; None: any number.
     """
 
     document_start: int | None = None
@@ -52,7 +52,7 @@ class Encoder(ABC):
         self.tokenizer = tokenizer
         self.dtype = np.dtype(np.uint16 if len(tokenizer) < 2**16 else np.uint32)
         if tokenizer.is_fast:
-            # Set once: changing these while another thread encodes is an error. transformers sets them at every call.
+            # Set once, because changing them while another thread encodes is an error. transformers sets them per call.
             backend = self._backend
             backend.no_truncation()
             backend.no_padding()
@@ -60,18 +60,18 @@ class Encoder(ABC):
 
     @abstractmethod
     def encode(self, documents: Sequence[Any], room: int | None) -> list[EncodedDocument]:
-        """Returns the tokens of whole documents; of one far longer than `room` tokens, more than `room` will do."""
+        """Returns the tokens of documents; a document much longer than `room` tokens may be cut after `room`."""
 
     @abstractmethod
     def num_characters(self, document: Any) -> int:
-        """Returns a document's size, roughly.
+        """Returns the approximate size of a document.
 
         Raises:
-            DataError: it is not of the encoder's form.
+            DataError: The document is not of the encoder's form.
         """
 
     def cut(self, document: EncodedDocument, room: int) -> EncodedDocument:
-        """Returns the first `room` tokens of a document, with the bytes these stand for."""
+        """Returns the first `room` tokens of a document, with the number of bytes of their text."""
         if len(document.ids) <= room:
             return document
         ids = document.ids[:room]
@@ -81,10 +81,10 @@ class Encoder(ABC):
         return EncodedDocument(ids, None if document.is_target is None else document.is_target[:room], size)
 
     def key(self) -> list[Any]:
-        """Lists everything the tokens of a document depend on, as JSON."""
+        """Returns all settings that the tokens of a document depend on, as JSON."""
         if self.tokenizer.is_fast:
             state = json.loads(self._backend.to_str())
-            # Calls leave these two behind; encoding as done here has neither.
+            # Earlier calls may have set these two; encoding here uses neither.
             del state["truncation"], state["padding"]
         else:
             state = sorted(self.tokenizer.get_vocab().items())
@@ -103,10 +103,10 @@ class Encoder(ABC):
 
 
 class TextEncoder(Encoder):
-    """Encodes texts, each behind a start token.
+    """Encodes texts and puts a start token before each.
 
-    Special tokens written out in a text are recognised, as the tokenizer does by default; its own bos/eos handling is
-    off, see `document_start_token`.
+    Special tokens that are written in a text are recognised, as by default. The tokenizer's own bos/eos handling is off
+    (see `document_start_token`).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -132,29 +132,29 @@ class TextEncoder(Encoder):
         limit = _CHARACTERS_PER_TOKEN * (room + _SLACK_TOKENS)
         arrays = self._all_ids([text[:limit] for text in texts])
         for index, text in enumerate(texts):
-            # The cut changes the tokens beside it, so they must lie past the room.
+            # The cut of the text changes the tokens next to it, so these must not be among the first `room`.
             if len(text) > limit and len(arrays[index]) < room + _SLACK_TOKENS:
                 arrays[index] = self._all_ids([text])[0]
         return arrays
 
     def _all_ids(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self.tokenizer.is_fast:
-            # Not through transformers, which holds the interpreter's lock three times as long per token.
+            # transformers' own call holds the interpreter's lock three times as long per token.
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
             return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
-        # verbose=False: a document longer than the model's context is no mistake here.
+        # verbose=False: no warning about documents longer than the model's context.
         lists = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [np.array(ids, dtype=self.dtype) for ids in lists["input_ids"]]
 
 
 def document_start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Returns the id put before each document: bos where the tokenizer has one, else eos, else None."""
-    ids: Any = tokenizer  # transformers types every special token as str, int or lists of them
+    """Returns the id to put before each document: bos if the tokenizer has one, else eos, else None."""
+    ids: Any = tokenizer  # transformers annotates special tokens as str, int or lists of these
     return ids.bos_token_id if ids.bos_token_id is not None else ids.eos_token_id
 
 
 def digest(key: list[Any]) -> str:
-    """Returns the hash that names what was made from a key."""
+    """Returns a hash of a key, for the name of a cache entry."""
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
 
 
@@ -163,16 +163,15 @@ _MAX_CHARACTERS_PER_TOKEN = 16
 
 
 class Encoding:
-    """Iterates once over encoded documents, one for each, empty ones too; the last one is cut at the budget.
+    """Iterates once over the encoded documents, empty ones included, and cuts the last one at the budget.
 
-    Batches of about a million characters are encoded by several threads. The tokenizer's own code runs outside the
-    interpreter's lock and splits a batch between its own threads too, so a few long documents keep all cores busy as
-    well as many short ones; memory is bounded by `workers` batches. The order, and so the result, is that of the
-    documents, whatever the number of threads.
+    Several threads encode batches of about a million characters. The tokenizer's own code runs outside the
+    interpreter's lock and splits a batch between its own threads, so a few long documents also keep all cores busy.
+    Memory is limited to about `workers` batches. The result is in the order of the documents for any number of threads.
 
     Attributes:
-        num_tokens: yielded so far.
-        is_whole_source: whether the documents ended before the budget did; known at the end.
+        num_tokens: Tokens yielded so far.
+        is_whole_source: Whether the documents ended before the budget; valid after the iteration.
     """
 
     def __init__(
@@ -185,15 +184,15 @@ class Encoding:
         on_progress: Callable[[int], None] | None = None,
         batch_characters: int = BATCH_CHARACTERS,
     ) -> None:
-        """Encodes nothing yet.
+        """Keeps the arguments; encoding begins with the iteration.
 
         Args:
-            documents: read from the thread that iterates, a little ahead of what is yielded.
-            encoder: what turns them into tokens.
-            budget: tokens, start tokens included; None: all.
-            workers: threads that encode; None: `default_workers()`.
-            on_progress: called with the number of tokens so far after every batch.
-            batch_characters: about how much a thread encodes at a time.
+            documents: The documents. The thread that iterates reads them, a few batches ahead of the results.
+            encoder: Encodes the documents.
+            budget: Most tokens, start tokens included; None: all.
+            workers: Number of threads that encode; None: `default_workers()`.
+            on_progress: Called after every batch with the number of tokens so far.
+            batch_characters: Approximate characters of a batch.
         """
         self.num_tokens = 0
         self.is_whole_source = False
@@ -236,12 +235,12 @@ class Encoding:
         return None if self._budget is None else self._budget - self.num_tokens
 
     def _wants_more(self, num_characters: int) -> bool:
-        """Says whether the budget can use more than what is being encoded."""
+        """Returns whether the budget may need more than the characters that are being encoded."""
         room = self._remaining()
         return room is None or num_characters < _MAX_CHARACTERS_PER_TOKEN * room
 
     def _batch(self) -> tuple[int, list[Any]]:
-        """Takes documents of about a batch's characters, and not many more than the remaining budget can use."""
+        """Returns the next documents and their characters: about one batch, or fewer for the rest of the budget."""
         room = self._remaining()
         limit = self._batch_characters
         if room is not None:
@@ -255,9 +254,9 @@ class Encoding:
 
 
 def default_workers() -> int:
-    """Returns how many threads may encode: one per core this process may use, or what the tokenizer's own settings say.
+    """Returns the number of threads that may encode: one per core of this process, or as the environment says.
 
-    `TOKENIZERS_PARALLELISM=false` asks for one, `RAYON_NUM_THREADS` for a number.
+    `TOKENIZERS_PARALLELISM=false` asks for one thread, `RAYON_NUM_THREADS` for a number of threads.
     """
     if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("0", "false", "off", "no", "n", "f"):
         return 1

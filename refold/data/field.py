@@ -1,4 +1,4 @@
-"""The field of a row that holds its document, and what form documents have there."""
+"""The field of a row that holds its document, and the form of the document: text or conversation."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ DEFAULT_NAMES: dict[Form, str] = {"text": "text", "chat": "messages"}
 
 
 class OtherContentError(DataError):
-    """A file or row holds something else than documents: in a folder it is skipped, and listed."""
+    """A file or row has no documents; in a folder such a file is skipped and listed."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """Where a row's document is.
+    """The field of a row that holds the document.
 
     Attributes:
-        name: of the jsonl field, or of the parquet or data set column.
-        form: `text`, a string; `chat`, a list of messages.
-        noun: what messages call it.
+        name: Name of the jsonl field, or of the column of a parquet file or data set.
+        form: `text` for a string, `chat` for a list of messages.
+        noun: Word for the field in error messages.
     """
 
     name: str
@@ -34,21 +34,21 @@ class Field:
 
     @classmethod
     def of(cls, name: str | None, form: Form) -> "Field":
-        """Returns the field of a name; None: the form's usual one."""
+        """Returns the field with a name; None: the default name of the form."""
         return cls(name or DEFAULT_NAMES[form], form)
 
     def read_row(self, row: Mapping[str, Any], where: str) -> Document:
         """Returns the document of a row.
 
         Raises:
-            DataError: the row lacks the field, or `read` refuses it.
+            DataError: The row does not have the field, or `read` refuses its value.
         """
         if self.name not in row:
             raise self.missing(row, where)
         return self.read(row[self.name], where)
 
     def missing(self, names: Iterable[str], where: str) -> OtherContentError:
-        """Words the error of a row or file that has other fields."""
+        """Returns the error for a row or file without the field; the message lists its fields."""
         legal = sorted(str(name) for name in names)
         shown = [name[:40] for name in legal[:_SHOWN]]
         more = f" and {len(legal) - _SHOWN} more" if len(legal) > _SHOWN else ""
@@ -58,20 +58,20 @@ class Field:
         )
 
     def read(self, value: object, where: str) -> Document:
-        """Returns the document that a value of the field is.
+        """Returns the document in a value of the field.
 
         Raises:
-            DataError: it is not a string of Unicode text, or not a conversation.
+            DataError: The value is not a string of Unicode text, or not a conversation.
         """
         if self.form == "chat":
             return read_conversation(value, f"{where}: {self.noun} '{self.name}'")
         return self.read_value(value, f"{where}: {self.noun} '{self.name}'")
 
     def read_value(self, value: object, where: str) -> str:
-        """Returns a text as it is.
+        """Checks that a value is a text and returns it.
 
         Raises:
-            DataError: it is not a string of Unicode text.
+            DataError: The value is not a string of Unicode text.
         """
         if not isinstance(value, str):
             got = "null" if value is None else type(value).__name__

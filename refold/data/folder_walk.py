@@ -1,4 +1,4 @@
-"""The data files of a folder, and the line that says which of its files are left unread."""
+"""The data files of a folder, and the list of the files that are skipped."""
 
 import os
 import re
@@ -22,19 +22,19 @@ from refold.data.sequential import SequentialBlock
 from refold.errors import DataError
 
 COMPANIONS = ("readme", "license", "licence", "notice", "citation", "changelog", "contributing")
-"""Beginnings of the names of plain text that describes data; where rows stand beside it, it is no data itself."""
+"""Beginnings of the names of text files that describe data; in a folder with rows they are no data themselves."""
 _NAMED = 5
 
 
 @dataclass(frozen=True)
 class DataFolder:
-    """The files that one path stands for.
+    """The data files of one path.
 
     Attributes:
-        path: as given.
-        files: those that are read, in order.
-        kinds: of those, how many there are of each kind.
-        skipped: the others of a folder, each with the reason; hidden ones are not counted.
+        path: The path as given.
+        files: The files to read, in order.
+        kinds: The number of these files for each kind.
+        skipped: The other files of a folder, with the reason; hidden files are not listed.
     """
 
     path: Path
@@ -44,12 +44,12 @@ class DataFolder:
 
     @property
     def says_more(self) -> bool:
-        """Whether a reader could take the folder for another corpus than it is."""
+        """Whether the line is worth printing: files are skipped, or there are several kinds."""
         return bool(self.skipped) or len(self.kinds) > 1
 
     @property
     def line(self) -> str:
-        """Lists the files that are read and those that are skipped."""
+        """Lists the files that are read and the files that are skipped."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
         text = f"{self.path}: {len(self.files)} files are read ({kinds})"
         if not self.skipped:
@@ -60,14 +60,14 @@ class DataFolder:
 
 
 def walk(path: Path, field: Field) -> DataFolder:
-    """Finds the data files of a path: a file is itself, of a folder those of known endings whose rows have the field.
+    """Finds the data files of a path: the file itself, or the files of a folder with a known ending and the field.
 
     Args:
-        path: a file or folder.
-        field: of the documents.
+        path: A file or folder.
+        field: The field of the documents.
 
     Raises:
-        DataError: nothing is there, or a folder holds no data.
+        DataError: The path does not exist, or the folder has no data.
     """
     if not _is_folder(path):
         return DataFolder(path, (path,), {}, ())
@@ -128,14 +128,14 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 
 def _peek(file: Path, kind: FileKind, field: Field) -> None:
-    """Reads the first row; a file whose rows are of something else is no part of the corpus."""
+    """Checks the first row, because a file whose rows have no documents is skipped."""
     if kind.layout == "parquet" and not kind.compression:
         import pyarrow.parquet as pq
 
         try:
             schema = pq.read_schema(file)
         except BROKEN_PARQUET:
-            return  # Damaged data is an error where it is read, not something to skip.
+            return  # A damaged file is not skipped: reading it raises the error.
         check_column(schema, field, file)
         return
     SequentialBlock(file, kind, field, 2**20, 1).peek()

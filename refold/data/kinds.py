@@ -1,4 +1,4 @@
-"""Kinds of data files: recognised here, and nowhere else, by their first bytes and the ending of their name."""
+"""Kinds of data files, recognised by their first bytes and the ending of their name."""
 
 import csv
 import gzip
@@ -18,13 +18,13 @@ from refold.data.field import Field, OtherContentError
 from refold.errors import DataError
 
 FileLayout = Literal["text", "json_lines", "json", "csv", "parquet"]
-"""`json_lines`: a row per line; `json`: one array of rows, or rows one after another over any number of lines."""
+"""`json_lines`: one row per line; `json`: one array of rows, or a sequence of rows over any number of lines."""
 Compression = Literal["", "gzip", "zstd"]
 
 HEAD_BYTES = 2**16
-"""Bytes of a file, decompressed, that decide its kind."""
+"""Bytes at the beginning of a file, after decompression, that decide its kind."""
 LONGEST_RECORD = 2**28
-"""Bytes of the longest row, line or field that is read."""
+"""Limit in bytes for a row, a line or a field."""
 TEXT_ENDINGS = (".txt", ".md", ".py")
 ROW_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
@@ -79,7 +79,7 @@ _REFUSED_ENDINGS = {".pkl": _PICKLE, ".pickle": _PICKLE, ".joblib": _PICKLE, ".s
 
 @runtime_checkable
 class ByteStream(Protocol):
-    """Bytes that are read from the beginning, decompressed where the file is not."""
+    """A stream of decompressed bytes, read from the beginning."""
 
     def read(self, size: int, /) -> bytes: ...
 
@@ -88,12 +88,12 @@ class ByteStream(Protocol):
 
 @dataclass(frozen=True)
 class FileKind:
-    """How a data file is read.
+    """Layout and compression of a data file.
 
     Attributes:
-        layout: how its documents lie in it.
-        compression: empty for none.
-        delimiter: between the fields of a CSV row.
+        layout: Layout of the documents in the file.
+        compression: Kind of compression, or empty.
+        delimiter: Delimiter between the fields of a CSV row.
     """
 
     layout: FileLayout
@@ -102,17 +102,17 @@ class FileKind:
 
     @property
     def reads_from_start(self) -> bool:
-        """Whether no part of the file can be read alone."""
+        """Whether the file can be read only from its beginning."""
         return bool(self.compression) or self.layout in ("json", "csv")
 
     def __str__(self) -> str:
-        """Names the kind for messages."""
+        """Returns the name of the kind for messages."""
         names = {"text": "plain text", "json_lines": "JSON lines", "json": "JSON", "csv": "CSV", "parquet": "parquet"}
         return names[self.layout] + (f" ({self.compression})" if self.compression else "")
 
 
 def endings(path: Path) -> tuple[str, Compression]:
-    """Returns the ending that says how a file is laid out, in lower case, and the compression its name says."""
+    """Returns the ending of a file's name without compression, in lower case, and the compression in its name."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
     if compression:
@@ -121,14 +121,14 @@ def endings(path: Path) -> tuple[str, Compression]:
 
 
 def recognise(path: Path, field: Field) -> FileKind:
-    """Recognises the kind of a file that is not empty.
+    """Returns the kind of a file that is not empty.
 
     Args:
-        path: the file.
-        field: the field that rows are to have: with it rows of JSON are told from text that begins like them.
+        path: The file.
+        field: The field of the documents. A file that looks like JSON counts as rows only if it has this field.
 
     Raises:
-        DataError: it is of a kind that is not read (the message says which), or cannot be read.
+        DataError: The file is of a kind that refold refuses (named in the message), or cannot be read.
     """
     require_file(path)
     ending, _ = endings(path)
@@ -153,10 +153,10 @@ def recognise(path: Path, field: Field) -> FileKind:
 
 
 def require_file(path: Path) -> None:
-    """Refuses a path where no regular file is: a pipe would be read once, and never ends where nobody writes.
+    """Checks that a path is a regular file, because reading a pipe may block and works only once.
 
     Raises:
-        DataError: it is missing or something else.
+        DataError: The file is missing or of another type.
     """
     try:
         mode = path.stat().st_mode
@@ -170,10 +170,10 @@ def require_file(path: Path) -> None:
 
 @contextmanager
 def open_stream(path: Path, compression: Compression) -> Iterator[ByteStream]:
-    """Opens a file to be read from its beginning, decompressed as it is read.
+    """Opens a file as a stream that decompresses while it is read.
 
     Raises:
-        DataError: it cannot be read, or is truncated or damaged; also while the `with` body reads.
+        DataError: The file cannot be read, or is truncated or damaged; also raised while the `with` body reads.
     """
     try:
         with path.open("rb") as file:
@@ -190,7 +190,7 @@ def open_stream(path: Path, compression: Compression) -> Iterator[ByteStream]:
 
 
 class _ArrowStream:
-    """Gives an Arrow stream the two methods that readers here use; Arrow's own `readline` is missing."""
+    """An Arrow stream with the methods of `ByteStream`; Arrow's own `readline` is not implemented."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._left = stream, b""
@@ -220,7 +220,7 @@ class _ArrowStream:
 
 
 def unreadable(path: Path, error: Exception, compression: Compression = "") -> DataError:
-    """Words an error of reading a file."""
+    """Returns the error for a file that cannot be read."""
     reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
     if compression and getattr(error, "errno", None) is None:
         return DataError(f"{path}: a whole {compression} file is required ({reason}); fetch or compress it again")
@@ -232,7 +232,7 @@ def _read_head(path: Path, compression: Compression) -> bytes:
         try:
             return stream.read(HEAD_BYTES)
         except EOFError:
-            # Shorter than a head and truncated: reading it as data will say so.
+            # A truncated file shorter than a head; reading its documents raises the error.
             return b""
 
 
@@ -245,7 +245,7 @@ def _layout(head: bytes, ending: str, field: Field) -> tuple[FileLayout, str]:
         if begin.startswith(b"[") or line.strip() == b"{":
             return "json", ""
         return "json" if ending == ".json" and not isinstance(_parse(line), dict) else "json_lines", ""
-    # Of any other ending: rows if the first one has the field, else text.
+    # With any other ending the file is rows if the first row has the field, else text.
     row = begin[1:].lstrip() if begin.startswith(b"[") else begin
     if not row.startswith(b"{"):
         return "text", ""
@@ -253,7 +253,7 @@ def _layout(head: bytes, ending: str, field: Field) -> tuple[FileLayout, str]:
     if isinstance(value, dict):
         has_field = field.name in value
     else:
-        # A row longer than the head: its field may begin there.
+        # The first row is longer than the head; the field may begin in the head.
         key = re.escape(json.dumps(field.name, ensure_ascii=False).encode())
         has_field = len(head) > HEAD_BYTES - 8 and re.search(key + rb"\s*:\s*[\"\[]", row) is not None
     if not has_field:
@@ -262,7 +262,7 @@ def _layout(head: bytes, ending: str, field: Field) -> tuple[FileLayout, str]:
 
 
 def _parse(line: bytes) -> object:
-    """Returns the value of a line of JSON, None where it is none."""
+    """Returns the value of a line of JSON, or None if the line is not JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -270,7 +270,7 @@ def _parse(line: bytes) -> object:
 
 
 def first_value(raw: bytes) -> object:
-    """Returns the first value of some JSON, None where it is none or does not end within."""
+    """Returns the first JSON value in some bytes, or None if there is no complete value."""
     try:
         return json.JSONDecoder().raw_decode(raw.decode("utf-8", "ignore"))[0]
     except (ValueError, RecursionError):
@@ -278,7 +278,7 @@ def first_value(raw: bytes) -> object:
 
 
 def _delimiter(head: bytes, candidates: str, field: Field) -> str:
-    """Returns the first delimiter with which the header row has the field, else the usual one."""
+    """Returns the first delimiter with which the header row has the field, or the default delimiter."""
     first = head.decode("utf-8", "replace").lstrip().splitlines()[:1]
     for each in candidates:
         if field.name in header_of(first, each):
@@ -287,7 +287,7 @@ def _delimiter(head: bytes, candidates: str, field: Field) -> str:
 
 
 def header_of(lines: Sequence[str], delimiter: str) -> list[str]:
-    """Returns the names in a CSV header, empty where it cannot be parsed."""
+    """Returns the names in a CSV header, or an empty list if it cannot be parsed."""
     try:
         return [name.strip() for name in next(csv.reader(lines, delimiter=delimiter), [])]
     except csv.Error:

@@ -1,4 +1,4 @@
-"""Where data lies: paths, datasets on disk, and hub datasets."""
+"""Locations of data as strings, and hub data sets."""
 
 import math
 import re
@@ -25,14 +25,14 @@ _SCHEMES = {"hf": False, "hf-stream": True}
 
 @dataclass(frozen=True)
 class HubName:
-    """A data set of the hub.
+    """The name of a hub data set.
 
     Attributes:
         name: `org/name`.
-        revision: branch, tag or commit; None: the default branch.
-        config: name of a configuration; None: the default one.
-        split: name of a split, or a slice of one (`train[:10%]`).
-        is_streamed: whether it is read as training advances.
+        revision: Branch, tag or commit; None: the default branch.
+        config: Name of a configuration; None: the default configuration.
+        split: Name of a split, or a slice of a split (`train[:10%]`).
+        is_streamed: Whether the data set is read while training goes on.
     """
 
     name: str
@@ -44,12 +44,12 @@ class HubName:
 
 @dataclass(frozen=True)
 class Location:
-    """One string taken apart.
+    """The parts of a string that names data.
 
     Attributes:
-        place: a path, or a data set of the hub.
-        field: of the document; None: the usual one.
-        weight: None: none was given.
+        place: A path or a hub data set.
+        field: Field of the document; None: the default field.
+        weight: Weight in a mixture; None: not given.
     """
 
     place: Path | HubName
@@ -58,14 +58,14 @@ class Location:
 
 
 def parse_location(text: str, field: str | None = None) -> Location:
-    """Takes one string apart by this module's rule.
+    """Parses `PATH` or `hf://org/name[@revision][:config][#split]`, each with `?field=NAME` and `=WEIGHT` if wanted.
 
     Args:
-        text: as written.
-        field: of the document where the string names none.
+        text: The string as the user wrote it.
+        field: Field of the document if the string names none.
 
     Raises:
-        DataError: it has another scheme or option, or a part of it is missing.
+        DataError: The scheme or an option is unknown, or a part is missing.
     """
     if exists(text):
         return Location(Path(text), field)
@@ -81,7 +81,7 @@ def parse_location(text: str, field: str | None = None) -> Location:
 
 
 def exists(text: str) -> bool:
-    """Whether a string is the path of something; one that cannot be a path is not."""
+    """Returns whether a string is an existing path; False for a string that cannot be a path."""
     try:
         return Path(text).exists()
     except (OSError, ValueError):
@@ -110,7 +110,7 @@ def _hub_name(text: str) -> HubName:
 
 @dataclass(frozen=True)
 class DatasetBlock(Block[Document]):
-    """Rows of a `datasets.Dataset`; one document per row."""
+    """A range of rows of a `datasets.Dataset`; one document per row."""
 
     dataset: Any
     start: int
@@ -119,26 +119,26 @@ class DatasetBlock(Block[Document]):
     name: str
 
     def documents(self) -> Sequence[Document]:
-        """Returns the column's documents.
+        """Returns the documents in the column.
 
         Raises:
-            DataError: a row holds no document.
+            DataError: A row has no document.
         """
         values = self.dataset[self.start : self.stop][self.field.name]
         return [self.field.read(value, f"{self.name}: row {self.start + row}") for row, value in enumerate(values)]
 
 
 def open_dataset(dataset: Any, field: Field, name: str, block_bytes: int = BLOCK_BYTES) -> DataSource[Document]:
-    """Makes a data source of a `datasets.Dataset`.
+    """Returns the data source of a `datasets.Dataset`.
 
     Args:
-        dataset: one split, memory-mapped or in memory.
-        field: which column holds the document.
-        name: for messages.
-        block_bytes: nominal size of a block.
+        dataset: One split, memory-mapped or in memory.
+        field: The column of the documents.
+        name: Name for messages.
+        block_bytes: Nominal size of a block.
 
     Raises:
-        DataError: the column is missing, or there are no rows.
+        DataError: The column is missing, or there are no rows.
     """
     column = replace(field, noun="column")
     if column.name not in dataset.column_names:
@@ -151,19 +151,19 @@ def open_dataset(dataset: Any, field: Field, name: str, block_bytes: int = BLOCK
         DatasetBlock(dataset, start, min(start + rows, len(dataset)), column, name)
         for start in range(0, len(dataset), rows)
     )
-    # A fingerprint changes with every transformation and with the files a data set was loaded from.
+    # The fingerprint changes with every transformation and with the files of the data set.
     return DataSource(blocks, f"{dataset._fingerprint} {column.name} {column.form} {rows}", name)
 
 
 def open_hub(wanted: HubName, field: Field) -> DataSource[Document] | DatasetStream:
-    """Opens a data set of the hub; code in it is never run.
+    """Opens a hub data set without running code of its repository.
 
     Args:
-        wanted: which one.
-        field: which column holds the document.
+        wanted: Name of the data set.
+        field: The column of the documents.
 
     Raises:
-        DataError: there is no such data set, revision, configuration, split or column, or the hub cannot be reached.
+        DataError: There is no such data set, revision, configuration, split or column, or the hub cannot be reached.
     """
     import datasets
 
@@ -180,7 +180,7 @@ def open_hub(wanted: HubName, field: Field) -> DataSource[Document] | DatasetStr
 
 
 def _resolve(wanted: HubName) -> str | None:
-    """Returns the commit; offline the revision as it was named, which `datasets` then looks for in its cache."""
+    """Returns the commit of a data set; offline the given revision, which `datasets` looks up in its cache."""
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE and not wanted.is_streamed:
@@ -190,7 +190,7 @@ def _resolve(wanted: HubName) -> str | None:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turns errors of the hub client and of `datasets` into one line each."""
+    """Turns errors of the hub client and of `datasets` into a `DataError` of one line."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub import errors
 

@@ -1,4 +1,4 @@
-"""Packs tokenised documents into training sequences, addressed by one integer position."""
+"""Packing of tokenised documents into training sequences, addressed by one integer position."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -11,12 +11,12 @@ from torch import Tensor
 from refold.errors import DataError
 
 IGNORED = -100
-"""Label of a position that predicts nothing."""
+"""Label of a position that has no target."""
 
 
 @runtime_checkable
 class Slices(Protocol):
-    """What slices to an array: an array, or arrays end to end."""
+    """An array, or a concatenation of arrays, that returns an array for a slice."""
 
     def __len__(self) -> int: ...
 
@@ -24,12 +24,12 @@ class Slices(Protocol):
 
 
 class PackedSequence(NamedTuple):
-    """One sequence, or a batch of them stacked in front.
+    """One sequence, or a batch of sequences with a leading axis.
 
     Attributes:
-        input_ids: token ids.
-        position_ids: position within the document's piece; 0 starts a document or piece, and nothing looks across it.
-        labels: the id each position predicts (shifted already: `labels[t]` is `input_ids[t + 1]`), `IGNORED` for none.
+        input_ids: Token ids.
+        position_ids: Position within a piece of a document. 0 begins a piece, and attention does not cross this border.
+        labels: The id that each position predicts, already shifted (`labels[t]` is `input_ids[t + 1]`), or `IGNORED`.
     """
 
     input_ids: Int64[Tensor, "*B T"]
@@ -47,12 +47,11 @@ class Sequences(Protocol):
 
 
 class PackedSequences:
-    """An endless list of training sequences over one epoch's tokens, repeated in a new order per epoch.
+    """An endless list of training sequences: the tokens of one epoch, repeated in a new order for each epoch.
 
-    Documents lie back to back and are cut where a sequence ends; the rest of a cut document begins the next sequence as
-    a piece of its own. Position p is sequence `permutation(seed, p // len)[p % len]`, so seeking costs nothing and
-    position alone is the state to resume from. The last sequence of the data is filled up with a piece of zeros that
-    predicts nothing.
+    Documents follow each other without gaps. A document that reaches the end of a sequence is cut, and its rest begins
+    the next sequence as a new piece. Position p is sequence `permutation(seed, p // len)[p % len]`, so a run resumes
+    from the position alone. The last sequence is filled up with zeros without targets.
     """
 
     def __init__(
@@ -63,17 +62,17 @@ class PackedSequences:
         seed: int,
         is_target: Slices | None = None,
     ) -> None:
-        """Keeps references to the arrays; copies nothing.
+        """Keeps references to the arrays without copying them.
 
         Args:
-            tokens: unsigned `[num_tokens]`, may be memory-mapped or lie in several files.
-            offsets: int64 `[num_documents + 1]`, as in `TokenisedDocuments`.
-            sequence_length: T, tokens per sequence, at least 2.
-            seed: order of sequences.
-            is_target: bool `[num_tokens]`, which tokens are to be predicted; None: all.
+            tokens: Unsigned `[num_tokens]`, possibly memory-mapped or in several files.
+            offsets: Int64 `[num_documents + 1]`, as in `TokenisedDocuments`.
+            sequence_length: Tokens per sequence T, at least 2.
+            seed: Seed for the order of sequences.
+            is_target: Bool `[num_tokens]`, the tokens to predict; None: all.
 
         Raises:
-            DataError: there are no tokens or the length is below 2.
+            DataError: There are no tokens, or the length is below 2.
         """
         if sequence_length < 2:
             raise DataError(f"data: a sequence length of at least 2 tokens is required (got {sequence_length})")
@@ -112,7 +111,7 @@ class PackedSequences:
         input_ids = np.zeros(length, dtype=np.int64)
         input_ids[: stop - start] = self.tokens[start:stop]
 
-        # Where pieces begin, within the sequence: its own start, documents inside it, and the filling.
+        # Begins of pieces within the sequence: the start of the sequence, of each document, and of the filling.
         low, high = np.searchsorted(self.offsets, [start + 1, stop])
         begins = np.unique(np.concatenate([[0], self.offsets[low:high] - start, [stop - start]]))
         begins = begins[begins < length]
@@ -128,5 +127,5 @@ class PackedSequences:
 
 
 def stack(sequences: Sequence[PackedSequence]) -> PackedSequence:
-    """Returns sequences of one length as a batch, `[B, T]` each."""
+    """Stacks sequences of equal length into a batch, `[B, T]` each."""
     return PackedSequence(*(torch.stack(column) for column in zip(*sequences, strict=True)))

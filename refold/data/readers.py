@@ -1,4 +1,4 @@
-"""Files, folders and texts in memory as data sources: lists of blocks in any order."""
+"""Data sources of files, folders and texts in memory: lists of blocks that can be read in any order."""
 
 import hashlib
 import json
@@ -31,21 +31,21 @@ from refold.errors import DataError
 
 BLOCK_BYTES = 4 * 2**20
 PART_BLOCKS = 16
-"""A file that can be read only from its beginning is shuffled in parts of so many blocks' size."""
+"""Size in blocks of the parts in which a file that can be read only from its beginning is shuffled."""
 
 logger = logging.getLogger("refold")
 
 
 @dataclass(frozen=True)
 class DataSource(Generic[D]):
-    """Documents as a list of blocks.
+    """A list of blocks of documents.
 
     Attributes:
-        blocks: parts that can be read alone; one block is in memory at a time.
-        identity: a text that changes when the documents may have changed (names, sizes and modification times of files;
-            a digest of texts in memory). Key of caches.
-        name: for messages.
-        files: what is read, where it lies in files.
+        blocks: Blocks that can be read separately; one block is in memory at a time.
+        identity: A text that changes if the documents may have changed: names, sizes and modification times of files,
+            or a digest of texts in memory. It is part of cache keys.
+        name: Name for messages.
+        files: The files of the source, if it has files.
     """
 
     blocks: tuple[Block[D], ...]
@@ -55,7 +55,7 @@ class DataSource(Generic[D]):
 
     @classmethod
     def join(cls, sources: "Sequence[DataSource[Any]]") -> "DataSource[Any]":
-        """Puts sources end to end."""
+        """Concatenates sources."""
         return DataSource(
             tuple(block for source in sources for block in source.blocks),
             repr([source.identity for source in sources]),
@@ -64,15 +64,15 @@ class DataSource(Generic[D]):
         )
 
     def documents(self, seed: int | None = None, epoch: int = 0) -> Iterator[D]:
-        """Yields every document that is not empty, once.
+        """Yields every document that is not empty once.
 
         Args:
-            seed: blocks, and documents within each part of a block, come in an order drawn from (seed, epoch); None:
-                file order.
-            epoch: another epoch is another order.
+            seed: Seed, with the epoch, for the order of blocks and of documents within a part of a block; None: file
+                order.
+            epoch: Number of the epoch; each epoch has another order.
 
         Raises:
-            DataError: as the blocks do.
+            DataError: A block cannot be read.
         """
         for index in _order(len(self.blocks), seed, epoch, 0):
             for number, documents in enumerate(self.blocks[index].parts()):
@@ -88,21 +88,20 @@ def open_data(
     form: Form = "text",
     block_bytes: int = BLOCK_BYTES,
 ) -> DataSource[Any]:
-    """Opens files and folders as one data source; file contents are read later, block by block.
+    """Opens files and folders as one data source; documents are read later, block by block.
 
-    `refold.data.kinds` says which kinds of files there are. Folders are walked in sorted order; where they hold other
-    things than data, or data of several kinds, a line on stderr lists them.
+    The kinds of files are in `refold.data.kinds`. Folders are walked in sorted order. If a folder has files that are
+    skipped or data of several kinds, a line on stderr lists them.
 
     Args:
-        paths: files and folders.
-        field: the JSON field, and the CSV, parquet and data set column, that holds the document; None: `text`, or
-            `messages` for chat.
-        form: whether documents are texts or conversations.
-        block_bytes: nominal size of a block of text and JSON lines. Parquet has its row groups.
+        paths: Files and folders.
+        field: JSON field, or CSV, parquet or data set column, of the document; None: `text`, or `messages` for chat.
+        form: Whether documents are texts or conversations.
+        block_bytes: Nominal size of a block of text and JSON lines. A block of parquet is a row group.
 
     Raises:
-        DataError: a path is missing, unreadable, of a kind that is not read, or a folder without data; everything is
-            empty; a file is broken, or its first row lacks the field; conversations are asked of plain text or CSV.
+        DataError: A path is missing, unreadable, of a refused kind, or a folder without data; all files are empty; a
+            file is broken, or its first row does not have the field; plain text or CSV is opened as conversations.
     """
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     return open_paths(given, field=field, form=form, block_bytes=block_bytes)[0]
@@ -135,7 +134,7 @@ def open_paths(
 
 
 def _open_file(path: Path, field: Field, block_bytes: int) -> tuple[list[Any], Sequence[Block[Any]]]:
-    """Returns what stands for a file in the identity, and its blocks."""
+    """Returns the entry of a file for the identity, and the blocks of the file."""
     try:
         status = path.stat()
     except OSError as error:
@@ -145,21 +144,21 @@ def _open_file(path: Path, field: Field, block_bytes: int) -> tuple[list[Any], S
         require_file(path)
         return entry, ()
     kind = recognise(path, field)
-    # The kinds that a file had by its ending alone, before there were more of them, are not named.
+    # Kinds that older versions recognised by the ending alone are not part of the entry, so old caches stay valid.
     if kind.reads_from_start or kind.layout != {".parquet": "parquet", ".jsonl": "json_lines"}.get(path.suffix, "text"):
         entry += [str(kind), kind.delimiter]
     return entry, _blocks(path, status.st_size, kind, field, block_bytes)
 
 
 def from_documents(documents: Iterable[Document], *, name: str = "documents in memory") -> DataSource[Any]:
-    """Makes a data source of texts, or of checked conversations, in memory.
+    """Returns a data source of texts, or of checked conversations, in memory.
 
     Args:
-        documents: read once.
-        name: for messages and results.
+        documents: The documents; they are read once.
+        name: Name for messages and results.
 
     Raises:
-        DataError: there is no text in them, or one is no string of Unicode text.
+        DataError: All documents are empty, or one is not a string of Unicode text.
     """
     texts = tuple(
         each if isinstance(each, Conversation) else Field("text").read_value(each, f"{name}: document {number}")

@@ -1,4 +1,4 @@
-"""A data file that can be read only from its beginning: compressed ones, CSV, and JSON that is one array."""
+"""Reading of data files that can be read only from the beginning: compressed files, CSV, and JSON arrays."""
 
 import csv
 import io
@@ -24,14 +24,14 @@ _SPACE = re.compile(r"\s*")
 
 @dataclass(frozen=True)
 class SequentialBlock(Block[Document]):
-    """A whole file, read in parts: a part is what is shuffled, since no later one can be reached without it.
+    """A whole file, read in parts; documents are shuffled within a part, because parts must be read in order.
 
     Attributes:
-        path: the file.
-        kind: how it is read.
-        field: where a row's document is.
-        piece_bytes: size of the pieces a plain text is cut into.
-        part_bytes: about how many characters of documents a part holds.
+        path: The file.
+        kind: Layout and compression of the file.
+        field: The field of a row's document.
+        piece_bytes: Size of the pieces of a plain text.
+        part_bytes: Approximate characters of the documents of a part.
     """
 
     path: Path
@@ -45,10 +45,10 @@ class SequentialBlock(Block[Document]):
         return [document for part in self.parts() for document in part]
 
     def parts(self) -> Iterator[Sequence[Document]]:
-        """Yields the documents in file order, some at a time.
+        """Yields the documents in file order, in lists of about `part_bytes` characters.
 
         Raises:
-            DataError: the file is truncated or damaged, or a row holds no document.
+            DataError: The file is truncated or damaged, or a row has no document.
         """
         part: list[Document] = []
         size = 0
@@ -63,7 +63,7 @@ class SequentialBlock(Block[Document]):
             yield part
 
     def peek(self) -> None:
-        """Reads the first document, so that a missing field shows when the file is opened."""
+        """Reads the first document, so that a missing field is reported when the file is opened."""
         with open_stream(self.path, self.kind.compression) as stream:
             next(iter(_READERS[self.kind.layout](self, stream)), None)
 
@@ -81,7 +81,7 @@ def _read_texts(block: SequentialBlock, stream: ByteStream) -> Iterator[Document
             raw += stream.readline(_TEXT_CUT_BYTES)
         if not raw:
             return
-        # A cut inside a character: its first bytes begin the next piece.
+        # If the cut is inside a character, its first bytes are carried to the next piece.
         end = len(raw) if raw.endswith(b"\n") else _whole_characters(raw)
         raw, carried = raw[:end], raw[end:]
         if not raw:
@@ -92,7 +92,7 @@ def _read_texts(block: SequentialBlock, stream: ByteStream) -> Iterator[Document
 
 
 def _whole_characters(raw: bytes) -> int:
-    """Returns where the last character that may be cut begins, or the end."""
+    """Returns the start of an incomplete character at the end of some UTF-8, or the length if it is complete."""
     for back in range(1, min(4, len(raw)) + 1):
         byte = raw[-back]
         if byte & 0xC0 != 0x80:
@@ -115,7 +115,7 @@ def _read_lines(block: SequentialBlock, stream: ByteStream) -> Iterator[Document
 
 
 def _read_values(block: SequentialBlock, stream: ByteStream) -> Iterator[Document]:
-    """Reads the rows of one array, or values one after another, holding one value at a time."""
+    """Reads the rows of one array, or a sequence of rows, with one row in memory at a time."""
     characters = _Characters(block.path, stream)
     is_array = characters.skip_space() == "["
     if is_array:
@@ -147,7 +147,7 @@ def _read_values(block: SequentialBlock, stream: ByteStream) -> Iterator[Documen
 
 
 class _Characters:
-    """The characters of a stream from one place on; what lies before is dropped."""
+    """A moving window over the characters of a stream; characters before `position` are dropped."""
 
     def __init__(self, path: Path, stream: ByteStream) -> None:
         self.position = 0
@@ -158,7 +158,7 @@ class _Characters:
         self._decoder = json.JSONDecoder()
 
     def skip_space(self) -> str:
-        """Passes white space and returns the next character; empty at the end."""
+        """Skips white space and returns the next character, or an empty string at the end."""
         while True:
             self.position = _SPACE.match(self._text, self.position).end()  # pyright: ignore[reportOptionalMemberAccess]
             if self.position < len(self._text):
@@ -167,7 +167,7 @@ class _Characters:
                 return ""
 
     def value(self, where: str) -> object:
-        """Returns the value that begins here, and passes it."""
+        """Returns the JSON value at the position and moves the position behind it."""
         wanted = READ_BYTES
         while True:
             try:
@@ -175,7 +175,7 @@ class _Characters:
             except RecursionError:
                 raise DataError(f"{where}: a JSON object is required (got one nested too deep)") from None
             except ValueError as error:
-                # Each time twice as much, so that a long value is not parsed for every piece of it.
+                # The amount doubles, so that a long value is parsed a logarithmic number of times.
                 if len(self._text) - self.position > LONGEST_RECORD:
                     raise _too_long(where, "row") from None
                 if self._is_cut(error) and self._more(wanted):
@@ -189,7 +189,7 @@ class _Characters:
         return repr(self._text[self.position : self.position + 40])
 
     def _is_cut(self, error: ValueError) -> bool:
-        """Whether more characters may mend it: a mistake well before the end of what was read stays one."""
+        """Returns whether a parse error may come from missing characters, because it is near the end of the text."""
         if isinstance(error, json.JSONDecodeError):
             return "Unterminated" in error.msg or error.pos > len(self._text) - 16
         return False
@@ -212,7 +212,7 @@ class _Characters:
 def _read_csv(block: SequentialBlock, stream: ByteStream) -> Iterator[Document]:
     field = block.field
     delimiter = block.kind.delimiter
-    # The limit is the interpreter's; it is only ever raised here.
+    # The limit belongs to the whole interpreter, so it is raised and never lowered.
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_RECORD))
     rows = (row for row in csv.reader(_lines(block.path, stream), delimiter=delimiter, strict=True) if row)
     number = 0
@@ -239,12 +239,12 @@ def _lines(path: Path, stream: ByteStream) -> Iterator[str]:
             raise _too_long(f"{path}: byte {offset}", "line")
         text = decode(path, offset, line)
         offset += len(line)
-        # A carriage return alone ends a line too, which the parser wants to see as a line.
+        # The parser expects a separate line for a line that ends in a carriage return alone.
         yield from io.StringIO(text, newline="")
 
 
 def _read_parquet(block: SequentialBlock, stream: ByteStream) -> Iterator[Document]:
-    # Parquet is read from its end, so it is decompressed to disk first.
+    # A parquet reader begins at the end of the file, so the file is decompressed to disk first.
     with tempfile.TemporaryFile() as file:
         while raw := stream.read(READ_BYTES):
             file.write(raw)
@@ -259,8 +259,8 @@ def _read_parquet(block: SequentialBlock, stream: ByteStream) -> Iterator[Docume
             yield from parquet_documents(opened, group, block.field, block.path)
 
 
-def _too_long(where: str, what: str) -> DataError:
-    return DataError(f"{where}: a {what} must be at most {LONGEST_RECORD:,} bytes long; cut it into several documents")
+def _too_long(where: str, noun: str) -> DataError:
+    return DataError(f"{where}: a {noun} must be at most {LONGEST_RECORD:,} bytes long; cut it into several documents")
 
 
 _READERS: dict[str, Callable[[SequentialBlock, ByteStream], Iterator[Document]]] = {

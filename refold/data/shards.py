@@ -1,4 +1,4 @@
-"""Token shards on disk: format, reader and writer."""
+"""Token shards on disk: format, reader, writer and cache."""
 
 import hashlib
 import json
@@ -26,18 +26,18 @@ FORMAT = "refold-shards-1"
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a folder of shards holds.
+    """Contents of a folder of shards.
 
     Attributes:
-        dtype: of the tokens, `uint16` or `uint32`, little-endian.
-        shards: tokens of every shard.
-        num_documents: documents, the cut last one included.
+        dtype: Dtype of the tokens, `uint16` or `uint32`, little-endian.
+        shards: Number of tokens of every shard.
+        num_documents: Number of documents, a cut last one included.
         num_bytes: UTF-8 bytes of the documents.
-        largest_token: largest id.
-        has_targets: whether some tokens are not to be predicted; then each shard has a byte per token beside it.
-        is_whole_source: whether these are all of the source's tokens, not the first of them.
-        sha256: of tokens, targets and offsets.
-        name: of the source, for messages.
+        largest_token: Largest token id.
+        has_targets: Whether a second file of each shard has one byte per token that says whether it is a target.
+        is_whole_source: Whether these are all tokens of the source, not only the first ones.
+        sha256: Hash of tokens, targets and offsets.
+        name: Name of the source, for messages.
         format: `FORMAT`.
     """
 
@@ -54,11 +54,11 @@ class ShardIndex:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all shards."""
+        """Number of tokens of all shards."""
         return sum(self.shards)
 
     def files(self) -> dict[str, int]:
-        """Lists the size of every file beside the index."""
+        """Returns the size of every file of the folder except the index."""
         width = np.dtype(self.dtype).itemsize
         sizes = {OFFSETS_NAME: 8 * (self.num_documents + 1)}
         for number, count in enumerate(self.shards):
@@ -68,12 +68,12 @@ class ShardIndex:
         return sizes
 
     def to_json(self) -> str:
-        """Returns the index file's text."""
+        """Returns the text of the index file."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
 class ShardedArray:
-    """One-dimensional memory-mapped files read end to end as one array."""
+    """A concatenation of one-dimensional memory-mapped files."""
 
     def __init__(self, paths: Sequence[Path], sizes: Sequence[int], dtype: str) -> None:
         self._parts = [
@@ -99,20 +99,20 @@ class ShardedArray:
 
 
 class TokenShards:
-    """An opened folder of shards.
+    """An open folder of shards.
 
     Attributes:
-        index: what it holds.
-        tokens: all tokens.
-        is_target: bool, which are to be predicted; None: all.
-        offsets: int64 `[num_documents + 1]`, where documents begin.
+        index: The index.
+        tokens: All tokens.
+        is_target: Bool, the tokens to predict; None: all.
+        offsets: Int64 `[num_documents + 1]`, the start of each document.
     """
 
     def __init__(self, folder: Path) -> None:
         """Opens a folder.
 
         Raises:
-            DataError: a file is missing or has another size than the index says, or the index is not one.
+            DataError: A file is missing, its size differs from the index, or the index is damaged.
         """
         self.index = _read_index(folder)
         try:
@@ -140,10 +140,10 @@ class TokenShards:
         return PackedSequences(self.tokens, self.offsets, context, seed, self.is_target)
 
     def require_vocabulary(self, vocab_size: int | None) -> None:
-        """Checks that a model knows all tokens.
+        """Checks that all tokens are in a model's vocabulary.
 
         Raises:
-            DataError: a token is not below the vocabulary's size.
+            DataError: A token is not below the size of the vocabulary.
         """
         require_known_tokens(self.index.name, [self.index.largest_token], vocab_size)
 
@@ -154,7 +154,7 @@ def tokens_name(number: int) -> str:
 
 
 def targets_name(number: int) -> str:
-    """Returns the file name that says which tokens of a shard are to be predicted."""
+    """Returns the file name of a shard's target mask."""
     return f"targets-{number:05}.bin"
 
 
@@ -180,24 +180,24 @@ def _torn(folder: Path, reason: str) -> DataError:
 
 
 SHARD_TOKENS = 2**27
-"""Tokens of one file: 256 MB of a vocabulary below 65,536."""
+"""Tokens of one file: 256 MB for a vocabulary below 65,536."""
 
 
 class ShardWriter:
-    """A folder of shards being written; leaving the `with` body without an error puts it in its place.
+    """Writes a folder of shards, which gets its final name when the `with` body ends without an error.
 
-    Only one may write a folder at a time (see `cached`). Documents go to disk as they come. What a killed process left
-    is removed by the next writer.
+    Only one writer of a folder may run at a time (see `cached`). Documents are written to disk immediately. A writer
+    removes the unfinished folder of a killed one.
     """
 
     def __init__(self, folder: Path, dtype: np.dtype, has_targets: bool, name: str) -> None:
-        """Makes nothing yet.
+        """Keeps the arguments; the folder is made on entering the `with` body.
 
         Args:
-            folder: where the shards are to be; its parent is there.
-            dtype: of the tokens.
-            has_targets: whether documents say which tokens are to be predicted.
-            name: of the source, for messages.
+            folder: Final place of the shards; its parent must exist.
+            dtype: Dtype of the tokens.
+            has_targets: Whether documents have a target mask.
+            name: Name of the source, for messages.
         """
         self.folder = folder
         self.num_tokens = 0
@@ -241,10 +241,10 @@ class ShardWriter:
             raise unwritable(self.folder, problem) from problem
 
     def add(self, document: EncodedDocument) -> None:
-        """Appends a document; one without tokens is left out.
+        """Appends a document and drops one without tokens.
 
         Raises:
-            DataError: the disk is full or cannot be written.
+            DataError: The disk is full or not writable.
         """
         if not len(document.ids):
             return
@@ -309,7 +309,7 @@ class ShardWriter:
 
     def _abandon(self) -> None:
         while self._files:
-            # Closing writes what is buffered, which on a full disk fails again.
+            # Closing writes the buffer, which fails again on a full disk.
             try:
                 self._files.popitem()[1].close()
             except OSError:
@@ -318,15 +318,15 @@ class ShardWriter:
 
 
 def cached(folder: Path, make: Callable[[], None]) -> TokenShards:
-    """Opens a folder of shards; where there is none, one process makes it and all others wait.
+    """Opens a folder of shards; if it does not exist, one process makes it while all others wait.
 
     Args:
-        folder: where the shards are, or are to be.
-        make: writes them, with a `ShardWriter` of that folder.
+        folder: The folder of the shards.
+        make: Writes the shards with a `ShardWriter` of the folder.
 
     Raises:
-        DataError: the folder is torn, or as `make` does.
-        FolderError: the lock beside the folder cannot be made.
+        DataError: The folder is incomplete, or `make` raises it.
+        FolderError: The lock beside the folder cannot be made.
     """
     if not folder.exists():
         make_folder(folder.parent)
@@ -337,10 +337,10 @@ def cached(folder: Path, make: Callable[[], None]) -> TokenShards:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it.
+    """Makes a folder and its parents.
 
     Raises:
-        DataError: it cannot be made.
+        DataError: The folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -349,7 +349,7 @@ def make_folder(folder: Path) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> DataError:
-    """Words an error of writing to the cache."""
+    """Returns the error for a cache that cannot be written."""
     reason = error.strerror or str(error)
     return DataError(f"{path}: the token cache must be writable ({reason}); free space or name another folder")
 

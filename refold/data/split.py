@@ -1,4 +1,4 @@
-"""Text held out from training, when the user names none."""
+"""Split of text into training text and held-out text, for users who name no held-out text."""
 
 import json
 import zlib
@@ -13,12 +13,12 @@ from refold.errors import DataError
 
 EVERY = 50
 PIECE = 8_000
-"""Characters of the pieces long documents are cut into, so that a single long text can be split too."""
+"""Characters of a piece; long documents are cut into pieces, so that a single long text can be split too."""
 
 
 @dataclass(frozen=True)
 class HalfBlock(Block[Document]):
-    """The pieces of a block's documents that fall on one side of the split."""
+    """The pieces of a block's documents on one side of the split."""
 
     block: Block[Document]
     every: int
@@ -30,7 +30,7 @@ class HalfBlock(Block[Document]):
     def parts(self) -> Iterator[Sequence[Document]]:
         for part in self.block.parts():
             pieces = (piece for document in part for piece in _pieces(document))
-            # By content: the side does not depend on the order of files, and equal pieces never stand on both sides.
+            # The content decides, so the side does not depend on the order of files, and equal pieces are on one side.
             yield [piece for piece in pieces if (zlib.crc32(_content(piece)) % self.every == 0) == self.held_out]
 
 
@@ -43,7 +43,7 @@ def _content(piece: Document) -> bytes:
 
 
 def cut(text: str, size: int = PIECE) -> Iterator[str]:
-    """Yields a text in pieces of about `size` characters, cut behind line ends where there are any."""
+    """Yields a text in pieces of about `size` characters, cut after a line end if there is one."""
     start = 0
     while len(text) - start > 2 * size:
         stop = text.rfind("\n", start + size // 2, start + size) + 1 or start + size
@@ -53,14 +53,14 @@ def cut(text: str, size: int = PIECE) -> Iterator[str]:
 
 
 def split(source: DataSource, every: int = EVERY) -> tuple[DataSource, DataSource]:
-    """Splits documents into training text and held-out text, one piece in `every`; of a mixture each part alone.
+    """Splits documents into training text and held-out text; each part of a mixture is split separately.
 
     Args:
         source: The documents.
-        every: One piece in so many is held out; of a text so short that none is, one in half as many, and so on.
+        every: Pieces per held-out piece. The number is halved as long as a side has no piece.
 
     Raises:
-        DataError: The text is too short to be split at all.
+        DataError: The text is too short to be split.
     """
     if isinstance(source, MixedSource) and source.weights is not None:
         pairs = [split(part, every) for part in source.parts]

@@ -1,4 +1,4 @@
-"""Documents that come only once, kept on disk while they are needed, so that they can be read again in any order."""
+"""A temporary copy on disk of documents that can be iterated only once, for reading them in any order."""
 
 import hashlib
 import json
@@ -16,14 +16,14 @@ from refold.data.readers import BLOCK_BYTES, DataSource
 from refold.errors import DataError
 
 SPOOL_BYTES = 2**30
-"""Bytes of documents that are kept where the caller names no limit."""
+"""Default limit in bytes of a copy."""
 
 logger = logging.getLogger("refold")
 
 
 @dataclass(frozen=True)
 class SpoolBlock(Block[Document]):
-    """Documents between two places of a temporary file that has no name and goes with the process."""
+    """A byte range of a temporary file without a name, which the system removes with the process."""
 
     file: BinaryIO
     start: int
@@ -31,7 +31,7 @@ class SpoolBlock(Block[Document]):
     name: str
 
     def documents(self) -> Sequence[Document]:
-        """Returns the documents in the order in which they came."""
+        """Returns the documents in their original order."""
         parts, place = [], self.start
         while place < self.stop:
             parts.append(os.pread(self.file.fileno(), self.stop - place, place))
@@ -41,22 +41,22 @@ class SpoolBlock(Block[Document]):
 
 
 def spool(documents: Iterable[Document], name: str, limit: int = SPOOL_BYTES) -> DataSource[Any]:
-    """Reads documents once, into a temporary file, until they end or a limit is reached.
+    """Copies documents into a temporary file until they end or a limit is reached.
 
     Args:
-        documents: each is read once.
-        name: for messages.
-        limit: bytes to keep; that the rest is left unread is said on stderr.
+        documents: The documents; each is read once.
+        name: Name for messages.
+        limit: Bytes to copy. A line on stderr says if documents are left unread.
 
     Returns:
-        A source whose identity is a hash of the documents, so that the same ones are recognised when a run goes on.
+        A source whose identity is a hash of the documents, so that a resumed run recognises the same documents.
 
     Raises:
-        DataError: there are none, or the temporary folder is full.
+        DataError: There are no documents, or the temporary folder is full.
     """
     digest = hashlib.sha256()
     starts, size, count = [0], 0, 0
-    # The blocks keep it open; the last one that goes closes it.
+    # The blocks hold the file open; it is closed with the last block.
     file: Any = tempfile.TemporaryFile()  # noqa: SIM115
     iterator = iter(documents)
     is_cut = False

@@ -1,4 +1,4 @@
-"""Streams of documents, and the process that feeds their tokens."""
+"""Streams of documents, and the feeder that encodes them into tokens."""
 
 import copy
 import hashlib
@@ -22,23 +22,23 @@ _SAMPLE = 8
 
 
 class Cursor(ABC):
-    """A place in a stream that moves on document by document."""
+    """A position in a stream that advances document by document."""
 
     @abstractmethod
     def next(self) -> Document | None:
-        """Returns the next document that is not empty, None at the end of the stream."""
+        """Returns the next document that is not empty, or None at the end of the stream."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Returns what `DocumentStream.start` needs to go on here, as JSON."""
+        """Returns the state for `DocumentStream.start` to continue at this position, as JSON."""
 
 
 class DocumentStream(ABC):
-    """Documents in a fixed order that can be begun again at any place reached before.
+    """Documents in a fixed order that can be read again from any position reached before.
 
     Attributes:
-        name: for messages.
-        identity: digest that changes when the documents may have changed.
+        name: Name for messages.
+        identity: Digest that changes if the documents may have changed.
     """
 
     name: str
@@ -46,13 +46,13 @@ class DocumentStream(ABC):
 
     @abstractmethod
     def start(self, state: dict[str, Any] | None) -> Cursor:
-        """Begins at a cursor's state, or at the first document. Cursors begun before are no longer used."""
+        """Returns a cursor at a saved state, or at the first document; earlier cursors become invalid."""
 
     def require_repeatable(self) -> None:
-        """Checks on a few documents that the stream can be begun again in the middle.
+        """Checks on a few documents that the stream gives the same documents again from a saved state.
 
         Raises:
-            DataError: other documents come then, as from a shuffle buffer or a generator; or there are none.
+            DataError: The documents differ, as with a shuffle buffer or a generator; or the stream is empty.
         """
         cursor = self.start(None)
         if cursor.next() is None:
@@ -68,18 +68,18 @@ class DocumentStream(ABC):
 
 
 class IterableStream(DocumentStream):
-    """Any Python object that can be iterated again from its beginning; going on means skipping what came before."""
+    """A Python object that can be iterated several times; a cursor continues by skipping the earlier items."""
 
     def __init__(self, items: Iterable[Any], field: Field, name: str = "documents in memory") -> None:
-        """Reads a few documents, which stand for all in the identity.
+        """Reads the first documents for the identity.
 
         Args:
-            items: texts; conversations as lists of messages; or rows that have the field.
-            field: what documents are.
-            name: for messages.
+            items: Texts, lists of messages, or rows with the field.
+            field: Field and form of the documents.
+            name: Name for messages.
 
         Raises:
-            DataError: it can be iterated only once, or the first documents are not of the form.
+            DataError: The object can be iterated only once, or the first documents are not of the form.
         """
         if isinstance(items, Iterator):
             raise DataError(
@@ -96,21 +96,21 @@ class IterableStream(DocumentStream):
 
 
 class DatasetStream(DocumentStream):
-    """A `datasets.IterableDataset`, which goes on by its own `state_dict`."""
+    """A `datasets.IterableDataset`; its own `state_dict` is the state of a cursor."""
 
     def __init__(self, dataset: Any, field: Field, name: str, identity: str | None = None) -> None:
-        """Takes a copy of the data set.
+        """Copies the data set.
 
         Args:
-            dataset: of `datasets` with `streaming=True`, or made from a generator.
-            field: which column holds the document.
-            name: for messages.
-            identity: what stands for the documents; None: a few of them do.
+            dataset: A data set loaded with `streaming=True`, or made from a generator.
+            field: Column and form of the documents.
+            name: Name for messages.
+            identity: Identity of the documents; None: a digest of the first documents.
 
         Raises:
-            DataError: the first rows have no such column, or are not of the form.
+            DataError: The first rows do not have the column, or are not of the form.
         """
-        # A data set keeps the state of its latest iteration.
+        # A data set holds the state of its latest iteration.
         self._dataset = copy.deepcopy(dataset)
         self._first = copy.deepcopy(self._dataset.state_dict())
         self._field = field
@@ -166,10 +166,10 @@ class _DatasetCursor(_IterableCursor):
 
 
 def read_items(items: Iterable[Any], field: Field, name: str) -> Iterator[Document]:
-    """Yields the documents of texts, rows or lists of messages; empty ones too.
+    """Yields the documents of texts, rows or lists of messages, empty ones included.
 
     Raises:
-        DataError: an item is none of these.
+        DataError: An item is of another type.
     """
     for number, item in enumerate(items):
         yield _read_item(item, field, f"{name}: item {number}")
@@ -191,15 +191,15 @@ _NOTE_EVERY = 64
 
 @dataclass(frozen=True)
 class StreamPlace:
-    """A place in a stream's tokens, all that is needed to go on there.
+    """A position in the tokens of a stream, with the state to continue from it.
 
     Attributes:
-        epoch: how often the stream has ended.
-        document: number of the document in its epoch, from 0.
-        tokens: how many of its tokens lie before the place; they may be all.
-        check: CRC-32 of all its tokens, None at the very beginning.
-        noted_document: a document at or before it, where `state` is.
-        state: the cursor's state there, None at the beginning of an epoch.
+        epoch: Number of complete passes over the stream.
+        document: Number of the document in its epoch, from 0.
+        tokens: Number of tokens of this document before the position; possibly all of them.
+        check: CRC-32 of all tokens of this document; None at the beginning of the stream.
+        noted_document: Number of the document, at or before `document`, at which `state` was saved.
+        state: State of the cursor at `noted_document`; None at the beginning of an epoch.
     """
 
     epoch: int = 0
@@ -216,7 +216,7 @@ class StreamPlace:
 
 @dataclass(frozen=True)
 class _Note:
-    """Where a cursor stood before it gave a document."""
+    """The state of a cursor before it returned a document."""
 
     epoch: int
     document: int
@@ -224,22 +224,22 @@ class _Note:
 
 
 class Feeder:
-    """Gives a stream's tokens in order, any number at a time.
+    """Yields the tokens of a stream in order, in portions of any size.
 
-    Documents are read and encoded ahead by several threads; `place` is where the tokens given so far end.
+    Several threads read and encode documents ahead. `place` is the position after the last token that was yielded.
     """
 
     def __init__(
         self, stream: DocumentStream, encoder: Encoder, place: StreamPlace, workers: int | None, batch_characters: int
     ) -> None:
-        """Reads nothing yet.
+        """Keeps the arguments; reading begins with `take`.
 
         Args:
-            stream: the documents.
-            encoder: what turns them into tokens.
-            place: where to begin.
-            workers: threads that encode.
-            batch_characters: about how much each of them takes at a time.
+            stream: The documents.
+            encoder: Encodes the documents.
+            place: The position to begin at.
+            workers: Number of threads that encode.
+            batch_characters: Approximate characters of a batch of one thread.
         """
         self.place = place
         self._stream = stream
@@ -251,10 +251,10 @@ class Feeder:
         self._left: EncodedDocument | None = None
 
     def take(self, count: int) -> Iterator[EncodedDocument]:
-        """Yields documents, the first and last ones cut, of together exactly so many tokens.
+        """Yields documents with exactly `count` tokens in total; the first and the last one may be cut.
 
         Raises:
-            DataError: the stream is empty, or is not the one the place was noted in.
+            DataError: The stream is empty, or differs from the stream in which the place was saved.
         """
         while count:
             if self._left is None:
@@ -270,7 +270,7 @@ class Feeder:
         self._encoded.close()
 
     def _next(self) -> EncodedDocument:
-        """Returns what is left of the next document that has tokens left, and moves the place to its first token."""
+        """Returns the unread part of the next document that has one, and moves the place to its first token."""
         first_epoch = self.place.epoch
         while True:
             document = next(self._encoded)
@@ -293,7 +293,7 @@ class Feeder:
         return replace(self.place, tokens=self.place.tokens + count)
 
     def _note(self, epoch: int, number: int) -> _Note:
-        """Returns the last note at or before a document, and forgets those before it."""
+        """Returns the last note at or before a document, and drops earlier notes."""
         while len(self._notes) > 1 and (self._notes[1].epoch, self._notes[1].document) <= (epoch, number):
             self._notes.popleft()
         return self._notes[0]

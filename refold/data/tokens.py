@@ -1,4 +1,4 @@
-"""Tokens of documents for evaluation, and the bytes of text that each token stands for."""
+"""Tokenised documents for evaluation, with the number of bytes of their text."""
 
 import json
 import os
@@ -23,15 +23,14 @@ __all__ = ["TokenisedDocuments", "document_start_token", "require_known_tokens",
 
 @dataclass(frozen=True)
 class TokenisedDocuments:
-    """Documents back to back in one flat array.
+    """The tokens of several documents in one flat array.
 
     Attributes:
-        tokens: `[num_tokens]`, uint16 where the vocabulary is below 65,536, else uint32.
-        offsets: int64 `[num_documents + 1]`; document d, with its start token, is `tokens[offsets[d]:offsets[d + 1]]`.
-        byte_offsets: int64 `[num_documents + 1]`, running count of the UTF-8 bytes of the documents' texts (start
-            tokens have none).
-        document_start: id of the token put before each document, None where the tokenizer has neither bos nor eos.
-        is_whole_source: whether the data ended before the budget did (then the arrays are one epoch of it).
+        tokens: `[num_tokens]`, uint16 for a vocabulary below 65,536, else uint32.
+        offsets: Int64 `[num_documents + 1]`; document d, with its start token, is `tokens[offsets[d]:offsets[d + 1]]`.
+        byte_offsets: Int64 `[num_documents + 1]`, cumulative UTF-8 bytes of the texts (0 for start tokens).
+        document_start: Id of the token put before each document; None for a tokenizer without bos and eos.
+        is_whole_source: Whether the data ended before the budget; the arrays are then one whole epoch.
     """
 
     tokens: np.ndarray
@@ -42,17 +41,17 @@ class TokenisedDocuments:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens, start tokens included."""
+        """Number of tokens, start tokens included."""
         return len(self.tokens)
 
     @property
     def num_documents(self) -> int:
-        """Documents, the cut last one included."""
+        """Number of documents, a cut last one included."""
         return len(self.offsets) - 1
 
     @property
     def num_bytes(self) -> int:
-        """UTF-8 bytes of all texts."""
+        """Number of UTF-8 bytes of all texts."""
         return int(self.byte_offsets[-1])
 
     def document(self, index: int) -> np.ndarray:
@@ -61,7 +60,7 @@ class TokenisedDocuments:
 
 
 def join_tokenised(parts: Sequence[TokenisedDocuments]) -> TokenisedDocuments:
-    """Puts documents of one tokenizer end to end."""
+    """Concatenates documents of one tokenizer."""
 
     def run_on(arrays: Sequence[np.ndarray]) -> np.ndarray:
         lengths = np.concatenate([np.diff(array) for array in arrays])
@@ -80,12 +79,12 @@ def require_known_tokens(where: str, tokens: np.ndarray | Sequence[int], vocab_s
     """Checks that a model's embedding has a row for every token.
 
     Args:
-        where: Names the text or the data in the message.
+        where: Name of the text or the data, for the message.
         tokens: Token ids.
         vocab_size: Rows of the embedding; None: no check.
 
     Raises:
-        DataError: A token is not below it: the tokenizer is longer than the embedding.
+        DataError: A token is not below `vocab_size`, because the tokenizer is longer than the embedding.
     """
     largest = int(max(tokens, default=0)) if isinstance(tokens, Sequence) else int(tokens.max(initial=0))
     if vocab_size is not None and largest >= vocab_size:
@@ -106,20 +105,20 @@ def tokenise(
 ) -> TokenisedDocuments:
     """Tokenises documents until the budget is reached or the data ends.
 
-    The last document is cut at the budget, and its bytes are those its kept tokens stand for. Data that holds less than
-    the budget is returned once: whoever reads the tokens repeats them (`PackedSequences`, a new order per epoch).
-    Special tokens written out in a text are recognised, as the tokenizer does by default.
+    The last document is cut at the budget, and only the bytes of its remaining tokens count. Data with fewer tokens
+    than the budget is returned once; `PackedSequences` repeats it in a new order per epoch. Special tokens that are
+    written in a text are recognised, as by default.
 
     Args:
-        source: the documents.
-        tokenizer: a fast one; its own bos/eos handling is off, see `document_start_token`.
-        budget: tokens, start tokens included; None: all.
-        seed: order of documents; None: file order.
-        cache_folder: where the result is kept and found again; None: nowhere.
-        on_progress: called with the number of tokens so far after every batch.
+        source: The documents.
+        tokenizer: A fast tokenizer; its own bos/eos handling is off (see `document_start_token`).
+        budget: Most tokens, start tokens included; None: all.
+        seed: Seed for the order of documents; None: file order.
+        cache_folder: Folder of the cache; None: no cache.
+        on_progress: Called after every batch with the number of tokens so far.
 
     Raises:
-        DataError: the budget is below 1, there is no text, a file is broken, or the cache file is.
+        DataError: The budget is below 1, there is no text, or a file or the cache file is broken.
     """
     if budget is not None and budget < 1:
         raise DataError(f"data: a budget of at least 1 token is required (got {budget})")
@@ -193,10 +192,10 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 def scored_bytes(
     tokenised: TokenisedDocuments, tokenizer: PreTrainedTokenizerBase
 ) -> Int64[np.ndarray, "num_documents"]:
-    """Counts the UTF-8 bytes whose tokens are scored.
+    """Returns the number of UTF-8 bytes of the scored tokens of each document.
 
-    With a start token before each document every token of the text is scored, and all bytes count. Without one nothing
-    predicts the first token: it is not scored, so its bytes do not count either.
+    With a start token every token of a text is scored, so all bytes count. Without a start token the first token of a
+    text is not scored, so its bytes do not count.
     """
     sizes = np.diff(tokenised.byte_offsets)
     if tokenised.document_start is not None:
@@ -211,5 +210,5 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> int:
     if _BYTE_TOKEN.fullmatch(name):
         return 1
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-    # A piece of a character: byte-level vocabularies spell each byte as one character.
+    # The token is a part of a character; byte-level vocabularies write each byte as one character.
     return len(name) if _REPLACEMENT in text else len(text.encode())

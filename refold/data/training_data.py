@@ -1,19 +1,26 @@
-"""Training sequences addressed by an integer: stored in shards or made while streaming."""
+"""Training sequences addressed by an integer position: stored in shards, made from a stream, or mixed."""
 
 import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from refold.checkpoint.atomic_file import write_json
 from refold.checkpoint.lock import FolderLock
-from refold.data.encoder import BATCH_CHARACTERS, Encoder, Encoding, digest
+from refold.data.chat import ChatEncoder
+from refold.data.corpus import MOST_BYTES_PER_TOKEN, Data, open_together, weighted_parts
+from refold.data.encoder import BATCH_CHARACTERS, Encoder, Encoding, TextEncoder, digest
+from refold.data.field import Form
+from refold.data.mixture import Interleave
 from refold.data.packing import PackedSequence, PackedSequences, stack
 from refold.data.readers import DataSource
 from refold.data.shards import ShardWriter, TokenShards, cached, make_folder
+from refold.data.spool import SPOOL_BYTES
 from refold.data.streams import DocumentStream, Feeder, StreamPlace
 from refold.errors import DataError
 
@@ -21,13 +28,13 @@ from refold.errors import DataError
 class TrainingData(ABC):
     """An endless list of packed sequences.
 
-    The sequence at a position depends on data, seed, context and position alone. So a position is all there is to
-    resume from, and several processes share the work by reading different positions of one list.
+    A sequence depends only on the data, the seed, the context and the position. So a run resumes from a position, and
+    several processes share the work by reading different positions.
 
     Attributes:
-        name: of the data, for messages.
-        identity: digest of everything the sequences depend on.
-        tokens_per_epoch: tokens after which sequences come again; None where that is not known.
+        name: Name of the data, for messages.
+        identity: Digest of everything that the sequences depend on.
+        tokens_per_epoch: Tokens after which the data repeats; None: unknown.
     """
 
     name: str
@@ -39,20 +46,20 @@ class TrainingData(ABC):
         """Returns the sequence at a position, `[T]` each.
 
         Raises:
-            DataError: the data of a stream cannot be read, or is not what it was.
+            DataError: The data of a stream cannot be read, or has changed.
         """
 
     def batch(self, position: int, count: int) -> PackedSequence:
-        """Returns the sequences at `position .. position + count - 1`, `[B, T]` each; raises as `sequence` does."""
+        """Returns the sequences at `position .. position + count - 1`, `[B, T]` each, with the errors of `sequence`."""
         return stack([self.sequence(position + row) for row in range(count)])
 
     def close(self) -> None:
-        """Ends threads and lets go of files; nothing is lost."""
+        """Ends threads and closes files; the data can still be read again."""
         return
 
 
 class StoredData(TrainingData):
-    """The tokens of a folder of shards, repeated in a new order per epoch."""
+    """The tokens of a folder of shards, repeated in a new order for each epoch."""
 
     def __init__(self, shards: TokenShards, context: int, seed: int) -> None:
         self.name = shards.index.name
@@ -74,19 +81,19 @@ def store(
     workers: int | None,
     on_progress: Callable[[int], None] | None,
 ) -> TokenShards:
-    """Tokenises a source into the cache, or finds it there.
+    """Tokenises a source into the cache, or opens the shards that are in the cache already.
 
     Args:
-        source: the documents.
-        encoder: what turns them into tokens.
-        budget: tokens; None: all, in file order.
-        seed: which documents the budget takes, and their order.
-        cache_folder: where shards are kept, in folders named by a hash of source, tokenizer, budget and seed.
-        workers: threads that encode.
-        on_progress: called with the number of tokens so far.
+        source: The documents.
+        encoder: Encodes the documents.
+        budget: Most tokens; None: all, in file order.
+        seed: Seed for the choice and the order of documents.
+        cache_folder: Folder of the cache. Shards are in folders named by a hash of source, tokenizer, budget and seed.
+        workers: Number of threads that encode.
+        on_progress: Called with the number of tokens so far.
 
     Raises:
-        DataError: there is no document, one is broken, or the cache is torn or cannot be written.
+        DataError: There is no document, a document is broken, or the cache is incomplete or not writable.
     """
     order = None if budget is None else seed
     key = digest(["refold-shards-1", *encoder.key(), encoder.has_targets, source.identity, budget, order])
@@ -104,15 +111,15 @@ def store(
 
 
 WINDOW_TOKENS = 2**24
-"""Tokens of a window, about: 32 MB of a vocabulary below 65,536."""
+"""Approximate tokens of a window: 32 MB for a vocabulary below 65,536."""
 
 
 class StreamedData(TrainingData):
-    """A stream cut into windows of a fixed number of sequences, each shuffled by (seed, window).
+    """A stream cut into windows of a fixed number of sequences; each window is shuffled by (seed, window).
 
-    The folder has the tokens of the latest two windows, and a small record of where each window so far begins in the
-    stream. A window that is asked for and not there is made from its record, so that any position reached before gives
-    the same sequence again; one further on is reached by reading on. Several processes may share the folder.
+    The folder has the tokens of the latest two windows, and a small record of the start of every window so far. A
+    missing window is made again from its record, so any earlier position gives the same sequence again. A later
+    position is reached by reading on. Several processes may share the folder.
     """
 
     tokens_per_epoch = None
@@ -129,21 +136,21 @@ class StreamedData(TrainingData):
         workers: int | None = None,
         window_tokens: int = WINDOW_TOKENS,
     ) -> None:
-        """Makes the first window where there is none yet.
+        """Makes the first window if it does not exist.
 
         Args:
-            stream: the documents.
-            encoder: what turns them into tokens.
-            context: tokens of a sequence.
-            seed: order of sequences within windows.
-            cache_folder: where the stream's folder is.
-            vocab_size: tokens the model knows, to check; None: no check.
-            workers: threads that encode.
-            window_tokens: size of a window, which is rounded to whole sequences.
+            stream: The documents.
+            encoder: Encodes the documents.
+            context: Tokens of a sequence.
+            seed: Seed for the order of sequences within windows.
+            cache_folder: Folder in which the stream's folder is made.
+            vocab_size: Size of the model's vocabulary; None: no check.
+            workers: Number of threads that encode.
+            window_tokens: Tokens of a window, rounded to whole sequences.
 
         Raises:
-            DataError: the stream is empty or cannot be begun again in the middle, or the cache cannot be written.
-            FolderError: a record or the lock beside the folder cannot be written.
+            DataError: The stream is empty or cannot continue from a saved state, or the cache cannot be written.
+            FolderError: A record or the lock beside the folder cannot be written.
         """
         self.name = stream.name
         self._num_sequences = max(1, window_tokens // context)
@@ -175,13 +182,13 @@ class StreamedData(TrainingData):
         if number not in self._windows:
             with FolderLock(self._folder, wait=float("inf")):
                 shards = self._make(number)
-            # Of as many sequences as a window has, the epoch is the window's number: position and order need no more.
+            # An epoch has as many sequences as a window, so the number of the window is the epoch of its positions.
             self._windows = {each: self._windows[each] for each in self._windows if each == number - 1}
             self._windows[number] = shards.packed(self._context, self._seed)
         return self._windows[number]
 
     def _make(self, number: int) -> TokenShards:
-        """Opens a window, made where it is not there; the lock is held."""
+        """Opens a window and makes it first if it does not exist; the caller holds the lock."""
         folder = self._window_folder(number)
         if not folder.exists():
             first = number
@@ -195,7 +202,7 @@ class StreamedData(TrainingData):
 
     def _write_window(self, number: int) -> None:
         folder = self._window_folder(number)
-        # The window before may still be read by another process.
+        # Another process may still read the previous window.
         for other in self._folder.glob("window-*"):
             if other.name not in (folder.name, self._window_folder(number - 1).name):
                 shutil.rmtree(other, ignore_errors=True)
@@ -204,7 +211,7 @@ class StreamedData(TrainingData):
             with ShardWriter(folder, self._encoder.dtype, self._encoder.has_targets, self.name) as writer:
                 for document in feeder.take(self._window_tokens):
                     writer.add(document)
-                # Before the window appears, so that where it is, one can go on behind it.
+                # Written before the window gets its name, so that every existing window has the record of the next one.
                 self._write_record(number + 1, feeder.place)
         except BaseException:
             self._stop_feeding()
@@ -213,7 +220,7 @@ class StreamedData(TrainingData):
     def _feeder_at(self, place: StreamPlace) -> Feeder:
         if self._feeder is None or self._feeder.place != place:
             self._stop_feeding()
-            # A small window is not worth reading far ahead for.
+            # For a small window, reading far ahead would cost more than the window.
             size = min(BATCH_CHARACTERS, self._window_tokens)
             self._feeder = Feeder(self._stream, self._encoder, place, self._workers, size)
         return self._feeder
@@ -243,3 +250,112 @@ class StreamedData(TrainingData):
 
     def _write_record(self, number: int, place: StreamPlace) -> None:
         write_json(self._record(number), place.to_json())
+
+
+class MixedData(TrainingData):
+    """A mixture of training data; each part has its own epochs."""
+
+    tokens_per_epoch = None
+
+    def __init__(self, parts: Sequence[TrainingData], interleave: Interleave) -> None:
+        """Keeps the parts, which `close` closes.
+
+        Args:
+            parts: Training data of one context length.
+            interleave: The part of each position.
+        """
+        self.parts = tuple(parts)
+        self.name = ", ".join(part.name for part in parts)
+        self._interleave = interleave
+        shares = " ".join(str(share) for share in interleave.shares)
+        digests = " ".join(part.identity for part in parts)
+        self.identity = hashlib.sha256(f"{shares} {digests}".encode()).hexdigest()
+
+    def sequence(self, position: int) -> PackedSequence:
+        part, place = self._interleave.locate(position)
+        return self.parts[part].sequence(place)
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
+
+def open_training_data(
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int,
+    seed: int,
+    budget: int | None,
+    cache_folder: Path,
+    form: Form = "text",
+    vocab_size: int | None = None,
+    workers: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+    window_tokens: int = WINDOW_TOKENS,
+) -> TrainingData:
+    """Opens training data: tokenises a source into the cache (or opens it from the cache), or begins a stream.
+
+    A list with weights (`PATH=0.7`) is a mixture; a list without weights is one source. A stream is read while training
+    goes on. It can be a part of a mixture, but not of a source. Several processes may open one cache at the same time:
+    one tokenises, the others wait.
+
+    Args:
+        data: The data to read.
+        tokenizer: Tokenizer of the model to train.
+        context: Tokens of a sequence.
+        seed: Seed for the order of documents and sequences.
+        budget: Tokens that training reads at most; only so many are tokenised. None: all, in file order.
+        cache_folder: Folder of the token cache.
+        form: `text`, or `chat` for lists of messages.
+        vocab_size: Size of the model's vocabulary; None: no check.
+        workers: Number of threads that encode; None: see `default_workers`.
+        on_progress: Called with the number of tokens so far while a source is tokenised.
+        window_tokens: Tokens of a stream that are shuffled together.
+
+    Raises:
+        DataError: Data is missing, empty, broken or of another form; a weight is not above 0; the tokenizer has no chat
+            template, or has tokens outside the model's vocabulary; the cache is incomplete or not writable.
+    """
+    if context < 2:
+        raise DataError(f"data: a sequence length of at least 2 tokens is required (got {context})")
+    if budget is not None and budget < 1:
+        raise DataError(f"data: a budget of at least 1 token is required (got {budget})")
+    encoder: Encoder = ChatEncoder(tokenizer) if form == "chat" else TextEncoder(tokenizer)
+
+    def open_part(part: DataSource | DocumentStream, budget: int | None) -> TrainingData:
+        if isinstance(part, DocumentStream):
+            return StreamedData(
+                part,
+                encoder,
+                context=context,
+                seed=seed,
+                cache_folder=cache_folder,
+                vocab_size=vocab_size,
+                workers=workers,
+                # Windows are not larger than the budget, because the rest would be encoded and never read.
+                window_tokens=window_tokens if budget is None else max(context, min(window_tokens, budget)),
+            )
+        shards = store(
+            part,
+            encoder,
+            budget=budget,
+            seed=seed,
+            cache_folder=cache_folder,
+            workers=workers,
+            on_progress=on_progress,
+        )
+        shards.require_vocabulary(vocab_size)
+        return StoredData(shards, context, seed)
+
+    limit = SPOOL_BYTES if budget is None else min(SPOOL_BYTES, MOST_BYTES_PER_TOKEN * budget + 2**20)
+    parts = weighted_parts(data, form)
+    if len(parts) == 1:
+        return open_part(open_together(parts[0][0], form, limit), budget)
+    interleave = Interleave([weight for _, weight in parts])
+    budgets: list[int | None] = [None] * len(parts)
+    if budget is not None:
+        num_sequences = -(-budget // context)
+        budgets = [context * interleave.most(number, num_sequences) for number in range(len(parts))]
+    sources = [open_together(part, form, limit) for part, _ in parts]
+    return MixedData([open_part(*each) for each in zip(sources, budgets, strict=True)], interleave)

@@ -1,18 +1,18 @@
-"""Cuts long documents into overlapping evaluation windows in which every token is scored once.
+"""Overlapping evaluation windows of long documents, in which every token is scored once.
 
-The rule. A document's first token (its start token, where the tokenizer has one) is never scored. Of the rest, the
-first window scores as many as fit the context, each later window the next `stride` tokens; a window reaches back as far
-as the context allows, so that a token of a later window is predicted from at least `context - stride + 1` tokens.
+The first token of a document (its start token, if the tokenizer has one) is never scored. The first window scores as
+many tokens as fit the context, and each later window scores the next `stride` tokens. A window begins as early as the
+context allows, so a token of a later window is predicted from at least `context - stride + 1` tokens.
 
-An example: tokens `s a b c d e f g h` (s is the start token), context 4, stride 2; `.` is a label that is not scored:
+Example: tokens `s a b c d e f g h` (s is the start token), context 4, stride 2; `.` is a label that is not scored:
 
     inputs     labels
     s a b c    a b c d
     b c d e    . . e f
     d e f g    . . g h
 
-With stride = context little is computed twice; with stride = 1 every token sees all that the context holds, at
-`context` times the work. Figures compare only at the same context and stride: results state both.
+With stride = context almost nothing is computed twice. With stride = 1 every token is predicted from a full context, at
+`context` times the work. Figures can be compared only at the same context and stride, so results state both.
 """
 
 from collections.abc import Iterator
@@ -29,20 +29,20 @@ from refold.errors import DataError
 
 
 class Window(NamedTuple):
-    """One window: `labels[t]` is the token after `input_ids[t]`, `IGNORED` where an earlier window scored it."""
+    """One window: `labels[t]` is the token after `input_ids[t]`, or `IGNORED` if an earlier window scores it."""
 
     input_ids: Int64[Tensor, "T"]
     labels: Int64[Tensor, "T"]
 
 
 class WindowBatch(NamedTuple):
-    """Windows padded on the right to the longest.
+    """A batch of windows, padded on the right.
 
     Attributes:
-        input_ids: 0 in the padding.
-        attention_mask: True at tokens.
-        labels: as in `Window`; `IGNORED` in the padding.
-        documents: index of the document each window is of.
+        input_ids: Token ids, 0 at padding.
+        attention_mask: True at tokens, False at padding.
+        labels: Labels as in `Window`, `IGNORED` at padding.
+        documents: Index of the document of each window.
     """
 
     input_ids: Int64[Tensor, "B T"]
@@ -52,15 +52,15 @@ class WindowBatch(NamedTuple):
 
 
 def sliding_windows(tokens: np.ndarray, context: int, stride: int) -> list[Window]:
-    """Cuts one document into windows by this module's rule.
+    """Returns the windows of one document.
 
     Args:
-        tokens: integer ids `[n]` of one document, start token included. With fewer than two there is nothing to score.
-        context: tokens a window's input may hold.
-        stride: tokens scored by each window after the first, 1 to `context`.
+        tokens: Integer ids `[n]` of one document, start token included. Fewer than two give no window.
+        context: Most tokens of a window's input.
+        stride: Tokens scored by each window after the first, 1 to `context`.
 
     Raises:
-        DataError: the stride does not lie between 1 and the context.
+        DataError: The stride is not between 1 and the context.
     """
     _check(context, stride)
     return [_window(tokens, *span) for span in _spans(len(tokens), context, stride)]
@@ -69,16 +69,18 @@ def sliding_windows(tokens: np.ndarray, context: int, stride: int) -> list[Windo
 def window_batches(
     tokenised: TokenisedDocuments, *, context: int, stride: int, batch_size: int
 ) -> Iterator[WindowBatch]:
-    """Yields the windows of all documents, longest first so that padding is small and too little memory shows at once.
+    """Yields batches of the windows of all documents, longest first.
+
+    This order keeps padding small, and a lack of memory shows in the first batch.
 
     Args:
-        tokenised: the documents.
-        context: tokens a window's input may hold.
-        stride: tokens scored by each window after the first.
-        batch_size: windows per batch; the last batch may hold fewer.
+        tokenised: The documents.
+        context: Most tokens of a window's input.
+        stride: Tokens scored by each window after the first.
+        batch_size: Windows per batch; the last batch may have fewer.
 
     Raises:
-        DataError: the stride does not lie between 1 and the context.
+        DataError: The stride is not between 1 and the context.
     """
     spans = window_spans(tokenised, context=context, stride=stride)
     for first in range(0, len(spans), batch_size):
@@ -97,9 +99,9 @@ def window_batches(
 
 
 def window_spans(tokenised: TokenisedDocuments, *, context: int, stride: int) -> list[tuple[int, int, int, int]]:
-    """Lists `(document, start, stop, first)` of every window, longest first; `len` of it is the work ahead.
+    """Returns `(document, start, stop, first)` of every window, longest first.
 
-    The input is `document[start:stop]`; scored are the tokens `document[first : stop + 1]`.
+    The input of a window is `document[start:stop]`; its scored tokens are `document[first : stop + 1]`.
     """
     _check(context, stride)
     lengths = np.diff(tokenised.offsets)

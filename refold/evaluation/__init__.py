@@ -1,1 +1,1 @@
-"""How well a model predicts a text, alone or beside its source, as one file."""
+"""Evaluation of a model on held-out text, alone or against its source."""

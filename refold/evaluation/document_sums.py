@@ -1,4 +1,4 @@
-"""Scores summed by document, and how sure a figure made of them is."""
+"""Scores summed by document, and standard errors of ratios of such sums."""
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -16,11 +16,11 @@ class DocumentSums:
     """Sums over the scored tokens of each document.
 
     Attributes:
-        nll: Nats, `[num_documents]` in float64.
-        kl: Likewise; 0 without a reference.
-        num_tokens: Scored tokens.
-        num_correct: Of them, those predicted first.
-        num_agreeing: Of them, those with the reference's likeliest token; 0 without a reference.
+        nll: Negative log-likelihood in nats, `[num_documents]` in float64.
+        kl: KL divergence, likewise; 0 without a reference.
+        num_tokens: Number of scored tokens.
+        num_correct: Number of tokens that are the model's likeliest token.
+        num_agreeing: Number of tokens where model and reference have the same likeliest token; 0 without a reference.
     """
 
     def __init__(self, num_documents: int):
@@ -30,7 +30,7 @@ class DocumentSums:
         )
 
     def add(self, documents: Int64[Tensor, "B"], labels: Int64[Tensor, "B T"], scores: TokenScores) -> None:
-        """Adds the windows of a batch to the documents they are of."""
+        """Adds the scores of a batch of windows to their documents."""
         index = documents.numpy()
         for total, column in (
             (self.nll, scores.nll),
@@ -44,11 +44,15 @@ class DocumentSums:
                 wide = column.cpu().double() if column.is_floating_point() else column.cpu()
                 np.add.at(total, index, wide.sum(-1).numpy())
 
+    def without_unscored(self, sizes: DocumentCounts) -> DocumentCounts:
+        """Returns sizes with 0 for documents without a scored token, whose bytes are not predicted."""
+        return np.where(self.num_tokens > 0, sizes, 0)
+
     def total(self, documents: slice = _ALL) -> Scores:
-        """Returns the sums over documents; agreement and KL mean nothing without a reference.
+        """Returns the sums over documents; agreement and KL are meaningless without a reference.
 
         Args:
-            documents: Which; all unless said otherwise.
+            documents: The range of documents; default all.
         """
         num_tokens = int(self.num_tokens[documents].sum())
         return Scores(
@@ -64,15 +68,15 @@ class DocumentSums:
 def ratio_error(amounts: DocumentFloats, sizes: DocumentCounts) -> float | None:
     """Returns the standard error of `sum(amounts) / sum(sizes)` over independent documents.
 
-    The delta method for a ratio of means: `sqrt(n / (n - 1) sum (a - r s)^2) / sum s` with r the ratio itself. Amounts
-    may be differences between two models on the same documents; the error is then that of the paired difference.
+    The delta method for a ratio of means gives `sqrt(n / (n - 1) sum (a - r s)^2) / sum s` with r the ratio. If amounts
+    are differences between two models on the same documents, the result is the error of the paired difference.
 
     Args:
-        amounts: For each document, such as nats.
-        sizes: For each document, such as bytes; documents of size 0 do not count.
+        amounts: An amount for each document, such as nats.
+        sizes: A size for each document, such as bytes; documents of size 0 do not count.
 
     Returns:
-        The error in the ratio's unit, None with fewer than two documents.
+        The error in the ratio's unit; None with fewer than two documents.
     """
     counted = sizes > 0
     amounts, sizes = amounts[counted], sizes[counted]

@@ -1,13 +1,11 @@
-"""Evaluates a model on held-out text, alone or beside its source."""
+"""Evaluation of a model on held-out text, alone or against its source."""
 
 import math
 import os
 import platform
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +31,7 @@ from refold.evaluation.result import (
     ModelFacts,
     Seconds,
 )
+from refold.evaluation.settings import EvaluationSettings
 from refold.evaluation.subject import Subject, open_subject, require_tokenizer
 from refold.evaluation.window_pass import Stopwatch, WindowPass, WindowProgress
 from refold.modeling.load import ModelLike
@@ -40,7 +39,7 @@ from refold.modeling.quantise import quantise_linears
 
 
 def describe_data(source: DataSource) -> tuple[DataFile, ...]:
-    """Hashes the files of a data source; documents in memory go by their name and digest.
+    """Returns name, size and hash of each file of a data source; documents in memory count as one file.
 
     Raises:
         DataError: A file cannot be read.
@@ -58,11 +57,11 @@ def describe_data(source: DataSource) -> tuple[DataFile, ...]:
 
 
 class ReadText(NamedTuple):
-    """Tokenised documents, those of one kind of text side by side.
+    """Tokenised documents, ordered by kind of text.
 
     Attributes:
-        documents: of all kinds.
-        kinds: by name, the range of documents of each kind; empty where there is one kind only.
+        documents: Documents of all kinds.
+        kinds: Range of documents of each kind, by name; empty if there is only one kind.
     """
 
     documents: TokenisedDocuments
@@ -70,23 +69,23 @@ class ReadText(NamedTuple):
 
 
 def read_text(source: DataSource, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> ReadText:
-    """Tokenises the documents in file order; of several kinds of text each gets an even share of the tokens.
+    """Tokenises documents in file order; several kinds of text share the tokens evenly.
 
     Raises:
-        DataError: A kind has no text, or weights are given, which an evaluation has no use for.
+        DataError: A kind has no text, or weights are given, which an evaluation does not use.
     """
     if not isinstance(source, MixedSource):
         return ReadText(tokenise(source, tokenizer, budget=max_tokens, seed=None), {})
     if source.weights is not None:
         raise DataError(
             f"data: files without weights are required for an evaluation, which reports each by itself (got "
-            f"{source.name}); leave out `=WEIGHT`"
+            f"{source.name}); drop `=WEIGHT`"
         )
     parts: list[TokenisedDocuments] = []
     kinds: dict[str, slice] = {}
     left, first = max_tokens, 0
     for number, part in enumerate(source.parts):
-        # A kind shorter than its share leaves the rest to those after it.
+        # If a kind is shorter than its share, the kinds after it get the rest.
         budget = None if left is None else max(1, left // (len(source.parts) - number))
         found = tokenise(part, tokenizer, budget=budget, seed=None)
         left = None if left is None else left - found.num_tokens
@@ -98,14 +97,14 @@ def read_text(source: DataSource, tokenizer: PreTrainedTokenizerBase, max_tokens
 
 
 def quantise_subject(subject: Subject, name: str) -> Subject:
-    """Rounds the weights of a subject's linears in place, and counts their bytes as integers with scales.
+    """Rounds the weights of a subject's linears in place; their bytes then are those of integers with scales.
 
     Args:
-        subject: Loaded for this evaluation.
-        name: Of the scheme.
+        subject: A subject that was loaded for this evaluation.
+        name: Name of the scheme.
 
     Raises:
-        RefoldError: There is no such scheme.
+        RefoldError: There is no scheme of this name.
     """
     scheme, facts = find_scheme(name), subject.facts
     weights = quantise_linears(subject.model, scheme)
@@ -116,137 +115,135 @@ def quantise_subject(subject: Subject, name: str) -> Subject:
     return replace(subject, facts=facts.model_copy(update=changes))
 
 
-DEFAULT_CONTEXT = 1024
-"""Tokens in a window where neither the caller nor the model's positions ask for fewer."""
-BATCH_TOKENS = 4096
-"""Tokens in a batch of windows where no batch size is given."""
-
-
 def evaluate(
     model: ModelLike,
     data: Data,
+    settings: EvaluationSettings | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     against: ModelLike | Reference | None = None,
-    context: int | None = None,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-    batch_size: int | None = None,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    quantise: str | None = None,
     progress: WindowProgress | None = None,
 ) -> Evaluation:
     """Measures how well a model, folded or not, predicts a text.
 
-    Every token of a document is scored once, from windows that overlap (`refold.data.windows` has the rule). Figures
-    compare only at the same data, context and stride, so the result states them. A document's first token is not scored
-    where the tokenizer has no start token to put before it; its bytes then do not count either.
+    Every token of a document is scored once, from windows that overlap (`refold.data.windows` has the rule). Results
+    are comparable only at the same data, context and stride, so each result states them. The first token of a document
+    is not scored if the tokenizer has no start token to put before it; its bytes then do not count either.
 
     Args:
         model: Folder, hub id, or a loaded model.
         data: Files and folders, texts, data frames, data sets, generators: see `refold.data.corpus`. Documents are
-            taken in file order. Of several things named side by side each is reported too, as a kind of text.
-        tokenizer: Needed with a loaded model; else the folder's own.
-        against: Another model with the same vocabulary, usually the source: both run on the same windows. As a
-            `Reference`, which has a dtype and device of its own, it runs once for any number of evaluations.
-        context: Tokens in a window; None: 1,024, or as many positions as the models have if that is less.
-        stride: Tokens scored by each window of a document after its first; None: half the context.
-        max_tokens: Stop after so many tokens of the data, start tokens included, shared out evenly among several kinds;
-            None: all of it.
-        batch_size: Windows in a batch; None: as many as 4,096 tokens hold.
-        dtype: Of the weights of models that are loaded here; None: as stored, or float32 where that is slow.
-        device: Where they are loaded to; None: the best there is, or where a loaded `model` lies.
-        quantise: `int8` or `int4`: round the weights of the model's linears to that (the other model's are not), see
-            `refold.blueprint.quantisation`; only of a model that is loaded here.
-        progress: Told how far it is.
+            read in file order. Several data sources side by side are kinds of text; each is reported too.
+        settings: Windows, amount of text, dtype, device, quantisation.
+        tokenizer: Tokenizer of a loaded model; None: the folder's own.
+        against: Another model with the same vocabulary, usually the source; both run on the same windows. A
+            `Reference`, which has its own dtype and device, runs once for any number of evaluations.
+        progress: Called with the number of windows done and of all windows.
 
     Raises:
         DataError: The data are missing, broken or empty; the context or stride does not fit.
         SourceError: A model or tokenizer is missing or broken, or the vocabularies differ.
-        RefoldError: The device or dtype cannot be had, `quantise` is no scheme or given for a loaded model, or the
-            model's numbers are not finite.
+        RefoldError: The device or dtype is not available, `quantise` is no scheme or given for a loaded model, or the
+            model's predictions are not finite.
     """
-    if quantise is not None:
-        find_scheme(quantise)  # Before a large model is loaded.
-        if isinstance(model, PreTrainedModel):
-            raise RefoldError(
-                "quantise: a model's folder is required (got a loaded model, whose weights would be changed); save it"
-            )
-    watch = Stopwatch()
-    source = open_text(data, limit=SPOOL_BYTES if max_tokens is None else MOST_BYTES_PER_TOKEN * max_tokens + 2**20)
+    settings, watch = settings or EvaluationSettings(), Stopwatch()
+    _require_quantisable(model, settings.quantise)
+    source = open_text(data, limit=_byte_limit(settings.max_tokens))
     with watch.measure("load"):
-        subject = open_subject(model, tokenizer, dtype=dtype, device=device)
-        if quantise is not None:
-            subject = quantise_subject(subject, quantise)
-        other = None
-        if against is not None:
-            there = {"dtype": dtype, "device": subject.model.device, "remember": 0}
-            other = against if isinstance(against, Reference) else Reference(against, **there)
-            other.check(subject)
+        subject, other = _open_models(model, tokenizer, against, settings)
         vocabulary = require_tokenizer(subject)
-    positions = {subject.facts.name: getattr(subject.model.config, "max_position_embeddings", None)}
-    if other is not None:
-        positions[other.facts.name] = other.positions
-    context, stride, batch_size = _sizes(positions, context, stride, batch_size)
+    windows = settings.window_sizes(_positions(subject, other))
     with watch.measure("tokenise"):
         files = describe_data(source)
-        tokenised, kinds = read_text(source, vocabulary, max_tokens)
-        num_rows = cast("nn.Embedding", subject.model.get_input_embeddings()).num_embeddings
-        require_known_tokens(source.name, tokenised.tokens, num_rows)
-        sizes = scored_bytes(tokenised, vocabulary)
-    scored = WindowPass(subject.model, other, tokenised.num_documents, watch)
-    scored.run(tokenised, context, stride, batch_size, progress)
-    if other is not None:
-        other.let_go()
-    total = scored.sums.total()
-    _require_finite(subject.facts, total.nll)
-    sizes = np.where(scored.sums.num_tokens > 0, sizes, 0)
-    num_bytes = int(sizes.sum())
-    seconds = Seconds(**{name: watch.seconds[name] for name in Seconds.model_fields})
-    stage = Stage(stage="evaluate")
+        text = read_text(source, vocabulary, settings.max_tokens)
+        require_known_tokens(source.name, text.documents.tokens, _num_embeddings(subject.model))
+        sizes = scored_bytes(text.documents, vocabulary)
+    scored = WindowPass(subject.model, other, text.documents.num_documents, watch)
+    scored.run(text.documents, *windows, progress)
+    _require_finite(subject.facts, scored.sums.total().nll)
+    sizes = scored.sums.without_unscored(sizes)
     return Evaluation(
         model=subject.facts,
         data=files,
-        is_whole_data=tokenised.is_whole_source,
-        max_tokens=max_tokens,
-        context=context,
-        stride=stride,
-        batch_size=batch_size,
-        documents=int((scored.sums.num_tokens > 0).sum()),
-        tokens=total.num_tokens,
-        bytes=num_bytes,
-        bits_per_byte=total.bits_per_byte(num_bytes),
-        bits_per_byte_error=ratio_error(scored.sums.nll / math.log(2), sizes),
-        perplexity=total.perplexity,
-        accuracy=total.accuracy,
-        exits=_exits(scored, num_bytes),
-        kinds=tuple(_kind(name, scored, sizes, documents, other is not None) for name, documents in kinds.items()),
+        is_whole_data=text.documents.is_whole_source,
+        max_tokens=settings.max_tokens,
+        **windows._asdict(),
+        **_scores(scored, sizes),
+        exits=_exits(scored, int(sizes.sum())),
+        kinds=tuple(_kind(name, scored, sizes, rows, other is not None) for name, rows in text.kinds.items()),
         against=None if other is None else _comparison(scored, other, sizes),
-        seconds=seconds,
-        tokens_per_second=total.num_tokens / (seconds.model + seconds.against + seconds.score),
-        machine=_machine(subject.model.device),
-        versions=stage.versions,
-        time=stage.time,
+        **_record_run(subject.model.device, watch, scored.sums.total().num_tokens),
     )
 
 
-def _sizes(
-    positions: Mapping[str, int | None], context: int | None, stride: int | None, batch_size: int | None
-) -> tuple[int, int, int]:
-    known = {name: int(limit) for name, limit in positions.items() if limit is not None}
-    if context is None:
-        context = min([DEFAULT_CONTEXT, *known.values()])
-    if context < 1:
-        raise DataError(f"context: at least 1 token is required (got {context})")
-    for name, limit in known.items():
-        if context > limit:
-            raise DataError(f"context: must be at most {limit}, the positions of {name} (got {context})")
-    stride = max(1, context // 2) if stride is None else stride
-    batch_size = max(1, BATCH_TOKENS // context) if batch_size is None else batch_size
-    if batch_size < 1:
-        raise DataError(f"batch_size: at least 1 window is required (got {batch_size})")
-    return context, stride, batch_size
+def _byte_limit(max_tokens: int | None) -> int:
+    """Returns the bytes of a generator or stream to read at most."""
+    return SPOOL_BYTES if max_tokens is None else MOST_BYTES_PER_TOKEN * max_tokens + 2**20
+
+
+def _require_quantisable(model: ModelLike, scheme: str | None) -> None:
+    """Checks the quantisation before a large model is loaded."""
+    if scheme is None:
+        return
+    find_scheme(scheme)
+    if isinstance(model, PreTrainedModel):
+        raise RefoldError(
+            "quantise: a model's folder is required (got a loaded model, whose weights would be changed); save it"
+        )
+
+
+def _open_models(
+    model: ModelLike,
+    tokenizer: PreTrainedTokenizerBase | None,
+    against: ModelLike | Reference | None,
+    settings: EvaluationSettings,
+) -> tuple[Subject, Reference | None]:
+    """Loads the evaluated model and the model it is compared with, and checks that the two are comparable."""
+    subject = open_subject(model, tokenizer, dtype=settings.dtype, device=settings.device)
+    if settings.quantise is not None:
+        subject = quantise_subject(subject, settings.quantise)
+    if against is None:
+        return subject, None
+    if not isinstance(against, Reference):
+        against = Reference(against, dtype=settings.dtype, device=subject.model.device, remember=0)
+    against.check(subject)
+    return subject, against
+
+
+def _positions(subject: Subject, other: Reference | None) -> dict[str, int | None]:
+    """Returns the number of positions of each model by its name; None: no limit."""
+    found = {subject.facts.name: getattr(subject.model.config, "max_position_embeddings", None)}
+    return found if other is None else {**found, other.facts.name: other.positions}
+
+
+def _num_embeddings(model: PreTrainedModel) -> int:
+    return cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
+
+
+def _scores(scored: WindowPass, sizes: DocumentCounts) -> dict[str, Any]:
+    """Returns the fields of an evaluation that are figures of the model over all text."""
+    total, num_bytes = scored.sums.total(), int(sizes.sum())
+    return {
+        "documents": int((scored.sums.num_tokens > 0).sum()),
+        "tokens": total.num_tokens,
+        "bytes": num_bytes,
+        "bits_per_byte": total.bits_per_byte(num_bytes),
+        "bits_per_byte_error": ratio_error(scored.sums.nll / math.log(2), sizes),
+        "perplexity": total.perplexity,
+        "accuracy": total.accuracy,
+    }
+
+
+def _record_run(device: torch.device, watch: Stopwatch, num_tokens: int) -> dict[str, Any]:
+    """Returns the fields of an evaluation that record its time, its machine and the versions of libraries."""
+    seconds, stage = Seconds(**{name: watch.seconds[name] for name in Seconds.model_fields}), Stage(stage="evaluate")
+    return {
+        "seconds": seconds,
+        "tokens_per_second": num_tokens / (seconds.model + seconds.against + seconds.score),
+        "machine": _machine(device),
+        "versions": stage.versions,
+        "time": stage.time,
+    }
 
 
 def _exits(scored: WindowPass, num_bytes: int) -> tuple[ExitScores, ...]:

@@ -1,4 +1,4 @@
-"""A model that others are compared with, which need not run again for each of them."""
+"""A reference model that several models are compared with and that runs only once."""
 
 import hashlib
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ from refold.scoring.head import Head, Predictions
 from refold.scoring.predict import head_of, predict
 
 REMEMBERED_BYTES = 2**30
-"""Of hidden states that a reference keeps at most where the caller names no limit."""
+"""Default limit of the hidden states that a reference keeps, in bytes."""
 
 
-class _Known(NamedTuple):
-    """What stays of a model that is let go."""
+class _ReferenceFacts(NamedTuple):
+    """Facts about the reference model that are still needed after the model is freed."""
 
     facts: ModelFacts
     device: torch.device
@@ -32,20 +32,20 @@ class _Known(NamedTuple):
 
 
 class Reference:
-    """A model to compare others with; its hidden states of windows it has seen are kept for the next comparison.
+    """A model to compare other models with; it keeps its hidden states of windows for the next comparison.
 
         reference = Reference("path/to/source")
         for model in ("folded", "pruned"):
             evaluate(model, data, against=reference)
 
-    It is loaded when a window comes that it does not remember, and let go at the end of each evaluation unless it came
-    loaded. What is kept between evaluations is its head and the states, in main memory.
+    The model is loaded when hidden states of a window are missing, and freed at the end of each evaluation unless the
+    caller loaded it. Head and hidden states are kept between evaluations, in main memory.
 
     Args:
-        model: Folder, hub id, located source, or a loaded model, which must not change meanwhile.
-        dtype: Of the weights of a model that is loaded here; None: as stored, or float32 where that is slow.
-        device: Where it is loaded to; None: the best there is, or where a loaded model lies.
-        remember: Bytes of hidden states to keep; what is over that is computed anew each time.
+        model: Folder, hub id, located source, or a loaded model, which must not change between evaluations.
+        dtype: Dtype of the weights when the reference loads them; None: the stored dtype, or float32 if that is slow.
+        device: Device to load the model to; None: the best one of the machine, or the device of a loaded model.
+        remember: Limit of hidden states to keep, in bytes; states beyond it are computed again each time.
     """
 
     def __init__(
@@ -59,22 +59,22 @@ class Reference:
         self._given, self._dtype, self._to, self._left = model, dtype, device, remember
         self._states: dict[bytes, Tensor] = {}
         self._subject: Subject | None = None
-        # Of a model that was let go: in main memory, and where it computes.
+        # The head of a freed model: in main memory, and on the device that computes.
         self._head: Head | None = None
         self._head_there: Head | None = None
 
     @property
     def facts(self) -> ModelFacts:
-        """What a result says of it."""
+        """Facts about the model for results."""
         return self._known.facts
 
     @property
     def positions(self) -> int | None:
-        """How many it has; None: no limit."""
+        """Number of positions of the model; None: no limit."""
         return self._known.positions
 
     def predict(self, input_ids: Int64[Tensor, "B T"]) -> Predictions:
-        """Returns what it predicts on some windows, where it computes; remembered if it has seen them before."""
+        """Returns the model's predictions for windows, on its device; known windows do not run again."""
         device = self._known.device
         key = hashlib.blake2b(repr(input_ids.shape).encode() + input_ids.cpu().numpy().tobytes()).digest()
         if key not in self._states:
@@ -86,18 +86,18 @@ class Reference:
         return Predictions(self._states[key].to(device), self._find_head())
 
     def let_go(self) -> None:
-        """Frees the model if it was loaded here, all but its head; it is loaded again if it is needed."""
+        """Frees the model, except for its head, unless the caller loaded it."""
         if self._subject is not None and not isinstance(self._given, PreTrainedModel):
             self._head = head_of(self._subject.model).detached().to(torch.device("cpu"))
             self._subject = None
         self._head_there = None
 
     def check(self, subject: Subject) -> None:
-        """Refuses a model whose tokens mean different texts, or that cannot be compared where it lies.
+        """Checks that a model has the same vocabulary and device.
 
         Raises:
             SourceError: The vocabularies differ.
-            RefoldError: The devices do.
+            RefoldError: The devices differ.
         """
         devices = str(subject.model.device), str(self._known.device)
         if devices[0] != devices[1]:
@@ -116,9 +116,9 @@ class Reference:
         )
 
     @cached_property
-    def _known(self) -> _Known:
+    def _known(self) -> _ReferenceFacts:
         subject = self._open()
-        return _Known(
+        return _ReferenceFacts(
             facts=subject.facts,
             device=subject.model.device,
             vocab_size=head_of(subject.model).vocab_size,

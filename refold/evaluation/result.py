@@ -1,4 +1,4 @@
-"""`evaluation.json`: what was measured, on what, by which model, where."""
+"""The result of an evaluation, written as `evaluation.json`: figures, model, data and machine."""
 
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,27 @@ class _Record(BaseModel):
 
 
 class ModelFacts(_Record):
-    """Which model."""
+    """Facts about a model."""
 
     name: str
-    """Folder or hub id; of a model handed over in memory what it says it was loaded from."""
+    """Folder or hub id; for a loaded model, the name in its config."""
     model_type: str
     parameters: int
-    """Numbers stored; tied ones count once."""
+    """Number of stored parameters; tied parameters count once."""
     weight_bytes: int
-    """As stored."""
+    """Bytes of the stored weights."""
     dtype: str
-    """Of the stored weights."""
+    """Dtype of the stored weights."""
     computed_in: str = ""
-    """What it was computed in: another dtype than the weights' where that is slow on the machine."""
+    """Dtype of the computation; it differs from the weights' dtype if that is slow on the machine."""
     quantised: str | None = None
-    """Scheme to which the weights of linears were rounded; `weight_bytes` are then those of integers and scales."""
+    """Scheme that the weights of linears were rounded to; `weight_bytes` then counts integers and scales."""
     source: dict[str, Any] = {}
     """`path` or `id`, `revision` and `fingerprint`; empty for a model in memory."""
 
 
 class DataFile(_Record):
-    """One file of the data, or documents in memory under the name they were given."""
+    """One file of the data, or documents in memory under their name."""
 
     name: str
     bytes: int
@@ -44,28 +44,28 @@ class DataFile(_Record):
 
 
 class ExitScores(_Record):
-    """How well the stack predicts when it is left early."""
+    """Scores of the predictions at an early exit."""
 
     depths: int
-    """Number of depths that ran."""
+    """Number of depths before the exit."""
     bits_per_byte: float
     perplexity: float
     accuracy: float
     agreement: float
-    """Share of tokens where its likeliest token is that of the full depth."""
+    """Share of tokens where exit and full depth have the same likeliest token."""
     kl: float
     """`KL(full depth || exit)`, nats per token."""
     gate_accuracy: float | None = None
-    """Share of tokens where its gate says rightly whether they agree (at one half); None without a gate."""
+    """Share of tokens where the gate, at one half, predicts correctly whether they agree; None without a gate."""
 
 
 class Comparison(_Record):
-    """The model beside another with the same vocabulary, on the same windows."""
+    """Comparison with another model of the same vocabulary, on the same windows."""
 
     model: ModelFacts
     """The other model: usually the source."""
     bits_per_byte: float
-    """The other model's own."""
+    """Bits per byte of the other model."""
     bits_per_byte_error: float | None
     perplexity: float
     accuracy: float
@@ -74,13 +74,13 @@ class Comparison(_Record):
     difference_error: float | None
     """Standard error of the difference, documents paired; None with fewer than two documents."""
     agreement: float
-    """Share of scored tokens where both have the same likeliest token."""
+    """Share of scored tokens where both models have the same likeliest token."""
     kl: float
     """`KL(other || evaluated)`, nats per scored token."""
 
 
 class KindScores(_Record):
-    """How well a model predicts one of several kinds of text: one of the files or data sets named side by side."""
+    """Scores of one kind of text: one of several data sources side by side."""
 
     name: str
     documents: int
@@ -92,14 +92,14 @@ class KindScores(_Record):
     perplexity: float
     accuracy: float
     difference: float | None = None
-    """Bits per byte minus those of the model compared with."""
+    """Bits per byte minus those of the other model."""
     difference_error: float | None = None
     agreement: float | None = None
     kl: float | None = None
 
 
 class Seconds(_Record):
-    """Where the time went."""
+    """Seconds spent by each part of the evaluation."""
 
     load: float
     """Loading models and tokenizers."""
@@ -114,11 +114,11 @@ class Seconds(_Record):
 
 
 class Machine(_Record):
-    """Where it ran."""
+    """The machine that ran the evaluation."""
 
     device: str
     device_name: str
-    """Of an accelerator; for the CPU the processor architecture."""
+    """Name of the accelerator; for a CPU the processor architecture."""
     cpus: int
     torch_threads: int
     system: str
@@ -127,41 +127,41 @@ class Machine(_Record):
 class Evaluation(_Record):
     """One evaluation.
 
-    Standard errors treat documents as independent draws and the figure as a ratio of sums (delta method). Documents
-    that are pieces of one book resemble each other, so the true error is somewhat larger than theirs.
+    Standard errors treat documents as independent samples and the figure as a ratio of sums (delta method). Documents
+    that are pieces of one book are not independent, so the true error is somewhat larger.
     """
 
     format: int = 1
     model: ModelFacts
     data: tuple[DataFile, ...]
     is_whole_data: bool
-    """Whether all documents were used; False where `max_tokens` cut them."""
+    """Whether all documents were used; False if `max_tokens` cut the data."""
     max_tokens: int | None
     context: int
-    """Tokens a window may hold."""
+    """Tokens in a window."""
     stride: int
     """Tokens scored by each window of a document after its first."""
     documents: int
-    """Documents of which at least one token was scored."""
+    """Number of documents with at least one scored token."""
     tokens: int
     """Scored tokens."""
     bytes: int
-    """UTF-8 bytes these tokens stand for."""
+    """UTF-8 bytes of the scored tokens."""
     bits_per_byte: float
     bits_per_byte_error: float | None
-    """Standard error over documents; None with fewer than two."""
+    """Standard error over documents; None with fewer than two documents."""
     perplexity: float
     """Per token of this model's tokenizer."""
     accuracy: float
-    """Share of scored tokens that are the model's likeliest."""
+    """Share of scored tokens that are the model's likeliest token."""
     exits: tuple[ExitScores, ...] = ()
-    """For each exit of the blueprint, top to bottom."""
+    """Scores at each exit of the blueprint, first to last."""
     kinds: tuple[KindScores, ...] = ()
-    """Of data named side by side, each by itself; the figures above are over all of it."""
+    """Scores of each of several data sources; the figures above are over all of them."""
     against: Comparison | None = None
     seconds: Seconds
     tokens_per_second: float
-    """Scored tokens by the seconds of forward passes and scores."""
+    """Scored tokens divided by the seconds of forward passes and scores."""
     batch_size: int
     machine: Machine
     versions: dict[str, str]
@@ -169,11 +169,11 @@ class Evaluation(_Record):
     """Local time with offset."""
 
     def write(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Writes the evaluation, whole or not at all, and returns the file's path.
+        """Writes the evaluation to a file, atomically, and returns the file's path.
 
         Args:
-            path: The file, or a folder that gets an `evaluation.json`.
-            overwrite: Replace an older evaluation; a file of anything else is refused all the same.
+            path: The file, or a folder for `evaluation.json`.
+            overwrite: Replace an older evaluation; other files are never replaced.
 
         Raises:
             FolderError: The file exists, or cannot be written.
@@ -187,7 +187,7 @@ def require_free_evaluation(path: str | Path, overwrite: bool = False) -> Path:
     """Checks that an evaluation can be written to a file, and returns its path; arguments as `Evaluation.write`.
 
     Raises:
-        FolderError: Something is there that must not be replaced.
+        FolderError: A file exists that must not be replaced.
     """
     path = Path(path)
     return require_free(path / FILE_NAME if path.is_dir() else path, "report of `evaluate`", _is_evaluation, overwrite)
@@ -202,10 +202,10 @@ def _is_evaluation(path: Path) -> bool:
 
 
 def read_evaluation(path: str | Path) -> Evaluation:
-    """Reads what `Evaluation.write` wrote; a folder stands for the `evaluation.json` in it.
+    """Reads the file of an evaluation, or `evaluation.json` in a folder.
 
     Raises:
-        FolderError: There is no such file, or it is not an evaluation.
+        FolderError: The file does not exist, or it is not an evaluation.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path

@@ -1,4 +1,4 @@
-"""A model under evaluation, with its tokenizer and what is written down about it."""
+"""A model under evaluation, with its tokenizer and the facts about it that a result records."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +20,9 @@ class Subject:
     """A model to evaluate.
 
     Attributes:
-        model: On its device, in the mode it was given in.
-        tokenizer: None where the folder has none or the model came without.
-        facts: What the result says of it.
+        model: The model, on its device, in training or evaluation mode.
+        tokenizer: The tokenizer; None if the folder has none or the caller gave none.
+        facts: Facts about the model for the result.
     """
 
     model: PreTrainedModel
@@ -37,18 +37,18 @@ def open_subject(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> Subject:
-    """Loads a model with its tokenizer, or takes a loaded one as it is.
+    """Loads a model with its tokenizer, or takes a loaded model unchanged.
 
     Args:
         model: Folder, hub id, located source, or a loaded model.
-        tokenizer: Instead of the folder's own.
-        dtype: Of the weights; None: as stored, or float32 where that is slow, see `load_model`.
-        device: None: the best there is.
+        tokenizer: Tokenizer; None: the folder's own.
+        dtype: Dtype of the weights; None: the stored dtype, or float32 if that is slow, see `load_model`.
+        device: Device of the model; None: the best one of the machine.
 
     Raises:
         RefoldError: `dtype` or `device` is given for a loaded model.
         SourceError: The folder is missing or broken.
-        FolderError: It is torn.
+        FolderError: The folder is torn.
     """
     if isinstance(model, PreTrainedModel):
         for name, value in (("dtype", dtype), ("device", device)):
@@ -66,10 +66,10 @@ def open_subject(
 
 
 def require_tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer.
+    """Returns the tokenizer of a subject.
 
     Raises:
-        SourceError: There is none.
+        SourceError: The subject has no tokenizer.
     """
     if subject.tokenizer is None:
         raise SourceError(
@@ -81,7 +81,7 @@ def require_tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Puts a model into evaluation mode, and back into training afterwards if that is where it was."""
+    """Puts a model into evaluation mode, and restores its mode afterwards."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Runs a model over windows and times each part."""
+"""A pass of a model, and a reference, over windows, with the time of each part."""
 
 import time
 from collections import defaultdict
@@ -24,10 +24,10 @@ from refold.scoring.predict import ExitPredictions, predict, predict_exits
 
 
 class Stopwatch:
-    """Adds up wall-clock seconds under names.
+    """Sums wall-clock seconds by name.
 
     Attributes:
-        seconds: By name.
+        seconds: Seconds by name.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Stopwatch:
 
     @contextmanager
     def measure(self, name: str, device: torch.device | None = None) -> Iterator[None]:
-        """Counts the body's seconds; with a CUDA or MPS device until it has finished its work."""
+        """Adds the seconds of the body; a CUDA or MPS device is synchronised at its end."""
         start = time.perf_counter()
         try:
             yield
@@ -48,26 +48,26 @@ class Stopwatch:
 
 
 WindowProgress = Callable[[int, int], None]
-"""Called with windows done and windows in all."""
+"""Called with the number of windows done and of all windows."""
 
 
 class WindowPass:
     """One pass over tokenised documents.
 
     Args:
-        model: The model to score; where its blueprint has exits they are scored too.
-        against: A model with the same vocabulary, on the same device, for the same windows; or None.
-        num_documents: Documents in the data.
-        watch: Gets seconds under `model`, `against` and `score`.
+        model: The model to score, with all exits of its blueprint.
+        against: A reference with the same vocabulary, on the same device; None: no comparison.
+        num_documents: Number of documents in the data.
+        watch: Stopwatch for `model`, `against` and `score`.
 
     Attributes:
-        exits: For each exit of the model, how many depths run before it.
-        gated: For each, whether it has a gate.
-        sums: The model's sums by document.
-        against_sums: The other model's.
-        exit_sums: Those of each exit, compared with the full depth.
-        right_gates: For each exit the scored tokens at which its gate says what is so: that its likeliest token is that
-            of the full depth, or that it is not.
+        exits: For each exit of the model, the number of depths before it.
+        gated: For each exit, whether it has a gate.
+        sums: Sums of the model by document.
+        against_sums: Sums of the reference by document.
+        exit_sums: Sums of each exit by document, compared with the full depth.
+        right_gates: For each exit, the number of scored tokens whose gate predicts correctly whether exit and full
+            depth have the same likeliest token.
     """
 
     def __init__(self, model: PreTrainedModel, against: Reference | None, num_documents: int, watch: Stopwatch):
@@ -86,7 +86,7 @@ class WindowPass:
     def run(
         self, tokenised: TokenisedDocuments, context: int, stride: int, batch_size: int, progress: WindowProgress | None
     ) -> None:
-        """Scores every window, longest first.
+        """Scores every window, longest windows first, and frees the reference.
 
         Raises:
             DataError: The stride does not fit the context, or no document has two tokens.
@@ -96,6 +96,8 @@ class WindowPass:
             raise DataError(f"data: a document of at least two tokens is required (got {tokenised.num_tokens} in all)")
         with torch.inference_mode(), evaluating(self._model):
             self._score(tokenised, context, stride, batch_size, num_windows, progress)
+        if self._against is not None:
+            self._against.let_go()
 
     def _score(
         self,
@@ -107,8 +109,8 @@ class WindowPass:
         progress: WindowProgress | None,
     ) -> None:
         done = 0
-        # Windows are padded on the right, where causal models never look from a real token: no mask is needed, and
-        # attention back-ends are faster without.
+        # Padding is on the right, where a causal model never reads it from a real token. So no mask is needed, and
+        # attention back-ends are faster without a mask.
         for batch in window_batches(tokenised, context=context, stride=stride, batch_size=batch_size):
             self._add(batch.documents, batch.input_ids, batch.labels)
             done += len(batch.documents)

@@ -1,1 +1,1 @@
-"""Folded models written in the formats of other programs."""
+"""Exports of folded models to the formats of other programs."""

@@ -1,4 +1,4 @@
-"""Canonical tensors put together as a family's checkpoints hold them: the inverse of reading pieces out of a source."""
+"""Export as a stock checkpoint of the source's family: loops unrolled, adapters merged, tensors packed."""
 
 import json
 import math
@@ -28,16 +28,16 @@ def pack_pieces(layout: Layout, pieces: Sequence[Tensor], head_dim: int) -> Tens
     """Packs the canonical pieces of one source tensor.
 
     Args:
-        layout: How the source tensor holds them.
-        pieces: In the rule's order, weights `[rows, columns]` or biases `[rows]`.
-        head_dim: Rows of one head, for `heads`.
+        layout: Layout of the pieces in the source tensor.
+        pieces: The pieces in the rule's order, weights `[rows, columns]` or biases `[rows]`.
+        head_dim: Number of rows of one head, for the layout `heads`.
     """
     if layout == "whole":
         (piece,) = pieces
         return piece
     if layout == "rows":
         return torch.cat(tuple(pieces))
-    # [heads, pieces, head_dim] by rows, as GPT-NeoX packs query, key and value.
+    # Rows in the order [heads, pieces, head_dim], as GPT-NeoX packs query, key and value.
     return torch.stack([piece.unflatten(0, (-1, head_dim)) for piece in pieces], dim=1).flatten(0, 2)
 
 
@@ -45,10 +45,10 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def write(job: ExportJob) -> tuple[str, ...]:
-    """Writes weights and `config.json`, a few matrices in memory at a time.
+    """Writes weights and `config.json`; a few matrices are in memory at a time.
 
-    Depths that run nothing are left out. Stock layers always have a mixer and an MLP, so a part that is missing at a
-    depth becomes one whose output projection is zero: exact, at the full price.
+    Depths without parts are dropped. Stock layers always have a mixer and an MLP, so a missing part becomes one whose
+    output projection is zero. The result is exact, but the part takes its full size.
 
     Returns:
         Sentences for the model card.
@@ -81,7 +81,7 @@ def write(job: ExportJob) -> tuple[str, ...]:
 
 
 def kept_depths(blueprint: Blueprint) -> tuple[int, ...]:
-    """Returns the depths that run anything, top to bottom: the layers of the export."""
+    """Returns the depths that have a part, in order: the layers of the export."""
     return tuple(
         index for index, depth in enumerate(blueprint.depths) if depth.mixer is not None or depth.mlp is not None
     )
@@ -91,8 +91,8 @@ def dense_arch(blueprint: Blueprint) -> ArchSpec:
     """Returns the architecture of the unrolled stack.
 
     Raises:
-        ExportError: No depth runs anything, or one runs another mixer than attention, or reads keys and values from
-            another depth, or owns tensors that no stock model has, such as a prefix.
+        ExportError: No depth has a part; or a depth has another mixer than attention, reads keys and values of another
+            depth, or owns tensors that no stock model has, such as a prefix.
     """
     foreign = {
         index: blueprint.mixers[depth.mixer].mixer.type
@@ -114,7 +114,7 @@ def dense_arch(blueprint: Blueprint) -> ArchSpec:
     depths = [blueprint.depths[index] for index in kept_depths(blueprint)]
     if not depths:
         raise ExportError(f"export: a depth with a mixer or an MLP is required by {family} (all are dropped)")
-    # A depth without attention has no say in windows and ropes: it takes those of one that has.
+    # A depth without attention takes window and rope of a depth with attention.
     mixing = next((depth for depth in depths if depth.mixer is not None), depths[0])
     layers = tuple(_layer(depth if depth.mixer is not None else mixing) for depth in depths)
     return blueprint.arch.model_copy(update={"layers": layers})
@@ -141,7 +141,7 @@ def _config(job: ExportJob, arch: ArchSpec, family: Family) -> dict[str, Any]:
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "dtype": str(job.dtype).removeprefix("torch."),
-        # Written even where there is none: stock configs have defaults of their own.
+        # Written even if the value is None, because stock configs have other defaults.
         **{name: job.config.get(name) for name in SPECIAL_TOKENS},
         "transformers_version": version("transformers"),
         "use_cache": True,
@@ -149,10 +149,10 @@ def _config(job: ExportJob, arch: ArchSpec, family: Family) -> dict[str, Any]:
 
 
 def _notes(blueprint: Blueprint, arch: ArchSpec, tensors: Mapping[str, SourceTensor]) -> tuple[str, ...]:
-    notes = [f"{arch.num_layers} layers, each with its own weights: what the fold tied is repeated"]
+    notes = [f"{arch.num_layers} layers, each with its own weights: tied weights are repeated"]
     left_out = blueprint.num_depths - arch.num_layers
     if left_out:
-        notes.append(f"{left_out} of {blueprint.num_depths} depths run nothing and are left out")
+        notes.append(f"{left_out} of {blueprint.num_depths} depths have no parts and are dropped")
     for pool, linear in (("mixer", "o_proj"), ("mlp", "down_proj")):
         idle = [index for index in kept_depths(blueprint) if getattr(blueprint.depths[index], pool) is None]
         if idle:

@@ -1,4 +1,4 @@
-"""Writes a folded model in another format."""
+"""Export of a folded model to another format."""
 
 from pathlib import Path
 
@@ -32,20 +32,20 @@ def export(
     """Writes a folded model in another format, with tokenizer, licence, model card and provenance.
 
     Args:
-        model: Folder, or hub id of one.
-        destination: The folder to write: there whole afterwards, or not at all.
-        to: An export target: `dense` is a stock transformers folder.
-        overwrite: Replace a folder refold wrote.
-        dtype: What numbers are stored as; None: as in the model.
+        model: Folder or hub id of a folded model.
+        destination: The folder to write; it is complete afterwards, or does not exist.
+        to: Name of an export target; `dense` is a stock transformers folder.
+        overwrite: Replace a folder that refold wrote.
+        dtype: Dtype of the exported weights; None: the model's dtype.
         command: Command line, for the provenance.
 
     Returns:
         The folder written.
 
     Raises:
-        ExportError: No such target, not a folded model, or the target cannot express it.
+        ExportError: There is no such target, the model is not folded, or the target cannot express it.
         SourceError: The model is missing or broken.
-        FolderError: It is torn; or the destination is taken, locked or cannot be written.
+        FolderError: The model is torn; or the destination exists, is locked or cannot be written.
         RefoldError: No such dtype.
     """
     target = find_target(to)
@@ -97,7 +97,7 @@ def _read_blueprint(located: Source, config: dict) -> Blueprint:
 
 
 def _base_model(stages: list[provenance.Stage]) -> str | None:
-    """What the model was folded from: a hub id, or the name of a folder."""
+    """Returns the source that the model was folded from: a hub id, or the name of a folder."""
     source = next((stage.source for stage in stages if stage.stage == "convert"), {})
     path = source.get("path")
     return source.get("id") if path is None else Path(path).name

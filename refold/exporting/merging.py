@@ -1,4 +1,4 @@
-"""The weights of one depth in dense form: tensors that the depth owns merged in, zeros for a dropped part."""
+"""Dense weights of one depth: tensors that the depth owns are merged, and a dropped part is zero."""
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from refold.checkpoint.reader import CheckpointReader
 
 
 class DepthWeights:
-    """Reads canonical tensors, such as `mixer.q_proj.weight`, as they act at one depth of a folded model.
+    """Reads the effective value of canonical tensors, such as `mixer.q_proj.weight`, at a depth of a folded model.
 
     Args:
-        blueprint: The model's.
-        reader: Its tensors.
+        blueprint: The model's blueprint.
+        reader: Reader of its tensors.
     """
 
     def __init__(self, blueprint: Blueprint, reader: CheckpointReader):
@@ -23,12 +23,12 @@ class DepthWeights:
         self._shapes = canonical_tensors(blueprint.arch)
 
     def read(self, canonical: str, depth: int | None, dtype: torch.dtype) -> Tensor:
-        """Returns one tensor in `dtype`, merged in float32 (float64 where that is stored) and cast once.
+        """Returns one tensor in `dtype`, merged in float32 (or stored float64) and cast once.
 
         Args:
-            canonical: Its name; outside the layers `embed_tokens.weight`, `norm.weight`, `lm_head.weight`, ...
+            canonical: Canonical name; outside the layers `embed_tokens.weight`, `norm.weight`, `lm_head.weight`, ...
             depth: The depth; None outside the layers.
-            dtype: What it is wanted in.
+            dtype: Dtype of the result.
 
         Raises:
             SourceError: A file is damaged.
@@ -59,7 +59,7 @@ class DepthWeights:
         return found.to(dtype)
 
     def _neutral(self, canonical: str, dtype: torch.dtype) -> Tensor:
-        """A tensor of a part that adds nothing: zeros, and norms that only normalise."""
+        """Returns a tensor of a part that adds zero: zeros for linears, neutral weights for norms."""
         value = torch.zeros(self._shapes[canonical], dtype=dtype)
         if canonical.endswith("_norm.weight"):
             value += 1.0 - self._blueprint.arch.norm.offset

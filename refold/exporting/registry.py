@@ -1,4 +1,4 @@
-"""All export targets, by the name `--to` takes."""
+"""All export targets by their name, the value of `--to`."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ def find_target(name: str) -> ExportTarget:
     """Returns an export target.
 
     Raises:
-        ExportError: No target of that name.
+        ExportError: There is no target of that name.
     """
     if name not in TARGETS:
         raise ExportError(f"export: to: {must_be_one_of(name, TARGETS)}")

@@ -1,4 +1,4 @@
-"""What an export target is: a plug point, one file each, one registry entry."""
+"""The export target: a plug point with one file and one registry entry for each target."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from refold.checkpoint.reader import CheckpointReader
 
 @dataclass(frozen=True)
 class ExportJob:
-    """A folded model that is open for reading, and the folder that is being made of it.
+    """A folded model that is open for reading, and the folder to write.
 
     Attributes:
-        blueprint: The model's.
-        config: Its `config.json` as it is written.
-        reader: Its tensors.
-        out: Where to write; hashes of written files may be added to it.
-        dtype: What numbers are stored as.
+        blueprint: The model's blueprint.
+        config: The raw content of its `config.json`.
+        reader: Reader of its tensors.
+        out: The folder to write; hashes of written files may be added to it.
+        dtype: Dtype of the exported weights.
     """
 
     blueprint: Blueprint
@@ -31,14 +31,14 @@ class ExportJob:
 
 @dataclass(frozen=True)
 class ExportTarget:
-    """A format models can be exported to.
+    """A format that models can be exported to.
 
     Attributes:
-        name: What `--to` takes.
-        url: Where the format is described.
+        name: The value of `--to`.
+        url: Documentation of the format.
         summary: One line for listings.
-        usage: Python that loads what it writes, for the model card.
-        count_bytes: Bytes of the weights it will write, for a blueprint and what a number takes.
+        usage: Python code that loads the exported folder, for the model card.
+        count_bytes: Returns the bytes of the exported weights, from a blueprint and the bytes of one number.
         write: Writes weights and config into the job's folder and returns sentences for the model card. Companions,
             card and provenance are written by `export`.
     """

@@ -1,1 +1,1 @@
-"""Text from a model through transformers."""
+"""Generation of text through transformers."""

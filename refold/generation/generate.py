@@ -1,4 +1,4 @@
-"""Text from a model, folded or not, through transformers' `generate`."""
+"""Generation of text by a model, folded or not, through transformers' `generate`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,14 +34,14 @@ class TextGenerator:
 
     Args:
         model: Folder, hub id, or a loaded model.
-        tokenizer: Needed with a loaded model; else the folder's own.
-        dtype: Of the weights of a model that is loaded here; None: as stored, or float32 where that is slow.
-        device: Where it is loaded to; None: the best there is.
+        tokenizer: Tokenizer of a loaded model; None: the folder's own.
+        dtype: Dtype of the weights when a folder is loaded; None: the stored dtype, or float32 if that is slow.
+        device: Device to load a folder to; None: the best one of the machine.
 
     Raises:
         SourceError: The model or its tokenizer is missing or broken.
         FolderError: The folder is torn.
-        RefoldError: No such device or dtype, or a loaded model without a tokenizer.
+        RefoldError: There is no such device or dtype, or a loaded model comes without a tokenizer.
     """
 
     def __init__(
@@ -72,19 +72,18 @@ class TextGenerator:
         sampling: Sampling | None = None,
         *,
         chat: bool = False,
-        exit_depth: int | None = None,
         state: PromptState | None = None,
     ) -> list[str]:
         """Continues a batch of prompts and returns the new text of each; arguments as for `generate`, and:
 
         Args:
-            state: What was read before: each prompt goes on from it, independently of the others; an empty one adds
-                nothing. The state stays as it is.
+            state: State of a prompt that was read before. Each prompt continues it independently and may be empty. The
+                state does not change.
         """
         if not prompts:
             return []
         ids = self._encode(prompts, chat, state)
-        options = self._options(ids, sampling or Sampling(), exit_depth, state)
+        options = self._options(ids, sampling or Sampling(), state)
         new = self._run(ids, sampling or Sampling(), options)
         return [self._text(prompt, row) for prompt, row in zip(ids, new, strict=True)]
 
@@ -94,16 +93,15 @@ class TextGenerator:
         sampling: Sampling | None = None,
         *,
         chat: bool = False,
-        exit_depth: int | None = None,
         state: PromptState | None = None,
     ) -> Iterator[str]:
-        """Continues one prompt and yields its text as it comes; the pieces together are what `generate` returns.
+        """Continues one prompt and yields pieces of text at once; joined they equal the result of `generate`.
 
-        Mistakes are raised by the call itself. Closing the iterator stops the model.
+        The call itself raises errors of its arguments. Closing the iterator stops the model.
         """
         sampling = sampling or Sampling()
         ids = self._encode([prompt], chat, state)[0]
-        options = self._options([ids], sampling, exit_depth, state)
+        options = self._options([ids], sampling, state)
         return self._pieces(ids, sampling, options)
 
     def read_prompt(
@@ -114,13 +112,13 @@ class TextGenerator:
         state: PromptState | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> PromptState:
-        """Reads a prompt once, to be continued by `generate` and `stream` any number of times.
+        """Reads a prompt once; `generate` and `stream` can continue its state any number of times.
 
         Args:
             prompt: As for `generate`.
             chat: As for `generate`.
-            state: What the prompt goes on from.
-            on_progress: Told (tokens read, tokens in all).
+            state: State that the prompt continues.
+            on_progress: Called with the number of tokens read and of all tokens.
 
         Raises:
             RefoldError: The prompt does not fit the model, or the model's cache cannot be kept.
@@ -130,15 +128,15 @@ class TextGenerator:
         return read_state(self.model, ids, state, on_progress)
 
     def load_state(self, path: str | Path) -> PromptState:
-        """Reads what `PromptState.save` wrote.
+        """Reads a state file that `PromptState.save` wrote.
 
         Raises:
-            RefoldError: There is no such file, it is damaged, of another format, or of another model.
+            RefoldError: The file is missing, damaged, of another format, or of another model.
         """
         return load_state(path, self.model)
 
     def _encode(self, prompts: Sequence[Prompt], chat: bool, state: PromptState | None) -> list[list[int]]:
-        """Token ids of prompts, with those of the state they go on from; the model knows each."""
+        """Returns the token ids of prompts, after those of the state that they continue; all are in the vocabulary."""
         ids = self._token_ids(prompts, chat, state)
         for each in ids:
             require_known_tokens("prompt", each, cast("nn.Embedding", self.model.get_input_embeddings()).num_embeddings)
@@ -179,14 +177,14 @@ class TextGenerator:
         streamer: BaseStreamer | None = None,
         stop: StoppingCriteria | None = None,
     ) -> list[list[int]]:
-        """New ids of each prompt, padding and what follows the end taken off."""
+        """Returns the new token ids of each prompt, without padding and without tokens after the end token."""
         config: GenerationConfig = options["generation_config"]
         assert isinstance(config.pad_token_id, int)
         batch = pad_left(prompts, config.pad_token_id)
         device = self.model.device
         devices = [device.index or 0] if device.type == "cuda" else []
         extra = {} if stop is None else {"stopping_criteria": [stop]}
-        # The seed is for these draws only: the caller's generators go on as if nothing had happened.
+        # The seed is for these draws only; the caller's random generators keep their state.
         with torch.random.fork_rng(devices), torch.inference_mode():
             torch.manual_seed(sampling.seed)
             model: Any = self.model
@@ -209,17 +207,16 @@ class TextGenerator:
         self,
         prompts: list[list[int]],
         sampling: Sampling,
-        exit_depth: int | None,
         state: PromptState | None = None,
     ) -> dict[str, Any]:
-        """What `generate` is called with besides the prompt.
+        """Returns the arguments of transformers' `generate` beside the prompt.
 
         Raises:
-            RefoldError: The prompt is too long, or the model has no depths to leave early.
+            RefoldError: The prompt is too long, or `exit_depth` does not fit the model.
         """
         folder_settings = getattr(self.model, "generation_config", None)
         ends = _listed(getattr(folder_settings, "eos_token_id", None)) or _listed(self.tokenizer.eos_token_id)
-        # Padding is masked, but it is embedded, so it must be in the vocabulary.
+        # Padding is masked, but the model embeds it, so it must be in the vocabulary.
         embedding: Any = self.model.get_input_embeddings()
         vocab_size = embedding.num_embeddings
         fitting = [token for token in (*_listed(self.tokenizer.pad_token_id), *ends) if token < vocab_size]
@@ -228,7 +225,7 @@ class TextGenerator:
             max_new_tokens=self._room(prompts, sampling),
             do_sample=draws,
             num_beams=1,
-            # Where nothing is drawn these are transformers' own defaults: it warns of any others.
+            # Without draws these are transformers' defaults, because it warns of other values.
             temperature=sampling.temperature if draws else 1.0,
             top_p=sampling.top_p if draws else 1.0,
             top_k=sampling.top_k if draws else 50,
@@ -237,6 +234,7 @@ class TextGenerator:
             use_cache=True,
         )
         options: dict[str, Any] = {"generation_config": config}
+        exit_depth = sampling.exit_depth
         if exit_depth is not None:
             if self.model.config.model_type != MODEL_TYPE:
                 raise RefoldError(
@@ -248,7 +246,7 @@ class TextGenerator:
                 raise RefoldError(f"exit_depth: must lie in 1..{num_depths} (got {exit_depth})")
             options["exit_depth"] = exit_depth
         if state is not None:
-            # `generate` is given whole prompts, with a mask as long, and reads what lies beyond the cache's length.
+            # `generate` gets whole prompts with their mask, and runs only the tokens after the cache's length.
             options[CACHE_NAME] = state.open(self.model, prompts)
         return options
 
@@ -279,7 +277,6 @@ def generate(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     chat: bool = False,
-    exit_depth: int | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> str: ...
@@ -293,7 +290,6 @@ def generate(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     chat: bool = False,
-    exit_depth: int | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> str | list[str]: ...
@@ -306,44 +302,42 @@ def generate(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     chat: bool = False,
-    exit_depth: int | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> str | list[str]:
     """Continues a prompt and returns the new text.
 
-    Generation stops at the model's end token. What the folder's generation config says beyond `sampling` holds.
+    Generation stops at the model's end token. Settings of the folder's generation config that `sampling` lacks apply.
 
     Args:
         model: Folder, hub id, or a loaded model, folded or not.
-        prompt: A text, several (the result is then a list), or the messages of one conversation.
-        sampling: How tokens are chosen; None: greedily, at most 128.
+        prompt: A text, several texts (the result is then a list), or the messages of one conversation.
+        sampling: Settings of the choice of tokens; None: greedy, at most 128 tokens.
         tokenizer: Needed with a loaded model; else the folder's own.
-        chat: Put a text through the tokenizer's chat template; messages always are.
-        exit_depth: Run only so many depths of a folded model.
+        chat: Apply the tokenizer's chat template to a text; to messages it always applies.
         dtype: Of the weights of a model that is loaded here; None: as stored, or float32 where that is slow.
         device: Where it is loaded to; None: the best there is.
 
     Raises:
         SourceError: The model or its tokenizer is missing or broken.
         FolderError: The folder is torn.
-        RefoldError: A prompt is empty without a start token or too long, there is no chat template, or a setting is out
-            of range.
+        RefoldError: A prompt is too long, or empty without a start token; there is no chat template; or a setting is
+            out of range.
     """
     generator = TextGenerator(model, tokenizer, dtype=dtype, device=device)
     if isinstance(prompt, str):
-        return generator.generate([prompt], sampling, chat=chat, exit_depth=exit_depth)[0]
+        return generator.generate([prompt], sampling, chat=chat)[0]
     texts = [each for each in prompt if isinstance(each, str)]
     if len(texts) == len(prompt):
-        return generator.generate(texts, sampling, chat=chat, exit_depth=exit_depth)
+        return generator.generate(texts, sampling, chat=chat)
     messages = [each for each in prompt if not isinstance(each, str)]
     if texts:
         raise RefoldError("prompt: texts or the messages of one conversation are required (got both in one list)")
-    return generator.generate([messages], sampling, chat=True, exit_depth=exit_depth)[0]
+    return generator.generate([messages], sampling, chat=True)[0]
 
 
 class _FiniteLogits(LogitsProcessor):
-    """Passes logits on as they are, and raises where the largest of a row is not finite: NaN, or an overflow."""
+    """Checks that the largest logit of each row is finite; NaN and overflow raise."""
 
     def __init__(self, name: str):
         self._name = name
@@ -360,7 +354,7 @@ class _FiniteLogits(LogitsProcessor):
 
 
 def _position_limit(model: PreTrainedModel) -> int | None:
-    """How many tokens a model was made for; None for one that keeps its past in states of constant size alone."""
+    """Returns the number of positions of a model; None if all its depths are recurrent."""
     if isinstance(model.config, RefoldConfig):
         blueprint = model.config.read_blueprint()
         mixers = [blueprint.mixers[depth.mixer].mixer for depth in blueprint.depths if depth.mixer is not None]

@@ -1,4 +1,4 @@
-"""What the layers of a cache hold, taken out of it and put into others."""
+"""Tensors of a cache's layers, copied out of one cache and into others."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from refold.errors import RefoldError
 from refold.modeling.recurrent_cache import new_cache
 
 _EMPTY = ("moe", "mlp")
-"""Layer types of configs whose layers cache nothing, whatever class transformers gives them."""
+"""Layer types in configs whose layers cache nothing, whichever class transformers uses for them."""
 _KNOWN = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -31,12 +31,12 @@ _KNOWN = (
 
 
 class KeptLayers(NamedTuple):
-    """A cache's content for one sequence.
+    """Content of a cache for one sequence.
 
     Attributes:
-        tokens_seen: How many tokens it has read.
-        layers: For each layer tensors by name: `keys` and `values` `[1, heads, slots, size]`, `recurrent` and `inputs`
-            (a state, and the last inputs before it); a layer can have both, or nothing.
+        tokens_seen: Number of tokens that the cache has read.
+        layers: Tensors of each layer by name: `keys` and `values` `[1, heads, slots, size]`, `recurrent` and `inputs`
+            (a state, and the last inputs before it). A layer can have both kinds, or none.
     """
 
     tokens_seen: int
@@ -44,10 +44,10 @@ class KeptLayers(NamedTuple):
 
 
 def kept_names(config: PreTrainedConfig) -> list[set[str]]:
-    """Returns the names of what each layer of a model's cache holds once a token was read.
+    """Returns the names of the tensors that each layer of a model's cache holds after the first token.
 
     Raises:
-        RefoldError: A layer is of a kind that cannot be taken out.
+        RefoldError: A layer is of a kind that cannot be copied.
     """
     found: list[set[str]] = []
     types = getattr(config, "layer_types", None) or ()
@@ -66,21 +66,21 @@ def kept_names(config: PreTrainedConfig) -> list[set[str]]:
 
 
 def take(cache: Cache, tokens_seen: int) -> KeptLayers:
-    """Takes a copy of what a cache of one sequence holds after so many tokens."""
+    """Copies the content of a cache of one sequence that has read `tokens_seen` tokens."""
     return KeptLayers(
         tokens_seen, tuple({name: tensor.clone() for name, tensor in _held(layer).items()} for layer in cache.layers)
     )
 
 
 def join(config: PreTrainedConfig, rows: Sequence[KeptLayers]) -> DynamicCache:
-    """Makes a cache of several sequences that have read something.
+    """Makes a cache of several sequences.
 
-    It is the one that reading them in a batch would have left: shorter ones are padded on the left, which the caller's
-    attention mask must say. States need no padding.
+    The result equals the cache of a left-padded batch. The caller must pass the matching attention mask. States need no
+    padding.
 
     Args:
-        config: Of the model.
-        rows: One for each sequence.
+        config: The model's config.
+        rows: Content of the cache for each sequence.
     """
     cache = new_cache(config)
     tokens_seen = max(row.tokens_seen for row in rows)

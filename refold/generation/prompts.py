@@ -13,7 +13,7 @@ from refold.data.encoder import document_start_token
 from refold.errors import RefoldError
 
 Messages = Sequence[Mapping[str, Any]]
-"""A conversation: `{"role": ..., "content": ...}` each."""
+"""A conversation; each message is `{"role": ..., "content": ...}`."""
 
 
 class PromptBatch(NamedTuple):
@@ -29,13 +29,13 @@ class PromptBatch(NamedTuple):
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bool) -> list[int]:
-    """Turns a prompt into token ids.
+    """Returns the token ids of a prompt.
 
-    A plain prompt begins a document, so the tokenizer's start token goes before it, as in evaluation and training; an
-    empty one is the start token alone. With `chat` the tokenizer's template says how a conversation is written.
+    A plain prompt begins a document, so the tokenizer's start token precedes it, as in evaluation and training. An
+    empty prompt is the start token alone. With `chat` the tokenizer's chat template formats the conversation.
 
     Raises:
-        RefoldError: There is nothing to begin with, or no chat template, or it does not take these messages.
+        RefoldError: The prompt has no tokens, there is no chat template, or the template refuses these messages.
     """
     if isinstance(prompt, str) and not chat:
         start = document_start_token(tokenizer)
@@ -58,7 +58,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, ch
 
 
 def pad_left(prompts: Sequence[Sequence[int]], padding: int) -> PromptBatch:
-    """Pads prompts on the left, where no new token is put."""
+    """Pads prompts on the left, because new tokens follow on the right."""
     longest = max(map(len, prompts))
     return PromptBatch(
         torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts]),
@@ -67,10 +67,10 @@ def pad_left(prompts: Sequence[Sequence[int]], padding: int) -> PromptBatch:
 
 
 def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Turns a text that goes on from another into token ids: no start token, and no space that is not in the text.
+    """Returns the token ids of a text that continues another: without a start token and without an added space.
 
-    Some tokenizers put a space before whatever they are given, so it is given with a line before it, whose tokens are
-    then taken off.
+    Some tokenizers add a space before every text. So a line break is put before the text, and its tokens are removed
+    afterwards.
     """
     before, joined, alone = (
         list(tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""How the next token is chosen, and how many there are to be."""
+"""Settings of the choice and number of new tokens."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,15 @@ class Sampling:
     """Settings of one generation.
 
     Attributes:
-        max_new_tokens: At most so many; None: 128, or as many as still fit into the model's positions.
-        temperature: 0 takes the likeliest token (greedy); else logits are divided by it and a token is drawn.
-        top_p: Draw from the likeliest tokens that together have this probability.
-        top_k: Draw from so many likeliest tokens; 0: all.
-        seed: Of the draws.
+        max_new_tokens: Maximal number of new tokens; None: 128, or the number that fits into the model's positions.
+        temperature: 0 takes the likeliest token (greedy); otherwise logits are divided by it and a token is drawn.
+        top_p: Draw from the likeliest tokens whose probabilities sum to this.
+        top_k: Draw from this number of likeliest tokens; 0: from all.
+        seed: Seed of the draws.
+        exit_depth: Number of depths of a folded model to run; None: all.
 
     Raises:
-        RefoldError: A number is out of its range.
+        RefoldError: A setting is out of range.
     """
 
     max_new_tokens: int | None = None
@@ -27,6 +28,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    exit_depth: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:

@@ -1,4 +1,4 @@
-"""Prompt states on disk: caches of prompts that are read once."""
+"""Prompt states: caches of prompts that are read once, in memory and on disk."""
 
 import hashlib
 import json
@@ -23,21 +23,29 @@ from refold.version import __version__
 
 _SAMPLED = 64
 _WORD_BYTES = 8
-# What a config says of where the model came from and how it is run, not of what it computes.
-_PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "auto_map")
+# Fields of a config that do not change the model's function.
+_NEUTRAL_FIELDS = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "architectures",
+    "auto_map",
+)
 
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
-    """Returns 64 hex digits that differ between models with other weights, dtypes or configs.
+    """Returns 64 hex digits that differ between models with different weights, dtypes or configs.
 
-    Every weight is read once: adapters that were swapped, or weights that were trained on, make another model. The same
-    weights give the same digits on every device.
+    Every weight is read once, so swapped adapters and further training change the digits. The same weights give the
+    same digits on every device.
 
     Args:
-        model: Loaded, folded or not.
+        model: A loaded model, folded or not.
     """
-    settings = {name: value for name, value in model.config.to_diff_dict().items() if name not in _PASSING}
+    settings = {name: value for name, value in model.config.to_diff_dict().items() if name not in _NEUTRAL_FIELDS}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.named_parameters(), key=lambda each: each[0]):
         total, sample = _summarise(tensor)
@@ -46,9 +54,9 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _summarise(tensor: Tensor) -> tuple[int, list[int]]:
-    """The sum of all bytes, eight at a time and modulo 2^64, and some of them, so that their order counts as well."""
+    """Returns the sum of all 8-byte words modulo 2^64, and a sample of words, so that their order counts too."""
     data = tensor.detach().contiguous()
-    # Words must begin where words do, which a view into a larger tensor need not.
+    # A view into a larger tensor may not begin at a multiple of a word's size.
     data = (data.clone() if data.storage_offset() else data).view(-1).view(torch.uint8)
     whole = data.numel() // _WORD_BYTES * _WORD_BYTES
     words = data[:whole].view(torch.int64)
@@ -65,14 +73,14 @@ _WRITE_AGAIN = "write it again with --save-state"
 
 @dataclass(frozen=True)
 class PromptState:
-    """What a model remembers after a prompt. It is never changed, so that it can be continued any number of times.
+    """State of a model after a prompt. It never changes, so it can be continued any number of times.
 
     Attributes:
-        token_ids: Of the prompt.
-        kept: Of all its tokens but the last, which is read with what follows: so the next token is known even where
-            nothing follows.
-        fingerprint: Of the model that read it.
-        dtype: Of that model's weights.
+        token_ids: Token ids of the prompt.
+        kept: The cache after all tokens but the last one. The last token is run with the continuation, which may be
+            empty.
+        fingerprint: Fingerprint of the model that read the prompt.
+        dtype: Dtype of that model's weights.
     """
 
     token_ids: tuple[int, ...]
@@ -82,38 +90,38 @@ class PromptState:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of what the layers hold."""
+        """Bytes of the cached tensors."""
         return sum(tensor.nbytes for layer in self.kept.layers for tensor in layer.values())
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Writes it to one safetensors file, which is there whole afterwards or not at all.
+        """Writes the state to one safetensors file, atomically.
 
         Args:
             path: The file.
-            overwrite: Replace an older state file; a file of anything else is refused all the same.
+            overwrite: Replace an older state file; other files are never replaced.
 
         Raises:
             RefoldError: The file exists.
-            FolderError: It cannot be written.
+            FolderError: The file cannot be written.
         """
         path = require_free(path, overwrite)
         tensors = {_IDS: torch.tensor(self.token_ids, dtype=torch.int32)}
         for index, layer in enumerate(self.kept.layers):
             tensors |= {f"layers.{index}.{name}": tensor.contiguous() for name, tensor in layer.items()}
-        said = {
+        metadata = {
             "format": STATE_FORMAT,
             "refold": __version__,
             "fingerprint": self.fingerprint,
             "dtype": self.dtype,
             "tokens_seen": self.kept.tokens_seen,
         }
-        atomic_file.write_file(path, lambda unfinished: _write(unfinished, tensors, said))
+        atomic_file.write_file(path, lambda unfinished: _write(unfinished, tensors, metadata))
 
     def require_model(self, model: PreTrainedModel, where: str = "state") -> None:
         """Checks that a model is the one that read the prompt.
 
         Raises:
-            RefoldError: It is another, has changed since, or was loaded in another dtype.
+            RefoldError: The model is another one, has changed since, or is loaded in another dtype.
         """
         dtype = _dtype_name(model)
         if dtype != self.dtype:
@@ -128,14 +136,14 @@ class PromptState:
             )
 
     def open(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> DynamicCache | None:
-        """Makes a cache that has read all of some prompts but their last tokens.
+        """Makes a cache that has read several prompts except for their last tokens.
 
         Args:
-            model: The one that read this state.
-            prompts: Token ids; each begins with this state's. The mask that goes with the cache pads them on the left.
+            model: The model that read this state.
+            prompts: Token ids; each prompt begins with this state's. The attention mask must pad them on the left.
 
         Returns:
-            The cache; None where there is nothing to be kept of a prompt of one token.
+            The cache; None if the state's prompt has one token, so that nothing is cached.
         """
         if not self.kept.tokens_seen:
             return None
@@ -156,16 +164,16 @@ def read_state(
     state: PromptState | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PromptState:
-    """Reads a prompt, in pieces, so that memory does not grow with what the model does not keep.
+    """Reads a prompt in pieces, so that the memory for activations does not grow with its length.
 
     Args:
-        model: Folded or not.
-        token_ids: At least one.
-        state: Of how the prompt begins, read before.
-        on_progress: Told (tokens read, tokens in all).
+        model: A model, folded or not.
+        token_ids: Token ids, at least one.
+        state: State of the prompt's beginning, read before.
+        on_progress: Called with the number of tokens read and of all tokens.
 
     Raises:
-        RefoldError: The model caches something else than keys, values and states, or the state is not this model's.
+        RefoldError: The model caches other tensors than keys, values and states, or the state is not this model's.
     """
     kept_names(model.config)
     seen = 0
@@ -183,22 +191,22 @@ def read_state(
 
 
 def load_state(path: str | Path, model: PreTrainedModel) -> PromptState:
-    """Reads a state file, onto the model's device.
+    """Reads a state file onto the model's device.
 
     Args:
         path: The file.
-        model: The one that read the prompt.
+        model: The model that read the prompt.
 
     Raises:
-        RefoldError: There is no such file, it is damaged, of another format, or of another model.
+        RefoldError: The file is missing, damaged, of another format, or of another model.
     """
     path = Path(path)
-    said, names = _read_header(path)
-    state = PromptState((), KeptLayers(said["tokens_seen"], ()), said["fingerprint"], said["dtype"])
+    metadata, names = _read_header(path)
+    state = PromptState((), KeptLayers(metadata["tokens_seen"], ()), metadata["fingerprint"], metadata["dtype"])
     state.require_model(model, str(path))
     wanted = {_IDS}
     for index, layer in enumerate(kept_names(model.config)):
-        wanted |= {f"layers.{index}.{name}" for name in layer if said["tokens_seen"]}
+        wanted |= {f"layers.{index}.{name}" for name in layer if metadata["tokens_seen"]}
     if names != wanted:
         first = sorted(names ^ wanted)[0]
         raise RefoldError(f"{path}: the tensors of this model's layers are required (see {first}); {_WRITE_AGAIN}")
@@ -208,7 +216,7 @@ def load_state(path: str | Path, model: PreTrainedModel) -> PromptState:
     for name, tensor in tensors.items():
         _, index, part = name.split(".")
         layers[int(index)][part] = tensor
-    return PromptState(token_ids, KeptLayers(said["tokens_seen"], tuple(layers)), state.fingerprint, state.dtype)
+    return PromptState(token_ids, KeptLayers(metadata["tokens_seen"], tuple(layers)), state.fingerprint, state.dtype)
 
 
 def require_free(path: str | Path, overwrite: bool = False) -> Path:
@@ -216,10 +224,10 @@ def require_free(path: str | Path, overwrite: bool = False) -> Path:
 
     Args:
         path: The file.
-        overwrite: An older state file may be there.
+        overwrite: An older state file may be replaced.
 
     Raises:
-        RefoldError: Something is there.
+        RefoldError: A file exists that must not be replaced.
     """
     return atomic_file.require_free(path, "state file", _is_state, overwrite)
 
@@ -232,25 +240,25 @@ def _is_state(path: Path) -> bool:
     return True
 
 
-def _write(path: Path, tensors: dict[str, Tensor], said: dict[str, Any]) -> None:
-    # The library writes for the owner alone; others may read as much as of any new file.
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    # `save_file` gives read rights to the owner only; the mode of a usual new file is restored.
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file(tensors, path, {_KEY: json.dumps(said)})
+        save_file(tensors, path, {_KEY: json.dumps(metadata)})
     except SafetensorError as error:
         raise OSError(str(error)) from error
     path.chmod(mode)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], set[str]]:
-    """What a state file says of itself, and the names of its tensors."""
+    """Reads the metadata of a state file and the names of its tensors."""
     if not path.exists():
         raise RefoldError(f"{path}: a state file is required (no such file); write one with --save-state")
     try:
         raw, num_bytes = read_header_bytes(path)
         names = set(parse_header(raw, path.name, num_bytes, where=str(path)))
-        said = json.loads(json.loads(raw)["__metadata__"][_KEY])
+        metadata = json.loads(json.loads(raw)["__metadata__"][_KEY])
     except SourceError as error:
         reason = str(error).removeprefix(f"{path}: ").rpartition(";")[0]
         raise RefoldError(f"{path}: a whole state file is required ({reason}); {_WRITE_AGAIN}") from None
@@ -258,16 +266,16 @@ def _read_header(path: Path) -> tuple[dict[str, Any], set[str]]:
         raise RefoldError(
             f"{path}: a state file is required (got safetensors of another kind); write one with --save-state"
         ) from None
-    if not isinstance(said, dict) or said.get("format") != STATE_FORMAT:
-        got = said.get("format") if isinstance(said, dict) else said
+    if not isinstance(metadata, dict) or metadata.get("format") != STATE_FORMAT:
+        got = metadata.get("format") if isinstance(metadata, dict) else metadata
         raise RefoldError(
             f"{path}: state format {STATE_FORMAT} is required (got {got}); use the refold that wrote it, or "
             f"{_WRITE_AGAIN}"
         )
     kinds = {"fingerprint": str, "dtype": str, "tokens_seen": int}
-    if not all(isinstance(said.get(name), kind) for name, kind in kinds.items()):
+    if not all(isinstance(metadata.get(name), kind) for name, kind in kinds.items()):
         raise RefoldError(f"{path}: {', '.join(kinds)} are required in its header; {_WRITE_AGAIN}")
-    return said, names
+    return metadata, names
 
 
 @torch.no_grad()
@@ -277,7 +285,7 @@ def _feed(
     token_ids: Sequence[int],
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    # Without the head: no logits are wanted.
+    # The base model runs without the head, because no logits are needed.
     stack: Any = model.base_model
     for begin in range(0, len(token_ids), _CHUNK):
         piece = torch.tensor([token_ids[begin : begin + _CHUNK]], device=model.device)

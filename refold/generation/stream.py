@@ -1,4 +1,4 @@
-"""Streams text while tokens arrive."""
+"""Streams of new tokens, and of their text."""
 
 import queue
 import threading
@@ -16,26 +16,26 @@ _CONTEXT_PIECES = 6
 
 
 class Detokeniser:
-    """Gives the text that each new token adds to what came before.
+    """Decodes new tokens one by one into pieces of text.
 
-    Decoding a token by itself loses the space that some vocabularies write at its front, and the bytes of characters
-    that take several tokens. So a token is decoded together with its neighbours on the left, and what they give alone
-    is taken off; a piece that ends inside a character waits for the rest.
+    A token decoded alone loses the space at its front in some vocabularies, and the bytes of characters that take
+    several tokens. So each token is decoded together with the tokens before it, and the text of these is removed. A
+    piece that ends inside a character waits for the rest.
 
     Args:
-        tokenizer: Special tokens are left out of the text.
-        prompt: Ids the new ones follow; their text is not given.
+        tokenizer: Tokenizer of the model; special tokens give no text.
+        prompt: Token ids before the new tokens; their text is not returned.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        # Each entry is whole characters, so that forgetting the oldest never cuts one.
+        # Each entry is whole characters, so that dropping the oldest entry never cuts a character.
         self._given: deque[list[int]] = deque(maxlen=_CONTEXT_PIECES)
         self._given.append(self._end_of(list(prompt)))
         self._waiting: list[int] = []
 
     def add(self, token: int) -> str:
-        """Takes the next token and returns the text that is whole now, often empty or several tokens'."""
+        """Takes the next token and returns the text that is complete now: none, or that of several tokens."""
         self._waiting.append(token)
         text = self._new_text()
         if not text or text.endswith(_REPLACEMENT):
@@ -45,7 +45,7 @@ class Detokeniser:
         return text
 
     def finish(self) -> str:
-        """Returns what still waited: the tail of a character whose end never came, as replacement characters."""
+        """Returns the text of waiting tokens; an incomplete character becomes replacement characters."""
         text = self._new_text() if self._waiting else ""
         self._waiting = []
         return text
@@ -67,18 +67,18 @@ class Detokeniser:
 
 
 class TokenStream(BaseStreamer):
-    """The new tokens of one sequence, as they are made.
+    """Iterator over the new tokens of one sequence, as a context manager.
 
-    A context manager to be iterated over inside its body: leaving the body stops the work after the token it is at, and
-    an error in the work is raised where the tokens are read.
+    Leaving the body stops the generation after the current token. An error of the generation is raised in the
+    iteration.
 
     Args:
-        work: Runs `generate` with the streamer and the stopping criterion it is given.
+        work: Runs `generate` with a streamer and a stopping criterion.
     """
 
     def __init__(self, work: Callable[[BaseStreamer, StoppingCriteria], Any]):
         self._work = work
-        # None marks the end.
+        # None marks the end of the stream.
         self._queue: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._has_prompt = False
@@ -101,7 +101,7 @@ class TokenStream(BaseStreamer):
             yield item
 
     def put(self, value: torch.Tensor) -> None:
-        """Takes what `generate` gives: first the prompt, then token by token."""
+        """Receives token ids from `generate`: first the prompt, then one new token at a time."""
         if not self._has_prompt:
             self._has_prompt = True
             return
@@ -109,7 +109,7 @@ class TokenStream(BaseStreamer):
             self._queue.put(token)
 
     def end(self) -> None:
-        """Called by `generate` when it is done; the end is marked when the thread is."""
+        """Does nothing: the end of the stream is marked when the thread ends."""
 
     def _run(self) -> None:
         try:

@@ -15,8 +15,7 @@ from refold.checkpoint.companions import has_tokenizer
 from refold.checkpoint.locate import Source, locate
 from refold.checkpoint.manifest import content_hash
 from refold.data.corpus import Data, open_text
-from refold.data.opening import open_training_data
-from refold.data.training_data import TrainingData
+from refold.data.training_data import TrainingData, open_training_data
 from refold.errors import HealError, SourceError
 from refold.healing.groups import Trainable, WeightGroups
 from refold.healing.held_out import HeldOut

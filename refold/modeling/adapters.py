@@ -1,5 +1,6 @@
-"""Swapping adapters: several sets of LoRA pairs, trained on several domains, for one set of stored blocks."""
+"""Adapters of folds: loading another set for the same stored blocks, and naming linears for libraries that add some."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -13,6 +14,8 @@ from refold.checkpoint.reader import CheckpointReader
 from refold.errors import FolderError, RefoldError
 from refold.modeling.load import open_source
 from refold.modeling.model import RefoldForCausalLM
+from refold.nn.factored import BasisLinear, FactoredLinear
+from refold.suggest import did_you_mean
 
 
 @torch.no_grad()
@@ -60,3 +63,34 @@ def load_adapters(model: nn.Module, source: str | Path | Source) -> int:
             require_finite(found, name, str(folder), FolderError, "heal the adapters again")
             own.copy_(found.to(own.device, own.dtype))
     return len(adapters)
+
+
+def linear_names(model: nn.Module, linears: Iterable[str]) -> list[str]:
+    """Returns the names of the modules that adapters of other libraries fit, such as PEFT's `target_modules`.
+
+    A linear stored whole is itself such a module. Of a linear stored as two factors it is the second factor, of a
+    shared basis the basis.
+
+    Args:
+        model: A folded model.
+        linears: Such as `q_proj`.
+
+    Raises:
+        RefoldError: The model stores no linear of a name, or nothing of it but LoRA factors.
+    """
+    wanted = dict.fromkeys(linears)
+    found: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if isinstance(module, FactoredLinear):
+            found.setdefault(name, []).extend([f"{path}.b"] if module.rank else [])
+        elif isinstance(module, (BasisLinear, nn.Linear)):
+            found.setdefault(name, []).append(f"{path}.a" if isinstance(module, BasisLinear) else path)
+    for name in wanted:
+        if not found.get(name):
+            others = sorted(each for each, paths in found.items() if paths and each not in ("a", "b"))
+            raise RefoldError(
+                f"linears: names of stored linears are required (got {name!r}{did_you_mean(name, others)}); "
+                f"choose from {', '.join(others)}"
+            )
+    return [path for name in wanted for path in found[name]]

@@ -17,7 +17,7 @@ from refold.families.arch import Rope
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.owned_tensors import Gain, Owned, OwnedVectors
 from refold.modeling.padding import as_given, in_order
-from refold.nn.lora import Adapter, Coefficients, LoraPair
+from refold.nn.lora import Adapter, Coefficients, LoraPairs
 from refold.nn.mixers.batch import Batch, DepthInputs, SharedKeys
 from refold.nn.mixers.key_values import KeyHeads, KeyValue
 from refold.nn.mixers.memory import StateView
@@ -68,13 +68,8 @@ class Depth(GradientCheckpointingLayer):
         self.index, self.spec, self.std = index, spec, config.initializer_range
         self.parallel = arch.residual == "parallel"
         linears = depth_linears(blueprint, index)
-        self.lora = nn.ModuleDict(
-            {
-                name: LoraPair(spec.ranks[name], columns, rows)
-                for name, (rows, columns) in linears.items()
-                if name in spec.ranks
-            }
-        )
+        pairs = {name: sizes for name, sizes in linears.items() if name in spec.ranks}
+        self.lora = LoraPairs({name: (spec.ranks[name], columns, rows) for name, (rows, columns) in pairs.items()})
         ranks = depth_coefficients(blueprint, index)
         shapes = {name: (linears[name][0], rank) for name, rank in ranks.items()}
         self.coefficients = Coefficients(shapes, config.initializer_range)
@@ -104,13 +99,11 @@ class Depth(GradientCheckpointingLayer):
     def adapters(self) -> dict[str, Adapter]:
         """Returns LoRA pairs and coefficients by linear name."""
         # `forward` itself, which offloading replaces: a call through `nn.Module` costs a microsecond more, each time.
-        # Likewise plain dictionaries of modules, not `nn.ModuleDict`.
-        modules = self._modules
-        coefficients = cast("Coefficients", modules["coefficients"]).forward()
-        pairs = cast("dict[str, LoraPair]", cast("nn.Module", modules["lora"])._modules)
+        coefficients = self.coefficients.forward()
+        pairs = self.lora.forward()
         if not coefficients:
-            return {name: Adapter(pair.forward()) for name, pair in pairs.items()}
-        found = {name: Adapter(pair.forward(), coefficients.pop(name, None)) for name, pair in pairs.items()}
+            return {name: Adapter(pair) for name, pair in pairs.items()}
+        found = {name: Adapter(pair, coefficients.pop(name, None)) for name, pair in pairs.items()}
         return found | {name: Adapter(None, own) for name, own in coefficients.items()}
 
     def own_vectors(self, pool: str) -> OwnVectors:

@@ -42,8 +42,8 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
         """
         logits = self.lm_head(hidden_states)
         parts = None if depth is None else self.model.exit_parts(depth)
-        if parts is not None and parts.head_lora is not None:
-            logits = parts.head_lora.adapt(logits, hidden_states)
+        if parts is not None and parts.lora is not None:
+            logits = parts.lora.adapt(logits, hidden_states)
         if self.logit_softcap is not None:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits

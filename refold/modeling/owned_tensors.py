@@ -11,40 +11,24 @@ from refold.blueprint.schema import Pool
 from refold.mixers.spec import Fill, Shape
 from refold.nn.fills import make_fill
 from refold.nn.lora import Adapter, join_adapters
+from refold.nn.named_tensors import NamedTensors
 from refold.nn.part import Lora, OwnVectors
 
 
-class VectorGroup(nn.Module):
-    """Weight and bias, or other vectors, of one owner such as `input_norm`."""
-
-    def forward(self) -> dict[str, Tensor]:
-        """Returns them by kind. Read here, because offloading moves weights around `forward` alone."""
-        return dict(self._parameters)  # pyright: ignore[reportReturnType]
-
-
-class OwnedVectors(nn.Module):
+class OwnedVectors(NamedTensors):
     """The norms and biases a depth keeps for one of its parts, under the names they have in the part."""
 
     def __init__(self, shapes: Mapping[str, Shape], fills: Mapping[str, Fill]):
-        super().__init__()
+        super().__init__({name: make_fill(fills[name], shape) for name, shape in shapes.items()})
         self.names, self.fills = tuple(shapes), dict(fills)
-        # Owner and kind of each; vectors such as `A_log` have no owner.
-        self._places = [(name, *name.rpartition(".")[::2]) for name in shapes]
-        for name, owner, kind in self._places:
-            if owner and not hasattr(self, owner):
-                self.add_module(owner, VectorGroup())
-            self.get_submodule(owner).register_parameter(kind, nn.Parameter(make_fill(self.fills[name], shapes[name])))
 
     def forward(self) -> dict[str, Tensor]:
-        """Returns all vectors by name."""
-        groups = {owner: cast("VectorGroup", group).forward() for owner, group in self._modules.items()}
-        groups[""] = cast("dict[str, Tensor]", self._parameters)
-        return {name: groups[owner][kind] for name, owner, kind in self._places}
+        """Returns all vectors by name. Read here, because offloading moves weights around `forward` alone."""
+        return dict(self._parameters)  # pyright: ignore[reportReturnType]
 
     def reset(self) -> None:
         """Fills all vectors anew."""
-        for name in self.names:
-            tensor = self.get_parameter(name)
+        for name, tensor in self().items():
             tensor.data.copy_(make_fill(self.fills[name], tuple(tensor.shape)))
 
 

@@ -8,27 +8,35 @@ from torch import Tensor, nn
 
 from refold.blueprint.schema import Exit
 from refold.families.arch import ArchSpec
-from refold.nn.lora import Adapter, LoraPair, Pair
+from refold.nn.lora import Adapter, LoraPairs, Pair
 from refold.nn.norms import StackNorm
 
 
-class HeadLora(LoraPair):
+class HeadLora(LoraPairs):
     """The LoRA on the shared head that one exit uses."""
+
+    def __init__(self, rank: int, hidden_size: int, vocab_size: int):
+        super().__init__({"lm_head": (rank, hidden_size, vocab_size)})
+
+    @property
+    def pair(self) -> Pair:
+        """Both factors."""
+        return self()["lm_head"]
 
     def adapt(
         self, logits: Float[Tensor, "*batch N"], hidden_states: Float[Tensor, "*batch D"]
     ) -> Float[Tensor, "*batch N"]:
         """Adds B (A x) to the logits of the shared head."""
-        pair: Pair = self()
-        return Adapter(pair).apply(logits, hidden_states)
+        return Adapter(self.pair).apply(logits, hidden_states)
 
     @torch.no_grad()
     def resize(self, vocab_size: int) -> None:
         """Cuts B to `vocab_size` tokens, or adds zeros for new ones, whose logits are then the shared head's."""
-        kept = self.b[:vocab_size]
+        b = cast("nn.Parameter", self.pair[1])
+        kept = b[:vocab_size]
         resized = kept.new_zeros(vocab_size, kept.shape[1])
         resized[: len(kept)] = kept
-        self.b = nn.Parameter(resized, requires_grad=self.b.requires_grad)
+        self.register_parameter("lm_head.b", nn.Parameter(resized, requires_grad=b.requires_grad))
 
 
 class Gate(nn.Module):
@@ -58,17 +66,12 @@ class ExitParts(nn.Module):
 
     Attributes:
         norm: None where the exit uses the final norm.
+        lora: On the head; None where the exit uses the head as it is.
         gate: None where there is none.
     """
 
     def __init__(self, arch: ArchSpec, spec: Exit):
         super().__init__()
         self.norm = StackNorm(arch.norm, arch.hidden_size) if spec.norm == "own" else None
-        lora = {"lm_head": HeadLora(spec.head_rank, arch.hidden_size, arch.vocab_size)} if spec.head_rank else {}
-        self.lora = nn.ModuleDict(lora)
+        self.lora = HeadLora(spec.head_rank, arch.hidden_size, arch.vocab_size) if spec.head_rank else None
         self.gate = Gate(arch.hidden_size) if spec.gate else None
-
-    @property
-    def head_lora(self) -> HeadLora | None:
-        """The LoRA on the head; None where the exit uses the head as it is."""
-        return cast("HeadLora | None", next(iter(self.lora.values()), None))

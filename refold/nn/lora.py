@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from refold.nn.named_tensors import NamedTensors
 
 Pair = tuple[Tensor, Tensor]
 """`(a [rank, in], b [out, rank])`."""
@@ -75,31 +77,36 @@ def join_adapters(rows: Sequence[slice], adapters: Sequence[dict[str, Adapter]])
     }
 
 
-class LoraPair(nn.Module):
-    """Holds A and B of y = W x + B (A x): scale exactly 1, no dropout (arXiv 2106.09685; 2410.20672, section 2.3).
+class LoraPairs(NamedTensors):
+    """Holds A and B of y = W x + B (A x) for some linears: scale exactly 1, no dropout (arXiv 2106.09685; 2410.20672).
 
     A new pair adds nothing: A is Gaussian, B is zero.
+
+    Args:
+        shapes: Linear name to rank, `in` and `out`.
     """
 
-    def __init__(self, rank: int, in_features: int, out_features: int):
-        super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, in_features))
-        self.b = nn.Parameter(torch.empty(out_features, rank))
+    def __init__(self, shapes: Mapping[str, tuple[int, int, int]]):
+        super().__init__(
+            {
+                f"{name}.{side}": torch.empty(shape)
+                for name, (rank, columns, rows) in shapes.items()
+                for side, shape in (("a", (rank, columns)), ("b", (rows, rank)))
+            }
+        )
+        self.names = {name: (f"{name}.a", f"{name}.b") for name in shapes}
         self.reset()
 
     def reset(self) -> None:
-        """Initialises the pair without effect."""
-        nn.init.normal_(self.a, std=self.a.shape[1] ** -0.5)
-        nn.init.zeros_(self.b)
+        """Initialises all pairs without effect."""
+        for a, b in self().values():
+            nn.init.normal_(a, std=a.shape[1] ** -0.5)
+            nn.init.zeros_(b)
 
-    def forward(self) -> Pair:
-        """Returns both factors. Read here, because offloading moves weights around `forward` alone."""
-        # Attributes of modules are looked up in three dictionaries one after another; every linear's pair is asked.
-        parameters = self._parameters
-        return parameters["a"], parameters["b"]  # pyright: ignore[reportReturnType]
-
-    def extra_repr(self) -> str:
-        return f"rank={self.a.shape[0]}, in={self.a.shape[1]}, out={self.b.shape[0]}"
+    def forward(self) -> dict[str, Pair]:
+        """Returns the factors by linear name. Read here, because offloading moves weights around `forward` alone."""
+        held = cast("dict[str, Tensor]", self._parameters)
+        return {name: (held[a], held[b]) for name, (a, b) in self.names.items()}
 
 
 class Coefficients(nn.Module):

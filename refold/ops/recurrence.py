@@ -55,6 +55,40 @@ def loop(
     return torch.stack(outs, dim=1), state
 
 
+def scan(
+    step: Callable[..., tuple[Tensor, Tensor]],
+    inputs: tuple[Tensor, ...],
+    state: Tensor,
+    resets: Bool[Tensor, "B T"] | None,
+) -> tuple[Tensor, Tensor]:
+    """Goes from token to token by torch's scan operator: an exported graph with it serves rows of any length.
+
+    The chunked forms cut rows by Python numbers, which a graph would hold fixed.
+
+    Args:
+        step: From a token's inputs and the state before it to its output and the state after it.
+        inputs: Each `[B, T, ...]`.
+        state: Before the first token.
+        resets: Where the state is emptied before the token is taken in.
+
+    Returns:
+        The outputs `[B, T, ...]`, and the state after the last token.
+    """
+    # A prototype of torch's, which nothing but an export needs.
+    from torch._higher_order_ops.scan import scan as scan_operator
+
+    def take(state: Tensor, given: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        *token, reset = given if resets is not None else (*given, None)
+        if reset is not None:
+            state = state.masked_fill(reset.view(-1, *[1] * (state.dim() - 1)), 0.0)
+        out, state = step(*token, state)
+        return state, out
+
+    by_token = (*inputs, resets) if resets is not None else inputs
+    state, outs = scan_operator(take, state, tuple(x.transpose(0, 1) for x in by_token), dim=0)
+    return outs.transpose(0, 1), state
+
+
 def start_state(state: State | None, k: Float[Tensor, "B T G K"], v: Float[Tensor, "B T H V"]) -> State:
     """The given state in the dtype recurrences compute in; zeros where there is none."""
     if state is None:

@@ -200,8 +200,10 @@ class _SelectiveScan(torch.autograd.Function):
                 torch.sum(d_exponents.mul_(rows.a), 2, out=d_dt[chunk])
             d_dt.addcmul_(d_entering, rows.x)
             d_x = d_entering.mul_(rows.dt)
-        by_token = (grad.transpose(0, 1).to(of.dtype) for grad, of in ((d_x, x), (d_dt, dt), (d_b, b), (d_c, c)))
-        d_x, d_dt, d_b, d_c = by_token
+        # Contiguous: a compiled graph reckons with the strides of the inputs, wherever gradients go next.
+        d_x, d_dt, d_b, d_c = (
+            grad.transpose(0, 1).to(of.dtype).contiguous() for grad, of in ((d_x, x), (d_dt, dt), (d_b, b), (d_c, c))
+        )
         return d_x, d_dt, d_a.t().to(a.dtype), d_b, d_c, d_carried.mT, None, None
 
 

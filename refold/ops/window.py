@@ -29,6 +29,8 @@ def window_sums(
         seen: For each token which of its window's keys, oldest first, exist and are of its document; its own always.
         window: W.
     """
+    if torch.compiler.is_exporting():
+        return _sum_unfolded(query, keys, values, seen, window)
     stride = max(window, TOKENS_AT_ONCE)
     pieces = [
         _sum_block_by_block(
@@ -67,6 +69,17 @@ def _sum_block_by_block(
     spread = spread.scatter(-1, rows.expand_as(weights), weights)
     summed = (spread @ near_values).transpose(2, 3).flatten(1, 2)[:, :tokens]
     return summed, weights.sum(dim=-1, keepdim=True).transpose(2, 3).flatten(1, 2)[:, :tokens]
+
+
+def _sum_unfolded(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, window: int
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H 1"]]:
+    """Gives each token a copy of its window: no number of blocks that a graph would hold fixed, but more memory."""
+    near_keys, near_values = (states[:, 1:].float().unfold(1, window, 1) for states in (keys, values))
+    scores = torch.einsum("bthk,bthkw->bthw", query.float(), near_keys)
+    scores = torch.where(seen[:, :, None], scores, LOWEST)
+    weights = (scores - scores.amax(dim=-1, keepdim=True).detach()).exp()
+    return torch.einsum("bthw,bthvw->bthv", weights, near_values), weights.sum(dim=-1, keepdim=True)
 
 
 def _pad(states: Tensor, missing: int) -> Tensor:

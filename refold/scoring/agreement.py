@@ -1,4 +1,4 @@
-"""How well a model predicts a text, and how far it predicts like a reference model; never holding all logits."""
+"""Scores of a model on text, and its agreement with a reference model, computed without holding all logits."""
 
 import math
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from refold.scoring.head import CHUNK_BYTES, Predictions, check_same_vocabulary,
 
 
 class TokenScores(NamedTuple):
-    """Scores per position; 0 and False where the label is -100.
+    """Scores of every position; 0 and False at positions with the label -100.
 
     Attributes:
-        nll: negative log-likelihood of the label, nats.
-        is_correct: whether the likeliest token is the label.
-        agrees: whether the likeliest token is the reference's; None without a reference.
+        nll: Negative log-likelihood of the label, nats.
+        is_correct: Whether the likeliest token is the label.
+        agrees: Whether model and reference have the same likeliest token; None without a reference.
         kl: `KL(reference || model)`, nats; None without a reference.
-        reference: the reference's own scores; None without one.
+        reference: Scores of the reference; None without a reference.
     """
 
     nll: Float[Tensor, "*M"]
@@ -33,15 +33,15 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over tokens, to be added up over batches (`sum(scores, Scores())`).
+    """Sums of scores over tokens; add several with `sum(scores, Scores())`.
 
     Attributes:
-        nll: nats, summed in float64.
-        num_tokens: scored tokens.
-        num_correct: of them, those predicted first.
-        num_compared: of them, those a reference was there for.
-        num_agreeing: of the compared, those with the reference's likeliest token.
-        kl: nats over the compared, summed in float64.
+        nll: Negative log-likelihood in nats, summed in float64.
+        num_tokens: Number of scored tokens.
+        num_correct: Number of scored tokens that are the model's likeliest token.
+        num_compared: Number of scored tokens with a reference.
+        num_agreeing: Number of compared tokens for which model and reference have the same likeliest token.
+        kl: KL in nats of the compared tokens, summed in float64.
     """
 
     nll: float = 0.0
@@ -56,17 +56,17 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """See `perplexity`."""
+        """Perplexity per scored token, by the function `perplexity`."""
         return perplexity(self.nll, self.num_tokens)
 
     @property
     def accuracy(self) -> float:
-        """Share of scored tokens predicted first."""
+        """Share of scored tokens that are the model's likeliest token."""
         return _ratio(self.num_correct, self.num_tokens, "scored token")
 
     @property
     def agreement(self) -> float:
-        """Share of compared tokens where model and reference have the same likeliest token."""
+        """Share of compared tokens for which model and reference have the same likeliest token."""
         return _ratio(self.num_agreeing, self.num_compared, "token compared with a reference")
 
     @property
@@ -75,7 +75,7 @@ class Scores:
         return _ratio(self.kl, self.num_compared, "token compared with a reference")
 
     def bits_per_byte(self, num_bytes: int) -> float:
-        """See `bits_per_byte`."""
+        """Returns the bits per byte by the function `bits_per_byte`."""
         return bits_per_byte(self.nll, num_bytes)
 
 
@@ -87,16 +87,16 @@ def token_scores(
     reference: Predictions | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> TokenScores:
-    """Scores every position by itself.
+    """Returns the scores of every position.
 
     Args:
-        model: hidden states `[*M, D]` and head.
-        labels: the id each position predicts (already shifted), -100: not scored.
-        reference: the same positions' hidden states and head of the model to compare with.
-        chunk_bytes: size of the float32 logits held at a time.
+        model: Hidden states `[*M, D]` and head.
+        labels: The id that each position predicts (already shifted); -100: not scored.
+        reference: Hidden states of the same positions and head of the reference model.
+        chunk_bytes: Size of the float32 logits in memory at a time.
 
     Raises:
-        SourceError: the vocabularies differ.
+        SourceError: The vocabularies differ.
     """
     if reference is not None:
         check_same_vocabulary(model.head, reference.head)
@@ -116,9 +116,9 @@ def likeliest_tokens(
     """Returns the likeliest token at every position whose label is not -100, and -100 elsewhere.
 
     Args:
-        model: hidden states `[*M, D]` and head.
-        labels: says which positions count.
-        chunk_bytes: size of the float32 logits held at a time.
+        model: Hidden states `[*M, D]` and head.
+        labels: Labels; -100: the position is skipped.
+        chunk_bytes: Size of the float32 logits in memory at a time.
     """
     index = scored_positions(labels)
     flat = model.flat(index)
@@ -137,11 +137,11 @@ def score(
     reference: Predictions | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Scores:
-    """Sums `token_scores` over all scored positions. Same arguments and errors."""
+    """Returns the sums of `token_scores` over all scored positions, with its arguments and errors."""
     scores = token_scores(model, labels, reference=reference, chunk_bytes=chunk_bytes)
     num_tokens = int((labels != -100).sum())
     return Scores(
-        # On the CPU, because not every device has float64.
+        # Summed on the CPU, because not every device has float64.
         nll=float(scores.nll.cpu().double().sum()),
         num_tokens=num_tokens,
         num_correct=int(scores.is_correct.sum()),
@@ -152,30 +152,30 @@ def score(
 
 
 def bits_per_byte(nll: float, num_bytes: int) -> float:
-    """Returns `nll / log 2 / num_bytes`: bits the model needs per UTF-8 byte of text, whatever its tokenizer.
+    """Returns `nll / log 2 / num_bytes`, the bits per UTF-8 byte of text, which does not depend on the tokenizer.
 
     Args:
-        nll: sum over the text's tokens, nats.
+        nll: Sum over the tokens of the text, nats.
         num_bytes: UTF-8 bytes of the text.
 
     Raises:
-        DataError: there are no bytes.
+        DataError: `num_bytes` is 0.
     """
     return _ratio(nll / math.log(2), num_bytes, "byte of text")
 
 
 def perplexity(nll: float, num_tokens: int) -> float:
-    """Returns `exp(nll / num_tokens)`, infinity where that is too large for a float.
+    """Returns `exp(nll / num_tokens)`, or infinity if the result is too large for a float.
 
     Raises:
-        DataError: there are no tokens.
+        DataError: `num_tokens` is 0.
     """
     mean = _ratio(nll, num_tokens, "scored token")
     return math.exp(mean) if mean < 709 else math.inf
 
 
 class _Pair(NamedTuple):
-    """Two columns, a row for each position."""
+    """Two columns with one row per position."""
 
     first: Tensor
     second: Tensor
@@ -184,7 +184,7 @@ class _Pair(NamedTuple):
 def _score(
     model: Predictions, labels: Tensor, reference: Predictions | None, chunk_bytes: int
 ) -> tuple[_Pair, _Pair, _Pair]:
-    """Likelihood and correctness of the model, its agreement with the reference and KL, and the reference's own."""
+    """Returns likelihood and correctness of the model, agreement and KL, and the first two for the reference."""
     dtype = torch.promote_types(model.head.weight.dtype, torch.float32)
     count, device = len(labels), labels.device
 
@@ -203,7 +203,7 @@ def _score(
 
 
 def _judge(columns: _Pair, rows: slice, log_probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Puts likelihood and correctness of some rows where they belong, and returns the likeliest tokens."""
+    """Writes likelihood and correctness of some rows into the columns, and returns the likeliest tokens."""
     best = log_probabilities.argmax(-1)
     columns.first[rows] = -log_probabilities.gather(1, labels[rows, None]).squeeze(1)
     columns.second[rows] = best == labels[rows]
@@ -217,7 +217,7 @@ def _spread(column: Tensor, index: Tensor | None, labels: Tensor) -> Tensor:
     return spread.index_copy_(0, index, column).reshape(labels.shape)
 
 
-def _ratio(amount: float | int, count: int, what: str) -> float:
+def _ratio(amount: float | int, count: int, noun: str) -> float:
     if count <= 0:
-        raise DataError(f"scoring: at least one {what} is required (got {count})")
+        raise DataError(f"scoring: at least one {noun} is required (got {count})")
     return amount / count

@@ -1,12 +1,12 @@
-"""Cross-entropy and distillation losses that hold the logits of a few tokens at a time.
+"""Cross-entropy and distillation losses that hold the logits of a block of tokens at a time.
 
-The gradient of a token's loss depends on that token's logits only, so the forward pass computes, block by block, the
-loss and at once the gradients of hidden states and head; the backward pass scales them. Beyond one block's logits this
-needs one gradient of the hidden states and one of the head, which training needs anyway.
+The gradient of a token's loss depends only on the logits of this token. So the forward pass computes, block by block,
+the loss and also the gradients of hidden states and head, and the backward pass only scales them. Memory holds the
+logits of one block, and the gradients of hidden states and head, which training needs anyway.
 
-There are two sizes. A block is what matrices are multiplied in: each passes over the whole head and its gradient, so it
-must not be small. Its logits stay in the dtype of the products, and slopes take their place. Within it, a few rows at a
-time are worked on in float32, few enough for a CPU's caches.
+There are two sizes. A block is the unit of matrix products. Each block reads the whole head and its gradient, so blocks
+must not be small. The logits of a block have the dtype of the products, and gradients overwrite them. Within a block,
+some rows at a time are computed in float32, few enough for the caches of a CPU.
 """
 
 from collections.abc import Mapping
@@ -26,24 +26,24 @@ from refold.scoring.stored import StoredPredictions, stored_forward_kl
 from refold.suggest import did_you_mean
 
 BLOCK_SHARE, LARGEST_BLOCK = 0.25, 512 * 2**20
-"""A block's logits, of student and teacher together: so large a share of one copy of all logits, or of the head's
-gradient where that is larger, at most so many bytes, but at least `CHUNK_BYTES`."""
+"""Size of a block's logits, student and teacher together: this share of the larger of all logits and the head's
+gradient, at most `LARGEST_BLOCK` and at least `CHUNK_BYTES` bytes."""
 _ROWS_BYTES = {"cpu": 4 * 2**20}
-"""Float32 logits worked on at a time, by kind of device; elsewhere `CHUNK_BYTES`."""
+"""Bytes of the float32 logits computed at a time, by kind of device; `CHUNK_BYTES` for other devices."""
 
 
 @dataclass(frozen=True)
 class Objectives:
-    """What a loss is made of: `cross_entropy * CE + sum of divergences[name] * temperature^2 * D_name`.
+    """The terms of a loss: `cross_entropy * CE + sum of divergences[name] * temperature^2 * D_name`.
 
     Attributes:
-        cross_entropy: weight of the cross-entropy with the labels, always at temperature 1.
-        divergences: weights by name, see `DIVERGENCES`.
-        temperature: both models' logits are divided by it within divergences, whose value is multiplied by its square
-            so that gradients keep their size (arXiv 1503.02531, section 2).
+        cross_entropy: Weight of the cross-entropy with the labels, at temperature 1.
+        divergences: Weights by name of `DIVERGENCES`.
+        temperature: Divisor of the logits of both models within divergences. The factor `temperature^2` keeps the size
+            of gradients (arXiv 1503.02531, section 2).
 
     Raises:
-        HealError: an unknown divergence, a negative weight, or a temperature that is not positive.
+        HealError: A divergence is unknown, a weight is negative, or the temperature is not positive.
     """
 
     cross_entropy: float = 1.0
@@ -62,13 +62,13 @@ class Objectives:
 
 
 class ChunkedLoss(NamedTuple):
-    """A loss and its parts.
+    """A loss and its terms.
 
     Attributes:
-        total: what to call `backward` on; float32 (float64 for float64 inputs).
-        means: by name (`cross_entropy` and each divergence), without weights and gradients: sums over the scored tokens
-            divided by the same denominator as `total`.
-        num_tokens: scored tokens here.
+        total: The loss with gradient; float32 (float64 for float64 inputs).
+        means: Terms by name (`cross_entropy` and each divergence), without weights and gradients: sums over the scored
+            tokens divided by the denominator of `total`.
+        num_tokens: Number of scored tokens of this call.
     """
 
     total: Float[Tensor, ""]
@@ -86,24 +86,24 @@ def chunked_loss(
     num_tokens: int | None = None,
     chunk_bytes: int | None = None,
 ) -> ChunkedLoss:
-    """Computes the mean loss over the positions whose label is not -100, and readies its gradients.
+    """Returns the mean loss over the positions whose label is not -100, with its gradients computed already.
 
-    Gradients reach `student.hidden`, `student.head.weight`, `.bias` and `.lora` where those require them; a tied
-    embedding gets its share like any other use of the tensor. There are no gradients of gradients.
+    `student.hidden`, `student.head.weight`, `.bias` and `.lora` get gradients if they require them; a tied embedding
+    gets the gradient of the head as well. The loss can be differentiated once.
 
     Args:
-        student: hidden states `[*M, D]` and head.
-        labels: the id each position predicts (already shifted), -100: not scored, in the divergences neither.
-        objectives: weights; None: cross-entropy alone.
-        teacher: hidden states `[*M, Dt]` and head of the teacher; gets no gradient. Divergences need it, or `stored`.
-        stored: the teacher's likeliest tokens instead, for the forward KL at temperature 1 over them and the rest.
-        num_tokens: denominator of the means, for gradient accumulation (the tokens of all micro-batches); None: the
-            scored tokens here. Better than scaling the loss, which costs a copy of the head's gradient.
-        chunk_bytes: logits of one block, counted in float32; None: see `BLOCK_SHARE`.
+        student: Hidden states `[*M, D]` and head.
+        labels: The id that each position predicts (already shifted); -100: the position is in no term of the loss.
+        objectives: Weights of the terms; None: cross-entropy alone.
+        teacher: Hidden states `[*M, Dt]` and head of the teacher, without gradient. Divergences need it, or `stored`.
+        stored: Stored predictions of the teacher, for the forward KL at temperature 1.
+        num_tokens: Denominator of the means, for gradient accumulation (the tokens of all micro-batches); None: the
+            scored tokens of this call. Scaling the loss instead would cost a copy of the head's gradient.
+        chunk_bytes: Size of the logits of a block, counted in float32; None: see `BLOCK_SHARE`.
 
     Raises:
-        HealError: divergences without a teacher, or with a stored one that cannot give them.
-        SourceError: the vocabularies differ.
+        HealError: Divergences have no teacher, or cannot be computed from stored predictions.
+        SourceError: The vocabularies differ.
     """
     objectives = objectives or Objectives()
     target = _target(student, teacher, stored, objectives)
@@ -133,7 +133,7 @@ def chunked_loss(
 def _target(
     student: Predictions, teacher: Predictions | None, stored: StoredPredictions | None, objectives: Objectives
 ) -> Predictions | StoredPredictions | None:
-    """What divergences compare with; None without divergences."""
+    """Returns the predictions of the teacher for the divergences; None without divergences."""
     names = ", ".join(objectives.divergences)
     if not names:
         return None
@@ -141,7 +141,7 @@ def _target(
         if names != "forward_kl" or objectives.temperature != 1:
             raise HealError(
                 f"divergences: forward_kl at temperature 1 is required with stored predictions (got {names} at "
-                f"{objectives.temperature:g}); let the teacher run along"
+                f"{objectives.temperature:g}); run the teacher instead of storing it"
             )
         return stored
     if teacher is None:
@@ -159,7 +159,7 @@ class _Call:
     denominator: int
     dtype: torch.dtype  # of matrix products
     block_bytes: int
-    wants_gradients: bool  # inside an autograd function gradients are off, and needs_input_grad ignores no_grad
+    wants_gradients: bool  # noted before: gradients are off inside an autograd function, needs_input_grad ignores that
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -190,13 +190,13 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # A factor of one, the usual case, must not cost a second copy of the head's gradient.
+        # A factor of one is the usual case, and scaling by it would copy the head's gradient.
         is_one = bool(grad_total == 1)
         return *(g if g is None or is_one else (g * grad_total).to(g.dtype) for g in ctx.saved_tensors), None
 
 
 def _pass(hidden: Tensor, head: Head, call: _Call, needs: Needs) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Sums of the objectives, and the gradients of the total loss in the order of `Needs`."""
+    """Returns the sums of the terms, and the gradients of the total loss in the order of `Needs`."""
     work_dtype = torch.promote_types(head.weight.dtype, torch.float32)
     sums = torch.zeros(1 + len(call.objectives.divergences), dtype=work_dtype, device=hidden.device)
     factor = head.scale / call.denominator
@@ -217,14 +217,14 @@ def _pass(hidden: Tensor, head: Head, call: _Call, needs: Needs) -> tuple[Tensor
             if slope is not None:
                 gradients.add_bias(slope)
                 logits[rows] = slope
-        del target  # before products of the same size are made
+        del target  # frees memory before products of the same size
         if any(needs):
             gradients.add(block, inputs, logits)
     return sums, gradients.tensors()
 
 
 class _Target(NamedTuple):
-    """What a block is compared with."""
+    """The teacher's predictions for one block."""
 
     stored: StoredPredictions | None
     teacher: Predictions | None
@@ -240,7 +240,7 @@ class _Target(NamedTuple):
         return cls(None, Predictions(inputs, teacher.head), teacher.head.project(inputs))
 
     def at(self, rows: slice) -> Tensor | StoredPredictions | None:
-        """The teacher's logits, or what is stored of them, at some rows of the block."""
+        """Returns the teacher's logits or stored predictions of some rows of the block."""
         if self.stored is not None:
             return StoredPredictions(*(part[rows] for part in self.stored))
         if self.teacher is None or self.logits is None:
@@ -256,7 +256,7 @@ def _objectives(
     softcap: float | None,
     wants_slope: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sums over some rows, and the gradient by the logits before soft-cap and scale."""
+    """Returns the sums over some rows, and the gradient with respect to the logits before soft-cap and scale."""
     log_q = logits.log_softmax(-1)
     cap_slope = None
     if softcap is not None and wants_slope:
@@ -287,7 +287,7 @@ def _objectives(
 
 
 def _weighted_sum(total: Tensor | None, part: Tensor, weight: float) -> Tensor:
-    """Adds in place; a chunk's logits are large enough for each pass over them to cost."""
+    """Returns `total + weight * part`, computed in place because each pass over the logits takes time."""
     if total is not None:
         return total.add_(part, alpha=weight)
     return part if weight == 1 else part.mul_(weight)
@@ -298,7 +298,7 @@ def _soften(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _block_bytes(head: Head, num_positions: int, dtype: torch.dtype) -> int:
-    """Default size of a block, counted in float32."""
+    """Returns the default size of a block in bytes, counted in float32."""
     largest = 4 * head.vocab_size * max(num_positions, head.weight.shape[1])
     num_bytes = max(CHUNK_BYTES, min(int(BLOCK_SHARE * largest), LARGEST_BLOCK))
     return num_bytes * 4 // max(dtype.itemsize, 2)

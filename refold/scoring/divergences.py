@@ -1,7 +1,7 @@
-"""Divergences between next-token distributions, each with its gradient in closed form.
+"""Divergences between next-token distributions, with their gradients in closed form.
 
-With p the teacher's distribution, q = softmax(z) the student's, and a divergence whose derivative with respect to q is
-a(q) up to a constant, the gradient with respect to the student's logits is `q * (a - sum(q * a))`.
+Let p be the teacher's distribution and q = softmax(z) the student's. If the derivative of a divergence with respect to
+q is a(q) up to a constant, the gradient with respect to the student's logits is `q * (a - sum(q * a))`.
 """
 
 from collections.abc import Callable
@@ -12,18 +12,18 @@ from torch import Tensor
 
 LogProbabilities = Float[Tensor, "M N"]
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(student's, teacher's log-probabilities) -> (nats per position `[M]`, gradient by the student's logits `[M, N]`)."""
+"""(log-probabilities of student, of teacher) -> (nats per position `[M]`, gradient for student logits `[M, N]`)."""
 
 
 def forward_kl(student: LogProbabilities, teacher: LogProbabilities) -> tuple[Float[Tensor, "M"], LogProbabilities]:
-    """`KL(p || q) = sum p (log p - log q)`, gradient `q - p` (Hinton et al., arXiv 1503.02531)."""
+    """Returns `KL(p || q) = sum p (log p - log q)` with gradient `q - p` (Hinton et al., arXiv 1503.02531)."""
     p = teacher.exp()
     value = (teacher - student).mul_(p).sum(-1)
     return value, student.exp().sub_(p)
 
 
 def reverse_kl(student: LogProbabilities, teacher: LogProbabilities) -> tuple[Float[Tensor, "M"], LogProbabilities]:
-    """`KL(q || p) = sum q (log q - log p)` (MiniLLM, arXiv 2306.08543, equation 1)."""
+    """Returns `KL(q || p) = sum q (log q - log p)` (MiniLLM, arXiv 2306.08543, equation 1)."""
     q = student.exp()
     slope = student - teacher
     value = (q * slope).sum(-1)
@@ -31,7 +31,7 @@ def reverse_kl(student: LogProbabilities, teacher: LogProbabilities) -> tuple[Fl
 
 
 def jensen_shannon(student: LogProbabilities, teacher: LogProbabilities) -> tuple[Float[Tensor, "M"], LogProbabilities]:
-    """`(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2`; at most log 2."""
+    """Returns `(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2`; at most log 2."""
     mixture = torch.logaddexp(student, teacher).sub_(_LOG_2)
     p_part = (teacher - mixture).mul_(teacher.exp()).sum(-1)
     q = student.exp()
@@ -43,7 +43,7 @@ def jensen_shannon(student: LogProbabilities, teacher: LogProbabilities) -> tupl
 def total_variation(
     student: LogProbabilities, teacher: LogProbabilities
 ) -> tuple[Float[Tensor, "M"], LogProbabilities]:
-    """`sum |p - q| / 2`, at most 1 (f-DISTILL, arXiv 2307.15190)."""
+    """Returns `sum |p - q| / 2`, at most 1 (f-DISTILL, arXiv 2307.15190)."""
     q = student.exp()
     difference = q - teacher.exp()
     value = difference.abs().sum(-1).div_(2)

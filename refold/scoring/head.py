@@ -1,4 +1,4 @@
-"""What turns hidden states into logits: a matrix, and what some families add to it."""
+"""The head that maps hidden states to logits, and predictions as hidden states with a head."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from torch.nn import functional as F
 from refold.errors import SourceError
 
 CHUNK_BYTES = 64 * 2**20
-"""Default for the float32 logits of one chunk, model and reference together. Working copies take a small multiple."""
+"""Default size of the float32 logits of a chunk, model and reference together; temporary copies take more."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """`logits = softcap * tanh(z / softcap)` with `z = scale * (hidden weight^T + bias)`; without a soft-cap, z.
+    """The head: logits are `softcap * tanh(z / softcap)` with `z = scale * (hidden weight^T + bias)`.
 
-    Where there is a LoRA, the weight is `weight + b a`, which is never formed.
+    Without a soft-cap the logits are z. With a LoRA the weight is `weight + b a`; this sum is never formed.
 
     Attributes:
-        weight: may be the embedding's own tensor (tied).
-        bias: None where the family has none.
-        scale: factor on logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
-        softcap: Gemma 2's `final_logit_softcapping`; None: none.
-        lora: `(a, b)` that early exits may have; None: none.
+        weight: The weight; possibly the tensor of the embedding (tied).
+        bias: The bias, or None.
+        scale: Factor of the logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
+        softcap: Gemma 2's `final_logit_softcapping`, or None.
+        lora: LoRA `(a, b)` of an early exit, or None.
     """
 
     weight: Float[Tensor, "N D"]
@@ -37,31 +37,31 @@ class Head:
 
     @property
     def vocab_size(self) -> int:
-        """N."""
+        """Size N of the vocabulary."""
         return self.weight.shape[0]
 
     def logits(self, hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M N"]:
-        """Returns all logits of these positions: float32, float64 where the weight is.
+        """Returns the logits in float32, or in float64 for a float64 weight.
 
-        Matrix products run in the weight's dtype, or in autocast's where that is on; all after them in float32.
+        Matrix products run in the weight's dtype, or in the dtype of autocast if it is on. Other steps run in float32.
         """
         return self.finish(self.project(hidden), hidden)
 
     def project(self, hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M N"]:
-        """Returns the product with the weight alone, in the dtype products run in."""
+        """Returns the product of hidden states and weight alone, in the dtype of matrix products."""
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(self.weight.dtype)
         return F.linear(hidden, self.weight)
 
     def finish(self, product: Float[Tensor, "*M N"], hidden: Float[Tensor, "*M D"]) -> Float[Tensor, "*M N"]:
-        """Returns the logits of positions whose product is there; it is left as it is."""
+        """Returns the logits for a product of `project`, which stays unchanged."""
         lora = self.lora
         if lora is not None and not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(self.weight.dtype)
             lora = (lora[0].to(hidden.dtype), lora[1].to(hidden.dtype))
         low_rank = None if lora is None else F.linear(F.linear(hidden, lora[0]), lora[1])
         with torch.autocast(hidden.device.type, enabled=False):
-            # Products in half precision keep 8 or 11 bits; sums over the vocabulary must not.
+            # Half precision has 8 or 11 bits, too few for sums over the vocabulary.
             logits = product.to(torch.promote_types(product.dtype, torch.float32))
             if low_rank is not None:
                 logits = logits + low_rank
@@ -87,30 +87,30 @@ class Head:
 
 
 class Predictions(NamedTuple):
-    """A model's next-token predictions, kept as what its logits would be computed from.
+    """Next-token predictions as hidden states and head, from which logits can be computed.
 
     Attributes:
-        hidden: last hidden states, after the final norm.
-        head: what reads them.
+        hidden: Last hidden states, after the final norm.
+        head: The head.
     """
 
     hidden: Float[Tensor, "*M D"]
     head: Head
 
     def flat(self, index: Int64[Tensor, "K"] | None) -> "Predictions":
-        """Returns the positions named by a flat index, or all, as `[K, D]`."""
+        """Returns the positions of a flat index, or all positions, as `[K, D]`."""
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
         return Predictions(hidden if index is None else hidden.index_select(0, index), self.head)
 
 
 def scored_positions(labels: Int64[Tensor, "*M"]) -> Int64[Tensor, "K"] | None:
-    """Returns the flat index of positions whose label is not -100, None where that is all of them."""
+    """Returns the flat index of the positions whose label is not -100, or None if that is every position."""
     kept = labels.reshape(-1) != -100
     return None if bool(kept.all()) else kept.nonzero().squeeze(-1)
 
 
 def chunks(num_positions: int, vocab_size: int, num_matrices: int, chunk_bytes: int) -> Iterator[slice]:
-    """Yields ranges of at least one position whose float32 logits, `num_matrices` of them, fit in `chunk_bytes`."""
+    """Yields ranges of at least one position for which `num_matrices` float32 logits fit in `chunk_bytes`."""
     length = max(1, chunk_bytes // (4 * vocab_size * num_matrices))
     if length > 16:
         length -= length % 16  # matrix kernels work in tiles
@@ -119,10 +119,10 @@ def chunks(num_positions: int, vocab_size: int, num_matrices: int, chunk_bytes: 
 
 
 def check_same_vocabulary(model: Head, reference: Head) -> None:
-    """Refuses two heads whose logits cannot be compared.
+    """Checks that the logits of two heads can be compared.
 
     Raises:
-        SourceError: the vocabularies differ in size.
+        SourceError: The vocabularies differ in size.
     """
     if model.vocab_size != reference.vocab_size:
         raise SourceError(

@@ -1,4 +1,4 @@
-"""Gradients of hidden states and head, added up over blocks of positions."""
+"""Sums of the gradients of hidden states and head over blocks of positions."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from refold.scoring.head import Head
 
-_FLOAT32_SHARE = 0.15  # of the logits of one copy; the naive computation holds several
-_TILE_BYTES = 32 * 2**20  # of the head's gradient, where a product must be rounded up before it is added
+_FLOAT32_SHARE = 0.15  # largest float32 gradient of the head as a share of all logits, of which full logits hold copies
+_TILE_BYTES = 32 * 2**20  # size of a tile of the head's gradient, to which products of another dtype are added
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """Flags that say which gradients to compute."""
 
     hidden: bool
     weight: bool
@@ -23,18 +23,18 @@ class Needs(NamedTuple):
 
 
 class HeadGradients:
-    """Sums of the gradients a loss has by hidden states and by a head's tensors.
+    """Sums of the gradients of a loss with respect to hidden states and to the tensors of a head.
 
-    In half precision the head's gradient is summed in float32 where that is small beside a block or beside all logits,
-    else in the weight's dtype.
+    In half precision the gradient of the head is summed in float32 if that takes little memory compared with a block or
+    with all logits, and else in the weight's dtype.
 
     Args:
-        hidden: of all positions `[M, D]`, in the dtype its gradient is to have.
-        head: in the dtype its products run in.
-        weight: the head's weight in the dtype it is stored in.
-        needs: which of them to make.
-        factor: on everything.
-        block_bytes: float32 logits of one block.
+        hidden: Hidden states of all positions `[M, D]`, in the dtype of their gradient.
+        head: The head in the dtype of its products.
+        weight: The weight of the head in its stored dtype.
+        needs: The gradients to compute.
+        factor: Factor of all gradients.
+        block_bytes: Size of the float32 logits of a block.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class HeadGradients:
         self.lora_b = torch.zeros_like(b, dtype=wide) if needs.lora_b and b is not None else None
 
     def add(self, rows: slice, inputs: Float[Tensor, "K D"], slopes: Float[Tensor, "K N"]) -> None:
-        """Adds what a block of positions gives.
+        """Adds the gradients of a block of positions.
 
         Args:
-            rows: the block.
-            inputs: its hidden states, in the dtype of the products.
-            slopes: the loss's gradient by the block's logits before scale and soft-cap, in the same dtype.
+            rows: The positions of the block.
+            inputs: Hidden states of the block, in the dtype of the products.
+            slopes: Gradient with respect to the logits of the block before scale and soft-cap, in the same dtype.
         """
         below = None
         if self._head.lora is not None:
             a, b = self._head.lora
-            below = torch.mm(slopes, b)  # gradient by A's outputs
+            below = torch.mm(slopes, b)  # gradient with respect to the outputs of A
             if self.lora_a is not None:
                 self.lora_a.add_(torch.mm(below.t(), inputs), alpha=self._factor)
             if self.lora_b is not None:
@@ -80,12 +80,12 @@ class HeadGradients:
             self._add_weight(self.weight, inputs, slopes)
 
     def add_bias(self, slopes: Float[Tensor, "K N"]) -> None:
-        """Adds the bias's gradient, from slopes that are not rounded yet."""
+        """Adds the gradient of the bias, from slopes before they are rounded."""
         if self.bias is not None:
             self.bias.add_(slopes.sum(0), alpha=self._factor)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Returns them in the order of `Needs`."""
+        """Returns the gradients in the order of `Needs`."""
         return self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
 
     def _add_weight(self, weight: Tensor, inputs: Tensor, slopes: Tensor) -> None:
@@ -99,7 +99,7 @@ class HeadGradients:
 
 
 def _accumulator(weight: Tensor, num_positions: int, block_bytes: int) -> Tensor:
-    """Zeros for the head's gradient."""
+    """Returns zeros for the gradient of the head, in float32 or in the weight's dtype."""
     num_bytes = 4 * weight.numel()
     naive = 4 * weight.shape[0] * num_positions
     is_cheap = num_bytes <= max(block_bytes, _FLOAT32_SHARE * naive)

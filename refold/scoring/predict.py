@@ -1,4 +1,4 @@
-"""Hidden states and head of any causal language model: all that scores and losses need of one."""
+"""Hidden states and head of any causal language model, the inputs of scores and losses."""
 
 from typing import Any, NamedTuple
 
@@ -10,12 +10,12 @@ from refold.scoring.head import Head, Predictions
 
 
 class ExitPredictions(NamedTuple):
-    """What a stack that is left early predicts.
+    """Predictions of an early exit.
 
     Attributes:
-        depths: how many depths run.
-        predictions: through the exit's norm and head.
-        gate: logits of the exit's gate, None where it has none.
+        depths: Number of depths that run.
+        predictions: Predictions by the norm and the head of the exit.
+        gate: Logits of the gate of the exit, or None.
     """
 
     depths: int
@@ -24,11 +24,11 @@ class ExitPredictions(NamedTuple):
 
 
 def head_of(model: PreTrainedModel, depths: int | None = None) -> Head:
-    """Returns what turns the model's last hidden states into logits, with the soft-cap its config names.
+    """Returns the head of a model, with the soft-cap of its config.
 
     Args:
         model: A folded model or a source, as transformers loads it.
-        depths: Of a folded model the head it has after so many depths, where an exit may have a LoRA; None: after all.
+        depths: Number of depths after which a folded model exits, with the LoRA of that exit; None: all depths.
     """
     linear: Any = model.get_output_embeddings()
     softcap = getattr(model, "logit_softcap", None)
@@ -38,7 +38,7 @@ def head_of(model: PreTrainedModel, depths: int | None = None) -> Head:
     if depths is not None:
         stack: Any = model.base_model
         parts = stack.exit_parts(depths - 1)
-        lora = None if parts is None or parts.head_lora is None else parts.head_lora()
+        lora = None if parts is None or parts.lora is None else parts.lora.pair
     return Head(linear.weight, getattr(linear, "bias", None), softcap=softcap, lora=lora)
 
 
@@ -49,12 +49,12 @@ def predict(
     position_ids: Int64[Tensor, "B T"] | None = None,
     attention_mask: Tensor | None = None,
 ) -> Predictions:
-    """Runs the stack without cache and without logits.
+    """Runs the stack without cache and without logits, and returns its predictions.
 
     Args:
         model: A folded model or a source, as transformers loads it.
         input_ids: Tokens.
-        position_ids: Where they fall back, a new document begins that sees none of the others.
+        position_ids: Positions. A position other than the previous one plus 1 begins a new document.
         attention_mask: Zeros at padding.
     """
     stack: Any = model.base_model
@@ -69,9 +69,9 @@ def predict_exits(
     position_ids: Int64[Tensor, "B T"] | None = None,
     attention_mask: Tensor | None = None,
 ) -> tuple[Predictions, list[ExitPredictions]]:
-    """Runs the stack of a folded model once and returns what it predicts at full depth, and at each of its exits.
+    """Runs the stack of a folded model once and returns its predictions at full depth and at each exit.
 
-    Arguments as for `predict`.
+    The arguments are those of `predict`.
     """
     stack: Any = model.base_model
     output = stack(
@@ -85,11 +85,11 @@ def predict_exits(
 
 
 def read_exits(model: PreTrainedModel, output: Any) -> list[ExitPredictions]:
-    """Returns what a folded model predicts at each exit, top to bottom.
+    """Returns the predictions of a folded model at each exit, in the order of depths.
 
     Args:
         model: The model.
-        output: Of its stack, run with `output_exits`.
+        output: Output of its stack with `output_exits`.
     """
     stack: Any = model.base_model
     hidden = output.exit_hidden_states

@@ -1,4 +1,4 @@
-"""A teacher's next-token distribution as it is kept on disk: the likeliest tokens, and one bucket for all others."""
+"""Stored next-token distributions of a teacher: the likeliest tokens, and one bucket for all others."""
 
 from typing import NamedTuple
 
@@ -9,16 +9,16 @@ from torch import Tensor
 from refold.errors import HealError
 from refold.scoring.head import CHUNK_BYTES, Predictions, chunks
 
-_SMALLEST_LOG_TAIL = -60.0  # e^-60 lies well inside float32, and a student's tail never needs to be smaller
+_SMALLEST_LOG_TAIL = -60.0  # lower bound of a student's log tail; e^-60 is well within float32
 
 
 class StoredPredictions(NamedTuple):
-    """Top-k distribution of each position: k + 1 buckets that make up all probability, up to rounding.
+    """Top-k distribution of each position: k + 1 buckets whose probabilities add up to 1, up to rounding.
 
     Attributes:
-        ids: the k likeliest tokens.
-        log_probabilities: theirs.
-        log_tail: that of all other tokens together; minus infinity where there are none.
+        ids: The k likeliest tokens.
+        log_probabilities: Log-probabilities of these tokens.
+        log_tail: Log of the probability of all other tokens together; minus infinity if there are no others.
     """
 
     ids: Int64[Tensor, "*M k"]
@@ -26,22 +26,22 @@ class StoredPredictions(NamedTuple):
     log_tail: Float[Tensor, "*M"]
 
     def flat(self, index: Int64[Tensor, "K"] | None) -> "StoredPredictions":
-        """Returns the positions named by a flat index, or all, as `[K, k]`."""
+        """Returns the positions of a flat index, or all positions, as `[K, k]`."""
         parts = self.ids.flatten(0, -2), self.log_probabilities.flatten(0, -2), self.log_tail.flatten()
         return StoredPredictions(*(part if index is None else part.index_select(0, index) for part in parts))
 
 
 @torch.no_grad()
 def likeliest(predictions: Predictions, k: int, chunk_bytes: int = CHUNK_BYTES) -> StoredPredictions:
-    """Returns the top-k distribution of every position, in float32 (float64 where the head is), chunk by chunk.
+    """Returns the top-k distribution of every position, in float32 (float64 for a float64 head).
 
     Args:
-        predictions: hidden states `[*M, D]` and head.
-        k: how many tokens, at most the vocabulary.
-        chunk_bytes: size of the logits held at a time.
+        predictions: Hidden states `[*M, D]` and head.
+        k: Number of tokens, at most the size of the vocabulary.
+        chunk_bytes: Size of the logits in memory at a time.
 
     Raises:
-        HealError: there are fewer than k tokens.
+        HealError: The vocabulary has fewer than k tokens.
     """
     vocab_size = predictions.head.vocab_size
     if not 1 <= k <= vocab_size:
@@ -60,15 +60,15 @@ def likeliest(predictions: Predictions, k: int, chunk_bytes: int = CHUNK_BYTES) 
 def stored_forward_kl(
     student: Float[Tensor, "M N"], teacher: StoredPredictions
 ) -> tuple[Float[Tensor, "M"], Float[Tensor, "M N"]]:
-    """`KL(p || q)` over k + 1 buckets, and its gradient by the student's logits.
+    """Returns `KL(p || q)` over k + 1 buckets, and its gradient with respect to the student's logits.
 
-    With t the bucket of all other tokens the gradient is `q_i - p_i` for the k tokens and `q_j (1 - p_t / q_t)` for
-    each of the others. Where k is the vocabulary this is `forward_kl`. Stored numbers are rounded, so they are brought
-    to a sum of 1 first.
+    With t the bucket of all other tokens, the gradient is `q_i - p_i` for the k tokens and `q_j (1 - p_t / q_t)` for
+    each other token. If k is the size of the vocabulary, this equals `forward_kl`. Stored numbers are rounded, so they
+    are normalised first.
 
     Args:
-        student: log-probabilities, left as they are.
-        teacher: of the same positions.
+        student: Log-probabilities, which stay unchanged.
+        teacher: Stored predictions of the same positions.
     """
     ids, log_p, log_pt = teacher.ids, teacher.log_probabilities.to(student.dtype), teacher.log_tail.to(student.dtype)
     total = torch.logaddexp(log_p.logsumexp(-1), log_pt)
@@ -85,5 +85,5 @@ def stored_forward_kl(
 
 
 def _log_tail(log_probabilities: Tensor, ids: Tensor) -> Tensor:
-    """Log of the probability of all tokens but these, added up: 1 minus the others would lose a small one's digits."""
+    """Returns the log of the sum of all other probabilities; 1 minus the sum of these would lose small values."""
     return log_probabilities.scatter(1, ids, -torch.inf).logsumexp(-1)

@@ -8,11 +8,12 @@ from pathlib import Path
 from refold.checkpoint.folder import settle
 from refold.checkpoint.locate import Source
 from refold.checkpoint.manifest import check, is_refold_folder
-from refold.conversion.convert import carry_out
+from refold.conversion.convert import ConvertOptions, carry_out
 from refold.data.readers import DataSource
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation, read_evaluation
+from refold.evaluation.settings import EvaluationSettings
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
 from refold.planning.plan import Draft
@@ -76,7 +77,13 @@ class RunArm:
         if not _is_finished(target):
             self.show.say(f"{self.folder.name}: converting")
             with self.show.progress(f"{self.folder.name}: converting", "steps") as report:
-                carry_out(plan, self.source, target, command=self.command, calibration=self.train, progress=report)
+                carry_out(
+                    plan,
+                    self.source,
+                    target,
+                    options=ConvertOptions(command=self.command, progress=report),
+                    calibration=self.train,
+                )
         return target
 
     def heal(self, start: str | Path | Source) -> Path | Source:
@@ -99,10 +106,8 @@ class RunArm:
                 found = evaluate(
                     model,
                     self.held_out,
+                    EvaluationSettings(max_tokens=self.eval_tokens, device=self.device, quantise=quantise),
                     against=self.against,
-                    max_tokens=self.eval_tokens,
-                    device=self.device,
-                    quantise=quantise,
                     progress=report,
                 )
             found.write(path)

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from refold.conversion.convert import carry_out
+from refold.conversion.convert import ConvertOptions, carry_out
 from refold.conversion.measured import reads_text
 from refold.data.readers import DataSource
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation
+from refold.evaluation.settings import EvaluationSettings
 from refold.generation.generate import generate
 from refold.generation.sampling import Sampling
 from refold.healing.heal import heal
@@ -86,7 +87,10 @@ def demo(folder: Path, *, heal_tokens: int = HEAL_TOKENS, say: Say = lambda text
 
     def measure(model: Path) -> Evaluation:
         return evaluate(
-            model, held_out, against=against, context=CONTEXT, stride=CONTEXT, max_tokens=EVAL_TOKENS, device="cpu"
+            model,
+            held_out,
+            EvaluationSettings(context=CONTEXT, stride=CONTEXT, max_tokens=EVAL_TOKENS, device="cpu"),
+            against=against,
         )
 
     training = training_data()
@@ -138,7 +142,13 @@ def _row(
 ) -> DemoRow:
     say(f"folding: {name}")
     target = folder / _slug(name)
-    made = carry_out(draft, model.source, target, overwrite=True, calibration=training if reads_text(draft) else None)
+    made = carry_out(
+        draft,
+        model.source,
+        target,
+        options=ConvertOptions(overwrite=True),
+        calibration=training if reads_text(draft) else None,
+    )
     return DemoRow(name, target, made, measure(target))
 
 

@@ -1,4 +1,4 @@
-"""An analysis names what was planted, keeps what it found, and touches nobody's folder."""
+"""An analysis finds planted layers, writes its results, and replaces no folder of others."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import refold
 from refold.analysis.analyse import AnalysisSettings
-from refold.analysis.ranking import least_important, most_alike
+from refold.analysis.conclusion import least_important, most_alike
 from refold.calibration.moments import MomentStore
 from refold.data.readers import from_documents
 from refold.errors import DataError, FolderError, RecipeError

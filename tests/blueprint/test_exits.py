@@ -1,4 +1,4 @@
-"""What exits have of their own: from the recipe to the blueprint, its tensors and its cost."""
+"""The objects of exits: from the recipe to the blueprint, its tensors and its cost."""
 
 import pytest
 from pydantic import ValidationError

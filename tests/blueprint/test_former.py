@@ -1,4 +1,4 @@
-"""Blueprints that earlier versions wrote, with a mixer's `type` and `options` beside each other and other names."""
+"""Blueprints of earlier versions, with `type` and `options` as separate keys of a mixer, and with former names."""
 
 import copy
 import json

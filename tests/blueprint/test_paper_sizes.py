@@ -1,4 +1,4 @@
-"""Non-embedding sizes, in billions, that the paper of Relaxed Recursive Transformers prints, from configs alone."""
+"""Non-embedding sizes from configs alone, against the table of the paper of Relaxed Recursive Transformers."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Sources opened for measuring."""
+"""Opened sources for tests of calibration."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A source run layer by layer gives what transformers gives."""
+"""A source that runs layer by layer gives the outputs of transformers."""
 
 from collections.abc import Callable
 from pathlib import Path

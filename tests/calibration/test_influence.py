@@ -1,4 +1,4 @@
-"""Influence is what transformers' own streams give, and one layer is in memory at a time."""
+"""Influence equals that of transformers' residual streams, and one layer is in memory at a time."""
 
 import itertools
 import weakref
@@ -27,7 +27,7 @@ def changed(before: Tensor, after: Tensor) -> float:
 
 
 def observe(model: nn.Module, variant: str, ids: Tensor) -> list[dict[str, Tensor]]:
-    """Streams before and after each layer, and what attention and MLP add."""
+    """Returns the residual streams before and after each layer, and the updates by attention and MLP."""
     layers, attention, mlp = MODULES[variant]
     seen: list[dict[str, Tensor]] = []
 

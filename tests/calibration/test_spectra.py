@@ -1,4 +1,4 @@
-"""Spectra of what tying loses, beside plain decompositions."""
+"""Spectra of the residual that tying leaves, against plain decompositions."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Aimed weights against least squares on the tokens themselves."""
+"""Weights fitted to outputs of the source, against least squares on the tokens."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ ROWS, COLUMNS = 5, 8
 
 
 def streams(tokens: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """What a linear sees in the source, and a folded model's version of it: turned a little, with some noise."""
+    """Inputs of a linear in the source, and those in a folded model: slightly rotated, with some noise."""
     generator = torch.Generator().manual_seed(seed)
     source = torch.randn(2, tokens // 2, COLUMNS, generator=generator)
     turn = torch.eye(COLUMNS) + 0.3 * torch.randn(COLUMNS, COLUMNS, generator=torch.Generator().manual_seed(9))

@@ -63,7 +63,7 @@ class Log:
 
 @dataclass
 class Hub:
-    """A hub of one repository: its files, and what was asked of it."""
+    """A hub of one repository: its files, and its requests."""
 
     folder: Path
     log: Log

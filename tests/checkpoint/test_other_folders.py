@@ -1,4 +1,4 @@
-"""A folder that is no model says its kind, and the way to a model."""
+"""Errors for folders that are no model name the kind of folder and the way to a model."""
 
 import json
 from pathlib import Path

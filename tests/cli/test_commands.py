@@ -1,4 +1,4 @@
-"""The command line: right input works in its short form, wrong input is one line and exit status 2."""
+"""The command line: correct input works, wrong input is one line and exit status 2."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A damaged model is refused with one line by every command that loads it, before anything is computed from it."""
+"""Every command refuses a damaged model with one line before it computes anything."""
 
 import json
 import shutil
@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from refold.analysis.analyse import AnalysisSettings, analyse
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.data.readers import from_documents
 from refold.errors import RefoldError, SourceError
 from refold.evaluation.evaluate import evaluate
+from refold.evaluation.settings import EvaluationSettings
 from refold.generation.generate import generate
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
@@ -55,10 +56,15 @@ def configure(folder: Path, **fields: Any) -> None:
 def ways(model: Path, whole: Path, out: Path, text: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Every way in which a source's weights are read."""
     yield "convert", lambda: convert(model, out / "folded", FOLD)
-    yield "relaxed", lambda: convert(model, out / "folded", {**FOLD, "relax": {"rank": 2}}, allow_larger=True)
+    yield (
+        "relaxed",
+        lambda: convert(
+            model, out / "folded", {**FOLD, "relax": {"rank": 2}}, options=ConvertOptions(allow_larger=True)
+        ),
+    )
     yield "analyse", lambda: analyse(model, out / "analysed", settings=AnalysisSettings(tokens=16, context=8))
-    yield "evaluate", lambda: evaluate(model, text, max_tokens=32, context=8)
-    yield "against", lambda: evaluate(whole, text, against=model, max_tokens=32, context=8)
+    yield "evaluate", lambda: evaluate(model, text, EvaluationSettings(max_tokens=32, context=8))
+    yield "against", lambda: evaluate(whole, text, EvaluationSettings(max_tokens=32, context=8), against=model)
     yield "generate", lambda: generate(model, "The sea")
     yield "heal", lambda: heal(model, out / "healed", text, STAGE, options=HealOptions(device="cpu"))
     distil = HealStage(tokens=64, batch_tokens=32, context=16, objective={"distil": {}})  # pyright: ignore
@@ -128,7 +134,7 @@ def test_an_index_without_metadata_goes_every_way(name, model, whole, text, tmp_
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     found = dict(ways(model, whole, tmp_path, text))[name]()
     if name == "evaluate":
-        assert found.bits_per_byte == evaluate(whole, text, max_tokens=32, context=8).bits_per_byte
+        assert found.bits_per_byte == evaluate(whole, text, EvaluationSettings(max_tokens=32, context=8)).bits_per_byte
         assert found.model.name == str(model)
 
 
@@ -138,13 +144,15 @@ def test_a_device_that_is_not_there_is_one_line(name, device, model, whole, text
     if torch.device("cuda" if "cuda" in device else "cpu").type == "cuda" and torch.cuda.is_available():
         pytest.skip("a machine without an accelerator is required")
     out = tmp_path / "out"
-    stage, tokens = STAGE, {"max_tokens": 32, "context": 8}
+    stage, settings = STAGE, EvaluationSettings(max_tokens=32, context=8, device=device)
     calls: dict[str, Callable[[], Any]] = {
-        "convert": lambda: convert(model, out, FOLD, device=device),
-        "relaxed": lambda: convert(model, out, {**FOLD, "relax": {"rank": 2}}, allow_larger=True, device=device),
+        "convert": lambda: convert(model, out, FOLD, options=ConvertOptions(device=device)),
+        "relaxed": lambda: convert(
+            model, out, {**FOLD, "relax": {"rank": 2}}, options=ConvertOptions(allow_larger=True, device=device)
+        ),
         "analyse": lambda: analyse(model, out, settings=AnalysisSettings(tokens=16, context=8, device=device)),
-        "evaluate": lambda: evaluate(model, text, device=device, **tokens),
-        "against": lambda: evaluate(whole, text, against=model, device=device, **tokens),
+        "evaluate": lambda: evaluate(model, text, settings),
+        "against": lambda: evaluate(whole, text, settings, against=model),
         "generate": lambda: generate(model, "The sea", device=device),
         "heal": lambda: heal(model, out, text, stage, options=HealOptions(device=device)),
         "teacher": lambda: heal(whole, out, text, stage, teacher=model, options=HealOptions(device=device)),
@@ -177,7 +185,7 @@ class TestOwnHead:
         convert(tied, tmp_path / "out")
         stored = load_file(tmp_path / "out" / "model.safetensors")
         assert torch.equal(stored["lm_head.weight"], load_file(tied / "model.safetensors")["lm_head.weight"])
-        found = evaluate(tmp_path / "out", text, against=tied, max_tokens=64, context=16)
+        found = evaluate(tmp_path / "out", text, EvaluationSettings(max_tokens=64, context=16), against=tied)
         assert found.against is not None
         assert found.against.kl == pytest.approx(0, abs=1e-6)
 
@@ -209,12 +217,12 @@ def test_the_stored_dtype_counts_everywhere(said, stored, model, whole, text, tm
     convert(model, tmp_path / "out")
     assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {stored}
     for folder in (model, tmp_path / "out"):
-        found = evaluate(folder, text, max_tokens=32, context=8)
+        found = evaluate(folder, text, EvaluationSettings(max_tokens=32, context=8))
         assert (found.model.dtype, found.model.weight_bytes) == (name, made.cost.source.weight_bytes)
     if stored == torch.float32:
         # Not rounded to what the config says.
-        there = evaluate(whole, text, max_tokens=32, context=8)
-        assert evaluate(model, text, max_tokens=32, context=8).bits_per_byte == there.bits_per_byte
+        there = evaluate(whole, text, EvaluationSettings(max_tokens=32, context=8))
+        assert evaluate(model, text, EvaluationSettings(max_tokens=32, context=8)).bits_per_byte == there.bits_per_byte
     heal(model, tmp_path / "healed", text, STAGE, options=HealOptions(device="cpu"))
     assert {value.dtype for value in load_file(tmp_path / "healed" / "model.safetensors").values()} == {stored}
 
@@ -230,7 +238,7 @@ def test_an_overflow_on_the_cast_is_named(model, tmp_path):
     recipe = {**FOLD, "relax": {"rank": 2}}
     message = r"lora\.down_proj\.b: finite numbers are required \(got -?inf at .*\); values above 65,504 overflow"
     with pytest.raises(RefoldError, match=message):
-        convert(model, tmp_path / "out", recipe, allow_larger=True)
+        convert(model, tmp_path / "out", recipe, options=ConvertOptions(allow_larger=True))
     assert not (tmp_path / "out").exists()
 
 

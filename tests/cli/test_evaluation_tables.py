@@ -7,14 +7,16 @@ def test_each_exit_has_a_row(make_evaluation, capsys):
     first = ExitScores(depths=2, bits_per_byte=1.9, **left)
     second = ExitScores(depths=4, bits_per_byte=1.75, gate_accuracy=0.875, **left)
     print_evaluation(make_evaluation(exits=(first, second)))
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr().out
+    assert "exit after" in printed
+    lines = [line.split() for line in printed.splitlines()]
     assert ["2", "1.9000", "25.00%", "62.50%", "0.3125", "-"] in lines
     assert ["4", "1.7500", "25.00%", "62.50%", "0.3125", "87.50%"] in lines
 
 
 def test_a_model_without_exits_has_no_table_of_them(make_evaluation, capsys):
     print_evaluation(make_evaluation())
-    assert "left after" not in capsys.readouterr().out
+    assert "exit after" not in capsys.readouterr().out
 
 
 def test_weights_are_told_with_their_scheme(make_evaluation, capsys):

@@ -1,4 +1,4 @@
-"""Any exception of a command is one line and a status; a traceback only where it is asked for."""
+"""Every exception of a command is one line and an exit status; a traceback is printed only on request."""
 
 import errno
 import os
@@ -103,6 +103,8 @@ def test_ctrl_c_says_so_and_ends_with_130(shipped: Path, tmp_path: Path) -> None
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell ignores SIGINT for what it starts in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         # Opens when the command does, which then waits for text that never comes.

@@ -1,4 +1,4 @@
-"""Damaged and hostile recipes, overrides and options: one line and an exit status, never a traceback, never a hang."""
+"""Damaged and hostile recipes, overrides and options give one line and an exit status, no traceback and no hang."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""What `refold inspect` prints of a stack."""
+"""The table of the stack in `refold inspect`."""
 
 from refold.cli.inspect_tables import print_inspection
 from refold.conversion.convert import convert

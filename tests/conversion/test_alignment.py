@@ -1,4 +1,4 @@
-"""Layers in other frames: they compute the same, and like is tied to like."""
+"""Aligned layers compute the same, and similar neurons and heads are tied."""
 
 import shutil
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from refold.calibration.frames import FramedPieces, HeadFrame, LayerFrame
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.alignment import align_layers
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.conversion.target_tensors import TargetBuilder
 from refold.errors import RecipeError, SourceError
 from refold.families.arch import ArchSpec
@@ -148,10 +148,15 @@ def test_aligned_layers_are_nearer_to_their_mean(make_source, tmp_path, loops):
 def test_an_aligned_fold_with_full_rank_is_the_source(make_source, tmp_path, variant):
     source = make_source(variant)
     relax = {"rank": "full", "init": "joint", "vectors": "own"}
-    convert(source, tmp_path / "out", {"fold": {**FOLD, "align": "both"}, "relax": relax}, allow_larger=True)
+    convert(
+        source,
+        tmp_path / "out",
+        {"fold": {**FOLD, "align": "both"}, "relax": relax},
+        options=ConvertOptions(allow_larger=True),
+    )
     assert off(logits(tmp_path / "out"), source_logits(source)) < 1e-4
     plain = tmp_path / "plain"
-    convert(source, plain, {"fold": FOLD, "relax": relax}, allow_larger=True)
+    convert(source, plain, {"fold": FOLD, "relax": relax}, options=ConvertOptions(allow_larger=True))
     one, other = (load_file(each / "model.safetensors") for each in (tmp_path / "out", plain))
     assert not torch.allclose(one["model.mlps.0.up_proj.weight"], other["model.mlps.0.up_proj.weight"], atol=0.05)
     # The first layer's frame is the common one.
@@ -170,7 +175,7 @@ def test_moments_are_in_the_frame_of_the_weights(make_model: Callable[..., Path]
         "relax": {"rank": 2, "init": "joint", "vectors": "own", "weight": "fisher"},
         "calibration": {"tokens": 256, "context": 32, "order": order},
     }
-    convert(source, tmp_path / "out", recipe, calibration=text, allow_larger=True)
+    convert(source, tmp_path / "out", recipe, options=ConvertOptions(allow_larger=True), calibration=text)
     assert off(logits(tmp_path / "out"), source_logits(source)) < 1e-3
 
 

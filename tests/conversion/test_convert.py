@@ -1,4 +1,4 @@
-"""Conversion of whole folders: what is written, and what is refused with nothing left behind."""
+"""Conversion of whole folders: written files, and errors that leave no files."""
 
 import json
 import multiprocessing
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from refold.checkpoint.folder import settle
 from refold.checkpoint.locate import locate
 from refold.checkpoint.manifest import verify
-from refold.conversion.convert import carry_out, convert
+from refold.conversion.convert import ConvertOptions, carry_out, convert
 from refold.conversion.target_tensors import TargetBuilder
 from refold.data.readers import from_documents
 from refold.errors import FolderError, RecipeError, RefoldError, SourceError
@@ -54,7 +54,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_stored_weights_are_the_mean_and_loras_what_it_lost(source, tmp_path):
-    made = convert(source, tmp_path / "out", RELAXED, allow_larger=True)
+    made = convert(source, tmp_path / "out", RELAXED, options=ConvertOptions(allow_larger=True))
     given, found = tensors_of(source), tensors_of(tmp_path / "out")
     for part in range(2):
         for linear in ("self_attn.q_proj", "mlp.down_proj"):
@@ -120,7 +120,12 @@ def test_shards_give_what_one_file_gives(make_source, sharded, tmp_path):
 def test_a_folder_holds_all_that_was_promised(source, tmp_path):
     told: list[tuple[int, int]] = []
     (source / "LICENSE").write_text("be kind")
-    made = convert(source, tmp_path / "out", RELAXED, allow_larger=True, progress=lambda *at: told.append(at))
+    made = convert(
+        source,
+        tmp_path / "out",
+        RELAXED,
+        options=ConvertOptions(allow_larger=True, progress=lambda *at: told.append(at)),
+    )
     names = {path.name for path in (tmp_path / "out").iterdir()}
     expected = {"config.json", "model.safetensors", "plan.json", "provenance.json", "manifest.json", "README.md"}
     assert expected | {"LICENSE", "generation_config.json"} <= names
@@ -217,12 +222,12 @@ def test_an_existing_output_stays_unless_told_otherwise(source, tmp_path):
     with pytest.raises(FolderError, match=r"a new folder is required .*--overwrite"):
         convert(source, tmp_path / "out", {"fold": {"loops": 2}})
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
-    convert(source, tmp_path / "out", {"fold": {"loops": 2}}, overwrite=True)
+    convert(source, tmp_path / "out", {"fold": {"loops": 2}}, options=ConvertOptions(overwrite=True))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(FolderError, match="never overwritten"):
-        convert(source, tmp_path / "mine", overwrite=True)
+        convert(source, tmp_path / "mine", options=ConvertOptions(overwrite=True))
 
 
 def test_a_folded_folder_is_no_source(source, tmp_path):
@@ -258,7 +263,7 @@ def test_a_full_disk_leaves_nothing_behind(source, tmp_path):
 
 def _convert(source: Path, out: Path, loops: int, begun: Event) -> None:
     begun.set()
-    convert(source, out, {"fold": {"loops": loops, "init": "average"}}, overwrite=True)
+    convert(source, out, {"fold": {"loops": loops, "init": "average"}}, options=ConvertOptions(overwrite=True))
 
 
 def kill_at_random(source: Path, folder: Path, times: int) -> None:
@@ -310,14 +315,14 @@ def test_pairs_of_a_bfloat16_source_correct_the_rounding_of_the_stored_weight(
     source = make_source("llama", dtype="bfloat16")
     relax = {"rank": 48, "init": init, "vectors": "own"}
     recipe = {"fold": {"loops": loops, "init": "average"}, "relax": relax}
-    convert(source, tmp_path / "out", recipe, allow_larger=True)
+    convert(source, tmp_path / "out", recipe, options=ConvertOptions(allow_larger=True))
     linear_group = TargetBuilder.linear_group
 
     def to_unrounded(self, group):
         return replace(linear_group(self, group), dtype=torch.float32)
 
     monkeypatch.setattr(TargetBuilder, "linear_group", to_unrounded)
-    convert(source, tmp_path / "unrounded", recipe, allow_larger=True)
+    convert(source, tmp_path / "unrounded", recipe, options=ConvertOptions(allow_larger=True))
     ids = torch.arange(96).reshape(4, 24)
     with torch.no_grad():
         wanted, *found = (

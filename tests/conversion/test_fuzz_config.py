@@ -1,4 +1,4 @@
-"""Damaged `config.json` files: a plan, or one line that says why not; never another error, never a hang."""
+"""Damaged `config.json` files give a plan or one line with the reason, no other error and no hang."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ import pytest
 
 from refold.checkpoint.folded_tensors import check_folded_tensors, read_blueprint
 from refold.checkpoint.locate import locate
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.errors import RefoldError
 from refold.families.config_fields import FIELDS, ROPE_FIELDS
 from refold.planning.plan import plan
@@ -147,7 +147,12 @@ def test_a_slice_of_damaged_blueprints_is_read_or_refused(make_source: Any, tmp_
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_damaged_blueprints_are_read_or_refused(make_source: Any, tmp_path: Path) -> None:
-    convert(make_source("llama"), tmp_path / "out", {"fold": {"loops": 2}, "relax": {"rank": 2}}, allow_larger=True)
+    convert(
+        make_source("llama"),
+        tmp_path / "out",
+        {"fold": {"loops": 2}, "relax": {"rank": 2}},
+        options=ConvertOptions(allow_larger=True),
+    )
     assert 0 < fuzz_blueprints(tmp_path / "out", 150, 2000) < 2000
 
 

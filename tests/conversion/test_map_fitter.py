@@ -1,4 +1,4 @@
-"""Feature maps of whole conversions: what is fitted, what is stored, and how far it is off, depth by depth."""
+"""Feature maps of whole conversions: fit, stored tensors, and distance from softmax by depth."""
 
 import itertools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from refold.calibration.layers import SourceLayers
 from refold.checkpoint.reader import CheckpointReader
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.conversion.inspect import inspect
 from refold.conversion.map_fitter import FitSettings, MapFitter
 from refold.data.packing import PackedSequence
@@ -122,9 +122,8 @@ def test_a_folder_holds_the_fitted_maps_and_says_how_far_they_are_off(
         source,
         tmp_path / "out",
         swap(fit="calibration", **{"except": [2, 3]}),
+        options=ConvertOptions(allow_larger=True, progress=lambda *at: told.append(at)),
         calibration=text,
-        allow_larger=True,
-        progress=lambda *at: told.append(at),
     )
     assert read_plan(tmp_path / "out" / "plan.json") == made
     assert inspect(tmp_path / "out").approximation == dict(made.approximation)
@@ -153,13 +152,13 @@ def test_a_folder_holds_the_fitted_maps_and_says_how_far_they_are_off(
 def test_two_conversions_give_the_same_bits(source: Path, tmp_path: Path) -> None:
     recipe = swap(fit="data_free", **{"except": [1, 2, 3]})
     for name in ("one", "other"):
-        convert(source, tmp_path / name, recipe, allow_larger=True)
+        convert(source, tmp_path / name, recipe, options=ConvertOptions(allow_larger=True))
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_unfitted_maps_are_stored_as_they_start(source: Path, text: DataSource, tmp_path: Path) -> None:
-    made = convert(source, tmp_path / "out", swap(), calibration=text, allow_larger=True)
+    made = convert(source, tmp_path / "out", swap(), options=ConvertOptions(allow_larger=True), calibration=text)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(stored["model.mixers.0.q_map.weight"], torch.eye(8).expand(4, 8, 8))
     assert all(found.fitted is None and found.inputs == "text" for found in made.approximation.values())
@@ -167,7 +166,7 @@ def test_unfitted_maps_are_stored_as_they_start(source: Path, text: DataSource, 
 
 def test_a_fit_to_text_without_text_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"text is required for `fit: calibration` at depth 0 .*--calibration FILE"):
-        convert(source, tmp_path / "out", swap(fit="calibration"), allow_larger=True)
+        convert(source, tmp_path / "out", swap(fit="calibration"), options=ConvertOptions(allow_larger=True))
     assert not (tmp_path / "out").exists()
 
 
@@ -189,7 +188,7 @@ def test_text_too_short_leaves_nothing_behind(source: Path, tmp_path: Path) -> N
             source,
             tmp_path / "deep" / "out",
             swap(fit="calibration"),
+            options=ConvertOptions(allow_larger=True),
             calibration=from_documents(["A short one."]),
-            allow_larger=True,
         )
     assert list(tmp_path.iterdir()) == []

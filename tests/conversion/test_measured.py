@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from refold.conversion.convert import SCRATCH_NAME, convert
+from refold.conversion.convert import SCRATCH_NAME, ConvertOptions, convert
 from refold.data.mixture import Mixture
 from refold.errors import DataError, RecipeError
 from refold.modeling.load import load_model
@@ -71,9 +71,8 @@ def test_the_folder_has_the_size_asked_for(source, text, tmp_path, name):
         source,
         tmp_path / "out",
         recipe,
+        options=ConvertOptions(allow_larger=True, progress=lambda done, total: steps.append((done, total))),
         calibration=text,
-        allow_larger=True,
-        progress=lambda done, total: steps.append((done, total)),
     )
     assert read_plan(tmp_path / "out" / "plan.json") == made
     assert not (tmp_path / "out" / SCRATCH_NAME).exists()
@@ -95,7 +94,7 @@ def test_the_folder_has_the_size_asked_for(source, text, tmp_path, name):
 @pytest.mark.parametrize("recipe", [LOWRANK, TOGETHER], ids=["factors", "together"])
 def test_twice_gives_the_same_bytes(source, text, tmp_path, recipe):
     for name in ("one", "two"):
-        convert(source, tmp_path / name, recipe, calibration=text, allow_larger=True)
+        convert(source, tmp_path / name, recipe, options=ConvertOptions(allow_larger=True), calibration=text)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
     assert (tmp_path / "one" / "config.json").read_bytes() == (tmp_path / "two" / "config.json").read_bytes()
@@ -129,7 +128,7 @@ def test_loras_keep_the_energy_asked_for(source, text, tmp_path, init, weight, e
     relax = {"rank": {"energy": energy}, "init": init, "weight": weight}
     recipe = {**SMALL, "fold": FOLD, "relax": relax}
     calibration = None if weight == "none" else text
-    made = convert(source, tmp_path / "out", recipe, calibration=calibration, allow_larger=True)
+    made = convert(source, tmp_path / "out", recipe, options=ConvertOptions(allow_larger=True), calibration=calibration)
     assert made.kept_energy
     if init == "svd":
         assert all(energy - 1e-4 <= kept for kept in made.kept_energy.values())
@@ -143,7 +142,7 @@ def test_loras_keep_the_energy_asked_for(source, text, tmp_path, init, weight, e
 @pytest.mark.parametrize("init", ["stepwise", "average", "upper"])
 def test_energy_is_measured_against_the_weight_that_is_stored(source, tmp_path, init):
     recipe = {"fold": {**FOLD, "init": init}, "relax": {"rank": {"energy": 0.6}, "init": "svd"}}
-    made = convert(source, tmp_path / "out", recipe, allow_larger=True)
+    made = convert(source, tmp_path / "out", recipe, options=ConvertOptions(allow_larger=True))
     found = [made.kept_energy.get(f"depths.{depth}.q_proj") for depth in range(4)]
     assert all(kept is None or kept >= 0.6 - 1e-4 for kept in found)
     if init != "average":
@@ -159,7 +158,7 @@ def test_a_factored_model_needs_healing(source):
 def test_a_share_for_loras_is_spent_where_it_saves_most(source, tmp_path):
     share = 0.1
     recipe = {"fold": FOLD, "relax": {"rank": {"parameters": share, "split": "measured"}}}
-    made = convert(source, tmp_path / "out", recipe, allow_larger=True)
+    made = convert(source, tmp_path / "out", recipe, options=ConvertOptions(allow_larger=True))
     budget = share * made.cost.source.non_embedding_parameters
     assert 0.97 * budget <= lora_parameters(made.blueprint) <= budget
 

@@ -1,4 +1,4 @@
-"""Conversion measures what it drops, on text, or takes what was measured."""
+"""Drops by influence that conversion measures on text, or reads from measurements."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,11 @@ def test_text_decides_as_measurements_of_it_do(make_model, tmp_path: Path) -> No
     least = min(range(4), key=lambda layer: found.influence.block[layer])
     steps: list[tuple[int, int]] = []
     measured = refold.convert(
-        source, tmp_path / "measured", SIMILAR, calibration=TEXT, progress=lambda *at: steps.append(at)
+        source,
+        tmp_path / "measured",
+        SIMILAR,
+        options=refold.ConvertOptions(progress=lambda *at: steps.append(at)),
+        calibration=TEXT,
     )
     handed = refold.convert(source, tmp_path / "handed", SIMILAR, measurements=tmp_path / "analysed")
     assert (

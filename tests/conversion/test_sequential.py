@@ -1,4 +1,4 @@
-"""Linears fitted one after the other, against what they must give on the text they were fitted to."""
+"""Linears fitted in sequence, against their required outputs on the calibration text."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from refold.checkpoint.locate import locate
-from refold.conversion.convert import SCRATCH_NAME, carry_out, convert
+from refold.conversion.convert import SCRATCH_NAME, ConvertOptions, carry_out, convert
 from refold.conversion.measured import keep_moments, pack_text
 from refold.data.packing import PackedSequence
 from refold.data.readers import open_data
@@ -68,7 +68,7 @@ def last_stream(folder: Path, packed: PackedSequence) -> Tensor:
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_is_fitted_in_sequence_ends_nearer_to_the_source(source, text, tmp_path, name):
     packed, off = tokens(source, text), {}
-    convert(source, tmp_path / "source", allow_larger=True)
+    convert(source, tmp_path / "source", options=ConvertOptions(allow_larger=True))
     theirs = last_stream(tmp_path / "source", packed)
     for out, calibration in (("sequential", CALIBRATION), ("at-once", AT_ONCE)):
         steps = []
@@ -76,9 +76,10 @@ def test_what_is_fitted_in_sequence_ends_nearer_to_the_source(source, text, tmp_
             source,
             tmp_path / out,
             {**RECIPES[name], "calibration": calibration},
+            options=ConvertOptions(
+                allow_larger=True, progress=lambda done, total, steps=steps: steps.append((done, total))
+            ),
             calibration=text,
-            allow_larger=True,
-            progress=lambda done, total, steps=steps: steps.append((done, total)),
         )
         assert [done for done, _ in steps] == sorted({done for done, _ in steps})
         assert steps[-1][0] == steps[-1][1]
@@ -90,7 +91,7 @@ def test_what_is_fitted_in_sequence_ends_nearer_to_the_source(source, text, tmp_
 
 def test_a_fold_that_loses_nothing_stays_exact(source, text, tmp_path):
     recipe = {**JOINT, "relax": {**JOINT["relax"], "rank": "full"}, "calibration": CALIBRATION}
-    convert(source, tmp_path / "folded", recipe, calibration=text, allow_larger=True)
+    convert(source, tmp_path / "folded", recipe, options=ConvertOptions(allow_larger=True), calibration=text)
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
         found = load_model(tmp_path / "folded", device="cpu")(ids).logits

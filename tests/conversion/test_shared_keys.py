@@ -1,10 +1,10 @@
-"""Stacks whose depths read keys and values of others: what is converted, and what the plan says of the rest."""
+"""Conversion of stacks with shared keys and values, and the plan lines of unused tensors."""
 
 import pytest
 import torch
 
 from refold.checkpoint.reader import CheckpointReader
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.planning.plan import plan
 
 FIRST = {"fold": {"loops": 2, "init": "average"}, "share_kv": {"from": "first_loop"}}
@@ -28,7 +28,12 @@ def test_the_plan_says_why_a_layers_key_weights_are_not_used(make_source, recipe
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_tied_parts_keys_are_those_of_the_layer_that_makes_them(make_source, tmp_path, rank):
     source = make_source("llama-mha-bias")
-    convert(source, tmp_path / "out", {**FIRST, "relax": {"rank": rank, "init": "svd"}}, allow_larger=True)
+    convert(
+        source,
+        tmp_path / "out",
+        {**FIRST, "relax": {"rank": rank, "init": "svd"}},
+        options=ConvertOptions(allow_larger=True),
+    )
     with CheckpointReader(source) as theirs, CheckpointReader(tmp_path / "out") as ours:
         for name in ("k_proj.weight", "v_proj.weight", "v_proj.bias"):
             found = ours.read(f"model.mixers.1.{name}")

@@ -1,4 +1,4 @@
-"""A target run depth by depth, against the model it becomes."""
+"""A target that runs depth by depth during conversion, against the converted model."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from refold.blueprint.tensors import target_tensors
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.conversion.sequential import TargetStack
 from refold.modeling.load import load_model
 
@@ -20,7 +20,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_depth_by_depth_is_the_model(make_source, tmp_path: Path, name):
-    made = convert(make_source("gemma2"), tmp_path / "out", RECIPES[name], allow_larger=True)
+    made = convert(make_source("gemma2"), tmp_path / "out", RECIPES[name], options=ConvertOptions(allow_larger=True))
     model = load_model(tmp_path / "out", device="cpu").model
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     ids = torch.randint(95, (5, 12), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""What mixers take over from attention: exactly what the plan says, everything else untouched."""
+"""Weights that mixers take from attention: exactly those of the plan, with all other weights unchanged."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.errors import RecipeError
 from refold.modeling.load import load_model
 from refold.planning.plan import StackPlan
@@ -24,7 +24,7 @@ def transfer(make_source: Callable[..., Path], tmp_path: Path) -> Callable[..., 
 
     def make(swap: dict[str, Any], variant: str = "llama", **sections: Any) -> Converted:
         source, out = make_source(variant), tmp_path / "out"
-        plan = convert(source, out, {"mixers": [swap], **sections}, allow_larger=True)
+        plan = convert(source, out, {"mixers": [swap], **sections}, options=ConvertOptions(allow_larger=True))
         return plan, load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
 
     return make
@@ -125,11 +125,11 @@ def test_a_window_over_the_whole_context_is_the_source(make_source, tmp_path):
     for variant in ("llama-mha-bias", "mistral-head-dim", "gpt_neox", "qwen3", "olmo2"):
         source = make_source(variant, **({"sliding_window": None} if "mistral" in variant else {}))
         out = tmp_path / variant
-        convert(source, out, {"mixers": [swap]}, allow_larger=True)
+        convert(source, out, {"mixers": [swap]}, options=ConvertOptions(allow_larger=True))
         expected, found = (load_model(each, device="cpu")(tokens).logits for each in (source, out))
         assert far(found, expected) < 2e-5
         narrow = tmp_path / f"{variant}-narrow"
-        convert(source, narrow, {"mixers": [{**swap, "window": 3}]}, allow_larger=True)
+        convert(source, narrow, {"mixers": [{**swap, "window": 3}]}, options=ConvertOptions(allow_larger=True))
         away = load_model(narrow, device="cpu")(tokens).logits
         assert far(away, expected) > 2e-3
 
@@ -141,7 +141,7 @@ def test_norms_and_scale_of_every_family_go_with_the_mixer(make_source, tmp_path
     folded = {"fold": {"loops": 2}, "relax": {"rank": "full", "init": "svd", "vectors": "own"}}
     loaded = []
     for name, recipe in (("plain", {}), ("folded", folded)):
-        made = convert(source, tmp_path / name, {"mixers": [swap], **recipe}, allow_larger=True)
+        made = convert(source, tmp_path / name, {"mixers": [swap], **recipe}, options=ConvertOptions(allow_larger=True))
         loaded.append(load_model(tmp_path / name, device="cpu"))
     tokens = torch.randint(2, 95, (2, 20), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A Gemma 3 with vision gives its text part, under either of the names its tensors go by."""
+"""A Gemma 3 with vision is read as its text part, with both spellings of tensor names."""
 
 import json
 from pathlib import Path

@@ -37,5 +37,5 @@ def tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> PreTrai
 
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waiting for the disk: what a power cut does is not tested here, and the files are many and small."""
+    """Skips waiting for the disk, because power cuts are not tested here and the files are many and small."""
     monkeypatch.setattr("os.fsync", lambda _: None)

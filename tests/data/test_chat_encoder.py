@@ -108,7 +108,7 @@ def test_a_template_that_leaves_the_assistant_out_is_refused(make_tokenizer: Cal
     template = (
         "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(DataError, match=r"a\.jsonl:3: a word of the assistant is required"):
+    with pytest.raises(DataError, match=r"a\.jsonl:3: at least one token of the assistant is required"):
         _encode(make_tokenizer(chat_template=template), TURNS)
 
 

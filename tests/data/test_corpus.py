@@ -1,4 +1,4 @@
-"""Everything that can be data gives the same documents, and data named side by side keeps its parts."""
+"""All forms of data give the same documents, and a list of data keeps its parts."""
 
 import json
 import logging
@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from refold.data.corpus import Data, describe_training, open_text
 from refold.data.location import Location, parse_location
 from refold.data.mixture import MixedSource, Mixture
-from refold.data.opening import open_training_data
 from refold.data.readers import from_documents, open_data
 from refold.data.split import split
+from refold.data.training_data import open_training_data
 from refold.errors import DataError
 
 TEXTS = [f"The cat number {index} said hello {'dog ' * (index % 9)}" for index in range(60)]

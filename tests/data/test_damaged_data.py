@@ -1,4 +1,4 @@
-"""Thousands of damaged data files: each is read or refused in one line, soon, and nothing else happens."""
+"""Thousands of damaged data files are each read or refused with one line in short time."""
 
 import gzip
 import io

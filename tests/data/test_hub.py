@@ -26,7 +26,7 @@ def _name(**fields: Any) -> HubName:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A hub with one data set; gives what `load_dataset` was asked."""
+    """Makes a hub with one data set, and returns the arguments of `load_dataset`."""
     asked: list[dict[str, Any]] = []
 
     class Info:

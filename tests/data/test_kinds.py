@@ -1,4 +1,4 @@
-"""Kinds of data files: the same texts come out of every kind, and what is no text is refused with its reason."""
+"""Kinds of data files: all kinds give the same texts, and other files are refused with a reason."""
 
 import gzip
 import io

@@ -28,7 +28,7 @@ FIELD = Field("text")
 
 
 class Texts:
-    """A re-iterable that counts what is taken from it."""
+    """A re-iterable that counts its items as they are taken."""
 
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts

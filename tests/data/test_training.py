@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from refold.data.field import Field
 from refold.data.mixture import Mixture
-from refold.data.opening import open_training_data
 from refold.data.packing import IGNORED, PackedSequences
 from refold.data.readers import from_documents, open_data
 from refold.data.streams import IterableStream
 from refold.data.tokens import tokenise
+from refold.data.training_data import open_training_data
 from refold.errors import DataError
 
 TEXTS = [f"The cat number {index} said hello {'dog ' * (index % 9)}" for index in range(60)]
@@ -279,7 +279,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from refold.data.readers import open_data
-from refold.data.opening import open_training_data
+from refold.data.training_data import open_training_data
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
 backend = Tokenizer.from_str((folder / "tokenizer.json").read_text())
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")

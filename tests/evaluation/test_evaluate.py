@@ -1,5 +1,6 @@
 import hashlib
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refold.blueprint.quantisation import SCHEMES, quantised_bytes
@@ -14,8 +16,9 @@ from refold.conversion.convert import convert
 from refold.data.mixture import Mixture
 from refold.data.readers import from_documents
 from refold.errors import DataError, RefoldError, SourceError
-from refold.evaluation.evaluate import DEFAULT_CONTEXT, evaluate
+from refold.evaluation.evaluate import evaluate
 from refold.evaluation.result import Evaluation, read_evaluation
+from refold.evaluation.settings import DEFAULT_CONTEXT, EvaluationSettings
 from refold.modeling import load
 from refold.modeling.load import load_model, load_tokenizer
 from refold.modeling.quantise import quantise_linears
@@ -94,7 +97,12 @@ def _jackknife(amounts: np.ndarray, sizes: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("context", "stride"), [(16, 8), (16, 3), (7, 7), (200, 100)])
 def test_every_figure_is_that_of_the_naive_computation(source, folded, sentences, context: int, stride: int):
-    found = evaluate(folded, from_documents(sentences), against=source, context=context, stride=stride, device="cpu")
+    found = evaluate(
+        folded,
+        from_documents(sentences),
+        EvaluationSettings(context=context, stride=stride, device="cpu"),
+        against=source,
+    )
     model, other = (Naive(folder, sentences, context, stride) for folder in (folded, source))
     num_bytes = _bytes(sentences).sum()
     assert (found.context, found.stride, found.documents) == (context, stride, len(sentences))
@@ -116,7 +124,9 @@ def test_every_figure_is_that_of_the_naive_computation(source, folded, sentences
 
 def test_standard_errors_are_near_those_of_leaving_each_document_out(source, folded, sentences):
     texts = [sentence[start : start + 30] for sentence in sentences for start in range(0, len(sentence) - 25, 4)]
-    found = evaluate(folded, from_documents(texts), against=source, context=32, stride=32, device="cpu")
+    found = evaluate(
+        folded, from_documents(texts), EvaluationSettings(context=32, stride=32, device="cpu"), against=source
+    )
     model, other = (Naive(folder, texts, 32, 32) for folder in (folded, source))
     sizes = _bytes(texts)
     assert found.bits_per_byte_error == pytest.approx(_jackknife(model.nll / math.log(2), sizes), rel=0.1)
@@ -127,7 +137,7 @@ def test_standard_errors_are_near_those_of_leaving_each_document_out(source, fol
 
 
 def test_exits_are_the_model_left_early(folded, sentences):
-    found = evaluate(folded, from_documents(sentences[:2]), context=16, stride=8, device="cpu")
+    found = evaluate(folded, from_documents(sentences[:2]), EvaluationSettings(context=16, stride=8, device="cpu"))
     assert [each.depths for each in found.exits] == [2]
     early = Naive(folded, sentences[:2], 16, 8, exit_depth=2)
     num_bytes = _bytes(sentences[:2]).sum()
@@ -150,7 +160,7 @@ def test_exits_are_scored_through_their_own_norm_and_head(source, sentences, tmp
         weight.data.add_(torch.randn(weight.shape, generator=generator))
     model.save_pretrained(tmp_path / "out")
     text = from_documents(sentences[:2])
-    found = evaluate(tmp_path / "out", text, context=16, stride=8, device="cpu", dtype="float32")
+    found = evaluate(tmp_path / "out", text, EvaluationSettings(context=16, stride=8, device="cpu", dtype="float32"))
     full = Naive(tmp_path / "out", sentences[:2], 16, 8)
     for left, depths in zip(found.exits, (1, 3), strict=True):
         early = Naive(tmp_path / "out", sentences[:2], 16, 8, exit_depth=depths)
@@ -174,20 +184,20 @@ def test_gates_are_right_where_they_say_what_is_so(source, sentences, tmp_path):
         for place, (logits, gate) in enumerate(zip(out.exit_logits, out.exit_gates, strict=True)):
             right[place] += int(((logits.argmax(-1) == out.logits.argmax(-1)) == (gate > 0)).sum())
         count += ids.shape[1] - 1
-    whole = {"context": 200, "stride": 100, "tokenizer": tokenizer}
-    found = evaluate(model, from_documents(sentences), **whole)
+    settings = EvaluationSettings(context=200, stride=100)
+    found = evaluate(model, from_documents(sentences), settings, tokenizer=tokenizer)
     assert [left.gate_accuracy for left in found.exits] == pytest.approx([each / count for each in right])
     # One that always says yes is right as often as the exit agrees; one that always says no, the rest of the time.
     for part, bias in zip(parts, (9.0, -9.0), strict=True):
         part.gate.weight.data.zero_()
         part.gate.bias.data.fill_(bias)
-    yes, no = evaluate(model, from_documents(sentences), **whole).exits
+    yes, no = evaluate(model, from_documents(sentences), settings, tokenizer=tokenizer).exits
     assert yes.gate_accuracy == pytest.approx(yes.agreement)
     assert no.gate_accuracy == pytest.approx(1 - no.agreement)
 
 
 def test_a_source_against_itself_differs_in_nothing(source, sentences):
-    against = evaluate(source, from_documents(sentences), against=source, device="cpu").against
+    against = evaluate(source, from_documents(sentences), EvaluationSettings(device="cpu"), against=source).against
     assert against is not None
     assert (against.difference, against.difference_error, against.agreement) == (0, 0, 1)
     assert against.kl == pytest.approx(0, abs=1e-6)
@@ -195,16 +205,32 @@ def test_a_source_against_itself_differs_in_nothing(source, sentences):
 
 def test_batches_of_any_size_give_the_same(source, sentences):
     alone, together = (
-        evaluate(source, from_documents(sentences), context=16, batch_size=size, device="cpu") for size in (1, 64)
+        evaluate(source, from_documents(sentences), EvaluationSettings(context=16, batch_size=size, device="cpu"))
+        for size in (1, 64)
     )
     assert alone.bits_per_byte == pytest.approx(together.bits_per_byte, rel=1e-6)
     assert alone.batch_size == 1
 
 
+def test_bytes_of_a_document_without_a_scored_token_do_not_count(source, sentences, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "deaf")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # This tokenizer reads no digits: of a number only the start token remains, and nothing is predicted.
+    tokenizer.normalizer = normalizers.Replace(Regex("[0-9]"), "")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = EvaluationSettings(context=16, stride=8, device="cpu")
+    found = evaluate(folder, from_documents([*sentences, "1234567890"]), settings)
+    alone = evaluate(folder, from_documents(sentences), settings)
+    assert (found.documents, found.tokens) == (len(sentences), alone.tokens)
+    assert found.bytes == _bytes(sentences).sum()
+    assert found.bits_per_byte == pytest.approx(alone.bits_per_byte, rel=1e-6)
+    assert found.bits_per_byte_error == pytest.approx(alone.bits_per_byte_error, rel=1e-6)
+
+
 def test_without_a_start_token_neither_the_first_token_nor_its_bytes_count(make_model, sentences):
     folder = make_model(start=False, bos_token_id=None, eos_token_id=None)
     texts = (*sentences, "x", "🙂 at the front")
-    found = evaluate(folder, from_documents(texts), context=16, stride=8, device="cpu")
+    found = evaluate(folder, from_documents(texts), EvaluationSettings(context=16, stride=8, device="cpu"))
     naive = Naive(folder, texts, 16, 8)
     tokenizer = load_tokenizer(folder)
     names = [tokenizer.tokenize(text)[0] for text in texts]
@@ -218,7 +244,7 @@ def test_loaded_models_stay_in_their_mode_and_give_the_same_as_folders(source, f
     data = from_documents(sentences)
     models = [load_model(folder, device="cpu").train() for folder in (folded, source)]
     found = evaluate(models[0], data, tokenizer=load_tokenizer(source), against=models[1])
-    expected = evaluate(folded, data, against=source, device="cpu")
+    expected = evaluate(folded, data, EvaluationSettings(device="cpu"), against=source)
     assert all(model.training for model in models)
     assert found.bits_per_byte == expected.bits_per_byte
     assert found.against is not None
@@ -227,7 +253,7 @@ def test_loaded_models_stay_in_their_mode_and_give_the_same_as_folders(source, f
 
 
 def test_defaults_are_stated(source, sentences):
-    found = evaluate(source, from_documents(sentences), device="cpu")
+    found = evaluate(source, from_documents(sentences), EvaluationSettings(device="cpu"))
     assert (found.context, found.stride) == (256, 128)
     assert found.model.dtype == "float32"
     assert found.is_whole_data
@@ -238,23 +264,23 @@ def test_defaults_are_stated(source, sentences):
 
 def test_long_models_get_the_default_context(make_model, sentences):
     folder = make_model(max_position_embeddings=2048)
-    assert evaluate(folder, from_documents(sentences), device="cpu").context == DEFAULT_CONTEXT
+    assert evaluate(folder, from_documents(sentences), EvaluationSettings(device="cpu")).context == DEFAULT_CONTEXT
 
 
 def test_files_are_named_with_size_and_hash(source, sentences, tmp_path: Path):
     paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for path, sentence in zip(paths, sentences, strict=False):
         path.write_text(sentence, encoding="utf-8")
-    found = evaluate(source, paths, device="cpu")
+    found = evaluate(source, paths, EvaluationSettings(device="cpu"))
     assert [file.name for file in found.data] == [str(path) for path in paths]
     assert found.data[1].sha256 == hashlib.sha256(paths[1].read_bytes()).hexdigest()
     assert found.data[1].bytes == paths[1].stat().st_size
-    memory = evaluate(source, from_documents(sentences[:2], name="two"), device="cpu").data
+    memory = evaluate(source, from_documents(sentences[:2], name="two"), EvaluationSettings(device="cpu")).data
     assert (memory[0].name, memory[0].bytes) == ("two", _bytes(sentences[:2]).sum())
 
 
 def test_max_tokens_ends_the_data_and_says_so(source, sentences):
-    found = evaluate(source, from_documents(sentences), max_tokens=20, device="cpu")
+    found = evaluate(source, from_documents(sentences), EvaluationSettings(max_tokens=20, device="cpu"))
     assert not found.is_whole_data
     assert found.max_tokens == 20
     assert found.tokens < 20
@@ -265,9 +291,7 @@ def test_progress_reaches_the_number_of_windows(source, sentences):
     evaluate(
         source,
         from_documents(sentences),
-        context=16,
-        batch_size=4,
-        device="cpu",
+        EvaluationSettings(context=16, batch_size=4, device="cpu"),
         progress=lambda done, total: calls.append((done, total)),
     )
     assert calls[-1][0] == calls[-1][1] == calls[0][1] > 4
@@ -275,8 +299,8 @@ def test_progress_reaches_the_number_of_windows(source, sentences):
 
 
 def test_bfloat16_weights_are_used_as_asked(source, sentences):
-    found = evaluate(source, from_documents(sentences), dtype="bfloat16", device="cpu")
-    full = evaluate(source, from_documents(sentences), device="cpu")
+    found = evaluate(source, from_documents(sentences), EvaluationSettings(dtype="bfloat16", device="cpu"))
+    full = evaluate(source, from_documents(sentences), EvaluationSettings(device="cpu"))
     assert found.model.dtype == "bfloat16"
     assert found.bits_per_byte != full.bits_per_byte
     assert found.bits_per_byte == pytest.approx(full.bits_per_byte, rel=0.05)
@@ -294,26 +318,26 @@ def test_bfloat16_weights_are_used_as_asked(source, sentences):
 )
 def test_sizes_that_do_not_fit_are_refused(source, sentences, options, message: str):
     with pytest.raises(DataError, match=message):
-        evaluate(source, from_documents(sentences), device="cpu", **options)
+        evaluate(source, from_documents(sentences), EvaluationSettings(device="cpu", **options))
 
 
 def test_another_vocabulary_is_refused(source, make_source, make_model, sentences, tmp_path: Path):
     data = from_documents(sentences)
     with pytest.raises(SourceError, match=r"against: the vocabulary of .* is required \(got 300 and 96 tokens\)"):
-        evaluate(source, data, against=make_source("llama"), device="cpu")
+        evaluate(source, data, EvaluationSettings(device="cpu"), against=make_source("llama"))
     other = make_model()
     text = (other / "tokenizer.json").read_text(encoding="utf-8")
     (other / "tokenizer.json").write_text(text.replace('"</s>"', '"<end>"'), encoding="utf-8")
     config = (other / "tokenizer_config.json").read_text(encoding="utf-8")
     (other / "tokenizer_config.json").write_text(config.replace('"</s>"', '"<end>"'), encoding="utf-8")
     with pytest.raises(SourceError, match=r"\(got 2 entries that only one has\); compare models that share a token"):
-        evaluate(source, data, against=other, device="cpu")
+        evaluate(source, data, EvaluationSettings(device="cpu"), against=other)
 
 
 def test_a_tokenizer_is_required(source, make_source, sentences):
     data = from_documents(sentences)
     with pytest.raises(SourceError, match=r"a tokenizer is required \(none there\); copy its files into the folder"):
-        evaluate(make_source("llama"), data, device="cpu")
+        evaluate(make_source("llama"), data, EvaluationSettings(device="cpu"))
     with pytest.raises(SourceError, match="a tokenizer is required"):
         evaluate(load_model(source, device="cpu"), data)
 
@@ -324,7 +348,7 @@ def test_stored_bytes_are_stated_where_half_precision_is_slow(source, sentences,
     load_tokenizer(source).save_pretrained(half)
     for is_fast, computed_in in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(load, "_has_half_instructions", lambda dtype, is_fast=is_fast: is_fast)
-        facts = evaluate(half, from_documents(sentences), device="cpu").model
+        facts = evaluate(half, from_documents(sentences), EvaluationSettings(device="cpu")).model
         assert (facts.dtype, facts.computed_in, facts.weight_bytes) == ("bfloat16", computed_in, 2 * facts.parameters)
 
 
@@ -332,15 +356,15 @@ def test_stored_bytes_are_stated_where_half_precision_is_slow(source, sentences,
 def test_a_loaded_model_is_not_moved(source, sentences, option):
     model = load_model(source, device="cpu")
     with pytest.raises(RefoldError, match=r"only a model loaded from a folder can be given one \(got .* for a loaded"):
-        evaluate(model, from_documents(sentences), tokenizer=load_tokenizer(source), **option)
+        evaluate(model, from_documents(sentences), EvaluationSettings(**option), tokenizer=load_tokenizer(source))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantised_linears_are_scored_and_their_bytes_counted(source, folded, sentences, scheme: str):
     data = from_documents(sentences)
     for folder in (source, folded):
-        whole = evaluate(folder, data, device="cpu")
-        found = evaluate(folder, data, quantise=scheme, against=folder, device="cpu")
+        whole = evaluate(folder, data, EvaluationSettings(device="cpu"))
+        found = evaluate(folder, data, EvaluationSettings(quantise=scheme, device="cpu"), against=folder)
         model: Any = load_model(folder, device="cpu")
         quantise_linears(model, SCHEMES[scheme])
         by_hand = evaluate(model, data, tokenizer=load_tokenizer(folder))
@@ -359,26 +383,29 @@ def test_quantised_linears_are_scored_and_their_bytes_counted(source, folded, se
 
 def test_int8_is_nearer_than_int4(source, sentences):
     data = from_documents(sentences)
-    found = [evaluate(source, data, quantise=scheme, against=source, device="cpu").against for scheme in SCHEMES]
+    found = [
+        evaluate(source, data, EvaluationSettings(quantise=scheme, device="cpu"), against=source).against
+        for scheme in SCHEMES
+    ]
     assert found[0].kl < 0.2 * found[1].kl  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def test_what_cannot_be_quantised_is_refused(source, sentences):
     data = from_documents(sentences)
     with pytest.raises(RefoldError, match=r"quantise: must be one of int8, int4 \(got 'int2'\)"):
-        evaluate(source, data, quantise="int2", device="cpu")
+        evaluate(source, data, EvaluationSettings(quantise="int2", device="cpu"))
     model = load_model(source, device="cpu")
     with pytest.raises(
         RefoldError, match=r"quantise: a model's folder is required \(got a loaded model, whose weights"
     ):
-        evaluate(model, data, tokenizer=load_tokenizer(source), quantise="int8")
+        evaluate(model, data, EvaluationSettings(quantise="int8"), tokenizer=load_tokenizer(source))
 
 
 def test_models_on_two_devices_are_refused(source, sentences):
     other: Any = load_model(source, device="cpu")
     other.to("meta")
     with pytest.raises(RefoldError, match=r"against: both models on one device are required \(got cpu and meta\)"):
-        evaluate(source, from_documents(sentences), against=other, device="cpu")
+        evaluate(source, from_documents(sentences), EvaluationSettings(device="cpu"), against=other)
 
 
 def test_numbers_that_are_not_finite_are_refused(source, sentences):
@@ -401,10 +428,10 @@ def test_all_logits_are_never_held(source, sentences, monkeypatch):
             largest = max(largest, rows.stop - rows.start)
             yield rows
 
-    expected = evaluate(source, from_documents(sentences), device="cpu")
+    expected = evaluate(source, from_documents(sentences), EvaluationSettings(device="cpu"))
     monkeypatch.setattr(agreement, "chunks", small)
     monkeypatch.setattr(torch.nn.Linear, "forward", _no_head(torch.nn.Linear.forward))
-    assert evaluate(source, from_documents(sentences), device="cpu").bits_per_byte == pytest.approx(
+    assert evaluate(source, from_documents(sentences), EvaluationSettings(device="cpu")).bits_per_byte == pytest.approx(
         expected.bits_per_byte, rel=1e-6
     )
     assert largest == 5
@@ -423,7 +450,9 @@ def test_a_real_model_and_its_identity_fold_score_alike(name: str, material: Pat
     source = material / "models" / name
     text = (material / "data" / "tinystories" / "sample.txt").read_text(encoding="utf-8")[:6000]
     convert(source, tmp_path / "folded")
-    found: Evaluation = evaluate(tmp_path / "folded", from_documents([text]), against=source, context=256, device="cpu")
+    found: Evaluation = evaluate(
+        tmp_path / "folded", from_documents([text]), EvaluationSettings(context=256, device="cpu"), against=source
+    )
     assert found.against is not None
     assert abs(found.against.difference) < 1e-4
     assert found.against.agreement > 0.999
@@ -436,11 +465,12 @@ def test_a_real_model_and_its_identity_fold_score_alike(name: str, material: Pat
 
 def test_several_kinds_are_each_reported_and_the_whole_is_over_all(source: Path, folded: Path, sentences):
     first, second = list(sentences[:4]), ["Numbers 1 2 3 4 5 and 6.", "More of them: 7 8 9."]
-    options: dict[str, Any] = {"against": source, "context": 16, "stride": 8, "device": "cpu"}
-    whole = evaluate(folded, [from_documents(first, name="prose"), from_documents(second, name="numbers")], **options)
+    settings = EvaluationSettings(context=16, stride=8, device="cpu")
+    kinds = [from_documents(first, name="prose"), from_documents(second, name="numbers")]
+    whole = evaluate(folded, kinds, settings, against=source)
     assert [kind.name for kind in whole.kinds] == ["prose", "numbers"]
     for kind, texts in zip(whole.kinds, (first, second), strict=True):
-        alone = evaluate(folded, texts, **options)
+        alone = evaluate(folded, texts, settings, against=source)
         assert alone.kinds == ()
         assert alone.against is not None
         assert (kind.documents, kind.tokens, kind.bytes) == (alone.documents, alone.tokens, alone.bytes)
@@ -449,7 +479,7 @@ def test_several_kinds_are_each_reported_and_the_whole_is_over_all(source: Path,
         assert kind.difference == pytest.approx(alone.against.difference, abs=1e-6)
         assert kind.kl == pytest.approx(alone.against.kl, rel=1e-4)
         assert (kind.accuracy, kind.agreement) == pytest.approx((alone.accuracy, alone.against.agreement))
-    together = evaluate(folded, [*first, *second], **options)
+    together = evaluate(folded, [*first, *second], settings, against=source)
     assert whole.bits_per_byte == pytest.approx(together.bits_per_byte, rel=1e-5)
     assert (whole.documents, whole.bytes) == (together.documents, together.bytes)
     assert sum(kind.tokens for kind in whole.kinds) == whole.tokens
@@ -458,7 +488,7 @@ def test_several_kinds_are_each_reported_and_the_whole_is_over_all(source: Path,
 def test_a_bound_on_tokens_is_shared_out_among_kinds(source: Path, sentences):
     texts = [from_documents([sentence * 5], name=name) for sentence, name in zip(sentences, "abc", strict=False)]
     short = from_documents(["Short."], name="short")
-    found = evaluate(source, [short, *texts], max_tokens=200, context=16, device="cpu")
+    found = evaluate(source, [short, *texts], EvaluationSettings(max_tokens=200, context=16, device="cpu"))
     # Start tokens count: a short kind leaves its rest to the others.
     assert found.kinds[0].tokens < 20
     assert [kind.tokens for kind in found.kinds[1:]] == pytest.approx([(200 - found.kinds[0].tokens) / 3] * 3, abs=3)
@@ -467,10 +497,14 @@ def test_a_bound_on_tokens_is_shared_out_among_kinds(source: Path, sentences):
 
 def test_weights_are_refused_where_nothing_is_mixed(source: Path, sentences):
     mixture = Mixture([(list(sentences), 1), (["Another kind of text here."], 2)])
-    with pytest.raises(DataError, match=r"files without weights are required for an evaluation.*leave out `=WEIGHT`"):
-        evaluate(source, mixture, device="cpu")
+    with pytest.raises(DataError, match=r"files without weights are required for an evaluation.*drop `=WEIGHT`"):
+        evaluate(source, mixture, EvaluationSettings(device="cpu"))
 
 
 def test_an_evaluation_of_kinds_is_read_back(source: Path, sentences, tmp_path: Path):
-    found = evaluate(source, [from_documents(sentences), from_documents(["Other text there."], name="b")], device="cpu")
+    found = evaluate(
+        source,
+        [from_documents(sentences), from_documents(["Other text there."], name="b")],
+        EvaluationSettings(device="cpu"),
+    )
     assert read_evaluation(found.write(tmp_path)) == found

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from refold.blueprint.owned.merge import Merge
 from refold.blueprint.schema import Blueprint
 from refold.checkpoint.reader import CheckpointReader
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.errors import ExportError
 from refold.exporting import dense, merging
 from refold.exporting.dense import count_dense_bytes, dense_arch, kept_depths
@@ -125,7 +125,7 @@ def folded(make_source, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     def make(case: str) -> Path:
         variant, recipe = CASES[case]
         if not (folder / case).exists():
-            convert(make_source(variant), folder / case, recipe, allow_larger=True)
+            convert(make_source(variant), folder / case, recipe, options=ConvertOptions(allow_larger=True))
         return folder / case
 
     return make
@@ -205,7 +205,7 @@ def test_depths_that_run_nothing_are_left_out_and_half_depths_are_named(folded, 
     out = export(folded("nothing-at-a-depth"), tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 3
     card = (out / "README.md").read_text()
-    assert "1 of 4 depths run nothing and are left out" in card
+    assert "1 of 4 depths have no parts and are dropped" in card
     assert "depths 3 of the folded model have no MLP; here they have one whose down_proj is zero" in card
 
 

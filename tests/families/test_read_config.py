@@ -1,4 +1,4 @@
-"""Own defaults and readings of `config.json`, held against what transformers makes of the same file."""
+"""Defaults and values read from `config.json`, against transformers' config of the same file."""
 
 import copy
 from typing import Any

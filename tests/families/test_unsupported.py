@@ -1,4 +1,4 @@
-"""Models of other architectures are refused with their kind, and nothing misleading is suggested."""
+"""Errors for unsupported architectures name their kind and suggest no misleading family."""
 
 import pytest
 

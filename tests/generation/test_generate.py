@@ -1,4 +1,5 @@
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,16 +141,16 @@ def test_a_wide_draw_is_not_limited_to_transformers_default_of_50(generator, mon
 
 
 def test_leaving_early_is_a_shallower_model(generator, folded):
-    texts = [generator.generate([PROMPT], SHORT, exit_depth=depth)[0] for depth in (2, 4)]
+    texts = [generator.generate([PROMPT], replace(SHORT, exit_depth=depth))[0] for depth in (2, 4)]
     assert texts[0] != texts[1] == generator.generate([PROMPT], SHORT)[0]
-    assert "".join(generator.stream(PROMPT, SHORT, exit_depth=2)) == texts[0]
+    assert "".join(generator.stream(PROMPT, replace(SHORT, exit_depth=2))) == texts[0]
 
 
 def test_leaving_early_needs_a_folded_model_and_a_depth_it_has(generator, source):
     with pytest.raises(RefoldError, match=r"exit_depth: must lie in 1..4 \(got 5\)"):
-        generator.generate([PROMPT], exit_depth=5)
+        generator.generate([PROMPT], Sampling(exit_depth=5))
     with pytest.raises(RefoldError, match=r"exit_depth: a folded model is required \(got a llama model, which always"):
-        generate(source, PROMPT, exit_depth=2, device="cpu")
+        generate(source, PROMPT, Sampling(exit_depth=2), device="cpu")
 
 
 def test_chat_goes_through_the_template(folded):
@@ -187,7 +188,7 @@ def test_more_new_tokens_than_fit_are_refused_and_the_default_takes_what_fits(ge
         generator.generate(["q" * 200], Sampling(max_new_tokens=56))
     for prompt, room in (("q" * 200, 55), ("q", DEFAULT_NEW_TOKENS)):
         ids = encode_prompt(generator.tokenizer, prompt, chat=False)
-        assert len(generator._run([ids], Sampling(), generator._options([ids], Sampling(), None))[0]) == room
+        assert len(generator._run([ids], Sampling(), generator._options([ids], Sampling()))[0]) == room
 
 
 def test_a_list_of_texts_gives_a_list_and_no_texts_none(generator):

@@ -1,8 +1,9 @@
-"""A prompt that was read once gives what reading it each time gives."""
+"""A saved state of a prompt gives the same continuation as reading the prompt again."""
 
 import json
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.errors import FolderError, RefoldError
 from refold.generation.generate import TextGenerator
 from refold.generation.prompts import encode_continuation, encode_prompt
@@ -53,7 +54,7 @@ def open_model(
             folder = make_model(variant)
             if recipe is not None:
                 folder, source = tmp_path_factory.mktemp("folded") / "out", folder
-                convert(source, folder, recipe, allow_larger=True)
+                convert(source, folder, recipe, options=ConvertOptions(allow_larger=True))
             made[kind] = TextGenerator(folder, device="cpu")
         return made[kind]
 
@@ -145,8 +146,8 @@ def test_a_recurrent_state_does_not_grow(kind, open_model):
 
 def test_leaving_early_goes_on_from_a_state_too(generator):
     state = generator.read_prompt(BEGIN)
-    expected = generator.generate([BEGIN + MORE[0], BEGIN + MORE[2]], SHORT, exit_depth=2)
-    assert generator.generate([MORE[0], MORE[2]], SHORT, exit_depth=2, state=state) == expected
+    expected = generator.generate([BEGIN + MORE[0], BEGIN + MORE[2]], replace(SHORT, exit_depth=2))
+    assert generator.generate([MORE[0], MORE[2]], replace(SHORT, exit_depth=2), state=state) == expected
 
 
 def test_the_end_and_the_seed_are_as_without_a_state(generator):

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from refold.checkpoint.reader import CheckpointReader
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.data.readers import DataSource, from_documents
 from refold.healing.heal import HealResult, heal
 from refold.healing.log import StepRecord
@@ -36,7 +36,7 @@ def source(make_source: Callable[..., Path]) -> Path:
 def folded(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source with its layers tied in two loops, relaxed at rank 2."""
     folder = tmp_path_factory.mktemp("folded") / "model"
-    convert(source, folder, RELAXED, allow_larger=True)
+    convert(source, folder, RELAXED, options=ConvertOptions(allow_larger=True))
     return folder
 
 
@@ -50,7 +50,7 @@ def documents() -> DataSource:
 
 @dataclass
 class Healing:
-    """Calls `heal` with small settings and notes what it reports.
+    """Calls `heal` with small settings and records its reports.
 
     Attributes:
         model, destination, data: as for `heal`.

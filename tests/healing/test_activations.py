@@ -1,4 +1,4 @@
-"""What is observed of a pass, against what transformers returns of it."""
+"""Observed values of a pass, against the outputs of transformers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from transformers import (
     Gemma3TextConfig,
 )
 
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.errors import HealError
 from refold.healing.activations import Want, observe, source_layers
 from refold.modeling.load import load_model
@@ -33,7 +33,7 @@ def load(folder: Path, attn: str = "eager") -> Any:
 @pytest.fixture
 def fold(make_source: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     def make(variant: str = "llama", recipe=None) -> Path:
-        convert(make_source(variant), tmp_path / "model", recipe, allow_larger=True)
+        convert(make_source(variant), tmp_path / "model", recipe, options=ConvertOptions(allow_larger=True))
         return tmp_path / "model"
 
     return make

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.errors import HealError
 from refold.healing.groups import WeightGroups
 from refold.modeling.load import load_model
@@ -14,7 +14,7 @@ RECIPE = {"fold": {"loops": 2, "prelude": 2}, "factor": {"parameters": 0.6, "wei
 @pytest.fixture(scope="module")
 def shared(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared") / "model"
-    convert(source, folder, RECIPE, allow_larger=True)
+    convert(source, folder, RECIPE, options=ConvertOptions(allow_larger=True))
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Objects in memory as data to heal on: the same model as from a file, and a run that goes on."""
+"""Healing on objects in memory: the same model as from a file, and resumed runs."""
 
 import signal
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Healing models whose attention was replaced: every protocol that is meant for them."""
+"""Healing of models with replaced attention, by every protocol for them."""
 
 from collections.abc import Callable
 from math import isfinite
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.healing.groups import Trainable, WeightGroups
 from refold.healing.optimizer import make_optimizers
 from refold.modeling.adapters import load_adapters
@@ -28,7 +28,7 @@ def swapped(source: Path, tmp_path: Path) -> Callable[..., Path]:
     """Converts the source with mixers."""
 
     def make(recipe: dict[str, Any]) -> Path:
-        convert(source, tmp_path / "swapped", recipe, allow_larger=True)
+        convert(source, tmp_path / "swapped", recipe, options=ConvertOptions(allow_larger=True))
         return tmp_path / "swapped"
 
     return make

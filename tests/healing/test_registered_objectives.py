@@ -1,4 +1,4 @@
-"""Objectives of a user's own, by a name given in Python."""
+"""Objectives of users, registered under a name in Python."""
 
 import re
 from pathlib import Path

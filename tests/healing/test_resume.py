@@ -63,7 +63,8 @@ def test_weights_and_optimizer_are_the_same_to_the_bit_at_a_checkpoint(healing, 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(healing, number, exit_code):
-    # What stands before differs: a shell ignores SIGINT for what it starts in the background.
+    # Handlers differ before: a shell ignores SIGINT for what it starts in the background, nohup ignores SIGHUP.
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = [signal.getsignal(each) for each in SIGNALS]
     healing.hook = _stop_after(2, number)
     with pytest.raises(HealInterrupted) as caught:
@@ -71,6 +72,7 @@ def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(healing, number, exi
     assert caught.value.exit_code == exit_code
     assert _checkpoints(healing.work) == ["step-000000002"]
     assert [signal.getsignal(each) for each in SIGNALS] == before
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def test_the_newest_two_checkpoints_are_kept(healing):

@@ -1,4 +1,4 @@
-"""Stored predictions of a teacher: complete, resumable, never those of another."""
+"""Stored predictions of a teacher: complete, resumable, and refused for another teacher."""
 
 import json
 import shutil

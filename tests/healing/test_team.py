@@ -12,7 +12,9 @@ import pytest
 import torch
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-SMALL = ["--set", "heal.context=16", "--set", "heal.learning_rate=1e-2", "--device", "cpu", "--set", "heal.batch_tokens=80"]
+SETTINGS = ("heal.context=16", "heal.batch_tokens=80", "heal.learning_rate=1e-2")
+SMALL = [*(part for setting in SETTINGS for part in ("--set", setting)), "--device", "cpu"]
+SMALL += ["--set", "heal.batch_tokens=80"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.data.packing import PackedSequences
 from refold.data.tokens import tokenise
 from refold.modeling.load import load_model, load_tokenizer
@@ -52,7 +52,7 @@ def test_transformers_trainer_trains_saves_and_reloads_a_fold(folded, rows, tmp_
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_transformers_trainer_evaluates_every_kind_of_fold_while_it_trains(recipe, rows, source, tmp_path):
-    convert(source, tmp_path / "fold", recipe, allow_larger=True)
+    convert(source, tmp_path / "fold", recipe, options=ConvertOptions(allow_larger=True))
     model = load_model(tmp_path / "fold", dtype="float32", device="cpu")
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "run"),

@@ -1,4 +1,4 @@
-"""A new mixer is two files and an entry in each of two tables; one that lacks a piece is refused before it runs."""
+"""A new mixer needs two files and an entry in each of two tables; an incomplete one is refused before it runs."""
 
 import os
 import shutil
@@ -67,7 +67,7 @@ from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.tensors import target_tensors
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.modeling.load import load_model
 
 torch.manual_seed(0)
@@ -76,7 +76,7 @@ config = LlamaConfig(vocab_size=24, hidden_size=16, intermediate_size=20, num_at
 LlamaForCausalLM(config).save_pretrained("source")
 recipe = {"mixers": [{"type": "toy", "gate": "silu", "except": [0], "transfer": "all"}], "fold": {"loops": 2},
           "relax": {"rank": 2, "vectors": "own"}}
-plan = convert("source", "folded", recipe, allow_larger=True)
+plan = convert("source", "folded", recipe, options=ConvertOptions(allow_larger=True))
 assert {part.mixer.type for part in plan.blueprint.mixers} == {"attention", "toy"}
 stored = json.loads(Path("folded/config.json").read_text())["blueprint"]
 assert Blueprint.model_validate(stored) == plan.blueprint

@@ -1,4 +1,4 @@
-"""One table of mixers, from which all others are derived."""
+"""The table of mixers, and the tables derived from it."""
 
 import re
 from typing import get_args

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.modeling.load import load_model
 
 
@@ -20,7 +20,7 @@ def fold(make_source: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
         key = repr((variant, recipe, sorted(fields.items())))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("folded") / variant
-            convert(make_source(variant, **fields), made[key], recipe, allow_larger=True)
+            convert(make_source(variant, **fields), made[key], recipe, options=ConvertOptions(allow_larger=True))
         return made[key]
 
     return make

@@ -1,4 +1,4 @@
-"""Every field of an ArchSpec changes what the model computes, in each family that relies on it."""
+"""Every field of an ArchSpec changes the outputs of the model, in each family that relies on it."""
 
 from typing import Any
 

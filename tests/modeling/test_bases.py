@@ -1,4 +1,4 @@
-"""Models whose tied linears share a basis: equal to what they are made from, and the size they are said to be."""
+"""Models whose tied linears share a basis: the same outputs as dense weights, and the planned size."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from refold.blueprint.cost import cost
 from refold.blueprint.schema import Pool
 from refold.checkpoint.locate import locate
-from refold.conversion.convert import carry_out, convert
+from refold.conversion.convert import ConvertOptions, carry_out, convert
 from refold.modeling.load import load_model
 from refold.nn.factored import BasisLinear
 from refold.planning.allocation import with_ranks
@@ -51,7 +51,7 @@ def test_control_with_coefficients_of_another_depth_it_is_another_model(make_sou
         make_source("llama"),
         tmp_path / "out",
         {**RECIPES["cycle"], "factor": {**FACTOR, "parameters": 3}},
-        allow_larger=True,
+        options=ConvertOptions(allow_larger=True),
     )
     model = load_model(tmp_path / "out", device="cpu")
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_bases_of_any_rank_fit_any_fold(make_source, load_source, tokens, tmp_pa
 def test_fresh_bases_vary_as_fresh_matrices_do(make_source, tmp_path):
     recipe = {"weights": "fresh", **RECIPES["cycle"]}
     wide = make_source("llama-mha-bias", hidden_size=64, intermediate_size=160)
-    convert(wide, tmp_path / "out", recipe, allow_larger=True)
+    convert(wide, tmp_path / "out", recipe, options=ConvertOptions(allow_larger=True))
     model = load_model(tmp_path / "out", device="cpu")
     std = model.config.read_blueprint().arch.initializer_range
     for each in (model, type(model)(model.config)):

@@ -1,4 +1,4 @@
-"""Models whose linears are stored as factors: equal to what they are factors of, and the size they are said to be."""
+"""Models whose linears are stored as factors: the same outputs as dense weights, and the planned size."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from refold.blueprint.schema import Blueprint
 from refold.checkpoint.locate import locate
-from refold.conversion.convert import carry_out, convert
+from refold.conversion.convert import ConvertOptions, carry_out, convert
 from refold.modeling.load import load_model
 from refold.nn.factored import FactoredLinear
 from refold.planning.allocation import with_ranks
@@ -116,7 +116,7 @@ def test_factors_learn(load, tokens):
 def test_fresh_factors_vary_as_fresh_matrices_do(make_source, tmp_path):
     recipe = {"weights": "fresh", "factor": {"parameters": 0.6}}
     wide = make_source("llama-mha-bias", hidden_size=64, intermediate_size=160)
-    convert(wide, tmp_path / "out", recipe, allow_larger=True)
+    convert(wide, tmp_path / "out", recipe, options=ConvertOptions(allow_larger=True))
     model = load_model(tmp_path / "out", device="cpu")
     std = model.config.read_blueprint().arch.initializer_range
     again = type(model)(model.config)

@@ -1,4 +1,4 @@
-"""Folders that an earlier version wrote, with all mixers in one stack: former tensor names, `options` in the config."""
+"""Folders of an earlier version with all mixers in one stack: former tensor names, `options` in the config."""
 
 import json
 import shutil

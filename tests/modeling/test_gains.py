@@ -1,4 +1,4 @@
-"""Gains: 1 at first, one number on each update of the stream, merged into the last weights of a part."""
+"""Gains: initialised with 1, one number per update of the residual stream, merged into the last weights of a part."""
 
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,12 @@ def test_a_gain_scales_the_update_of_its_part_alone(load, tokens, variant):
     model = load(variant, GAINS)
     seen: dict[str, Tensor] = {}
     for pool, part in (("mixer", model.model.mixers[0]), ("mlp", model.model.mlps[0])):
-        # A mixer returns its update and the keys and values it made.
-        part.register_forward_hook(
-            lambda module, given, output, pool=pool: seen.setdefault(
-                pool, output[0] if isinstance(output, tuple) else output
-            )
-        )
+
+        def look(module: Any, given: Any, output: Any, pool: str = pool) -> None:
+            # A mixer returns its update and the keys and values it made.
+            seen.setdefault(pool, output[0] if isinstance(output, tuple) else output)
+
+        part.register_forward_hook(look)
     depth = model.model.depths[0]
     before = model.model.embed_tokens(tokens)
     for pool, value in (("mixer", 0.25), ("mlp", -2.0)):

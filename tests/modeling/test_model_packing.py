@@ -1,4 +1,4 @@
-"""Documents packed into one row stay apart, wherever they are run."""
+"""Packed documents are separated in every way of running a model."""
 
 import pytest
 import torch

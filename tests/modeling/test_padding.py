@@ -1,4 +1,4 @@
-"""Padding that stands after or between tokens: attention sees what transformers' Llama sees, states each row alone."""
+"""Padding after or between tokens: attention as in transformers' Llama, states as for each row alone."""
 
 from collections.abc import Callable
 from typing import Any

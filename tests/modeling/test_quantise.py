@@ -10,7 +10,7 @@ from torch import nn
 
 from refold.blueprint.quantisation import SCHEMES, Scheme, quantised_bytes
 from refold.checkpoint.locate import locate
-from refold.conversion.convert import carry_out, convert
+from refold.conversion.convert import ConvertOptions, carry_out, convert
 from refold.modeling.load import load_model
 from refold.modeling.quantise import quantise_linears, round_to_nearest
 from refold.planning.allocation import with_ranks
@@ -114,7 +114,7 @@ def test_of_a_folded_model_stored_weights_and_factors_are_rounded_and_loras_are_
         "relax": {"rank": 2, "init": "joint", "vectors": "own"},
         "factor": {"parameters": 0.45, "weight": "none"},
     }
-    convert(make_source("llama"), tmp_path / "out", recipe, allow_larger=True)
+    convert(make_source("llama"), tmp_path / "out", recipe, options=ConvertOptions(allow_larger=True))
     before, model = (load_model(tmp_path / "out", device="cpu") for _ in range(2))
     weights = quantise_linears(model, INT4)
     rounded = [
@@ -136,7 +136,7 @@ def test_what_depths_keep_of_a_linear_is_rounded_where_no_weight_is_stored_for_a
     made = plan(source, recipe, allow_larger=True)
     apart = with_ranks(made.blueprint, {}, {("mlp", 0): {"up_proj": 0}})
     carry_out(replan(made, read_source_model(source), apart), locate(source), tmp_path / "apart")
-    convert(source, tmp_path / "basis", basis, allow_larger=True)
+    convert(source, tmp_path / "basis", basis, options=ConvertOptions(allow_larger=True))
     for name, own in (("apart", r"depths\.[02]\.lora\.up_proj"), ("basis", r"depths\.\d\.coefficients")):
         before, model = (load_model(tmp_path / name, device="cpu") for _ in range(2))
         weights = quantise_linears(model, INT4)

@@ -1,4 +1,4 @@
-"""Every mixer with a state, inside a model: caches, padding, documents, beams, and what its spec says of it."""
+"""Mixers with states inside a model: caches, padding, documents, beams, and the sizes of their specs."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""`import refold` is light, and transformers knows folded models afterwards, whichever is imported first."""
+"""`import refold` is fast, and transformers knows folded models after it in any order of imports."""
 
 import subprocess
 import sys

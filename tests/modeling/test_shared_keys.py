@@ -1,4 +1,4 @@
-"""Depths that read keys and values of earlier ones, against plain stacks whose attention hooks hand the same."""
+"""Depths that read keys and values of earlier depths, against plain stacks with hooks that pass the same tensors."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the blueprint says a model stores is what the model stores."""
+"""A model stores exactly the tensors of its blueprint."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""A vocabulary that is resized: the blueprint, the head and its adapters follow, and what is saved loads again."""
+"""A resized vocabulary changes blueprint, head and head adapters, and the saved model loads again."""
 
 import json
 import shutil
@@ -16,6 +16,7 @@ from refold.conversion.convert import convert
 from refold.data.readers import from_documents
 from refold.errors import DataError, SourceError
 from refold.evaluation.evaluate import evaluate
+from refold.evaluation.settings import EvaluationSettings
 from refold.generation.generate import generate
 from refold.modeling.load import load_model
 from refold.planning.plan import plan
@@ -38,9 +39,9 @@ def test_a_resized_model_is_saved_and_loads_to_the_same_bits(
 ) -> None:
     model, ids = load("llama", recipe, tie_word_embeddings=tied), tokens.clamp(max=89)
     for depth in model.model.exit_depths:
-        lora = model.model.exit_parts(depth).head_lora
+        lora = model.model.exit_parts(depth).lora
         if lora is not None:
-            lora.b.normal_()
+            lora.pair[1].normal_()
     before = model(ids, output_exits=True)
     model.resize_token_embeddings(size)
     after = model(ids, output_exits=True)
@@ -96,7 +97,7 @@ def test_a_tokenizer_longer_than_the_embedding_is_named(
     data = from_documents(sentences * 20)
     for folder in (short, tmp_path / "fold"):
         with pytest.raises(DataError, match=f"documents in memory: {wanted}"):
-            evaluate(folder, data, device="cpu")
+            evaluate(folder, data, EvaluationSettings(device="cpu"))
         with pytest.raises(DataError, match=f"prompt: {wanted}"):
             generate(folder, "The sea was calm", device="cpu")
     with pytest.raises(DataError, match=f"calibration: documents in memory: {wanted}"):

@@ -42,6 +42,7 @@ INAPPLICABLE = {
     "test_num_layers_is_small": "two loops of two layers are the smallest fold that ties a pattern",
     "test_correct_missing_keys": "a folder that lacks weights is refused, not filled with random ones",
     "test_model_weights_reload_no_missing_tied_weights": "a folder that lacks weights is refused",
+    "test_base_model_prefix_loads_base_weights": "a folder that lacks the head is refused",
     "test_bc_cache_name_forward": "both names of the cache are taken without a warning: older versions have the other",
 }
 """Common tests that ask for another behaviour than a fold's, and the reason."""

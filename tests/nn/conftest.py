@@ -1,4 +1,4 @@
-"""Mixers without a model around them, with weights large enough to matter."""
+"""Mixers outside a model, with weights that are large enough to show differences."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

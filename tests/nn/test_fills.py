@@ -1,4 +1,4 @@
-"""What fresh vectors of mixers hold."""
+"""Initial values of fresh vectors of mixers."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_random_directions_are_orthogonal_in_blocks_and_as_long_as_gaussian_ones
 
 
 def test_orthogonal_directions_are_drawn_uniformly():
-    """What `torch.linalg.qr` gives has signs of its own; features along it are off exp(q . k) on average."""
+    """The signs of plain `torch.linalg.qr` are not random, which biases the mean of features away from exp(q . k)."""
     heads, size = 40_000, 8
     found = made("orthogonal", (heads, size, size)).double()
     means = found.mean(dim=0)

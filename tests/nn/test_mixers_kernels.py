@@ -1,4 +1,4 @@
-"""Mixers hand their recurrences to kernels where there are any."""
+"""Mixers call kernels for their recurrences if kernels exist."""
 
 from collections.abc import Callable
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""The matrices that mixers write down are what they do to values, and every weight of a mixer counts."""
+"""The matrices of mixers give their outputs from values, and every weight of a mixer has an effect."""
 
 from typing import Any
 

@@ -7,7 +7,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from refold.families.arch import Norm, Rope
-from refold.nn.lora import Adapter, LoraPair
+from refold.nn.lora import Adapter, LoraPairs
 from refold.nn.norms import StackNorm
 from refold.nn.part import StoredPart
 from refold.nn.rotary import Rotary, inverse_frequencies, rotate
@@ -20,13 +20,14 @@ def test_a_pair_adds_b_a_x_at_scale_one():
 
 
 def test_a_new_pair_adds_nothing_and_trains():
-    pair = LoraPair(4, 5, 7)
+    pairs = LoraPairs({"q_proj": (4, 5, 7)})
     x = torch.randn(3, 5)
-    out = Adapter(pair()).apply(torch.zeros(3, 7), x)
+    out = Adapter(pairs()["q_proj"]).apply(torch.zeros(3, 7), x)
     assert not out.any()
     out.sum().backward()
-    assert pair.b.grad is not None
-    assert pair.b.grad.any()
+    grad = pairs["q_proj"].b.grad
+    assert grad is not None
+    assert grad.any()
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])

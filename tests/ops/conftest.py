@@ -1,4 +1,4 @@
-"""The recurrences of `refold.ops`, each with inputs to try it on."""
+"""The recurrences of `refold.ops`, each with inputs for tests."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -49,7 +49,7 @@ class Recurrence:
 
 
 def at(inputs: Inputs, tokens: slice | int, state: Tensor | None = None) -> Inputs:
-    """Some tokens of inputs, or a single one for a step, and another state; what has no tokens stays."""
+    """Returns some tokens of the inputs, or one token for a step, with another state; inputs without tokens stay."""
     others = {name: x for name, x in inputs.items() if name != "state"}
     return {name: x if x is None or x.dim() < 3 else x[:, tokens] for name, x in others.items()} | {"state": state}
 

@@ -1,4 +1,4 @@
-"""Recurrences that only decay, per head or per key channel: what their papers write, and decays at their limits."""
+"""Recurrences with decays per head or per key channel: formulas of their papers, and decays at their limits."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def test_strong_and_no_decay_stay_finite(recurrence: Any, strength: float) -> No
 
 @BOTH
 def test_old_tokens_count_right_after_a_strong_decay(recurrence: Any) -> None:
-    """What is kept over weak decays does not suffer from strong decays summed up before them."""
+    """Checks that values under weak decays stay exact after the sum of strong decays before them."""
     inputs = recurrence.inputs(64, torch.float32, state=False)
     g = inputs["log_decay"].detach()
     early = (torch.arange(64) < 32).view(1, 64, *[1] * (g.dim() - 2))

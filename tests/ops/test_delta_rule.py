@@ -1,4 +1,4 @@
-"""The delta rule: its quadratic form, decays at their limits, and what transformers makes of it."""
+"""The delta rule: its quadratic form, decays at their limits, and transformers' implementation."""
 
 from typing import Any
 

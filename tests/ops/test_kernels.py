@@ -1,4 +1,4 @@
-"""What is handed to flash-linear-attention, with loops of ours in its place that keep to what it documents."""
+"""Calls of flash-linear-attention, with reference loops written from its documentation in place of its kernels."""
 
 import os
 import subprocess
@@ -44,10 +44,10 @@ def loop(
     cu_seqlens: Tensor | None,
     wrong: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sequence by sequence and token by token, as documented: `[B, T, H, .]`, states `[N, H, K, V]` in float32.
+    """Runs a recurrence sequence by sequence and token by token, as documented: `[B, T, H, .]`.
 
-    `decay` broadcasts over keys, `[B, T, H, 1 or K]`; `beta` makes it the delta rule. `wrong` is what a library with
-    other conventions would do.
+    States are `[N, H, K, V]` in float32. `decay` broadcasts over keys, `[B, T, H, 1 or K]`. With `beta` this is the
+    delta rule. `wrong` names a convention that differs from the documented one.
     """
     assert q.dtype == k.dtype == v.dtype
     assert q.shape == k.shape
@@ -88,7 +88,7 @@ class Library:
     """Functions with that library's names and arguments.
 
     Attributes:
-        calls: Which were called, with what besides queries, keys and values.
+        calls: The calls, with their arguments except queries, keys and values.
         wrong: A convention of `loop` that is broken.
     """
 

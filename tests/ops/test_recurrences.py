@@ -1,4 +1,4 @@
-"""Every recurrence: the token loop, the single step, the chunked form and the matrix are one."""
+"""The token loop, the single step, the chunked form and the matrix of every recurrence are equal."""
 
 from itertools import pairwise
 from typing import Any

@@ -20,7 +20,7 @@ def draw(tokens, window, heads=2, size=4):
 
 
 def attended(query, keys, values, seen, window):
-    """What normalised sums are: plain softmax attention, token by token."""
+    """Computes plain softmax attention token by token, the reference for normalised sums."""
     rows = []
     for token in range(query.shape[1]):
         near = slice(token + 1, token + 1 + window)

@@ -1,4 +1,4 @@
-"""Budgets dealt by a price, against random deals of the same cost."""
+"""Ranks by a price per parameter, against random ranks of the same cost."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ SIZE = {"hidden_size": 64, "intermediate_size": 160, "vocab_size": 96}
 
 
 def curve(size: int, seed: int, scale: float) -> Curve:
-    """A convex curve of every rank: what a falling spectrum holds beyond it."""
+    """Returns a convex curve over ranks: the energy of a falling spectrum beyond each rank."""
     drawn = random.Random(seed)
     spectrum = sorted((scale * drawn.random() ** 4 for _ in range(size)), reverse=True)
     return Curve(ranks=tuple(range(size + 1)), lost=tuple(sum(spectrum[rank:]) for rank in range(size + 1)))

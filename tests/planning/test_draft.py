@@ -1,4 +1,4 @@
-"""Drafts wait for measurements, plans do not; notes have kinds."""
+"""Drafts without measurements, plans, and kinds of notes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What is left out follows influence where there is some."""
+"""Drops of layers by influence, and without measurements."""
 
 import pytest
 

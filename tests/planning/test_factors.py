@@ -1,4 +1,4 @@
-"""Linears kept as two factors: what recipes may ask, what blueprints hold, what is counted."""
+"""Linears stored as two factors: recipe keys, blueprints and counts."""
 
 import pytest
 

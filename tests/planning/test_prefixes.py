@@ -1,4 +1,4 @@
-"""Which depths have prefixes, what those cost, and every way they can be refused."""
+"""Depths with prefixes, the cost of prefixes, and all errors about them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a plan says where depths that look at different distances share a mixer."""
+"""Notes of a plan about depths with different windows that share a mixer."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every rule across sections: a recipe that breaks it, beside one that keeps it."""
+"""Rules across sections: for each rule a recipe that breaks it and one that keeps it."""
 
 import pytest
 

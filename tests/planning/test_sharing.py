@@ -1,4 +1,4 @@
-"""Which depths read keys and values of which, what they then go without, and every way `share_kv` can be wrong."""
+"""Depths that read keys and values of others, tensors that are then dropped, and all errors in `share_kv`."""
 
 from typing import Any
 

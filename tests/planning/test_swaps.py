@@ -1,4 +1,4 @@
-"""Which mixer each depth runs, and every way a recipe's `mixers` can be wrong."""
+"""The mixer of each depth, and all errors in a recipe's `mixers`."""
 
 from typing import Any
 

@@ -49,8 +49,8 @@ def test_a_budget_too_small_for_a_share_still_gives_it_a_token():
     [
         ({"protocol": "distill", "tokens": 10}, r"protocol must be one of .* \(got 'distill'\); did you mean 'distil'"),
         ({"protocol": "distil"}, r"protocol distil: requires `tokens`, such as 20M \(got None\)"),
-        ({"protocol": {"a": 1}, "tokens": 10}, r"protocol must be the name of one \(got \{'a': 1\}\)"),
-        ({"protocol": ["distil"], "tokens": 10}, r"protocol must be the name of one \(got \['distil'\]\)"),
+        ({"protocol": {"a": 1}, "tokens": 10}, r"protocol must be one of .* \(got \{'a': 1\}\)"),
+        ({"protocol": ["distil"], "tokens": 10}, r"protocol must be one of .* \(got \['distil'\]\)"),
         ({"protocol": "distil", "tokens": {"a": 1}}, r"requires `tokens`, such as 20M \(got \{'a': 1\}\)"),
         (
             {"tokens": 10, "seed": 3},

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.modeling.load import load_model
 from refold.scoring.predict import head_of, predict, predict_exits
 
@@ -11,7 +11,12 @@ OWN = {"at": [0, 2], "norm": "own", "head_rank": 3, "gate": True}
 @pytest.fixture
 def model(make_source, tmp_path):
     def make(exits: dict, **source):
-        convert(make_source(**source), tmp_path / "folded", {"fold": {"loops": 2}, "exits": exits}, allow_larger=True)
+        convert(
+            make_source(**source),
+            tmp_path / "folded",
+            {"fold": {"loops": 2}, "exits": exits},
+            options=ConvertOptions(allow_larger=True),
+        )
         model = load_model(tmp_path / "folded", device="cpu")
         generator = torch.Generator().manual_seed(1)
         for weight in model.model.exits.parameters():

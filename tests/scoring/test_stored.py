@@ -1,4 +1,4 @@
-"""Top-k distributions with a bucket for the rest, against autograd on the definition."""
+"""Top-k distributions with a bucket for all other tokens, against autograd on the definition."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Measurements are read as they were written, and only for their own source."""
+"""Measurements are read back unchanged, and refused for another source."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""books-12l, the base of the healing study: it is what its card says, and a trained OLMo 2 for refold to agree with."""
+"""books-12l, the base of the healing study: facts of its card, and agreement of refold on a trained OLMo 2."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def test_recipes_log_and_card_tell_the_same(model: Olmo2ForCausalLM) -> None:
 
 
 def test_the_identity_gives_a_trained_olmo2s_logits(model: Olmo2ForCausalLM, ids: torch.Tensor, tmp_path: Path) -> None:
-    refold.convert(FOLDER, tmp_path / "same", allow_larger=True)
+    refold.convert(FOLDER, tmp_path / "same", options=refold.ConvertOptions(allow_larger=True))
     same = refold.load_model(tmp_path / "same", dtype="float32", device="cpu")
     with torch.no_grad():
         expected = model(input_ids=ids).logits

@@ -1,4 +1,4 @@
-"""The rivals: where each starts, and that a run heals and reports them alike."""
+"""Baselines of a run: their initial models, and equal healing and reporting."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The one line."""
+"""The summary line of a run."""
 
 import pytest
 

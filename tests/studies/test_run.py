@@ -1,4 +1,4 @@
-"""The whole way in one go."""
+"""Conversion, healing and evaluation in one run."""
 
 import contextlib
 import json

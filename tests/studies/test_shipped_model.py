@@ -1,4 +1,4 @@
-"""The model that ships in the package: its size, its tokenizer, and that it has learnt what its card says."""
+"""The model in the package: its size, its tokenizer, and the quality of its card."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def bits_per_byte(model: LlamaForCausalLM, ids: list[int], text: str) -> float:
 
 @pytest.fixture(scope="module")
 def held_out(tokenizer) -> tuple[list[int], str]:
-    """The first 4,096 tokens of `email.message` or what stands near it, with the text that they are."""
+    """Returns the first 4,096 tokens of `email.message` or a similar module, with their text."""
     text = next(text for text in held_out_documents() if "class Message" in text)
     ids = tokenizer(text)["input_ids"][:4096]
     return ids, tokenizer.decode(ids)
@@ -93,7 +93,7 @@ def test_it_predicts_text_that_it_was_not_trained_on(model: LlamaForCausalLM, he
 
 
 def test_depth_is_used(held_out: tuple[list[int], str]) -> None:
-    """The card's pair, left out, costs about what the card says, and clearly more than nothing."""
+    """Checks that dropping the card's pair of layers costs about the loss in the card, clearly more than nothing."""
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     row = re.search(r"\| (\d+) and (\d+) \(the two that cost least.*\| \+(\d\.\d+) \|", card)
     assert row is not None

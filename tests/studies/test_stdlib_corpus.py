@@ -1,4 +1,4 @@
-"""The standard library as text: what is in it, what is kept out, and what is said where it is missing."""
+"""The standard library as text: included and excluded modules, and the error if it is missing."""
 
 import sys
 import sysconfig

@@ -1,1 +1,1 @@
-"""How stored weights and LoRA pairs begin, one file each."""
+"""Initialisations of stored weights and LoRA pairs, one file each."""

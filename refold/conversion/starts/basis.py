@@ -1,13 +1,15 @@
-"""A basis for all, coefficients for each: minimise sum_b |W_b - B_b A|_b^2 over A `[rank, in]` and B_b `[out, rank]`.
+"""Initialisation of a basis for all depths and coefficients for each: minimise
+sum_b |W_b - B_b A|_b^2 over A `[rank, in]` and B_b `[out, rank]`.
 
-Where all depths see alike inputs, |E|_b^2 = |T_b E S|^2 with S S^T = C, the best A spans the leading right singular
-vectors of the T_b W_b S stacked (Basis Sharing, arXiv 2410.03765). Where they do not, the paper takes the sum of their
-second moments for C; here the search begins there. For given A the best coefficients are W_b C_b A^T (A C_b A^T)^-1,
+If all depths have the same input moment, |E|_b^2 = |T_b E S|^2 with S S^T = C, the best A spans the leading right
+singular vectors of the stacked T_b W_b S (Basis Sharing, arXiv 2410.03765). If the moments differ, the paper takes
+their sum for C; here the search begins with that A. For given A the best coefficients are W_b C_b A^T (A C_b A^T)^-1,
 whatever the T_b. For given coefficients the best A solves the linear equation
-sum_b (B_b^T G_b B_b) A C_b = sum_b B_b^T G_b W_b C_b with G_b = T_b^T T_b, by conjugate gradients. Both in turn lower
-the error by a quarter where inputs are each layer's own (those of `o_proj` and `down_proj`), by a percent elsewhere.
+sum_b (B_b^T G_b B_b) A C_b = sum_b B_b^T G_b W_b C_b with G_b = T_b^T T_b, by conjugate gradients. Alternating
+between the two lowers the error by a quarter for `o_proj` and `down_proj`, whose inputs differ between layers, and by a
+percent for other linears.
 
-LoRAs beside a basis take what it leaves: `svd` once, `joint` in turn with it.
+LoRAs beside a basis are fitted to the residual of the basis: `svd` fits them once, `joint` alternates with the basis.
 """
 
 from collections.abc import Mapping
@@ -24,15 +26,15 @@ from refold.conversion.starts.group import Basis, FittedBasis, LinearGroup
 from refold.conversion.starts.zero import zero_pair
 
 ROUNDS = 4
-"""Of coefficients and basis in turn; further ones lower the error by less than a percent each."""
+"""Alternations between coefficients and basis; each further one lowers the error by less than a percent."""
 STEPS = 6
-"""Of conjugate gradients in each round; each begins where the last ended."""
+"""Steps of conjugate gradients in each round; a round begins with the basis of the round before."""
 TURNS = 4
-"""Of basis and LoRAs where they are fitted jointly."""
+"""Alternations between basis and LoRAs if they are fitted jointly."""
 RIDGE = 1e-10
-"""Share of the mean variance of a basis's outputs, so that a direction without any can be inverted."""
+"""Share of the mean variance of a basis's outputs, added so that the matrix can be inverted."""
 BasisInputs = Mapping[int, Float[Tensor, "in in"]]
-"""C_b by depth."""
+"""The moments C_b by depth."""
 
 
 def fit_basis(group: LinearGroup, init: Literal["svd", "zero", "joint"], svd: SvdMode) -> FittedBasis:
@@ -40,8 +42,8 @@ def fit_basis(group: LinearGroup, init: Literal["svd", "zero", "joint"], svd: Sv
 
     Args:
         group: The linear.
-        init: How LoRAs start.
-        svd: How matrices are decomposed.
+        init: Initialisation of LoRAs.
+        svd: Algorithm of the singular value decomposition.
     """
     relaxed = {depth: member for depth, member in group.members.items() if member.rank}
     weightings = {depth: group.weighting(depth) for depth in group.members}
@@ -82,7 +84,7 @@ def _share(
         return Basis(a.contiguous(), {depth: weight @ a.T for depth, weight in weights.items()}).rounded(group)
     a = common.truncate(stacked, group.basis_rank, svd, group.seed).v.T.double()
     moments = {depth: each.double() for depth, each in inputs.items() if each is not None}
-    # W_b C_b, which both halves of a round need.
+    # The products W_b C_b, which both halves of a round need.
     seen = {depth: weight.double() @ moments[depth] for depth, weight in weights.items()}
     coefficients = _coefficients(seen, moments, a)
     for _ in range(ROUNDS):
@@ -95,7 +97,7 @@ def _share(
 
 
 def _coefficients(seen: Mapping[int, Tensor], moments: BasisInputs, a: Float[Tensor, "rank in"]) -> dict[int, Tensor]:
-    """The best B_b for a basis, from W_b C_b."""
+    """Returns the best B_b for a basis, from the products W_b C_b."""
     found = {}
     for depth, each in seen.items():
         gram = a @ moments[depth] @ a.T
@@ -111,7 +113,10 @@ def _basis(
     coefficients: Mapping[int, Tensor],
     a: Float[Tensor, "rank in"],
 ) -> Float[Tensor, "rank in"]:
-    """A better A for given coefficients: conjugate gradients from `a`, preconditioned by what they sum up to."""
+    """Returns a better A for given coefficients, by conjugate gradients from `a`.
+
+    The preconditioner replaces the sum of Kronecker products by the product of the summed factors.
+    """
     turned: dict[int, Tensor] = {}
     for depth, b in coefficients.items():
         output = outputs[depth]

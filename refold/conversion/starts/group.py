@@ -1,4 +1,4 @@
-"""One stored linear with everything its start is fitted from."""
+"""A stored linear, with the weights and settings that its initialisation is fitted from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ class Member:
     """A depth that runs the stored linear.
 
     Attributes:
-        weight: float32 weight of the source layer this depth stands for.
-        rank: LoRA rank here; 0: none.
+        weight: float32 weight of the source layer that the depth replaces.
+        rank: LoRA rank at the depth; 0: no LoRA.
     """
 
     weight: Float[Tensor, "out in"]
@@ -28,16 +28,16 @@ class Member:
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """A stored linear, the source weights it is made from and the depths that run it.
+    """A stored linear, the source weights it is made from, and the depths that run it.
 
     Attributes:
         sources: float32 weights of the part's source layers.
-        members: By depth.
-        weightings: How errors are weighed; None: every entry alike.
-        stored_rank: Rank the stored weight is kept at, as two factors; 0: nothing is stored; None: the whole matrix.
-        basis_rank: Rank of the basis where no more than that is stored.
-        seed: For random starts; differs between groups.
-        dtype: What stored tensors are rounded to when they are written. Pairs correct the rounded ones.
+        members: The depths that run it, by index.
+        weightings: Weightings of errors; None: the Frobenius norm.
+        stored_rank: Rank of the stored weight, kept as two factors; 0: nothing is stored; None: the whole matrix.
+        basis_rank: Rank of the basis if only a basis is stored.
+        seed: Seed of random initialisation; differs between groups.
+        dtype: Dtype of the stored tensors. LoRA pairs also correct the rounding to it.
     """
 
     sources: tuple[Float[Tensor, "out in"], ...]
@@ -49,15 +49,15 @@ class LinearGroup:
     dtype: torch.dtype = torch.float32
 
     def round(self, tensor: Tensor) -> Tensor:
-        """Returns a float32 tensor as it is read back once it is stored."""
+        """Returns a float32 tensor rounded to the stored dtype."""
         return tensor.to(self.dtype).float()
 
     def weighting(self, depth: int) -> Weighting:
-        """Returns how an error at one depth is weighed."""
+        """Returns the weighting of errors at one depth."""
         return Weighting() if self.weightings is None else self.weightings.of(depth)
 
     def mean(self, weights: Mapping[int, Tensor]) -> Float[Tensor, "out in"]:
-        """Returns the one weight that is nearest to those of all depths."""
+        """Returns the weight that is nearest to the weights of all depths."""
         if self.weightings is not None:
             return self.weightings.mean(weights)
         total = torch.zeros_like(next(iter(weights.values())))
@@ -66,7 +66,7 @@ class LinearGroup:
         return total
 
     def store(self, weight: Float[Tensor, "out in"], svd: SvdMode) -> "Stored":
-        """Returns what is stored of a weight all depths share, rounded: itself, or the nearest of the stored rank."""
+        """Returns the stored form of a shared weight, rounded: the whole matrix, or the nearest of the stored rank."""
         if self.stored_rank is None:
             return Stored(self.round(weight))
         if self.stored_rank == 0:
@@ -74,17 +74,17 @@ class LinearGroup:
         weighting = Weighting() if self.weightings is None else self.weightings.of_all()
         found = weighting.truncate(weight, self.stored_rank, svd, self.seed)
         a, b = (self.round(each) for each in found.factors())
-        # In float32 the product of its own, which differs in the last bit, would move what was written before.
+        # In float32 `b @ a` differs from the matrix in the last bit, and folders written before used the matrix.
         return Stored(found.matrix() if self.dtype == torch.float32 else b @ a, (a, b))
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What is stored of a linear.
+    """Stored form of a linear.
 
     Attributes:
-        weight: What it computes, float32.
-        factors: A and B where it is kept as two; empty where nothing is stored; None: the whole matrix.
+        weight: The weight that it computes with, float32.
+        factors: A and B if the weight is kept as two factors; empty if nothing is stored; None: the whole matrix.
     """
 
     weight: Float[Tensor, "out in"]
@@ -93,10 +93,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a start gives.
+    """Result of an initialisation.
 
     Attributes:
-        stored: What is stored.
+        stored: Stored form of the linear.
         pairs: LoRA pair by depth, for members with a rank.
         kept: By depth, the share of the residual's energy (source weight minus stored weight) that the pair holds.
     """
@@ -108,28 +108,28 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Basis:
-    """What is stored of a linear whose depths share no more than a basis, and what they keep themselves.
+    """A basis that all depths share, and the coefficients that each depth keeps itself.
 
     Attributes:
         a: The basis, float32.
-        coefficients: What each depth makes of it, float32.
+        coefficients: By depth, the matrix that the basis is multiplied by, float32.
     """
 
     a: Float[Tensor, "rank in"]
     coefficients: Mapping[int, Float[Tensor, "out rank"]]
 
     def weight(self, depth: int) -> Float[Tensor, "out in"]:
-        """Returns the weight that is computed at a depth."""
+        """Returns the weight at a depth."""
         return self.coefficients[depth] @ self.a
 
     def rounded(self, group: LinearGroup) -> "Basis":
-        """Returns the basis and coefficients as they are read back once they are stored."""
+        """Returns basis and coefficients rounded to the stored dtype."""
         return Basis(group.round(self.a), {depth: group.round(each) for depth, each in self.coefficients.items()})
 
 
 @dataclass(frozen=True)
 class FittedBasis(Basis):
-    """What a start gives where depths share a basis; attributes besides the basis's as of `Fitted`."""
+    """Result of an initialisation with a shared basis; `pairs` and `kept` are those of `Fitted`."""
 
     pairs: Mapping[int, Pair] = field(default_factory=dict)
     kept: Mapping[int, float] = field(default_factory=dict)

@@ -1,12 +1,13 @@
-"""Stored weight and pairs fitted together: minimise sum_b |W_b - W' - L_b|_b^2 over W' and L_b of rank r_b.
+"""Joint initialisation of stored weight and LoRA pairs: minimise
+sum_b |W_b - W' - L_b|_b^2 over W' and L_b of rank r_b.
 
-The paper's start spends both pairs of a two-loop fold on one subspace: its residuals are D/2 and -D/2 for
-D = W_1 - W_2. Here the pairs share the singular directions of D, so that together they correct D to rank r_1 + r_2.
+The paper's initialisation (`svd`) spends both pairs of a two-loop fold on one subspace: its residuals are D/2 and -D/2
+for D = W_1 - W_2. Here the pairs share the singular directions of D, so that together they correct D to rank r_1 + r_2.
 
-Errors may be weighed: |E|_b^2 = |T E S_b|^2 with S_b S_b^T = C_b, the second moment of what the linear sees at depth b,
-and T common to all. For given pairs the best W' is the mean of W_b - L_b weighted by the C_b. Put in, two members leave
-|T (D - L_1 + L_2) Q|^2 with Q Q^T = (C_1^-1 + C_2^-1)^-1, which a truncated SVD solves: weighted or not, two loops have
-a closed form.
+Errors may be weighted: |E|_b^2 = |T E S_b|^2 with S_b S_b^T = C_b, the second moment of the linear's inputs at depth b,
+and T common to all depths. For given pairs the best W' is the mean of W_b - L_b weighted by the C_b. With this W', two
+members have the error |T (D - L_1 + L_2) Q|^2 with Q Q^T = (C_1^-1 + C_2^-1)^-1. A truncated SVD minimises it, so two
+loops have a closed form, with and without weighting.
 """
 
 from collections.abc import Mapping
@@ -20,14 +21,17 @@ from refold.conversion.starts.group import Fitted, LinearGroup, Member, Stored
 from refold.conversion.starts.zero import mean_weight, zero_pair
 
 LOST = 10.0
-"""Times the rounding of the stored weight: an error so large hardly changes where the pair corrects rounding too."""
+"""Ratio of a pair's error to the rounding of the stored weight from which on the pair need not correct the rounding."""
 ROUNDS = 6
-"""Alternating rounds for three and more members; further ones change the loss by less than a percent."""
+"""Alternations for three or more members; further ones change the loss by less than a percent."""
 
 
 def fit_joint(group: LinearGroup, svd: SvdMode) -> Fitted:
-    """Closed form for two members and a whole stored weight, alternating minimisation otherwise; without pairs the
-    mean."""
+    """Fits the stored weight and the pairs of all depths.
+
+    Two members and a whole stored weight have a closed form; other cases alternate. Without pairs the stored weight is
+    the mean.
+    """
     members = dict(group.members)
     relaxed = [depth for depth, member in members.items() if member.rank]
     if not relaxed:
@@ -55,7 +59,7 @@ def fit_joint(group: LinearGroup, svd: SvdMode) -> Fitted:
 
 
 def _corrected(members: Mapping[int, Member], corrections: Mapping[int, Truncated]) -> dict[int, Tensor]:
-    """W_b - L_b by depth."""
+    """Returns W_b - L_b by depth."""
     return {
         depth: member.weight if depth not in corrections else member.weight - corrections[depth].matrix()
         for depth, member in members.items()
@@ -63,7 +67,7 @@ def _corrected(members: Mapping[int, Member], corrections: Mapping[int, Truncate
 
 
 def _share_difference(group: LinearGroup, members: dict[int, Member], svd: SvdMode) -> dict[int, Truncated]:
-    """Deals the singular directions of D = W_1 - W_2 to the two pairs in turn, largest first."""
+    """Assigns the singular directions of D = W_1 - W_2 alternately to the two pairs, largest first."""
     (first, one), (second, other) = members.items()
     difference = one.weight - other.weight
     if not bool(torch.any(difference)):
@@ -81,7 +85,7 @@ def _share_difference(group: LinearGroup, members: dict[int, Member], svd: SvdMo
 
 
 def _fill(found: Truncated, rank: int, seed: int) -> Truncated:
-    """Pads to the rank where D has too few directions for both pairs, as a zero start would: trainable, adding 0."""
+    """Pads a pair to its rank if D has too few directions; the padding adds 0 and is trainable, as in `zero_pair`."""
     missing = rank - found.s.shape[0]
     if missing <= 0:
         return found
@@ -92,7 +96,7 @@ def _fill(found: Truncated, rank: int, seed: int) -> Truncated:
 
 
 def _alternate(group: LinearGroup, members: dict[int, Member], svd: SvdMode) -> tuple[Stored, dict[int, Truncated]]:
-    """W' from the mean of W_b - L_b, then L_b from W_b - W', in turn; with nothing stored once is enough."""
+    """Alternates between W', the mean of W_b - L_b, and L_b, fitted to W_b - W'; once if nothing is stored."""
     corrections: dict[int, Truncated] = {}
     weightings = {depth: group.weighting(depth) for depth in members}
     stored = group.store(group.mean(_corrected(members, corrections)), svd)
@@ -112,7 +116,7 @@ def _alternate(group: LinearGroup, members: dict[int, Member], svd: SvdMode) -> 
 def _as_stored(
     stored: Stored, corrections: dict[int, Truncated], group: LinearGroup, svd: SvdMode
 ) -> tuple[Stored, dict[int, Truncated]]:
-    """Rounds a whole stored weight as it is written, and fits a pair anew where rounding is not lost in its error."""
+    """Rounds a whole stored weight, and fits a pair again if the rounding matters beside the pair's error."""
     rounded = group.round(stored.weight)
     noise = float(torch.linalg.vector_norm(rounded - stored.weight))
     if not noise:

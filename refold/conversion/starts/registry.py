@@ -1,4 +1,4 @@
-"""All starts, by the name a plan gives them."""
+"""All initialisations, by their name in a plan."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -18,5 +18,5 @@ STARTS: Mapping[str, Callable[[LinearGroup, SvdMode], Fitted]] = {
 
 
 def fit(group: LinearGroup, init: Literal["svd", "zero", "joint"], svd: SvdMode) -> Fitted | FittedBasis:
-    """Fits what is stored of a linear and the pairs of its depths, by the start of a name."""
+    """Computes the stored weight and the LoRA pairs of one linear with the initialisation `init`."""
     return STARTS[init](group, svd) if group.basis_rank is None else fit_basis(group, init, svd)

@@ -1,4 +1,4 @@
-"""The paper's start: each pair is the truncated SVD of what tying lost (arXiv 2410.20672, section 2.3)."""
+"""The paper's initialisation: each pair is the truncated SVD of its residual (arXiv 2410.20672, section 2.3)."""
 
 import torch
 
@@ -8,12 +8,11 @@ from refold.conversion.starts.zero import mean_weight, zero_pair
 
 
 def fit_svd(group: LinearGroup, svd: SvdMode) -> Fitted:
-    """B = U_r S_r and A = V_r^T of residual = source weight minus stored weight; a zero residual gets the zero start.
+    """Fits B = U_r S_r and A = V_r^T to the residual: source weight minus stored weight, rounded to the stored dtype.
 
-    The residual is taken to the weight as it is stored, rounded to the dtype of the target. With two members and the
-    mean of their weights stored whole, the residuals are opposite (but for that rounding) and, where errors are not
-    weighed, the singular vectors of one serve both. Where errors are weighed by the inputs of linears, so is the
-    mean.
+    A residual of zero gets a pair of `zero_pair`. With two members and the whole mean stored, the residuals are
+    opposite except for rounding; without weighting, the singular vectors of one residual then serve both. If errors
+    are weighted by the inputs of linears, the mean is weighted too.
     """
     weighted = group.weightings is not None and len(group.sources) == len(group.members)
     mean = mean_weight(group.sources)

@@ -1,4 +1,4 @@
-"""The usual LoRA start: A Gaussian, B zero, so that the folded model begins as the strict one."""
+"""The usual LoRA initialisation: A Gaussian, B zero, so that the folded model equals the strict one at first."""
 
 import torch
 from torch import Tensor
@@ -9,12 +9,12 @@ from refold.nn.lora import Pair
 
 
 def mean_weight(weights: tuple[Tensor, ...]) -> Tensor:
-    """The mean of a part's source weights; with one source the weight itself."""
+    """Returns the mean of a part's source weights; with one source the weight itself."""
     return weights[0] if len(weights) == 1 else torch.stack(weights).mean(dim=0)
 
 
 def zero_pair(stored: Tensor, rank: int, seed: int) -> Pair:
-    """A pair that adds nothing: A has standard deviation in^(-1/2) (arXiv 2106.09685), B is zero."""
+    """Returns a pair that adds zero: A has standard deviation in^(-1/2) (arXiv 2106.09685), B is zero."""
     rows, columns = stored.shape
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(rank, columns, generator=generator) * columns**-0.5
@@ -22,7 +22,7 @@ def zero_pair(stored: Tensor, rank: int, seed: int) -> Pair:
 
 
 def fit_zero(group: LinearGroup, svd: SvdMode) -> Fitted:
-    """Stored weight: the sources' mean, or what is nearest to it of the stored rank. Pairs add nothing."""
+    """Stores the mean of the sources, or the nearest matrix of the stored rank; pairs add zero."""
     stored = group.store(mean_weight(group.sources), svd)
     pairs = {
         depth: zero_pair(stored.weight, member.rank, group.seed + depth)

@@ -10,8 +10,7 @@ from refold.mixers.mamba import Mamba
 from refold.nn.mixers.batch import DepthInputs
 from refold.nn.mixers.headed import RecurrentMixer
 from refold.nn.part import Lora, OwnVectors
-from refold.ops import selective_scan
-from refold.ops.choice import is_single
+from refold.ops.choice import run_selective
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,7 @@ class MambaMixer(RecurrentMixer):
         self, reads: Selected, state: Tensor | None, resets: Tensor | None, lora: Lora, vectors: OwnVectors
     ) -> tuple[Tensor, Tensor]:
         a = -self.vector("A_log", vectors).float().exp()
-        inner, dt, b, c = reads.inner, reads.dt, reads.b, reads.c
-        if is_single(inner, state, resets):
-            y, state = selective_scan.step(inner[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state)
-            return y.unsqueeze(1), state
-        return selective_scan.chunked(inner, dt, a, b, c, state, resets)
+        return run_selective(reads.inner, reads.dt, a, reads.b, reads.c, state, resets)
 
     def finish(self, reads: Selected, mixed: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:
         y = mixed + reads.inner * self.vector("D", vectors)

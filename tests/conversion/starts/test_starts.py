@@ -1,4 +1,4 @@
-"""Starts against the definitions they stand for, by brute force."""
+"""Initialisations against their definitions by brute force."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.healing.activations import observe
 from refold.healing.objectives.objective import Loss, Objective, Step
 from refold.modeling.configuration import RefoldConfig
@@ -26,7 +26,7 @@ def fold(make_source: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
         key = repr((variant, recipe, fields))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("folded") / variant
-            convert(make_source(variant, **fields), made[key], recipe, allow_larger=True)
+            convert(make_source(variant, **fields), made[key], recipe, options=ConvertOptions(allow_larger=True))
         return load_model(made[key], device="cpu", **{"dtype": torch.float64, **options})
 
     return make
@@ -134,7 +134,7 @@ def run_objective() -> Callable[..., Loss]:
 
 @pytest.fixture(scope="session")
 def require_documents_apart(documents: Documents, run_objective: Callable[..., Loss]) -> Callable[..., None]:
-    """Requires that packed documents cost what each costs alone, and that this tells them from one long document."""
+    """Checks that the loss of packed documents equals that of separate ones, and differs from that of one document."""
 
     def require(objective: Objective, student: Any, teacher: Any) -> None:
         count = documents.num_tokens
@@ -180,7 +180,7 @@ class Plain:
         return output[0] if isinstance(output, tuple) else output
 
     def mixer(self, layer: int, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention adds to the stream, and its weights."""
+        """Returns the update of the residual stream by attention, and the attention weights."""
         block = self.layers[layer]
         attention = block.attention if hasattr(block, "attention") else block.self_attn
         given = {"attention_mask": self.mask, "position_embeddings": self._rotation(stream)}

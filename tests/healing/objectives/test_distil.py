@@ -1,4 +1,4 @@
-"""Distillation from a teacher that runs along, and from what was stored of it."""
+"""Distillation from a running teacher, and from its stored predictions."""
 
 import pytest
 import torch

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from refold.conversion.convert import convert
+from refold.conversion.convert import ConvertOptions, convert
 from refold.errors import HealError
 from refold.healing.activations import observe
 from refold.healing.objectives import exits as module
@@ -29,7 +29,12 @@ def folders(make_source, tmp_path_factory):
     for name, exits in (("shared", {"at": [0, 2]}), ("own", {"at": [0, 2], **OWN}), ("none", None)):
         made[name] = tmp_path_factory.mktemp("folded") / name
         recipe = {"fold": {"loops": 2}, "relax": {"rank": 3}, **({"exits": exits} if exits else {})}
-        convert(make_source("llama", tie_word_embeddings=True), made[name], recipe, allow_larger=True)
+        convert(
+            make_source("llama", tie_word_embeddings=True),
+            made[name],
+            recipe,
+            options=ConvertOptions(allow_larger=True),
+        )
     return made
 
 
