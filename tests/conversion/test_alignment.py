@@ -246,7 +246,7 @@ def test_scaled_means_have_the_mean_norm(make_source, tmp_path, relax):
         ),
         (
             {"fold": {**FOLD, "scale": "norm"}, "factor": {"parameters": 0.4, "weight": "none"}},
-            r"fold\.scale: .*\(got factor",
+            r"fold\.scale: .*\(got norm with factor",
         ),
     ],
 )
