@@ -1,6 +1,6 @@
 """`RefoldConfig`: a blueprint in the clothes of a transformers config."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -25,6 +25,8 @@ class RefoldConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
+    # No code of a folder's own: TRL reads this of any config whose class transformers does not come with.
+    auto_map: ClassVar[dict[str, str]] = {}
     # A list, because transformers' Trainer adds one to it.
     keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 

@@ -29,6 +29,14 @@ def test_auto_classes_load_a_folded_model(fold, order):
     assert run(script, str(fold("llama"))) == "RefoldConfig RefoldForCausalLM"
 
 
+def test_a_config_names_no_code_for_libraries_that_ask(fold):
+    # TRL reads `auto_map` of every config whose class is not in transformers' own namespace.
+    folder = fold("llama")
+    script = "import sys, refold\nfrom transformers import AutoConfig\nprint(AutoConfig.from_pretrained(sys.argv[1]).auto_map)"
+    assert run(script, str(folder)) == "{}"
+    assert "auto_map" not in (folder / "config.json").read_text()
+
+
 def test_importing_refold_imports_neither_torch_nor_transformers():
     found = run("import refold, sys; print([name for name in ('torch', 'transformers') if name in sys.modules])")
     assert found == "[]"
