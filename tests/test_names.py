@@ -66,7 +66,6 @@ WIDE = {
     # TODO(settings objects of data and healing): their options are keyword arguments.
     "data/training_data.py": {"__init__", "open_training_data"},
     "healing/prepared.py": {"prepare"},
-    "healing/teacher_store.py": {"build", "_write"},
     # Signatures of transformers: a model's forward, an attention function, a mask function.
     "modeling/masks.py": {"build_masks"},
     "modeling/model.py": {"forward"},

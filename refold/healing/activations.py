@@ -1,4 +1,4 @@
-"""What a model computes on the way: the stream between its layers, and what its mixers add to it."""
+"""Activations inside a model: the residual stream between its layers, the outputs of its mixers, attention weights."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,20 +18,21 @@ from refold.scoring.head import Predictions
 from refold.scoring.predict import ExitPredictions, head_of, read_exits
 
 Want = Literal["predictions", "streams", "mixers", "attentions", "exits"]
-"""What an objective may ask of a forward pass."""
+"""Names of the activations that an objective may request from a forward pass."""
 
 
 @dataclass
 class Activations:
-    """One forward pass, layer by layer. Layers are a source's layers, or a folded model's depths.
+    """Holds the activations of one forward pass, by layer. A layer of a folded model is a depth.
 
     Attributes:
         predictions: last hidden states, after the final norm, and the head.
         source_layers: for each layer the source layer it stands for.
-        streams: the stream before each layer and, last, after the last one, before the final norm.
-        mixers: layer to what its mixer adds to the stream; layers without a mixer are not there.
-        attentions: layer to attention weights `[B, H, T, T]`; layers without attention are not there.
-        exits: what a folded model predicts at each of its early exits, top to bottom.
+        streams: the residual stream before each layer and, as the last element, after the last layer, before the final
+            norm.
+        mixers: layer to the output of its mixer; layers without a mixer have no entry.
+        attentions: layer to attention weights `[B, H, T, T]`; layers without attention have no entry.
+        exits: predictions of a folded model at each of its early exits, top to bottom.
     """
 
     predictions: Predictions
@@ -48,17 +49,17 @@ def observe(
     position_ids: Int64[Tensor, "B T"],
     wants: frozenset[Want],
 ) -> Activations:
-    """Runs a model once, without a cache and without logits, and keeps what is wanted.
+    """Runs a model once, without a cache and without logits, and returns the requested activations.
 
     Args:
         model: a folded model or a source, as transformers loads it.
         input_ids: tokens.
-        position_ids: where they fall back, a new document begins that sees none of the others.
-        wants: what to keep besides the predictions.
+        position_ids: a position that is lower than the one before begins a new document, which sees no other document.
+        wants: activations to return besides the predictions.
 
     Raises:
-        HealError: the model's layers cannot be observed, or `attentions` are wanted of a model whose attention is not
-            eager, which alone writes them down.
+        HealError: the model's layers cannot be observed, or `attentions` are requested and the model does not use eager
+            attention, the only implementation that returns attention weights.
     """
     stack: Any = model.base_model
     streams: list[Tensor] = []
@@ -88,10 +89,10 @@ def observe(
 
 
 def require_eager(model: PreTrainedModel) -> None:
-    """Refuses a model that does not write its attention weights down.
+    """Checks that a model returns its attention weights.
 
     Raises:
-        HealError: its attention is not the eager one.
+        HealError: the model does not use eager attention.
     """
     if model.config._attn_implementation != "eager":
         raise HealError(
@@ -101,9 +102,9 @@ def require_eager(model: PreTrainedModel) -> None:
 
 
 def stack_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Returns the modules that are a model's layers, top to bottom; of a folded model its depths."""
+    """Returns the modules of a model's layers, top to bottom; for a folded model its depths."""
     stack: Any = model.base_model
-    # Where a model has more parts than the one for text, that is its decoder.
+    # A model with other parts than text has its text layers in the decoder.
     layers = stack.depths if isinstance(model, RefoldForCausalLM) else getattr(stack.get_decoder(), "layers", None)
     if layers is None or len(layers) != _num_layers(model):
         raise HealError(f"objective: layers that can be observed are required ({type(model).__name__} has other ones)")
@@ -129,14 +130,14 @@ def attention_layers(model: PreTrainedModel) -> list[int]:
 
 
 def source_layers(model: PreTrainedModel) -> list[int]:
-    """Returns, for each layer of a model, the source layer it stands for; of a source each stands for itself."""
+    """Returns, for each layer of a model, the source layer it stands for; a layer of a source stands for itself."""
     if isinstance(model, RefoldForCausalLM):
         return [depth.spec.source for depth in folded_depths(model)]
     return list(range(_num_layers(model)))
 
 
 def num_source_layers(model: PreTrainedModel) -> int:
-    """Returns how many layers the source has that a model's layers stand for."""
+    """Returns the number of layers of the source that a model's layers stand for."""
     if isinstance(model, RefoldForCausalLM):
         return model.config.read_blueprint().arch.num_layers
     return _num_layers(model)
@@ -148,12 +149,12 @@ def folded_depths(model: RefoldForCausalLM) -> list[Depth]:
 
 
 def mixer_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """Returns the modules whose outputs are what mixers add to the stream, each once however often it runs."""
+    """Returns the modules whose outputs mixers add to the residual stream, each module once even if it runs often."""
     if isinstance(model, RefoldForCausalLM):
         return list(model.model.mixers)
     family = find_family(cast("str", model.config.model_type))
     names = {piece: rule.source for rule in family.rules for piece in rule.pieces}
-    # A norm after the output projection is the last thing a mixer does, where a family has one.
+    # In families with a norm after the output projection, this norm gives the mixer's output.
     norm = names.get("mixer.output_norm.weight")
     path = norm or names["mixer.o_proj.weight"].removesuffix(".weight")
     path = path.rpartition(".")[0]
@@ -187,7 +188,7 @@ def _first(output: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _removed(handle: Any) -> Iterator[None]:
-    """Removes a hook again, so that the passes of gradient checkpointing's backward do not count."""
+    """Removes a hook at the end, so that it does not run when gradient checkpointing repeats the forward pass."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the newest two, each a whole folder or none, and finding the newest that is whole."""
+"""Checkpoints of a run: the newest two are kept, and each is a complete folder or absent."""
 
 import contextlib
 import json
@@ -27,16 +27,16 @@ _NAME = re.compile(r"step-(\d{9})")
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands, apart from its tensors. Plain data, so that it is JSON.
+    """Holds the progress of a run, without its tensors. All fields are plain data and are stored as JSON.
 
     Attributes:
-        stage: stages done.
-        step: optimizer steps of the current stage, skipped ones included. It gives learning rate and data position.
-        steps_before: steps of the stages done.
-        bad_steps: steps in a row, up to now, whose loss or gradient was not finite.
-        skipped_steps: such steps in all stages.
+        stage: number of finished stages.
+        step: optimizer steps of the current stage, skipped steps included. It gives learning rate and data position.
+        steps_before: steps of the finished stages.
+        bad_steps: length of the current run of steps whose loss or gradient was not finite.
+        skipped_steps: number of steps in all stages whose loss or gradient was not finite.
         seconds: training time so far.
-        thaw: where the decision to thaw stands in the current stage.
+        thaw: state of the decision to thaw in the current stage.
     """
 
     stage: int = 0
@@ -58,19 +58,19 @@ class RunState:
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> "RunState":
-        """Reads what `asdict` gave."""
+        """Makes a state from the mapping that `asdict` returns."""
         return cls(**{**data, "thaw": ThawState(**data["thaw"])})
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run.
+    """Writes, finds and reads the checkpoints of one run.
 
     Attributes:
-        folder: holds them, one folder for each step.
+        folder: the parent folder, with one folder for each step.
         identity: everything the run's result depends on, by name: settings, model, teacher, data. A checkpoint of a
             run with another identity is not resumed.
-        tell: gets a line for the user.
+        tell: called with each line for the user.
     """
 
     folder: Path
@@ -78,11 +78,12 @@ class Checkpoints:
     tell: Callable[[str], None] = print
 
     def claim(self) -> None:
-        """Notes whose folder this is, so that nothing of another run is taken up, checkpoint or not.
+        """Writes the identity of the run beside its checkpoints, and refuses a folder that belongs to another run.
 
         Raises:
-            HealError: an unfinished run with other settings, model, teacher or data lies there; each is named.
-            FolderError: the note cannot be written.
+            HealError: the folder has an unfinished run with other settings, model, teacher or data; every difference is
+                named.
+            FolderError: the identity cannot be written.
         """
         path = self.folder.parent / RUN_NAME
         if path.exists():
@@ -91,10 +92,10 @@ class Checkpoints:
             write_json(path, self.identity)
 
     def save(self, state: RunState, tensors: Mapping[str, Tensor]) -> Path:
-        """Writes a checkpoint, then removes all but the newest two.
+        """Writes a checkpoint, then removes all checkpoints except the newest two.
 
         Raises:
-            FolderError: the disk is full or cannot be written; earlier checkpoints stay as they are.
+            FolderError: the disk is full or cannot be written; earlier checkpoints stay unchanged.
         """
         path = self.folder / f"step-{state.total_steps:09d}"
         specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
@@ -110,11 +111,11 @@ class Checkpoints:
         return path
 
     def newest(self) -> Path | None:
-        """Returns the newest checkpoint's folder, None where there is none."""
+        """Returns the folder of the newest checkpoint, None if there is no checkpoint."""
         return next(iter(self._paths()), None)
 
     def newest_good(self) -> Path | None:
-        """Returns the newest checkpoint that was not written between bad steps, None where there is none."""
+        """Returns the newest checkpoint that was not written after a bad step, None if there is none."""
         for path in self._paths():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 if not json.loads((path / STATE_NAME).read_text())["state"]["bad_steps"]:
@@ -122,13 +123,13 @@ class Checkpoints:
         return None
 
     def require_space(self, num_bytes: int) -> None:
-        """Checks that the checkpoints of a run fit the disk, those counted that lie there already.
+        """Checks that the disk has space for the checkpoints of a run; space of present checkpoints counts as free.
 
         Args:
-            num_bytes: Of one checkpoint.
+            num_bytes: Size of one checkpoint.
 
         Raises:
-            FolderError: They do not fit.
+            FolderError: The disk has too little space.
         """
         wanted, place = (NUM_KEPT + 1) * num_bytes, self.folder.parent
         held = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
@@ -140,10 +141,11 @@ class Checkpoints:
             )
 
     def load(self) -> tuple[RunState, dict[str, Tensor]] | None:
-        """Returns state and tensors of the newest checkpoint that is whole, None where there is none.
+        """Returns state and tensors of the newest complete checkpoint, None if there is none.
 
         Raises:
-            HealError: it is of a run with other settings, model, teacher or data; every difference is named.
+            HealError: the checkpoint belongs to a run with other settings, model, teacher or data; every difference is
+                named.
         """
         for path in self._paths():
             try:
@@ -158,11 +160,11 @@ class Checkpoints:
         return None
 
     def _paths(self) -> list[Path]:
-        """All checkpoints, newest first."""
+        """Returns the folders of all checkpoints, newest first."""
         if not self.folder.is_dir():
             return []
         for path in self.folder.glob(".step-*"):
-            # What a kill left of an unfinished checkpoint.
+            # A killed process can leave an unfinished checkpoint.
             repair(path.with_name(path.name.split(".")[1]))
         return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
 

@@ -1,4 +1,4 @@
-"""The settings chosen for a run's stages, kept in its work folder so that a resumed run keeps them."""
+"""Settings chosen for the stages of a run, stored in its work folder so that a resumed run uses the same ones."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ CHOSEN = ("context", "batch_tokens", "warmup")
 
 
 class Choices:
-    """Completes stages by the rule of `refold.healing.defaults`, or as an earlier go of the same run did.
+    """Completes stages by the rules of `refold.healing.defaults`, or with the stored settings if the run is resumed.
 
     Args:
         folder: The work folder.
@@ -39,7 +39,7 @@ class Choices:
             completed = [complete_stage(stage, positions) for stage in stages]
             return [{key: getattr(stage, key) for key in CHOSEN} for stage in completed]
 
-        # A run with other stages is refused later, by its identity; it must not be given this one's settings.
+        # A run with other stages is refused later, by its identity; until then it must not get the stored settings.
         kept = self._keep(path, lambda: {"given": given, "chosen": choose()})
         chosen = kept["chosen"] if kept["given"] == given else choose()
         return tuple(stage.model_copy(update=found) for stage, found in zip(stages, chosen, strict=True))
@@ -72,5 +72,5 @@ class Choices:
         return json.loads(path.read_text(encoding="utf-8"))
 
     def _is_missing(self, path: Path) -> bool:
-        # All processes look before any of them writes, because what follows is collective.
+        # All processes check before one of them writes, because the next operations are collective.
         return self._team.sum([float(not path.exists())])[0] > 0

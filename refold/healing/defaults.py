@@ -1,34 +1,34 @@
-"""Chooses context, batch, warm-up and learning rate of a healing stage that leaves them open."""
+"""Rules for context, batch, warm-up and learning rate of a healing stage whose recipe does not set them."""
 
 import math
 
 from refold.recipe.heal import HealStage
 
 ENOUGH_STEPS = 200
-"""Optimizer steps below which a stage ends before AdamW's moments and the schedule have settled; the user is told."""
+"""Optimizer steps below which the user is warned: AdamW's moments have not settled when such a stage ends."""
 WANTED_STEPS = 1000
-"""Optimizer steps that the chosen batch leaves at least, where the smallest batch allows it."""
+"""Smallest number of optimizer steps that the chosen batch gives, if the smallest batch allows it."""
 SMALLEST_BATCH, LARGEST_BATCH = 512, 16_384
 LONGEST_CONTEXT = 1024
 SHORTEST_WARMUP, LONGEST_WARMUP, WARMUP_STEPS = 0.02, 0.1, 20
 BASE_RATE, BASE_HIDDEN_SIZE = 2e-3, 64
 """The best rate of every batch of the grid on stories260K, whose hidden size is 64."""
 FAR = 0.5
-"""Nats per token above the teacher from which a start counts as far."""
+"""Excess loss over the teacher, in nats per token, from which a student gets the full learning rate."""
 NEAREST = 0.15
-"""Share of the far rate that a start with no distance to its teacher gets."""
+"""Share of the full learning rate for a student whose loss equals its teacher's."""
 LOWEST_RATE, HIGHEST_RATE = 2e-5, 4e-3
 KNOWN_TEXT = 0.45
-"""Share of ln(vocabulary) below which the loss of a pretrained model on text lies."""
+"""Upper bound for the loss of a pretrained model on text, as a share of ln(vocabulary)."""
 
 
 def complete_stage(stage: HealStage, positions: int) -> HealStage:
-    """Returns a stage whose context, batch and warm-up are set; keys the user set stay as they are.
+    """Returns a stage whose context, batch and warm-up are set; keys set by the user do not change.
 
     The learning rate stays open: it depends on the loss at the stage's first step, see `choose_learning_rate`.
 
     Args:
-        stage: As the recipe has it.
+        stage: From the recipe.
         positions: Tokens of the longest sequence the model reads.
     """
     batch = stage.batch_tokens or choose_batch(stage.tokens)
@@ -44,11 +44,11 @@ def complete_stage(stage: HealStage, positions: int) -> HealStage:
 
 
 def choose_batch(tokens: int) -> int:
-    """Returns the tokens of one optimizer step: the largest power of two that leaves `WANTED_STEPS` steps.
+    """Returns the tokens of one optimizer step: the largest power of two that gives `WANTED_STEPS` steps.
 
-    Between 512 and 16,384. At a budget of 20,000 tokens each halving of the batch from 4,096 down to 512 gains 0.06 to
-    0.30 bits per byte, at every learning rate (docs/results/heal-defaults.md). How far more steps pay at larger budgets
-    has not been measured; 1,000 steps is a usual length of a fine-tuning run.
+    The result lies between 512 and 16,384. At a budget of 20,000 tokens each halving of the batch from 4,096 to 512
+    gains 0.06 to 0.30 bits per byte, at every learning rate (docs/results/heal-defaults.md). The benefit of more steps
+    at larger budgets has not been measured; 1,000 steps is a usual length of a fine-tuning run.
 
     Args:
         tokens: Training tokens of the stage.
@@ -58,23 +58,23 @@ def choose_batch(tokens: int) -> int:
 
 
 def choose_warmup(num_steps: int) -> float:
-    """Returns the share of the steps over which the learning rate rises: 20 steps, but 2% to 10% of all."""
+    """Returns the share of the steps over which the learning rate rises: 20 steps, but 2% to 10% of all steps."""
     return min(LONGEST_WARMUP, max(SHORTEST_WARMUP, WARMUP_STEPS / num_steps))
 
 
 def choose_learning_rate(hidden_size: int, distance: float | None) -> float:
     """Returns the peak learning rate of a stage.
 
-    `rate = 2e-3 * (64 / hidden_size)^(2/3) * damage`. `damage` rises from 0.15 at no distance to 1 at 0.5 nats per
-    token and beyond: a start near its teacher has little to learn and much to lose. The exponent joins 2e-3 at hidden
-    size 64 (docs/results/heal-defaults.md), the 1e-3 to 2e-3 and 5e-4 to 1e-3 that far starts wanted at 128 and 256
-    (docs/results/healing.md), and the 2e-4 of Relaxed Recursive Transformers at 2,048 (arXiv 2410.20672). The batch is
-    not part of the rule: at a fixed budget the best rate was the same for all batches from 512 to 4,096 tokens. The
-    result is rounded to two digits and lies between 2e-5 and 4e-3.
+    `rate = 2e-3 * (64 / hidden_size)^(2/3) * damage`. `damage` rises from 0.15 at distance 0 to 1 at 0.5 nats per
+    token and more: a high rate can damage a student that is near its teacher. The exponent fits 2e-3 at hidden
+    size 64 (docs/results/heal-defaults.md), the best rates of distant students at 128 and 256 (1e-3 to 2e-3 and 5e-4 to
+    1e-3, docs/results/healing.md), and the 2e-4 of Relaxed Recursive Transformers at 2,048 (arXiv 2410.20672). The
+    batch is not part of the rule: at a fixed budget the best rate was the same for all batches from 512 to 4,096
+    tokens. The result is rounded to two digits and lies between 2e-5 and 4e-3.
 
     Args:
         hidden_size: Width of the residual stream.
-        distance: Nats per token by which the start's loss exceeds the teacher's; None: unknown, taken as near.
+        distance: Excess of the student's loss over the teacher's, nats per token; None: unknown, counted as 0.
     """
     damage = NEAREST + (1 - NEAREST) * min(1.0, max(0.0, distance or 0.0) / FAR)
     rate = BASE_RATE * (BASE_HIDDEN_SIZE / hidden_size) ** (2 / 3) * damage
@@ -82,7 +82,7 @@ def choose_learning_rate(hidden_size: int, distance: float | None) -> float:
 
 
 def excess_loss(loss: float, vocab_size: int) -> float:
-    """Returns how far a start without a teacher is above the loss of a model that knows its text, nats per token."""
+    """Returns the excess of a loss over the bound for a pretrained model, in nats per token."""
     return max(0.0, loss - KNOWN_TEXT * math.log(vocab_size))
 
 
@@ -93,11 +93,11 @@ def count_steps(tokens: int, context: int, batch_tokens: int) -> int:
 
 
 def describe_stage(stage: HealStage, distance: float | None = None) -> str:
-    """Returns a line with the settings a stage trains with, and what to change where it has few steps.
+    """Returns a line with the settings of a stage, and advice if the stage has few steps.
 
     Args:
         stage: With context, batch and warm-up set.
-        distance: That the learning rate was chosen by; None: it was not chosen.
+        distance: Distance from which the learning rate was chosen; None: it was not chosen.
     """
     assert stage.batch_tokens is not None
     assert stage.context is not None

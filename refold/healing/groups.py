@@ -1,4 +1,4 @@
-"""Which weights a stage trains: groups by what the blueprint says of each tensor, names, and patterns."""
+"""Groups of weights, by blueprint, name or pattern, and the weights that a stage trains."""
 
 import json
 from collections.abc import Iterable
@@ -20,11 +20,11 @@ from refold.suggest import did_you_mean
 
 
 class WeightGroups:
-    """The groups of a model's parameters.
+    """Finds parameters of a model by group, name or pattern.
 
     Args:
         student: a folded model, or a source, which has only the groups that need no blueprint.
-        folder: where it was loaded from; its `plan.json` tells what was transferred.
+        folder: folder of the model; its `plan.json` tells which tensors were transferred.
     """
 
     def __init__(self, student: nn.Module, folder: Path | None):
@@ -35,14 +35,14 @@ class WeightGroups:
             self._groups = _of_source(student)
 
     def find(self, wish: str, where: str) -> frozenset[str]:
-        """Returns the parameters that a group, name or pattern stands for.
+        """Returns the parameters of a group, or those that match a name or pattern.
 
         Args:
-            wish: what the recipe names.
+            wish: group, name or pattern from the recipe.
             where: the recipe's key, for messages.
 
         Raises:
-            HealError: nothing is called that; or the group cannot be told for this model.
+            HealError: no group or parameter matches, or the group is unknown for this model.
         """
         if wish == "all":
             return frozenset(self.names)
@@ -60,20 +60,20 @@ class WeightGroups:
         return found
 
     def union(self, wishes: Iterable[str], where: str) -> frozenset[str]:
-        """Returns what any of the wishes stands for; arguments and errors as for `find`."""
+        """Returns the parameters that match at least one wish; arguments and errors as for `find`."""
         return frozenset[str]().union(*(self.find(wish, where) for wish in wishes))
 
 
 class Trainable:
-    """What of a model a stage trains, from when on, and at which share of the learning rate.
+    """Holds the weights that a stage trains, those that it freezes first, and their factors on the learning rate.
 
     Attributes:
         trained: parameters that train at some time.
-        frozen_first: of them, those that join in when the stage thaws.
+        frozen_first: those of `trained` that are frozen until the stage thaws.
         factors: parameter to factor on the learning rate.
 
     Raises:
-        HealError: a group is unknown, or nothing would train.
+        HealError: a group is unknown, or no weight would train.
     """
 
     def __init__(self, stage: HealStage, groups: WeightGroups):

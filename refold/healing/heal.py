@@ -1,4 +1,4 @@
-"""Healing: from a model folder to the same model trained, stage by stage, resumable at any moment."""
+"""Healing: trains a model folder stage by stage into a new folder, and can resume after an interruption."""
 
 import contextlib
 import shutil
@@ -24,20 +24,20 @@ from refold.recipe.heal import HealStage
 
 @dataclass(frozen=True)
 class HealResult:
-    """Says what a run trained, and how it went.
+    """Holds the figures of a finished run.
 
     Attributes:
-        folder: the folder written.
-        tokens: training tokens seen, over all stages.
-        steps: optimizer steps, skipped ones included.
+        folder: the new folder.
+        tokens: training tokens of all stages.
+        steps: optimizer steps, skipped steps included.
         losses: `loss` and its parts over the last tenth of the last stage's steps, nats per token.
         skipped_steps: steps whose loss or gradient was not finite; they changed no weight.
-        seconds: training time, earlier runs that were resumed included.
-        resumed_from: step of the checkpoint this call began with, None where it began anew.
-        epochs: how often the last stage's data was seen; None where it has no end.
-        held_out: step to bits per byte of the held-out text after it; 0: before training.
-        stages: as they were trained, with every setting that was chosen for them.
-        notes: lines on the data: the price of one kind of text.
+        seconds: training time, with the time before a resume.
+        resumed_from: step of the checkpoint from which this call resumed, None if it did not resume.
+        epochs: passes over the data of the last stage; None if the data has no end.
+        held_out: step to bits per byte of the held-out text after this step; 0: before training.
+        stages: the stages with all chosen settings.
+        notes: lines about the data, such as the warning about a single kind of text.
     """
 
     folder: Path
@@ -54,23 +54,23 @@ class HealResult:
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
-        """Peak learning rate of each stage: the recipe's, the chosen or the sweep's best one."""
+        """Returns the peak learning rate of each stage: from the recipe, chosen, or the best of the sweep."""
         return tuple(stage.learning_rate for stage in self.stages if stage.learning_rate is not None)
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Returns all figures as plain data."""
         stages = [stage.model_dump(mode="json", exclude_none=True) for stage in self.stages]
         return {**vars(self), "folder": str(self.folder), "stages": stages, "line": self.line}
 
     @property
     def tokens_per_second(self) -> float:
-        """Training tokens per second of training."""
+        """Returns training tokens per second of training time."""
         return self.tokens / max(self.seconds, 1e-9)
 
     @property
     def line(self) -> str:
-        """The report, in one line."""
+        """Returns the report in one line."""
         change = ""
         if len(self.held_out) > 1:
             first, last = self.held_out[min(self.held_out)], self.held_out[max(self.held_out)]
@@ -90,24 +90,25 @@ def heal(
 ) -> HealResult:
     """Trains a model, stage after stage, and writes it into a new folder.
 
-    Training is in float32 weights; what is written has the dtypes of what was read. A run that ended early left
-    `.NAME.heal` beside the destination and goes on from there when the same call is made again; on the same CPU the
-    result is the same to the bit. Started by torchrun, all processes train one model together.
+    Weights are float32 during training, and are written in the dtypes of the original model. A run that ends early
+    leaves the folder `.NAME.heal` beside the destination, and the same call resumes from it; on the same CPU the result
+    has the same bits. Under torchrun all processes train one model together.
 
     Args:
         model: A folded model, or any source (then the result is that source, trained further).
-        destination: The folder to write: there whole afterwards, or not at all.
-        data: Text (see `refold.data.corpus`): files, folders, hub data sets, texts, data frames, generators; best of
-            several kinds with weights.
-        stages: What to train, for how long and how.
-        held_out: Text that is measured at intervals.
-        teacher: What objectives learn from; None: what the model was folded from; of a source, a fixed copy of itself.
-        options: Where to train, what to overwrite, what to show.
+        destination: The new folder. It appears only when it is complete.
+        data: Text (see `refold.data.corpus`): files, folders, hub data sets, texts, data frames, generators; a weighted
+            mixture of several kinds is recommended.
+        stages: Objectives, budgets and settings of training.
+        held_out: Text whose bits per byte are measured at intervals.
+        teacher: The model that objectives learn from; None: the source of the folded model, or for a source a fixed
+            copy of itself.
+        options: Device, checkpoints, overwriting and display.
 
     Raises:
         SourceError: Model, teacher or tokenizer are missing or broken, or the vocabularies differ.
         DataError: The data cannot be read, or has tokens the model does not know.
-        HealError: Training diverged, memory ran out, or an unfinished run with other settings lies there.
+        HealError: Training diverged, memory ran out, or there is an unfinished run with other settings.
         HealInterrupted: SIGTERM, SIGINT or SIGHUP came; a checkpoint was written.
         FolderError: The destination is taken, locked or cannot be written, or the disk is full.
     """
@@ -121,7 +122,7 @@ def heal(
     with contextlib.ExitStack() as stack:
         folder = AtomicFolder(destination, options.overwrite, needed_bytes=count_bytes(specs))
         team.first(lambda: stack.enter_context(folder))
-        # The folder's lock is held from here on, so the work folder is ours alone.
+        # From here on the folder's lock is held, so no other process uses the work folder.
         work = folder.destination.parent / f".{folder.destination.name}.heal"
         is_new = options.restart or not work.exists()
         team.first(lambda: _make_work_folder(work, options.restart))
@@ -156,7 +157,7 @@ def _make_work_folder(work: Path, restart: bool) -> None:
 
 
 def _drop_if_untouched(work: Path) -> None:
-    """Removes the work folder of a run that was refused or failed before its first step."""
+    """Removes the work folder if the run was refused or failed before its first step."""
     log = work / LOG_NAME
     if not (work / CHECKPOINTS_NAME).exists() and not (log.exists() and log.stat().st_size):
         shutil.rmtree(work, ignore_errors=True)

@@ -12,21 +12,21 @@ from refold.scoring.agreement import Scores, score
 from refold.scoring.predict import predict
 
 MAX_TOKENS = 50_000
-"""Enough to see a curve; `refold evaluate` reads more and compares."""
+"""Held-out tokens that are scored: enough for a curve. `refold evaluate` scores more and compares models."""
 BATCH_TOKENS = 4096
 
 
 class HeldOut:
-    """A text that is not trained on.
+    """Measures bits per byte on a text that is not used for training.
 
     Args:
-        source: its documents, taken in file order up to `MAX_TOKENS`.
+        source: documents, read in file order up to `MAX_TOKENS`.
         tokenizer: the model's.
-        context: tokens of a window; half of them are scored by each window after a document's first.
-        cache_folder: keeps the tokens.
+        context: tokens of a window; each window after a document's first scores half of them.
+        cache_folder: folder for the tokens.
 
     Raises:
-        DataError: there is no text in it.
+        DataError: the source has no text.
     """
 
     def __init__(self, source: DataSource, tokenizer: PreTrainedTokenizerBase, context: int, cache_folder: Path):
@@ -36,7 +36,7 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, model: PreTrainedModel, autocast: torch.dtype | None) -> float:
-        """Returns the model's bits per byte; it is back in training mode afterwards if it was before."""
+        """Returns the model's bits per byte; the model returns to its previous training mode."""
         was_training = model.training
         model.eval()
         total = Scores()

@@ -1,4 +1,4 @@
-"""Signals that end a run: training writes a checkpoint first, all else is left through `with` blocks."""
+"""Signals that end a run: training writes a checkpoint first, other code is left through `with` blocks."""
 
 import contextlib
 import signal
@@ -13,10 +13,10 @@ _NAMES = ("SIGTERM", "SIGINT", "SIGHUP")
 
 
 class HealInterrupted(HealError):
-    """A signal ended the run after a checkpoint.
+    """Raised when a signal ended the run and a checkpoint was written.
 
     Attributes:
-        exit_code: what the process should end with: 128 and the signal's number (143 for SIGTERM, 130 for SIGINT).
+        exit_code: exit status for the process: 128 plus the signal's number (143 for SIGTERM, 130 for SIGINT).
     """
 
     def __init__(self, message: str, signal_number: int):
@@ -25,13 +25,13 @@ class HealInterrupted(HealError):
 
 
 class Stopped(BaseException):
-    """A signal asked the process to end outside of training.
+    """Raised when a signal ends the process outside of training.
 
-    It is no `KeyboardInterrupt`, which command line libraries catch and answer themselves, and no `Exception`, so that
-    only `with` and `finally` blocks see it on the way out: they remove what is half written.
+    It is no `KeyboardInterrupt`, because command line libraries catch that, and no `Exception`, so that only `with` and
+    `finally` blocks handle it: they remove unfinished files.
 
     Attributes:
-        exit_code: 128 and the signal's number.
+        exit_code: 128 plus the signal's number.
     """
 
     def __init__(self, signal_number: int):
@@ -40,13 +40,13 @@ class Stopped(BaseException):
 
 
 class SignalWatch:
-    """Notes the first signal while the `with` body runs; a second one acts as it would have without us.
+    """Records the first signal while the `with` body runs; a second signal has its usual effect.
 
-    Handlers can be set in the main thread only; elsewhere nothing is watched. A SIGHUP that `nohup` has switched off
-    stays so.
+    Handlers can be set in the main thread only; in other threads no signal is recorded. A SIGHUP that `nohup` has
+    switched off stays off.
 
     Attributes:
-        received: the signal's number, None as long as there was none.
+        received: the signal's number, None before the first signal.
     """
 
     def __init__(self) -> None:
@@ -71,9 +71,9 @@ class SignalWatch:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Raises `Stopped` in the body at the first SIGTERM, SIGINT or SIGHUP; a second one ends the process at once.
+    """Raises `Stopped` in the body at the first SIGTERM, SIGINT or SIGHUP; a second signal ends the process at once.
 
-    Signals that whoever started the process has switched off (`nohup`, `&` in a script) stay so.
+    Signals that were switched off when the process began (`nohup`, `&` in a script) stay off.
     """
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -88,7 +88,7 @@ def stop_on_signals() -> Iterator[None]:
 
 
 def _set_handlers(handler: Any, also_ignored: frozenset[str] | set[str] = frozenset()) -> dict[int, Any]:
-    """Sets a handler for the signals this platform has and returns the handlers before."""
+    """Sets a handler for the signals of this platform and returns the previous handlers."""
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for name in _NAMES:

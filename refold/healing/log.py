@@ -1,4 +1,4 @@
-"""The training log: rows, display in the terminal, and trackers."""
+"""Records of training steps: the log file, the display in the terminal, and trackers."""
 
 import json
 import math
@@ -25,20 +25,20 @@ LOG_NAME = "train.jsonl"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one optimizer step did.
+    """Holds the figures of one optimizer step.
 
     Attributes:
         step: counted from 1, over all stages.
         tokens: training tokens seen so far, over all stages.
-        loss: mean over the batch, weighted as the stage says.
-        objectives: its parts, unweighted: `cross_entropy`, `forward_kl`.
+        loss: mean over the batch, with the weights of the stage's objectives.
+        objectives: the unweighted parts of the loss: `cross_entropy`, `forward_kl`.
         learning_rate: of this step.
         grad_norm: 2-norm of all gradients before clipping.
         tokens_per_second: of this step.
         skipped: whether loss or gradient were not finite, so that no weight changed.
         stage: counted from 1.
-        frozen: whether weights wait to be thawed; None where the stage thaws none.
-        held_out: bits per byte of the held-out text after the step; None where it was not measured.
+        frozen: whether weights are still frozen; None if the stage thaws no weights.
+        held_out: bits per byte of the held-out text after the step; None if it was not measured.
     """
 
     step: int
@@ -54,7 +54,7 @@ class StepRecord:
     held_out: float | None = None
 
     def as_line(self) -> str:
-        """Returns the JSON line; numbers that are not finite, which JSON does not know, become null."""
+        """Returns the JSON line; numbers that are not finite become null, because JSON cannot express them."""
         values: dict[str, Any] = asdict(self)
         for name in ("frozen", "held_out"):
             if values[name] is None:
@@ -65,11 +65,11 @@ class StepRecord:
 
 
 class TrainLog:
-    """Appends step records to a file; a resumed run first cuts off what its checkpoint does not know.
+    """Appends step records to a file; a resumed run first removes the records after its checkpoint.
 
     Args:
         path: the file.
-        after_step: lines of later steps are dropped, a torn last line too.
+        after_step: records of later steps are removed, and an incomplete last line too.
     """
 
     def __init__(self, path: Path, after_step: int):
@@ -87,7 +87,7 @@ class TrainLog:
         self._file.close()
 
     def write(self, record: StepRecord) -> None:
-        """Appends one record; a kill of the process loses none that was written."""
+        """Appends one record; written records survive a kill of the process."""
         self._file.write(record.as_line())
         self._file.flush()
 
@@ -115,7 +115,7 @@ class Display:
 
     Args:
         tokens: training tokens of the whole run.
-        quiet: shows nothing but `tell`'s lines.
+        quiet: shows only the lines of `tell`.
     """
 
     def __init__(self, tokens: int, quiet: bool = False):
@@ -146,14 +146,14 @@ class Display:
             self._bar.stop()
 
     def start_at(self, tokens: int) -> None:
-        """Says how many tokens an earlier run has seen already."""
+        """Sets the number of tokens that were trained before a resume."""
         self._first = tokens
         self._start = self._last_line = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=tokens)
 
     def show(self, record: StepRecord) -> None:
-        """Shows where the run stands after a step."""
+        """Shows the progress of the run after a step."""
         now = time.monotonic()
         speed = (record.tokens - self._first) / max(now - self._start, 1e-9)
         facts = f"loss {record.loss:.3f}  {speed:,.0f} tokens/s"
@@ -165,7 +165,7 @@ class Display:
             self.tell(f"{record.tokens:,} of {self._tokens:,} tokens  {facts}  {left:,.0f} s left")
 
     def tell(self, line: str) -> None:
-        """Prints a line, above the bar where there is one."""
+        """Prints a line, above the progress bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
@@ -179,7 +179,7 @@ def require_trackers(names: Sequence[str]) -> None:
     """Checks names of trackers.
 
     Raises:
-        HealError: an unknown tracker, or one that is not installed.
+        HealError: a tracker is unknown or not installed.
     """
     for name in names:
         if name not in KNOWN:
@@ -191,16 +191,16 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of a run, on its first process.
+    """Sends step records to the trackers of a run, from its first process.
 
     Args:
-        names: which ones; none: nothing is sent anywhere.
-        project: folder that is healed; its name is the run's.
-        config: what the run is made of, as plain data.
+        names: names of trackers; empty: no record is sent.
+        project: the run's destination folder; its name becomes the name of the run.
+        config: settings of the run, as plain data.
         team: the processes of the run.
 
     Raises:
-        HealError: an unknown tracker, or one that is not installed.
+        HealError: a tracker is unknown or not installed.
     """
 
     def __init__(self, names: Sequence[str], project: Path, config: dict[str, Any], team: Team):
@@ -214,7 +214,7 @@ class Trackers:
             self._accelerator.init_trackers(project.name, config)
 
     def send(self, record: StepRecord) -> None:
-        """Sends one step."""
+        """Sends the record of one step."""
         if self._accelerator is None:
             return
         values: dict[str, Any] = {"loss": record.loss, **record.objectives}
@@ -224,7 +224,7 @@ class Trackers:
         self._accelerator.log(values, step=record.step)
 
     def close(self) -> None:
-        """Ends the run in all of them."""
+        """Ends the run in all trackers."""
         if self._accelerator is not None:
             self._accelerator.end_training()
             self._accelerator = None

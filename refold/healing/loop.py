@@ -25,41 +25,41 @@ from refold.healing.thaw import ThawRule
 from refold.scoring.stored import StoredPredictions
 
 MAX_BAD_STEPS = 3
-"""Steps in a row without a finite loss and gradient after which a run ends."""
+"""Number of successive steps without a finite loss and gradient that ends a run."""
 
 
 @runtime_checkable
 class StoredTeacher(Protocol):
-    """The teacher's predictions on disk, addressed as the data is."""
+    """The teacher's predictions on disk, with the positions of the data."""
 
     def read(self, position: int, count: int, /) -> StoredPredictions:
-        """Returns those of the sequences at `position .. position + count - 1`."""
+        """Returns the predictions of the sequences at `position .. position + count - 1`."""
         ...
 
 
 @dataclass
 class Loop:
-    """Everything one stage trains with, and where it stands.
+    """Trains one stage.
 
     Attributes:
         team: the processes that train together.
         model: student and losses, wrapped by the team.
-        student: the student in it.
-        teacher: None where no objective needs one that runs along.
-        stored: the teacher's stored predictions; None where no objective reads them.
-        optimizers: over the weights that train at some time.
-        trainable: which those are.
-        thaw: when frozen ones join in; None: nothing is frozen at first.
-        schedule: which sequences and learning rate each step has.
+        student: the student inside `model`.
+        teacher: the teacher in memory; None if no objective needs it.
+        stored: the teacher's stored predictions; None if no objective reads them.
+        optimizers: optimizers over all weights of `trainable`.
+        trainable: the weights that train at some time of the stage.
+        thaw: rule that thaws frozen weights; None: no weight is frozen at first.
+        schedule: sequences and learning rate of each step.
         data: the sequences.
         micro_batch: sequences of one forward pass.
-        gradient_clip: longest gradient.
-        checkpoints: where they are kept; None: nowhere.
-        checkpoint_seconds: time between two of them.
-        held_out: measures bits per byte; None: there is no such text.
-        measure_every: steps between two such measurements.
+        gradient_clip: largest norm of the gradient.
+        checkpoints: writes the checkpoints; None: no checkpoint is written.
+        checkpoint_seconds: time between two checkpoints.
+        held_out: measures bits per byte of the held-out text; None: there is no such text.
+        measure_every: steps between two measurements of the held-out text.
         tokens_before: training tokens of earlier stages.
-        state: where the run stands; `run` moves it on.
+        state: progress of the run; `run` updates it.
     """
 
     team: Team
@@ -82,11 +82,11 @@ class Loop:
     state: RunState
 
     def run(self, log: TrainLog | None, on_step: Callable[[StepRecord], None], last_step: int | None = None) -> None:
-        """Trains to the end of the schedule, or to a step of it, and writes a checkpoint there.
+        """Trains to the end of the schedule, or to `last_step`, and writes a checkpoint there.
 
         Raises:
             HealInterrupted: SIGTERM, SIGINT or SIGHUP came; a checkpoint was written.
-            HealError: loss or gradient were not finite several steps in a row, memory ran out, or a process is gone.
+            HealError: loss or gradient were not finite in several successive steps, memory ran out, or a process ended.
             FolderError: a checkpoint could not be written.
         """
         end = self.schedule.num_steps if last_step is None else min(last_step, self.schedule.num_steps)
@@ -101,9 +101,9 @@ class Loop:
                 if self.state.bad_steps >= MAX_BAD_STEPS:
                     raise self._diverged()
                 is_due = self.team.is_first and time.monotonic() - saved_at >= self.checkpoint_seconds
-                # Between bad steps nothing is kept that a later run should begin with.
+                # No checkpoint is written after a bad step, because a later run would resume from it.
                 is_due = is_due and not self.state.bad_steps
-                # Signals and clocks differ between processes, so all of them go by the sum.
+                # Signals and clocks differ between processes, so all processes use the sum.
                 interrupted, due = self.team.sum([float(signals.received is not None), float(is_due)])
                 if due or interrupted:
                     self._save(log)
@@ -165,7 +165,7 @@ class Loop:
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise self._out_of_memory(error) from error
         except RuntimeError as error:
-            # PyTorch's CPU allocator has no error type of its own.
+            # PyTorch's CPU allocator raises a plain RuntimeError.
             if "can't allocate memory" in str(error) or "not enough memory" in str(error):
                 raise self._out_of_memory(error) from error
             raise
@@ -178,7 +178,7 @@ class Loop:
         )
 
     def _backward(self, positions: range) -> dict[str, float]:
-        """Adds up the gradients of this process's micro-batches; returns `loss` and its parts over all processes."""
+        """Sums the gradients of this process's micro-batches; returns `loss` and its parts over all processes."""
         mine = self.team.share(len(positions))
         first = positions.start + mine.start
         batch = self.data.batch(first, len(mine)) if len(mine) else None
@@ -203,7 +203,7 @@ class Loop:
         num_tokens: int,
     ) -> Any:
         if batch is None or rows.start >= len(batch.labels):
-            # Another process has one pass more, and passes are collective: this one goes along without scoring.
+            # Another process has one more pass, and passes are collective: this process runs a pass without labels.
             batch, rows = self.data.batch(positions.start, 1), slice(0, 1)
             batch = batch._replace(labels=torch.full_like(batch.labels, IGNORED))
             stored = None if self.stored is None else self.stored.read(positions.start, 1)
@@ -212,11 +212,11 @@ class Loop:
         teacher = None if self.teacher is None else self.teacher.observe(input_ids, position_ids)
         if stored is not None:
             stored = StoredPredictions(*(part[rows].to(device, non_blocking=True) for part in stored))
-        # Every micro-batch is divided by the whole step's count, so their losses and gradients add up.
+        # Each micro-batch is divided by the token count of the whole step, so losses and gradients add up.
         return self.model(input_ids, position_ids, labels, teacher, num_tokens, stored)
 
     def _training(self, is_thawed: bool) -> list[nn.Parameter]:
-        """The weights that train now; what waits frozen loses the gradients it may have got."""
+        """Returns the weights that train now, and removes the gradients of weights that are still frozen."""
         training = []
         for name, parameter in self.student.named_parameters():
             if name not in self.trainable.trained:

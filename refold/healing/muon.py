@@ -1,4 +1,4 @@
-"""Muon with many matrices orthogonalised at once, in the arithmetic that is fast on the device."""
+"""The Muon optimizer, with many matrices orthogonalised at once in the dtype that is fast on the device."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,33 +10,33 @@ from torch import Tensor, nn
 from refold.healing.precision import has_fast_bfloat16
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
-"""Of the quintic polynomial (Jordan et al., https://kellerjordan.github.io/posts/muon): steep at zero, and between 0.7
-and 1.2 for singular values it has brought up, which is near enough to 1."""
+"""Coefficients of the quintic polynomial (Jordan et al., https://kellerjordan.github.io/posts/muon). The polynomial is
+steep at zero, and the iteration ends with singular values between 0.7 and 1.2, which is near enough to 1."""
 NUM_STEPS = 5
 MOMENTUM = 0.95
 LARGEST_STACK = 2**24
-"""Elements that are orthogonalised in one go; a larger matrix goes alone."""
+"""Largest number of elements that are orthogonalised at once; a larger matrix is orthogonalised alone."""
 _EPS = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose direction is orthogonalised, for matrices; scaled to AdamW's updates (arXiv 2502.16982).
+    """Updates matrices by their orthogonalised momentum, scaled to AdamW's updates (arXiv 2502.16982).
 
-    Step for step what `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")` does, with the same state, but for two things
-    that make it fast where matrices are small: those of one shape are orthogonalised in one batched product, and in
-    float32 where the device has no fast bfloat16. Emulated, bfloat16 products can take half as long as the rest of a
-    training step.
+    The steps and the state are those of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, with two differences that
+    make it fast for small matrices. Matrices of one shape are orthogonalised in one batched product. The products are
+    in float32 if the device has no fast bfloat16, because emulated bfloat16 products can take half as long as the rest
+    of a training step.
     """
 
     def __init__(
         self, parameters: Iterable[Any], lr: float, weight_decay: float = 0.0, momentum: float = MOMENTUM
     ) -> None:
-        """Takes matrices, or groups of them as any optimizer does."""
+        """Takes matrices, or groups of matrices like any optimizer."""
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Runs one step over all parameters that have gradients."""
+        """Updates all parameters that have gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -61,14 +61,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Returns about `U V^T` for each matrix `U S V^T`, by Newton-Schulz iteration.
+    """Returns an approximation of `U V^T` for each matrix `U S V^T`, by Newton-Schulz iteration.
 
     Args:
         matrices: `[N, rows, columns]`.
 
     Returns:
-        `[N, rows, columns]`, in bfloat16 where that is fast, else in float32; singular values lie between about 0.7 and
-        1.2 but for those that were next to nothing beside the largest.
+        `[N, rows, columns]`, in bfloat16 if the device has it in hardware, else in float32. Singular values lie between
+        about 0.7 and 1.2, except those that were tiny in comparison with the largest.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.to(torch.bfloat16 if has_fast_bfloat16(matrices.device) else torch.float32)
@@ -82,7 +82,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def _stacks(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Sorts parameters by shape, device and dtype, and cuts what would be too large at once."""
+    """Groups parameters by shape, device and dtype, and splits groups above `LARGEST_STACK`."""
     alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for parameter in parameters:
         alike.setdefault((parameter.shape, parameter.device, parameter.dtype), []).append(parameter)

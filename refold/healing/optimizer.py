@@ -1,4 +1,4 @@
-"""The optimizers of a stage: which weights decay, at which share of the learning rate each trains."""
+"""The optimizers of a stage: parameter groups by weight decay and by factor on the learning rate."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -18,22 +18,22 @@ _FUSED = ("cpu", "cuda", "mps")
 
 
 def make_optimizers(model: PreTrainedModel, stage: HealStage, trainable: Trainable) -> list[torch.optim.Optimizer]:
-    """Makes the optimizers over all parameters that train at some time; the learning rate is set anew at every step.
+    """Makes the optimizers of all parameters that train at some time. The loop sets the learning rate at every step.
 
-    Matrices decay, LoRA pairs among them. Norms, biases and other vectors, prefixes, and embeddings (with them a tied
-    head) do not: a row of an embedding gets a gradient only when its token occurs, but would shrink at every step. Of a
-    folded model the kind of each tensor says so. With `muon` (Jordan et al., https://kellerjordan.github.io/posts/muon;
-    scaled to AdamW's updates as in arXiv 2502.16982) the matrices between embedding and head have it, and AdamW the
-    rest.
+    Matrices decay, also LoRA pairs. Norms, biases and other vectors, prefixes, and embeddings (with a tied head) do
+    not: a row of an embedding gets a gradient only when its token occurs, but decay would shrink it at every step. In a
+    folded model the kind of a tensor tells whether it decays. With `muon` (Jordan et al.,
+    https://kellerjordan.github.io/posts/muon; scaled to AdamW's updates as in arXiv 2502.16982) Muon trains the
+    matrices between embedding and head, and AdamW trains the rest.
 
     Args:
         model: the student.
         stage: optimizer and weight decay.
-        trainable: what of the model trains.
+        trainable: the weights that train.
 
     Returns:
-        Optimizers whose parameter groups have, besides their own keys, `factor` on the learning rate and `thaws`,
-        whether they are frozen at first.
+        Optimizers. Their parameter groups have two more keys: `factor`, a factor on the learning rate, and `thaws`,
+        whether the weights are frozen at first.
     """
     matrices, decaying = _matrices_and_decaying(model)
     grouped: dict[tuple[bool, bool, float, bool], list[nn.Parameter]] = {}
@@ -84,7 +84,7 @@ def set_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float, thawed: 
     Args:
         optimizers: from `make_optimizers`.
         rate: the stage's learning rate at this step.
-        thawed: factor on it for weights that were frozen at first.
+        thawed: factor on the rate of weights that were frozen at first.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -92,7 +92,7 @@ def set_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float, thawed: 
 
 
 def freeze(model: nn.Module, trainable: Trainable, is_thawed: bool) -> None:
-    """Makes exactly those parameters require gradients that train now."""
+    """Sets `requires_grad` of every parameter: true if the parameter trains now."""
     for name, parameter in model.named_parameters():
         trains = name in trainable.trained and (is_thawed or name not in trainable.frozen_first)
         parameter.requires_grad_(trains)

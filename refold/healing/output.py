@@ -1,4 +1,4 @@
-"""The folder a stage leaves behind: what it was given, with new weights, a longer history and the log."""
+"""The folder of a healed model: the files of the original, new weights, a longer provenance and the log."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ _ROW = re.compile(r"^\| ([^|]+) \| ([^|]*) \|$", re.MULTILINE)
 
 
 def tensor_specs(student: nn.Module) -> TensorSpecs:
-    """Returns name, shape and dtype of every parameter; tied ones stand once, under their first name."""
+    """Returns name, shape and dtype of every parameter; tied parameters occur once, under their first name."""
     return {name: (tuple(value.shape), value.dtype) for name, value in student.named_parameters()}
 
 
@@ -34,18 +34,18 @@ def write_healed(
     facts: Mapping[str, str],
     log: Path,
 ) -> None:
-    """Writes everything but the manifest, which the atomic folder adds.
+    """Writes all files except the manifest, which the atomic folder adds.
 
-    Config, plan, tokenizer and licence are those of the model that was trained. A folded model's names in memory are
-    those in its file; a source gets the names transformers gives it, which is what transformers loads.
+    Config, plan, tokenizer and licence are copied from the original model. A folded model has the same tensor names in
+    memory and in its file; a source gets the names that transformers uses and loads.
 
     Args:
-        out: the folder being made.
-        model: the model that was trained, as it was before.
+        out: the unfinished folder.
+        model: the model before training.
         weights: the trained weights, in float32, by name.
-        specs: of the tensors, in the dtypes to be stored.
-        stages: the lines of what was done in the provenance.
-        facts: rows of the card.
+        specs: shapes of the tensors, and the dtypes to store.
+        stages: new entries of the provenance.
+        facts: rows of the model card.
         log: the training log.
 
     Raises:
@@ -71,7 +71,7 @@ def write_healed(
 
 
 def describe(stages: Sequence[HealStage], losses: Mapping[str, float]) -> dict[str, str]:
-    """Returns the rows a run adds to the card: what was done, and the losses it ended with, in nats per token."""
+    """Returns the rows that a run adds to the model card: its stages and final losses, in nats per token."""
     done = "; ".join(
         f"{' + '.join(stage.objective.chosen())}, {stage.tokens:,} tokens, {stage.batch_tokens or 0:,} a step, "
         f"learning rate {stage.learning_rate or 0:g}"
@@ -86,7 +86,7 @@ def _base_model(stages: Sequence[provenance.Stage], model: Source) -> str:
 
 
 def _card_facts(folder: Path) -> dict[str, str]:
-    """The rows of the card a folder has already; of a card we did not write, none."""
+    """Returns the rows of the folder's model card; none if the card was not written by refold."""
     card = folder / CARD_NAME
     if not (folder / provenance.PROVENANCE_NAME).exists() or not card.exists():
         return {}

@@ -1,4 +1,4 @@
-"""What matrix products run in while training, and the attention that goes with it on a CPU."""
+"""The dtype of matrix products while training, and float32 attention for autocast on a CPU."""
 
 from typing import Any
 
@@ -9,19 +9,19 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 SMALLEST_HIDDEN_SIZE = 128
-"""Below it, converting activations to bfloat16 costs about what the faster products save."""
+"""Below this size the conversion of activations to bfloat16 costs as much time as the faster products save."""
 FLOAT32_SDPA = "refold_float32_sdpa"
 
 
 def choose_precision(wish: str, device: torch.device, hidden_size: int) -> torch.dtype | None:
     """Returns the dtype of autocast, None for float32.
 
-    `auto` takes bfloat16 on a GPU that has it, and on a CPU with matrix tiles (AMX) from a hidden size of 128 on, where
-    a whole step is a third faster; elsewhere float32.
+    `auto` chooses bfloat16 on a GPU that supports it, and on a CPU with matrix tiles (AMX) if the hidden size is at
+    least 128, where a whole step is a third faster. In other cases it chooses float32.
 
     Args:
         wish: `float32`, `bfloat16` or `auto`.
-        device: where the student is.
+        device: the student's device.
         hidden_size: the student's.
     """
     if wish == "auto":
@@ -31,19 +31,19 @@ def choose_precision(wish: str, device: torch.device, hidden_size: int) -> torch
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products run faster in bfloat16 there: on a GPU that has it, on a CPU with matrix tiles (AMX)."""
+    """Returns whether the device has bfloat16 products in hardware: some GPUs, and CPUs with matrix tiles (AMX)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    # The check is not public, and not in every version of torch.
+    # This function of torch is private and missing in some versions.
     has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return device.type == "cpu" and has_tiles()
 
 
 def attend_in_float32(model: PreTrainedModel) -> None:
-    """Lets a model's scaled-dot-product attention run in float32 under autocast.
+    """Makes a model's scaled-dot-product attention run in float32 under autocast.
 
-    PyTorch's fused attention for CPUs has a backward pass that takes twice as long in bfloat16 as in float32. Models
-    that run other attention (soft-capped ones) stay as they are.
+    The backward pass of PyTorch's fused attention for CPUs takes twice as long in bfloat16 as in float32. Models with
+    another attention implementation (soft-capped attention) do not change.
     """
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(FLOAT32_SDPA, _float32_sdpa)

@@ -1,4 +1,4 @@
-"""Prepares a healing run: model, data, micro-batches, held-out text and objectives."""
+"""A prepared healing run: decided stages with data, objectives and schedules, teacher and held-out text."""
 
 import hashlib
 import math
@@ -31,28 +31,28 @@ from refold.recipe.heal import HealStage
 from refold.scoring.predict import head_of
 
 CPU_BYTES = 1 << 30
-"""Activations on a CPU: beyond what a pass needs to keep the cores busy, more only misses the caches."""
+"""Memory for activations on a CPU. More does not use the cores better, and only misses the caches more often."""
 GPU_SHARE = 0.25
-"""Of a GPU's memory: weights, gradients and the optimizer's state need the rest."""
+"""Share of a GPU's memory for activations: weights, gradients and the optimizer's state need the rest."""
 
 
 def choose_micro_batch(wish: int | None, context: int, config: Any, device: torch.device) -> int:
     """Returns the sequences of one forward pass.
 
-    It does not look at the memory that happens to be free, so a run resumes with what it began with.
+    The number does not depend on free memory, so a resumed run has the same number.
 
     Args:
-        wish: what the stage asks for; None: what fits, by a rough count of the activations kept for the backward pass.
+        wish: number from the stage; None: estimated from the size of the activations kept for the backward pass.
         context: tokens of one sequence.
-        config: the student's, for its sizes.
-        device: where it is.
+        config: the student's configuration, for its sizes.
+        device: the student's device.
     """
     if wish is not None:
         return wish
     budget = CPU_BYTES
     if device.type == "cuda":
         budget = int(GPU_SHARE * torch.cuda.get_device_properties(device).total_memory)
-    # In float32: norms, attention's inputs and outputs and residuals, then the MLP's inner states.
+    # In float32: first norms, inputs and outputs of attention and residuals, then the inner activations of the MLP.
     per_token = 4 * config.num_hidden_layers * (16 * config.hidden_size + 5 * config.intermediate_size)
     return max(1, budget // (per_token * context))
 
@@ -62,12 +62,12 @@ HeldOutData = Data
 
 @dataclass(frozen=True)
 class PreparedStage:
-    """What one stage trains with, apart from its models.
+    """Holds the settings and data of one stage, without its models.
 
     Attributes:
-        stage: with all settings decided; the learning rate stays open until the stage starts where none was set.
-        objectives: what is minimised, by name.
-        trainable: what of the student trains.
+        stage: the stage with all settings. A learning rate that is not set is chosen when the stage begins.
+        objectives: the objectives by name; their weighted sum is minimised.
+        trainable: the weights of the student that train.
         schedule: steps, positions and learning rates.
         data: the sequences.
     """
@@ -80,30 +80,30 @@ class PreparedStage:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """Dtype of matrix products, None for float32."""
+        """Returns the dtype of matrix products, None for float32."""
         return torch.bfloat16 if self.stage.precision == "bfloat16" else None
 
     @property
     def wants_teacher(self) -> bool:
-        """Whether an objective learns from a teacher, running along or stored."""
+        """Returns whether an objective reads a teacher, in memory or stored."""
         stored = any(objective.stored_top_k is not None for objective in self.objectives.values())
         return stored or bool(teacher_wants(self.objectives))
 
     def at_rate(self, learning_rate: float) -> "PreparedStage":
-        """Returns the same stage with a peak learning rate."""
+        """Returns the same stage with another peak learning rate."""
         stage = self.stage.model_copy(update={"learning_rate": learning_rate})
         return replace(self, stage=stage, schedule=replace(self.schedule, peak=learning_rate))
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What all stages of a run train with.
+    """Holds the stages of a run, its teacher and its held-out text.
 
     Attributes:
-        stages: in order.
-        teacher: where the teacher is found; None where no stage needs one.
-        held_out: the text that is measured on the way; None: none.
-        identity: everything the result depends on, see `Checkpoints`.
+        stages: the stages in order.
+        teacher: the teacher's model; None if no stage needs a teacher.
+        held_out: text whose bits per byte are measured at intervals; None: no text.
+        identity: everything that affects the result, see `Checkpoints`.
     """
 
     stages: tuple[PreparedStage, ...]
@@ -113,16 +113,16 @@ class PreparedRun:
 
     @property
     def tokens(self) -> int:
-        """Training tokens of all stages."""
+        """Returns the training tokens of all stages."""
         return sum(each.stage.tokens for each in self.stages)
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of all stages."""
+        """Returns the optimizer steps of all stages."""
         return sum(each.schedule.num_steps for each in self.stages)
 
     def tokens_before(self, index: int) -> int:
-        """Training tokens of the stages before one."""
+        """Returns the training tokens of the stages before `index`."""
         return sum(each.stage.tokens for each in self.stages[:index])
 
 
@@ -136,16 +136,16 @@ def prepare(
     work: Path,
     team: Team,
 ) -> PreparedRun:
-    """Finds what a run needs; arguments and errors as for `heal`.
+    """Prepares a run: opens its data and finds its teacher. Errors are as for `heal`.
 
     Args:
-        model: where the student comes from.
-        student: loaded.
-        teacher: what the user named.
+        model: folder or hub id of the student.
+        student: the loaded student.
+        teacher: teacher named by the user; None: the default teacher.
         data: files, folders or an opened source.
         held_out: text to measure on.
-        stages: with context, batch and warm-up decided.
-        work: keeps the tokens.
+        stages: stages with context, batch and warm-up.
+        work: work folder, for the tokens.
         team: the processes of the run.
     """
     if not stages:
@@ -182,7 +182,7 @@ def prepare(
     if any(each.wants_teacher for each in prepared):
         found = _find_teacher(model, teacher)
         _require_same_tokens(tokenizer, found)
-        # All weights are hashed, so the fingerprint's sample of them adds nothing.
+        # All weights are hashed, so the fingerprint's sample of weights is not needed.
         known = {key: value for key, value in found.fingerprint().items() if key in ("config_sha256", "index_sha256")}
         identity["teacher"] = {**known, "weights": _hash_weights(found)}
     elif teacher is not None:
@@ -199,7 +199,7 @@ def prepare(
 
 
 def _decide(stage: HealStage, student: PreTrainedModel, device: torch.device) -> HealStage:
-    """Decides precision and micro-batch of a stage."""
+    """Sets precision and micro-batch of a stage."""
     config: Any = student.config
     if stage.context is not None and stage.context > config.max_position_embeddings:
         known = config.max_position_embeddings
@@ -229,7 +229,7 @@ def _schedule(stage: HealStage, team: Team, first_sequence: int) -> Schedule:
 
 
 def _budget(stages: Sequence[HealStage], index: int) -> int:
-    """Tokens of all stages that read the data as one does, so that all of them share one set of tokens."""
+    """Returns the tokens of all stages that read the data in the same form as one stage, because they share them."""
     return sum(stage.tokens for stage in stages if stage.data == stages[index].data)
 
 
@@ -242,7 +242,7 @@ def _find_teacher(model: Source, wish: str | Path | Source | None) -> Source:
 
 
 def _require_same_tokens(tokenizer: PreTrainedTokenizerBase, teacher: Source) -> None:
-    """Refuses a teacher whose tokens mean something else; one without a tokenizer is taken at its word."""
+    """Refuses a teacher whose tokenizer differs from the student's; a teacher without a tokenizer is accepted."""
     folder = teacher.fetch()
     if not has_tokenizer([path.name for path in folder.iterdir()]):
         return

@@ -1,4 +1,4 @@
-"""Estimates hours, memory and disk of a run from a few of its steps, before anything is committed."""
+"""Estimates of hours, memory and disk of a run from its first steps, run in a temporary folder."""
 
 import statistics
 import sys
@@ -28,16 +28,16 @@ NUM_STEPS = 10
 
 @dataclass(frozen=True)
 class Estimate:
-    """Time, memory and disk that a run takes, and the settings it trains with.
+    """Holds the estimated time, memory and disk of a run, and its settings.
 
     Attributes:
-        tokens: of all stages.
+        tokens: training tokens of all stages.
         steps: optimizer steps of all stages.
-        tokens_per_second: of the first stage, by the median of the steps after the first two.
-        hours: for all stages at that speed.
-        peak_memory_bytes: of this process; on a GPU what its tensors took there.
-        disk_bytes: checkpoints, tokens and result while it runs.
-        loss: of the first step.
+        tokens_per_second: median speed of the first stage, without the first two steps.
+        hours: time of all stages at this speed.
+        peak_memory_bytes: memory of this process; on a GPU the memory of its tensors.
+        disk_bytes: checkpoints, tokens and result while the run trains.
+        loss: loss of the first step.
         settings: a line for each stage: steps, batch, learning rate and warm-up.
     """
 
@@ -52,12 +52,12 @@ class Estimate:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Returns all figures as plain data."""
         return {**vars(self), "line": self.line}
 
     @property
     def line(self) -> str:
-        """The estimate in one line, and one line for each stage's settings."""
+        """Returns the estimate in one line, and a line with the settings of each stage."""
         estimate = (
             f"{self.tokens:,} tokens in {self.steps:,} steps: {describe_duration(self.hours)} at "
             f"{self.tokens_per_second:,.0f} tokens/s; {self.peak_memory_bytes / 1e9:.2f} GB of memory, "
@@ -78,15 +78,15 @@ def probe(
 ) -> Estimate:
     """Runs ten steps of the first stage in a temporary folder and estimates the whole run.
 
-    A teacher that would be trained first is taken as it is, and counts with its tokens.
+    A teacher that the run would train first is used untrained; the estimate includes its training tokens.
 
     Args:
         model, data, stages, teacher, device: as for `heal`.
-        held_out: text that `heal` would measure on the way; here it is only read.
+        held_out: held-out text of `heal`; the probe only reads it.
         quiet: show no progress on stderr.
 
     Raises:
-        RefoldError: as for `heal`, so that mistakes show before hours are spent.
+        RefoldError: as for `heal`, before hours are spent.
     """
     given = (stages,) if isinstance(stages, HealStage) else tuple(stages)
     team = Team(choose_device(device))
@@ -117,7 +117,7 @@ def probe(
         tokens_per_second=1 / seconds,
         hours=tokens * seconds / 3600,
         peak_memory_bytes=peak,
-        # Weights and two moments in each checkpoint, one more while it is written; the result; tokens of two bytes.
+        # Checkpoints of weights and two moments, one more during writing; the result; two bytes for each token.
         disk_bytes=(NUM_KEPT + 1) * (weights + 2 * trained) + stored + 2 * tokens,
         loss=records[0].loss,
         settings=(run.settings[0], *later),
@@ -143,7 +143,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def describe_duration(hours: float) -> str:
-    """Returns `40 seconds`, `12 minutes` or `3.5 hours`."""
+    """Returns a duration in words: `40 seconds`, `12 minutes` or `3.5 hours`."""
     if hours < 1 / 60:
         return f"{hours * 3600:.0f} seconds"
     return f"{hours * 60:.0f} minutes" if hours < 2 else f"{hours:.1f} hours"

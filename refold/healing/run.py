@@ -1,4 +1,4 @@
-"""One run of healing: its stages, one after the other, from wherever an earlier go left off."""
+"""One healing run: trains its stages in order, and resumes from the last checkpoint."""
 
 import contextlib
 import json
@@ -33,24 +33,24 @@ from refold.recipe.heal import HealStage
 
 CHECKPOINT_SECONDS = 300.0
 MEASUREMENTS = 10
-"""How often held-out text is measured in each stage."""
+"""Number of measurements of the held-out text in each stage."""
 START_NAME = "start.json"
 CHECKPOINTS_NAME = "checkpoints"
 
 
 @dataclass(frozen=True)
 class HealOptions:
-    """How a run goes about it; none of these changes its result, but for the sweep.
+    """Options of a run that do not change its result, except `sweep`.
 
     Attributes:
-        device: where to train; None: `choose_device()`.
-        overwrite: replace a folder refold wrote.
+        device: device for training; None: `choose_device()`.
+        overwrite: replace a folder that refold wrote.
         restart: drop an unfinished run instead of resuming it.
         checkpoint_seconds: time between two checkpoints.
-        sweep: before each stage, try a third, one and three times its learning rate on a few steps; the best goes on.
-        sharded: spread the weights over the processes (FSDP2) instead of copying them.
+        sweep: before each stage, try a third, one and three times its learning rate on a few steps, and use the best.
+        sharded: divide the weights among the processes (FSDP2) instead of copying them.
         report_to: names of trackers: `tensorboard`, `wandb`, `trackio`.
-        command: command line, for the provenance.
+        command: command line, recorded in the provenance.
         on_step: called with the record of every step.
         quiet: show no progress on stderr.
     """
@@ -68,23 +68,23 @@ class HealOptions:
 
 
 class Run:
-    """What `heal` does between reading a model and writing it.
+    """Trains a loaded student through all stages of `heal`.
 
     Args:
-        prepared: what the stages train with.
-        student: in float32, on the team's device.
-        work: keeps checkpoints, log and whatever an interrupted run leaves.
-        destination: where the result will be written; its name is the run's.
+        prepared: stages, teacher and held-out text.
+        student: model with float32 weights, on the team's device.
+        work: work folder, for checkpoints and log.
+        destination: folder of the result; its name becomes the name of the run.
         team: the processes of the run.
-        options: how to go about it.
-        train_teacher: trains a teacher where a stage asks for that.
+        options: device, checkpoints, trackers and display.
+        train_teacher: trains a teacher if a stage has `teacher_tokens`.
 
     Attributes:
-        state: where the run stands.
-        resumed_from: step of the checkpoint it began with, None where it began anew.
-        done: the stages as they were trained, with the learning rates chosen for them.
-        settings: a line for each stage that has a learning rate, by its index.
-        weights: the trained weights, whole, once `train` is done.
+        state: progress of the run.
+        resumed_from: step of the checkpoint from which the run resumed, None if it did not resume.
+        done: the trained stages, with their chosen learning rates.
+        settings: a line for each stage that has a learning rate, by index of the stage.
+        weights: the trained weights, not sharded; set when `train` returns.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class Run:
         self._choices = Choices(work, team)
 
     def train(self) -> None:
-        """Runs what is left of the stages; errors as for `heal`."""
+        """Trains the remaining stages; errors as for `heal`."""
         with contextlib.ExitStack() as stack:
-            # Dropout, where a source has some, draws from torch's generators, which belong to the caller.
+            # Dropout of a source draws from torch's global generators, whose state must not change for the caller.
             stack.enter_context(torch.random.fork_rng())
             torch.manual_seed(self.prepared.stages[0].stage.seed)
             self.team.first(lambda: self._checkpoints.require_space(self._checkpoint_bytes()))
@@ -140,7 +140,7 @@ class Run:
                 if tensors is not None and self.state.step:
                     training_state.restore_optimizers(self.student, loop.optimizers, tensors, self.team)
                 elif not self.state.step:
-                    torch.manual_seed(stage.stage.seed)  # whatever was tried before
+                    torch.manual_seed(stage.stage.seed)  # independent of earlier trials
                 tensors = None
                 self._display.start_at(loop.tokens_before + stage.schedule.tokens_after(self.state.step))
                 loop.run(log, self._told(trackers))
@@ -148,19 +148,19 @@ class Run:
             self.weights = {name: self.team.whole(value.detach()) for name, value in self.student.named_parameters()}
 
     def probe(self, stage: PreparedStage, num_steps: int) -> list[StepRecord]:
-        """Runs a few steps of the first stage, whose learning rate is set, and keeps nothing of them."""
+        """Runs a few steps of the first stage, whose learning rate is set, without a checkpoint."""
         records: list[StepRecord] = []
         model = self.team.wrap(self._training)
         self._loop(0, stage, model, None).run(None, records.append, num_steps)
         return records
 
     def with_rate(self, index: int, stage: PreparedStage, whole: HealStage | None = None) -> PreparedStage:
-        """Returns a stage with its learning rate, chosen by the distance from the teacher where none was set.
+        """Returns a stage with a learning rate; if none is set, it is chosen by the distance from the teacher.
 
         Args:
-            index: Of the stage.
-            stage: The student has the weights it starts with, or the rate was chosen before.
-            whole: What the user is told of; None: the stage itself.
+            index: Index of the stage.
+            stage: The stage. The student must have the initial weights of the stage, or the rate was chosen before.
+            whole: Stage that is described to the user; None: the stage itself.
         """
         distance = None
         if stage.stage.learning_rate is None:
@@ -189,7 +189,7 @@ class Run:
         return {name: sum(line[name] for line in lines) / len(lines) for name in names}
 
     def held_out(self) -> dict[int, float]:
-        """Returns step to bits per byte of the held-out text after it; 0: before training."""
+        """Returns the bits per byte of the held-out text after each measured step; step 0: before training."""
         if self.prepared.held_out is None:
             return {}
         start = {0: json.loads((self.work / START_NAME).read_text())["held_out"]}
@@ -200,10 +200,10 @@ class Run:
         try:
             self.team.first(self._checkpoints.claim)
         except HealError:
-            # A mistake in what was asked for now is said first: an unfinished run must not hide it.
+            # A mistake in the new settings is reported first: the unfinished run must not hide it.
             self._check_stages()
             raise
-        self.team.first(self._checkpoints.newest)  # which repairs what a kill left: one process does that
+        self.team.first(self._checkpoints.newest)  # only one process repairs the folder after a kill
         found = self._checkpoints.load()
         if found is None:
             return None
@@ -214,13 +214,13 @@ class Run:
         return tensors
 
     def _checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint: float32 weights, and two moments of those that train, at most."""
+        """Returns the largest size of a checkpoint: float32 weights, and two moments of those that train."""
         sizes = {name: 4 * value.numel() for name, value in self.student.named_parameters()}
         trained = max(sum(sizes[name] for name in stage.trainable.trained) for stage in self.prepared.stages)
         return sum(sizes.values()) + 2 * trained
 
     def _check_stages(self) -> None:
-        """Raises what would be raised when the stages begin."""
+        """Checks trackers, optimizers and objectives of all stages, as the stages do when they begin."""
         require_trackers(self.options.report_to)
         for stage in self.prepared.stages:
             self._require_optimizer(stage.stage)
@@ -232,7 +232,7 @@ class Run:
             raise HealError("optimizer: adamw is required where weights are spread over processes (got muon)")
 
     def _begin_stage(self) -> None:
-        """Moves on to the next stage, and keeps a checkpoint without what belonged to the last one's optimizers."""
+        """Begins the next stage, and saves a checkpoint without optimizer state."""
         self.state = self.state.next_stage()
         tensors = training_state.collect(self.student, (), self.team)
         self.team.first(lambda: self._checkpoints.save(self.state, tensors))
@@ -269,7 +269,7 @@ class Run:
         )
 
     def _with_best_rate(self, index: int, stage: PreparedStage, model: Any) -> PreparedStage:
-        """Returns a stage with the learning rate that did best in short trials, where those are asked for."""
+        """Returns a stage with the best learning rate of short trials if `sweep` is set, else the stage."""
         if not self.options.sweep:
             return stage
         path = self.work / f"sweep-{index + 1}.json"
@@ -305,7 +305,7 @@ class Run:
         return None if held_out is None else lambda: held_out.measure(self.student, stage.autocast)
 
     def _measure_start(self) -> None:
-        """Measures held-out text before the first step, once."""
+        """Measures the held-out text before the first step, if this was not done before."""
         path = self.work / START_NAME
         measure = self._measure(self.prepared.stages[0])
         if measure is not None and not path.exists():
@@ -313,7 +313,7 @@ class Run:
             self.team.first(lambda: write_json(path, {"held_out": value}))
 
     def _describe(self) -> dict[str, Any]:
-        """What trackers keep of the run's settings."""
+        """Returns the run's settings as plain data for trackers."""
         return {
             f"stage {index + 1} {key}": value if isinstance(value, (int, float)) else json.dumps(value)
             for index, each in enumerate(self.prepared.stages)
@@ -324,7 +324,7 @@ class Run:
 def _set_checkpointing(student: Any, is_on: bool) -> None:
     if is_on == any(getattr(module, "gradient_checkpointing", False) for module in student.modules()):
         return
-    # Newer transformers call it activation checkpointing.
+    # Newer versions of transformers use the name activation checkpointing.
     kind = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
     if is_on:
         getattr(student, f"{kind}_checkpointing_enable")({"use_reentrant": False})

@@ -1,16 +1,16 @@
-"""How long a stage runs, and its learning rate at every step."""
+"""The schedule of a stage: number of steps, and sequences and learning rate of each step."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 CONSTANT_TAIL = 0.2
-"""Share of the steps, at the end, in which a constant learning rate falls after all."""
+"""Share of the steps, at the end of the stage, in which the `constant` learning rate falls."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A stage cut into optimizer steps. The step alone says which sequences it reads and at which learning rate.
+    """Divides a stage into optimizer steps. Sequences and learning rate depend on the step number only.
 
     Attributes:
         tokens: training tokens of the stage.
@@ -18,8 +18,8 @@ class Schedule:
         sequences_per_step: sequences of one optimizer step.
         peak: highest learning rate.
         warmup: share of the steps over which the learning rate rises.
-        shape: how it falls afterwards.
-        floor: share of the peak at which it ends.
+        shape: shape of the fall after the warm-up.
+        floor: share of the peak at the last step.
         first_sequence: position of the stage's first sequence in the data; earlier stages read those before it.
     """
 
@@ -34,12 +34,12 @@ class Schedule:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences of the stage; the last one may be partly padding."""
+        """Returns the number of sequences of the stage; the last one may be partly padding."""
         return -(-self.tokens // self.context)
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the stage; the last one may hold fewer sequences."""
+        """Returns the number of optimizer steps of the stage; the last one may have fewer sequences."""
         return -(-self.num_sequences // self.sequences_per_step)
 
     def sequences(self, step: int) -> range:
@@ -49,11 +49,11 @@ class Schedule:
         return range(self.first_sequence + first, self.first_sequence + last)
 
     def tokens_after(self, num_steps: int) -> int:
-        """Returns the training tokens seen after so many steps."""
+        """Returns the number of training tokens after `num_steps` steps."""
         return min(num_steps * self.sequences_per_step * self.context, self.tokens)
 
     def learning_rate(self, step: int) -> float:
-        """Returns a step's learning rate: linear to the peak, then down to `floor` of it at the last step."""
+        """Returns a step's learning rate: linear to the peak, then down to `floor * peak` at the last step."""
         rising = math.ceil(self.warmup * self.num_steps)
         if step < rising:
             return self.peak * (step + 1) / rising
@@ -61,7 +61,7 @@ class Schedule:
         return self.peak * (self.floor + (1 - self.floor) * self._left(done))
 
     def _left(self, done: float) -> float:
-        """Share of the way from floor to peak that is left when a share of the fall is done."""
+        """Returns the height above the floor, as a share of `peak - floor`, after the share `done` of the fall."""
         if self.shape == "cosine":
             return (1 + math.cos(math.pi * done)) / 2
         if self.shape == "linear":

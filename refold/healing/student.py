@@ -17,13 +17,13 @@ from refold.scoring.stored import StoredPredictions
 
 
 class TrainingModel(nn.Module):
-    """The student together with its losses: one module, so that what wraps it for several processes sees one forward.
+    """Computes the losses of the student. It is one module, so that a wrapper for several processes sees one forward.
 
     Args:
-        student: float32 weights.
+        student: model with float32 weights.
 
     Attributes:
-        objectives: what is minimised, by name; their weighted sum. `begin` sets them.
+        objectives: the objectives by name; their weighted sum is minimised. `begin` sets them.
     """
 
     def __init__(self, student: PreTrainedModel):
@@ -37,8 +37,8 @@ class TrainingModel(nn.Module):
         """Begins a stage.
 
         Args:
-            objectives: what it minimises.
-            autocast: dtype that matrix products run in; None: float32.
+            objectives: objectives of the stage, by name.
+            autocast: dtype of matrix products; None: float32.
         """
         self.objectives, self._autocast = objectives, autocast
         self._wants = frozenset[Want]().union(*(objective.student_wants for objective in objectives.values()))
@@ -62,7 +62,7 @@ class TrainingModel(nn.Module):
             for objective in self.objectives.values():
                 found = objective.loss(step)
                 weight = objective.options.weight
-                # A factor of one must not cost a copy of the head's gradient, see `chunked_loss`.
+                # A multiplication by 1 would copy the head's gradient, see `chunked_loss`.
                 part = found.total if weight == 1 else weight * found.total
                 total = part if total is None else total + part
                 means |= found.means
@@ -71,12 +71,12 @@ class TrainingModel(nn.Module):
 
 
 class Teacher:
-    """A frozen model, in the dtype it is stored in; its matrix products run in autocast's, as the student's do.
+    """Runs the teacher: a frozen model in its stored dtype, with the student's dtype for matrix products.
 
     Args:
-        model: what the student learns from.
-        autocast: as the student's.
-        wants: what objectives read of its pass.
+        model: the teacher's model.
+        autocast: dtype of matrix products; None: float32.
+        wants: activations that objectives read.
     """
 
     def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None, wants: frozenset[Want]):
@@ -86,23 +86,23 @@ class Teacher:
 
     @torch.no_grad()
     def observe(self, input_ids: Int64[Tensor, "B T"], position_ids: Int64[Tensor, "B T"]) -> Activations:
-        """Returns what is wanted of its pass, documents kept apart; one pass for all objectives."""
+        """Returns the requested activations, from one pass for all objectives. Documents do not see each other."""
         with torch.autocast(input_ids.device.type, self.autocast, enabled=self.autocast is not None):
             return observe(self.model, input_ids, position_ids, self.wants)
 
 
 def teacher_wants(objectives: Mapping[str, Objective]) -> frozenset[Want]:
-    """Returns what all objectives together read of the teacher's pass; nothing: no teacher is needed."""
+    """Returns the teacher's activations that the objectives read; empty: no teacher is needed in memory."""
     return frozenset[Want]().union(*(objective.teacher_wants for objective in objectives.values()))
 
 
 def check_objectives(
     objectives: Mapping[str, Objective], student: PreTrainedModel, teacher: PreTrainedModel | None
 ) -> None:
-    """Refuses objectives that these models cannot have.
+    """Checks that the objectives can compare these models.
 
     Raises:
-        HealError: the student is no folded model where it must be, or student and teacher do not fit.
+        HealError: an objective needs a folded student, or student and teacher do not fit.
         SourceError: the vocabularies differ.
     """
     if teacher is not None:

@@ -1,4 +1,4 @@
-"""Chooses a learning rate by short trials from the same weights on the same data."""
+"""A sweep over learning rates: short trials from the same weights on the same data."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,17 +13,17 @@ from refold.healing.log import StepRecord
 from refold.healing.schedule import Schedule
 
 FACTORS = (1 / 3, 1.0, 3.0)
-"""Of the stage's learning rate."""
+"""Factors on the stage's learning rate."""
 SHARE = 0.05
-"""Of the stage's steps, in each trial."""
+"""Steps of each trial, as a share of the stage's steps."""
 FEWEST_STEPS = 20
 
 
 def read_sweep(text: str | None) -> bool:
-    """Reads the name of the setting that is swept; only the learning rate, `lr`, can be.
+    """Reads the option `--sweep` and returns whether to sweep; the only valid name is `lr`, the learning rate.
 
     Raises:
-        HealError: Another name.
+        HealError: The name is not `lr`.
     """
     if text not in (None, "lr"):
         raise HealError(f"--sweep: must be lr (got '{text}')")
@@ -32,27 +32,27 @@ def read_sweep(text: str | None) -> bool:
 
 @runtime_checkable
 class Trial(Protocol):
-    """A stage that can be run for a while."""
+    """A stage that can be trained with a shorter schedule."""
 
     schedule: Schedule
 
     def run(self, log: None, on_step: Callable[[StepRecord], None], /) -> None:
-        """Trains to the end of its schedule."""
+        """Trains to the end of the schedule."""
 
 
 def try_rates(rates: Sequence[float], begin: Callable[[float], Trial], student: nn.Module) -> dict[float, float]:
-    """Runs one trial for each rate and puts the weights back afterwards.
+    """Runs one trial for each rate and restores the weights after each trial.
 
-    Each trial is the stage with fewer tokens: its learning rate rises and falls as in the stage, because rates compare
-    at the end of their fall only.
+    Each trial is the stage with fewer tokens. Its learning rate rises and falls as in the stage, because rates can be
+    compared only by the losses at the end of the fall.
 
     Args:
         rates: peak learning rates.
         begin: makes the trial of a rate.
-        student: whose weights are tried.
+        student: model whose weights the trials change.
 
     Returns:
-        Rate to the mean loss of the trial's last quarter; infinite where it diverged.
+        Rate to the mean loss in the last quarter of its trial; infinite if the trial diverged.
     """
     before = {name: value.detach().clone() for name, value in student.named_parameters()}
     losses: dict[float, float] = {}

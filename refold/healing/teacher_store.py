@@ -1,4 +1,4 @@
-"""A teacher's likeliest tokens at every position of a stage's data, written once and read from then on."""
+"""A store on disk of a teacher's likeliest tokens at every position of a stage's data."""
 
 import errno
 import json
@@ -31,21 +31,38 @@ class RunningTeacher(Protocol):
     """A teacher in memory."""
 
     def observe(self, input_ids: Tensor, position_ids: Tensor, /) -> Activations:
-        """Returns its pass over some sequences, predictions among it."""
+        """Returns the activations of a pass over some sequences, with the predictions."""
         ...
 
 
 @dataclass(frozen=True)
-class StoreContents:
-    """What a store holds.
+class TeacherPass:
+    """Describes the pass of a teacher over the data of a stage.
 
     Attributes:
-        identity: whatever else predictions depend on: teacher, data, precision.
+        make_teacher: returns the teacher; called only if predictions are missing.
+        data: the sequences.
+        micro_batch: sequences of one forward pass.
+        device: the teacher's device.
+    """
+
+    make_teacher: Callable[[], RunningTeacher]
+    data: Sequences
+    micro_batch: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class StoreContents:
+    """Describes the contents of a store.
+
+    Attributes:
+        identity: teacher, data and precision, as text. Stored predictions of another identity are not reused.
         first_sequence: position of the first sequence.
-        num_sequences: how many follow.
-        context: tokens of each.
-        k: tokens kept for each position, 1 to `vocab_size`.
-        vocab_size: the teacher's.
+        num_sequences: number of sequences.
+        context: tokens of one sequence.
+        k: likeliest tokens stored for each position, 1 to `vocab_size`.
+        vocab_size: vocabulary size of the teacher.
     """
 
     identity: str
@@ -57,7 +74,7 @@ class StoreContents:
 
     @property
     def record(self) -> np.dtype:
-        """One sequence on disk."""
+        """Returns the dtype of one sequence on disk."""
         ids = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         per_token = (self.context, self.k)
         fields = [("ids", ids, per_token), ("log_probabilities", np.float16, per_token)]
@@ -65,19 +82,19 @@ class StoreContents:
 
     @property
     def num_bytes(self) -> int:
-        """Size on disk: `4 k + 2` bytes a token, `6 k + 2` with a vocabulary above 65,536."""
+        """Returns the size on disk: `4 k + 2` bytes a token, `6 k + 2` with a vocabulary above 65,536."""
         return self.record.itemsize * self.num_sequences
 
 
 class TeacherStore:
-    """The top-k predictions of a range of sequences, in one memory-mapped file.
+    """Reads the top-k predictions of a range of sequences from one memory-mapped file.
 
     Args:
-        folder: as `build` left it.
-        contents: what it must hold.
+        folder: folder written by `build`.
+        contents: required contents.
 
     Raises:
-        FolderError: no such store is there, whole.
+        FolderError: the folder has no complete store with these contents.
     """
 
     def __init__(self, folder: Path, contents: StoreContents):
@@ -99,31 +116,26 @@ class TeacherStore:
         cls,
         folder: Path,
         contents: StoreContents,
-        make_teacher: Callable[[], RunningTeacher],
-        data: Sequences,
+        teacher_pass: TeacherPass,
         *,
-        micro_batch: int,
-        device: torch.device,
         tell: Callable[[str], None] = lambda line: None,
         on_progress: Callable[[int], None] = lambda done: None,
     ) -> "TeacherStore":
-        """Runs the teacher over the data and stores what it predicts, unless that is done already.
+        """Runs the teacher over the data and stores its predictions, unless the store is complete.
 
-        A build that ended early goes on from where it last saved; one of anything else is dropped.
+        An unfinished store with the same contents is continued from its last save; a store with other contents is
+        deleted.
 
         Args:
-            folder: where the store is, or is to be.
-            contents: what it is to hold.
-            make_teacher: gives the teacher; called only where something is left to store.
-            data: the sequences.
-            micro_batch: sequences of one forward pass.
-            device: where the teacher is.
-            tell: gets a line on the disk it takes, before anything is written.
-            on_progress: called with the number of sequences stored so far.
+            folder: folder of the store.
+            contents: contents of the store.
+            teacher_pass: the teacher and its data.
+            tell: called with a line about the size on disk before the store is written.
+            on_progress: called with the number of stored sequences.
 
         Raises:
-            HealError: there are fewer than k tokens, or the teacher's vocabulary is another.
-            FolderError: the disk is too small, or cannot be written.
+            HealError: the vocabulary has fewer than k tokens, or the teacher has another vocabulary.
+            FolderError: the disk is full or cannot be written.
         """
         k, vocab_size = contents.k, contents.vocab_size
         if not 1 <= k <= vocab_size:
@@ -140,7 +152,7 @@ class TeacherStore:
                     file.truncate(done * contents.record.itemsize)
                     file.seek(0, os.SEEK_END)
                     note = _Notes(file, folder, contents)
-                    _write(file, contents, done, make_teacher(), data, micro_batch, device, note, on_progress)
+                    _write(file, contents, done, teacher_pass, note, on_progress)
         except OSError as error:
             if error.errno in _FULL:
                 raise FolderError(
@@ -153,7 +165,7 @@ class TeacherStore:
         """Returns the predictions of sequences `position .. position + count - 1`, `[B, T, k]`, float32 on the CPU.
 
         Raises:
-            HealError: some are not stored.
+            HealError: a sequence is not in the store.
         """
         begins = self.contents.first_sequence
         first = position - begins
@@ -171,7 +183,7 @@ class TeacherStore:
 
 
 class _Notes:
-    """Writes down how many sequences are on disk, so that a build that is killed goes on from there."""
+    """Records the number of sequences on disk at intervals, so that a killed build can continue."""
 
     def __init__(self, file: IO[bytes], folder: Path, contents: StoreContents):
         self._file, self._folder, self._contents = file, folder, contents
@@ -190,17 +202,15 @@ def _write(
     file: IO[bytes],
     contents: StoreContents,
     done: int,
-    teacher: RunningTeacher,
-    data: Sequences,
-    micro_batch: int,
-    device: torch.device,
+    teacher_pass: TeacherPass,
     note: Callable[[int], None],
     on_progress: Callable[[int], None],
 ) -> None:
-    """Appends the sequences that are missing."""
+    """Appends the predictions of the missing sequences."""
+    teacher, device = teacher_pass.make_teacher(), teacher_pass.device
     while done < contents.num_sequences:
-        count = min(micro_batch, contents.num_sequences - done)
-        batch = data.batch(contents.first_sequence + done, count)
+        count = min(teacher_pass.micro_batch, contents.num_sequences - done)
+        batch = teacher_pass.data.batch(contents.first_sequence + done, count)
         predictions = teacher.observe(batch.input_ids.to(device), batch.position_ids.to(device)).predictions
         if predictions.head.vocab_size != contents.vocab_size:
             raise HealError(
@@ -218,7 +228,7 @@ def _write(
 
 
 def _resume(folder: Path, contents: StoreContents) -> int:
-    """Returns how many sequences are there already; drops those of another store."""
+    """Returns the number of stored sequences; deletes a store with other contents."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / _ROWS
     done = _num_done(folder, contents)
@@ -230,7 +240,7 @@ def _resume(folder: Path, contents: StoreContents) -> int:
 
 
 def _num_done(folder: Path, contents: StoreContents) -> int | None:
-    """How many sequences were noted as stored; None where the store is of something else, or nothing is noted."""
+    """Returns the recorded number of sequences; None if there is no record or the store has other contents."""
     try:
         facts = json.loads((folder / _FACTS).read_text())
     except (FileNotFoundError, ValueError):

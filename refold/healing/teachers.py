@@ -1,4 +1,4 @@
-"""What a run's stages learn from: the source, trained first where a stage asks for that, running along or stored."""
+"""The teachers of a run: the source, or the source trained first; in memory, or as stored predictions."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,24 +9,24 @@ from refold.checkpoint.locate import Source
 from refold.healing.precision import attend_in_float32
 from refold.healing.prepared import PreparedStage
 from refold.healing.student import Teacher, teacher_wants
-from refold.healing.teacher_store import StoreContents, TeacherStore
+from refold.healing.teacher_store import StoreContents, TeacherPass, TeacherStore
 from refold.healing.team import Team
 from refold.modeling.load import load_model
 from refold.recipe.heal import HealStage
 
 TrainTeacher = Callable[[Source, Path, HealStage], None]
-"""Trains a source for a stage and writes it into a folder."""
+"""Function that trains a source for a stage and writes it into a folder."""
 
 
 class Teachers:
-    """The teachers of a run, each loaded when the first stage asks for it and dropped when no stage does.
+    """Loads the teachers of a run for its stages, at most one at a time.
 
     Args:
-        source: what the student was folded from, or what the user named; None where no stage has a teacher.
-        work: keeps teachers that are trained, and stored predictions.
+        source: source of the student, or the teacher named by the user; None if no stage has a teacher.
+        work: work folder, for trained teachers and stored predictions.
         team: the processes of the run.
         train: trains a teacher.
-        tell: gets a line for the user.
+        tell: called with each line for the user.
     """
 
     def __init__(self, source: Source | None, work: Path, team: Team, train: TrainTeacher, tell: Callable[[str], None]):
@@ -34,23 +34,23 @@ class Teachers:
         self._loaded: tuple[tuple[object, ...], PreTrainedModel] | None = None
 
     def open(self, stage: PreparedStage) -> tuple[Teacher | None, TeacherStore | None]:
-        """Returns a stage's teacher, and its teacher's stored predictions; None each where the stage has none."""
+        """Returns the teacher of a stage and its stored predictions; each is None if the stage does not read it."""
         wants = teacher_wants(stage.objectives)
         if not stage.wants_teacher:
             self._loaded = None
             return None, None
         store = self._open_store(stage)
         if not wants:
-            self._loaded = None  # what is stored needs no teacher in memory
+            self._loaded = None  # stored predictions need no teacher in memory
             return None, store
         return Teacher(self.load(stage), stage.autocast, wants), store
 
     def model(self, stage: PreparedStage) -> PreTrainedModel | None:
-        """Returns a stage's teacher as a model, for checks; None where none runs along."""
+        """Returns the teacher's model of a stage, for checks; None if the stage needs no teacher in memory."""
         return self.load(stage) if teacher_wants(stage.objectives) else None
 
     def load(self, stage: PreparedStage) -> PreTrainedModel:
-        """Returns the teacher of a stage that has one, loaded, and trained first where the stage asks for that."""
+        """Loads and returns the teacher's model of a stage; trains it first if the stage has `teacher_tokens`."""
         assert self._source is not None
         tokens = stage.stage.teacher_tokens
         attention = _attention(stage)
@@ -91,20 +91,13 @@ class Teachers:
             vocab_size=self._source.read_config()["vocab_size"],
         )
         folder = self._work / "teacher-predictions"
-        micro_batch = spec.micro_batch
-
-        def build() -> TeacherStore:
-            return TeacherStore.build(
-                folder,
-                contents,
-                lambda: Teacher(self.load(stage), stage.autocast, frozenset({"predictions"})),
-                stage.data,
-                micro_batch=micro_batch,
-                device=self._team.device,
-                tell=self._tell,
-            )
-
-        made = self._team.first(build)
+        teacher_pass = TeacherPass(
+            lambda: Teacher(self.load(stage), stage.autocast, frozenset({"predictions"})),
+            stage.data,
+            spec.micro_batch,
+            self._team.device,
+        )
+        made = self._team.first(lambda: TeacherStore.build(folder, contents, teacher_pass, tell=self._tell))
         return TeacherStore(folder, contents) if made is None else made
 
 

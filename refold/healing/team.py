@@ -1,4 +1,4 @@
-"""The processes of one run: one by itself, or several that torchrun started, which must decide alike."""
+"""The processes of one run: a single process, or several processes of torchrun with common decisions."""
 
 import contextlib
 import os
@@ -18,20 +18,20 @@ from refold.nn.mixers.mixer import Mixer
 from refold.nn.part import StoredPart
 
 BUCKET_ELEMENTS = 1 << 24
-"""Gradients are summed in pieces of this many numbers."""
+"""Number of gradient elements that are summed over the processes at once."""
 Result = TypeVar("Result")
 
 
 class Team:
-    """The processes that train together, each with all weights. Gradients are summed, decisions taken in common.
+    """Connects processes that train together, each with all weights: sums gradients, and shares decisions.
 
-    A team of one costs nothing: every collective operation then returns at once.
+    With a single process every collective operation returns at once.
 
     Args:
-        device: where this process trains; None where the launcher decides.
+        device: device of a single process; with several processes the launcher chooses the device.
 
     Raises:
-        HealError: accelerate is set up in a way that trains otherwise than asked for.
+        HealError: the configuration of accelerate would change the training (mixed precision).
     """
 
     def __init__(self, device: torch.device):
@@ -46,23 +46,23 @@ class Team:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what there is one of."""
+        """Returns whether this is the first process, which writes the files."""
         return self.rank == 0
 
     def wrap(self, training: nn.Module) -> nn.Module:
-        """Makes a module ready for this team's way to spread it."""
+        """Prepares a module for the processes; a plain team returns it unchanged."""
         return training
 
     def share(self, count: int) -> range:
-        """Returns which of `count` rows are this process's; sizes differ by at most one."""
+        """Returns the rows of this process among `count` rows; the shares differ by at most one row."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def largest_share(self, count: int) -> int:
-        """Returns how many rows the process with the most has."""
+        """Returns the number of rows of the largest share."""
         return -(-count // self.size)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Adds up the gradients of all processes; one that a process lacks counts as zero."""
+        """Sums the gradients of all processes; a missing gradient counts as zero."""
         if self.size == 1:
             return
         bucket: list[Tensor] = []
@@ -84,12 +84,12 @@ class Team:
             each.copy_(part.view_as(each))
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
-        """Shortens the gradient to at most `limit` and returns its length before; the same on every process."""
+        """Clips the norm of the gradient to `limit` and returns the norm before, the same on every process."""
         norm: Any = nn.utils.clip_grad_norm_(parameters, limit)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Adds up numbers over all processes."""
+        """Sums numbers over all processes."""
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type == "cpu" else self.device)
@@ -98,17 +98,17 @@ class Team:
         return tensor.tolist()
 
     def sum_named(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Adds up named numbers, the same names on every process."""
+        """Sums named numbers over all processes; every process must have the same names."""
         return dict(zip(values, self.sum(list(values.values())), strict=True))
 
     def first(self, action: Callable[[], Result]) -> Result | None:
-        """Runs an action on the first process alone; the others wait, and fail where it fails.
+        """Runs an action on the first process only; the other processes wait, and fail if it fails.
 
         Returns:
-            What the action returned; None on the other processes.
+            The result of the action; None on the other processes.
 
         Raises:
-            RefoldError: what the action raised, on every process.
+            RefoldError: the error of the action, on every process.
         """
         if self.size == 1:
             return action()
@@ -126,31 +126,31 @@ class Team:
         return result
 
     def wait(self) -> None:
-        """Waits until every process is here."""
+        """Waits until every process has called this function."""
         if self.size > 1:
             with _peers_alive():
                 dist.barrier()
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """Returns a parameter or optimizer state as it would be in a team of one."""
+        """Returns the complete tensor of a parameter or optimizer state, which may be sharded."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def place(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """Returns a whole tensor the way `like` is spread over the team."""
+        """Returns a complete tensor, sharded over the processes like the tensor `like`."""
         if isinstance(like, DTensor) and tensor.shape == like.shape:
             return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
         return tensor.to(like.device)
 
     def leave(self) -> None:
-        """Frees what the launcher's set-up holds."""
+        """Frees the memory of the accelerator."""
         self.accelerator.free_memory()
 
 
 class ShardedTeam(Team):
-    """The processes that train together, each with a share of every weight (FSDP2).
+    """Connects processes that train together, each with a share of every weight (FSDP2).
 
-    A stored part is gathered when the first depth runs it and stays until the step's backward pass is done, because the
-    next loop runs it again.
+    A stored part is gathered when the first depth runs it, and stays in memory until the backward pass ends, because
+    the next loop runs it again.
     """
 
     def wrap(self, training: nn.Module) -> nn.Module:
@@ -165,23 +165,23 @@ class ShardedTeam(Team):
         fully_shard(training, reshard_after_forward=False)
         for module in training.modules():
             if isinstance(module, FSDPModule):
-                # A plain sum: losses are divided by the whole step's tokens already.
+                # Gradients are summed without division, because losses are divided by the tokens of the whole step.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         return training
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Nothing is left to do: the backward pass scatters summed gradients."""
+        """Does nothing, because the backward pass of FSDP sums the gradients."""
 
 
 def is_first_process() -> bool:
-    """Says whether this is the process that tells the user things: the only one, or the first of a launcher's."""
+    """Returns whether this process prints for the user: a single process, or the first process of a launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def _peers_alive() -> Iterator[None]:
-    """Turns what a collective operation raises when another process is gone into one line."""
+    """Replaces the error of a collective operation, raised if another process has ended, by a HealError of one line."""
     try:
         yield
     except RuntimeError as error:

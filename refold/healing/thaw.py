@@ -1,4 +1,4 @@
-"""When frozen weights join in: the loss-improvement threshold of XATL, and its alternatives, decided while training."""
+"""Rules that thaw frozen weights while a stage trains: XATL's threshold on the loss improvement, and alternatives."""
 
 import math
 from dataclasses import dataclass, replace
@@ -8,15 +8,15 @@ from refold.recipe.heal import Thaw
 
 @dataclass(frozen=True)
 class ThawState:
-    """Where the decision stands. Plain data, so that it is JSON in a checkpoint.
+    """Holds the state of a thaw rule. All fields are plain data and are stored as JSON in a checkpoint.
 
     Attributes:
-        total: sum of the losses of the window that is open.
-        count: steps in it that had a loss.
-        last: what the last whole window gave: its mean loss, or the norm of the weights at its end.
-        below: windows in a row whose change was below the threshold.
-        thawed_at: the step before which the weights thawed; None: they are frozen.
-        reason: why, in words.
+        total: sum of the losses of the current window.
+        count: steps of the current window with a finite loss.
+        last: value of the last complete window: its mean loss, or the norm of the weights at its end.
+        below: number of successive windows whose change was below the threshold.
+        thawed_at: number of steps done when the weights thawed; None: the weights are frozen.
+        reason: reason for the thaw, as text.
     """
 
     total: float = 0.0
@@ -29,11 +29,11 @@ class ThawState:
 
 @dataclass(frozen=True)
 class ThawRule:
-    """A stage's `thaw` section, in steps.
+    """Decides when a stage thaws its frozen weights.
 
     Attributes:
-        spec: the section.
-        num_steps: of the stage.
+        spec: the `thaw` section of the stage.
+        num_steps: steps of the stage.
     """
 
     spec: Thaw
@@ -41,26 +41,26 @@ class ThawRule:
 
     @property
     def window(self) -> int:
-        """Steps of a window."""
+        """Returns the number of steps of a window."""
         return max(1, round(self.spec.window * self.num_steps))
 
     @property
     def latest(self) -> int | None:
-        """The step before which the weights thaw in any case; None: there is none."""
+        """Returns the number of steps after which the weights thaw in any case; None: there is no such limit."""
         return None if self.spec.latest == 1 else math.ceil(self.spec.latest * self.num_steps)
 
     def wants_norm(self, step: int) -> bool:
-        """Says whether `after` needs the norm of the training weights after a step (counted from 1)."""
+        """Returns whether `after` needs the norm of the training weights at a step (counted from 1)."""
         return self.spec.when == "norm" and step % self.window == 0
 
     def after(self, state: ThawState, step: int, loss: float, norm: float | None = None) -> ThawState:
         """Returns the state after a step.
 
         Args:
-            state: before it.
-            step: counted from 1.
-            loss: of the step; not finite where it was skipped, and then left out.
-            norm: of the weights that train, where `wants_norm`.
+            state: state before the step.
+            step: number of the step, counted from 1.
+            loss: loss of the step; ignored if it is not finite, which means that the step was skipped.
+            norm: norm of the weights that train; required if `wants_norm` returns true.
         """
         if state.thawed_at is not None:
             return state
@@ -73,14 +73,14 @@ class ThawRule:
         return state
 
     def factor(self, state: ThawState, step: int) -> float:
-        """Returns the share of the stage's learning rate that thawed weights have at a step (counted from 0)."""
+        """Returns the factor on the learning rate of thawed weights at a step (counted from 0)."""
         if state.thawed_at is None:
             return 0.0
         rising = math.ceil(self.spec.warmup * self.num_steps)
         return min(1.0, (step - state.thawed_at + 1) / max(1, rising))
 
     def _close(self, state: ThawState, step: int, norm: float | None) -> ThawState:
-        """Ends a window and compares it with the one before."""
+        """Ends a window and compares its value with the value of the previous window."""
         if self.spec.when == "norm":
             assert norm is not None
             value = norm

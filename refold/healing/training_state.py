@@ -1,4 +1,4 @@
-"""All tensors a training run is made of, by name, out of the live objects and back into them."""
+"""The tensors of a training run by name: collected for a checkpoint, and restored from it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,9 +11,9 @@ _MODEL, _OPTIMIZER, _RNG = "model.", "optimizer.", "rng."
 
 
 def collect(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], team: Team) -> dict[str, Tensor]:
-    """Returns parameters, optimizer state and the states of torch's random number generators, each whole.
+    """Returns parameters, optimizer state and the states of torch's random number generators, not sharded.
 
-    Every process of the team calls it; where weights are spread over them it gathers one after the other.
+    Every process of the team must call it; sharded weights are gathered one after another.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -28,7 +28,7 @@ def collect(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], team:
 
 
 def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts collected parameters back into a model that is not spread over a team yet."""
+    """Restores collected parameters of a model that is not yet sharded."""
     for name, parameter in model.named_parameters():
         parameter.data.copy_(tensors[f"{_MODEL}{name}"])
 
@@ -36,7 +36,7 @@ def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def restore_optimizers(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor], team: Team
 ) -> None:
-    """Puts back what belongs to the optimizers, made as they were when it was collected, and the generators."""
+    """Restores the state of the optimizers, which must be made with the same settings, and of the generators."""
     owner = {
         id(parameter): optimizer
         for optimizer in optimizers
@@ -48,7 +48,7 @@ def restore_optimizers(
         prefix = f"{_OPTIMIZER}{name}."
         state = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
         if state:
-            # Copied: the reader's tensors are views of the checkpoint's file.
+            # The tensors are copied, because the reader's tensors are views of the checkpoint's file.
             owner[id(parameter)].state[parameter] = {
                 key: team.place(tensors[full].clone(), parameter) for key, full in state.items()
             }

@@ -1,12 +1,13 @@
-"""The recurrence with one decay per key channel: gated linear attention's.
+"""The recurrence with one decay per key channel, used by gated linear attention.
 
     S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T,    o_t = S_t^T q_t
 
 arXiv 2312.06635, equation 3; our exp(g) is its alpha. A score of two tokens of a chunk is
-sum_c q_ic k_jc exp(G_ic - G_jc) with G the sums of g; the paper (section 4.3) cuts chunks in sub-chunks, since exp(G_i)
-and exp(-G_j) apart overflow, and goes pair by pair inside them. Here chunks are halved down to single tokens: queries
-of each second half meet keys of its first half at the border between them. Both factors are at most 1, all is matrix
-products, and no sum is longer than the way it stands for.
+sum_c q_ic k_jc exp(G_ic - G_jc) with G the sums of g. Separate factors exp(G_i) and exp(-G_j) can overflow, so the
+paper (section 4.3) cuts chunks into sub-chunks and computes pair by pair inside them. Here a chunk is halved until its
+parts are single tokens. For queries of a second half and keys of its first half the decay is split at the border
+between the halves. Both factors are at most 1, all operations are matrix products, and each sum covers only the tokens
+between key and query.
 """
 
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ def step(
     log_decay: Float[Tensor, "B H K"],
     state: Float[Tensor, "B H K V"] | None,
 ) -> tuple[Float[Tensor, "B H V"], Float[Tensor, "B H K V"]]:
-    """Takes in one token.
+    """Updates the state with one token and reads the output.
 
     Args:
         q: Query, scaled.
@@ -58,7 +59,7 @@ def naive(
     state: Float[Tensor, "B H K V"] | None = None,
     resets: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """Takes in token by token; arguments and returns as of `chunked`. The oracle of tests."""
+    """Computes `chunked` token by token, as the reference for tests; same arguments and returns."""
 
     def take(t: int, state: Tensor) -> tuple[Tensor, Tensor]:
         return step(q[:, t], k[:, t], v[:, t], log_decay[:, t], state)
@@ -75,18 +76,18 @@ def chunked(
     resets: Bool[Tensor, "B T"] | None = None,
     chunk_size: int = 64,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """Takes in whole rows: quadratic within chunks, the recurrence from chunk to chunk (arXiv 2312.06635, section 4.2).
+    """Computes whole rows: quadratic within chunks, recurrent between chunks (arXiv 2312.06635, section 4.2).
 
-    Computes in float32 (float64 for values in float64). For backward it keeps the inputs and one state per segment, and
-    works the rest out again. It can be differentiated once.
+    Computes in float32 (float64 for values in float64). For the backward pass it keeps the inputs and one state per
+    segment, and recomputes the rest. It can be differentiated once.
 
     Args:
         q: Queries, scaled.
         k: Keys.
         v: Values.
         log_decay: g, finite and at most 0.
-        state: From the tokens before; None: zeros.
-        resets: Where a document begins: the state is emptied before that token is taken in.
+        state: State after the previous tokens; None: zeros.
+        resets: True for the first token of a document: the state is set to zero before this token.
         chunk_size: Tokens, a power of two.
 
     Returns:
@@ -102,7 +103,7 @@ def matrix(
     log_decay: Float[Tensor, "B T H K"],
     resets: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B H T T"]:
-    """The recurrence as an attention matrix M: o = M v from an empty state (arXiv 2312.06635, equation 4).
+    """Returns the recurrence as an attention matrix M: o = M v from a state of zeros (arXiv 2312.06635, equation 4).
 
     Args:
         q: Queries, scaled.
@@ -111,7 +112,7 @@ def matrix(
         resets: As of `chunked`.
 
     Returns:
-        Row t: what token t takes from each token. float32 (float64).
+        Row t: the weights of all tokens in the output of token t. float32 (float64).
     """
     tokens = q.shape[1]
     mixing: Tensor = _Scores.apply(*(_padded(x.transpose(1, 2).to(compute_dtype(q)), -2) for x in (q, k, log_decay)))  # pyright: ignore[reportAssignmentType]
@@ -119,7 +120,7 @@ def matrix(
 
 
 def _padded(x: Tensor, *dims: int) -> Tensor:
-    """Zeros after what is there, up to a power of two."""
+    """Pads dimensions with zeros at the end, up to a power of two."""
     for dim in dims:
         missing = (1 << (x.shape[dim] - 1).bit_length()) - x.shape[dim]
         if missing:
@@ -128,13 +129,13 @@ def _padded(x: Tensor, *dims: int) -> Tensor:
 
 
 class _Decays(NamedTuple):
-    """How far the channels of `[*X, C, K]` decay.
+    """Holds the decay factors of the channels of `[*X, C, K]`.
 
     Attributes:
-        halves: For blocks of 2, 4, ... C tokens: from a block's middle to the tokens after it, and from the tokens
-            before the middle to it.
-        into: From the start of all to a token.
-        onto: From a token to the end of all.
+        halves: For blocks of 2, 4, ... C tokens: decay from the middle of a block to the tokens after it, and from the
+            tokens before the middle to the middle.
+        into: Decay from the start of the chunk to a token.
+        onto: Decay from a token to the end of the chunk.
     """
 
     halves: list[tuple[Float[Tensor, "*X M S K"], Float[Tensor, "*X M S K"]]]
@@ -143,7 +144,7 @@ class _Decays(NamedTuple):
 
 
 def _spread(log_decay: Float[Tensor, "*X C K"]) -> _Decays:
-    """Sums log decays within blocks twice as long each time, from the start of blocks and to their end."""
+    """Computes decays by sums of log decays, from the start and to the end of blocks whose length doubles each time."""
     since, until = log_decay.clone(), torch.zeros_like(log_decay)
     halves, half = [], 1
     while half < log_decay.shape[-2]:
@@ -161,7 +162,7 @@ def _halves(x: Float[Tensor, "*X C K"], half: int) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(x: Float[Tensor, "*X C C"], half: int) -> Float[Tensor, "*X M S S"]:
-    """Of each block of the diagonal the quarter where second half meets first half; a view."""
+    """Returns a view of the quarter of each diagonal block with queries of the second and keys of the first half."""
     quarters = x.unflatten(-1, (-1, 2, half))[..., 0, :].unflatten(-3, (-1, 2, half))[..., 1, :, :, :]
     return quarters.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
@@ -185,7 +186,7 @@ def _differentiate_scores(
     halves: list[tuple[Tensor, Tensor]],
     d_scores: Float[Tensor, "*X C C"],
 ) -> tuple[Float[Tensor, "*X C K"], Float[Tensor, "*X C K"]]:
-    """Gradients of queries and keys through scores of different tokens."""
+    """Returns the gradients of queries and keys through scores of different tokens."""
     d_q, d_k = torch.zeros_like(q), torch.zeros_like(k)
     for level, (after, before) in enumerate(halves):
         half = 1 << level
@@ -196,7 +197,7 @@ def _differentiate_scores(
 
 
 def _weigh(weights: Float[Tensor, "*X S S"], x: Float[Tensor, "*X S K"]) -> Float[Tensor, "*X S K"]:
-    """Their product; batched products of one or two rows cost more than they compute."""
+    """Returns `weights @ x`; for one or two rows it avoids the batched product, whose overhead is larger."""
     if x.shape[-2] > 2:
         return weights @ x
     return sum(weights[..., n, None] * x[..., n : n + 1, :] for n in range(x.shape[-2]))  # pyright: ignore[reportReturnType]
@@ -221,27 +222,27 @@ class _Scores(torch.autograd.Function):
 
 
 class _Chunks(NamedTuple):
-    """A segment's inputs by chunk and token, padded to a power of two, and how far they decay, documents regarded."""
+    """Holds a segment's inputs by chunk and token, padded to a power of two, and decays, 0 between documents."""
 
     q: Float[Tensor, "N B H C K"]
     k: Float[Tensor, "N B H C K"]
     v: Float[Tensor, "N B H C V"]
     halves: list[tuple[Tensor, Tensor]]
-    into: Float[Tensor, "N B H C K"]  # from the chunk's incoming state to a token
-    onto: Float[Tensor, "N B H C K"]  # from a token to the state that leaves the chunk
-    across: Float[Tensor, "N B H K 1"]  # from the incoming state to the leaving one
-    seen: Bool[Tensor, "N B 1 C C"] | None  # which tokens are of one document
+    into: Float[Tensor, "N B H C K"]  # from the state before the chunk to a token
+    onto: Float[Tensor, "N B H C K"]  # from a token to the state after the chunk
+    across: Float[Tensor, "N B H K 1"]  # from the state before the chunk to the state after it
+    seen: Bool[Tensor, "N B 1 C C"] | None  # true for two tokens of one document
 
     def mix(self) -> Float[Tensor, "N B H C C"]:
-        """What each token takes from each token of its chunk."""
+        """Returns the weight of each token in the outputs of the tokens of its chunk."""
         return self.masked(_scores(self.q, self.k, self.halves))
 
     def masked(self, scores: Float[Tensor, "N B H C C"]) -> Float[Tensor, "N B H C C"]:
-        """Scores between documents set to 0, in place."""
+        """Sets the scores between documents to 0, in place."""
         return scores if self.seen is None else scores.mul_(self.seen)
 
     def states(self, start: Float[Tensor, "B H K V"]) -> Float[Tensor, "S B H K V"]:
-        """The state that comes into each chunk, and the one that leaves the last."""
+        """Returns the state before each chunk, and the state after the last chunk."""
         written = (self.k * self.onto).mT @ self.v
         states = written.new_empty(len(written) + 1, *start.shape)
         states[0] = start
@@ -276,7 +277,7 @@ def _differentiate(
     d_leaving: Float[Tensor, "B H K V"],
     wanted: tuple[bool, ...],
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Gradients of one segment: of q, k, v, the log decays, and the state at its start."""
+    """Returns the gradients of one segment: of q, k, v, the log decays, and the state at its start."""
     q, k, v, d_found = chunks.q, chunks.k, chunks.v, _padded(d_found, -2)
     states = chunks.states(start)[:-1]
     found = (q * chunks.into).mT @ d_found
@@ -292,7 +293,7 @@ def _differentiate(
     d_q.addcmul_(d_found @ states.mT, chunks.into)
     d_k_carried = (v @ d_written.mT).mul_(chunks.onto)
     d_k += d_k_carried
-    # Through sums of log decays: a token's own score does not decay and is left out till after.
+    # Gradient of sums of log decays: the score of a token with itself does not decay and is added afterwards.
     d_sums = (q * d_q).addcmul_(k, d_k, value=-1)
     d_sums[..., -1, :] += (k * d_k_carried).sum(-2) + (states * d_written).sum(-1) * chunks.across[..., 0]
     own = d_scores.diagonal(dim1=-2, dim2=-1)[..., None]

@@ -1,6 +1,6 @@
-"""Which form of a recurrence runs: a step for a token that goes on from a state, chunks, or a kernel on a device.
+"""Selection of the form of a recurrence: one step, chunks, or a kernel of the device.
 
-A graph that `torch.export` makes goes token by token with torch's scan operator, so that it serves rows of any length.
+A graph of `torch.export` runs token by token with torch's scan operator, so that it accepts rows of any length.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,16 +30,17 @@ def run(
     state: Float[Tensor, "B H K V"] | None,
     resets: Bool[Tensor, "B T"] | None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """Takes in tokens.
+    """Runs a recurrence over tokens.
 
     Args:
         recurrence: `scalar_decay`, `channel_decay` or `delta_rule`.
         q: Queries, scaled.
         k: Keys.
         v: Values.
-        rates: What else the recurrence's `chunked` takes before the state.
-        state: From the tokens before; None: zeros.
-        resets: Where a document begins: the state is emptied before that token is taken in; None: nowhere.
+        rates: Arguments of the recurrence's `chunked` between values and state: decays, strengths.
+        state: State after the previous tokens; None: zeros.
+        resets: True for the first token of a document: the state is set to zero before this token; None: no document
+            begins.
 
     Returns:
         The outputs in v's dtype, and the state after the last token in float32 (float64).
@@ -66,7 +67,7 @@ def run_selective(
     state: Float[Tensor, "B D N"] | None,
     resets: Bool[Tensor, "B T"] | None,
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D N"]]:
-    """Takes in tokens by `selective_scan`; arguments and returns as of its `chunked`."""
+    """Runs the selective scan over tokens; arguments and returns as of `selective_scan.chunked`."""
     if is_single(x, state, resets):
         out, after = selective_scan.step(x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state)
         return out.unsqueeze(1), after
@@ -82,7 +83,7 @@ def run_selective(
 
 
 def is_single(q: Tensor, state: Tensor | None, resets: Tensor | None) -> bool:
-    """Whether this call is one token that goes on from a state."""
+    """Returns whether a call has one token and a state to continue from."""
     return q.shape[1] == 1 and state is not None and resets is None
 
 
@@ -96,7 +97,7 @@ def _fits(recurrence: ModuleType, q: Tensor, single: bool, tensors: tuple[Tensor
 def _scan(
     recurrence: ModuleType, inputs: tuple[Tensor | None, ...], state: Tensor, resets: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Runs a recurrence token by token; inputs without tokens, such as a decay per head, are the same for all."""
+    """Runs a recurrence token by token; an input without a token dimension is the same for all tokens."""
     is_of_tokens = [x is not None and x.dim() > 1 for x in inputs]
 
     def step(*token_and_state: Tensor) -> tuple[Tensor, Tensor]:

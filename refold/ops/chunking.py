@@ -1,4 +1,4 @@
-"""Tokens in chunks, `[N, B, H, C, .]` for batched products, and what chunks see of each other across documents."""
+"""Layout of tokens in chunks, `[N, B, H, C, .]` for batched products, with decays and document masks in chunks."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import functional
 
 CPU_SEGMENT_NUMBERS = 2**18
-"""What a `[N, B, H, C, C]` holds while a segment is worked on: enough to be quick, little enough to stay in cache."""
+"""Elements of a `[N, B, H, C, C]` tensor of one segment on a CPU: enough to be fast, few enough for the cache."""
 DEVICE_SEGMENT_NUMBERS = 2**25
-"""The same on other devices, which want more work at once."""
+"""Elements of a `[N, B, H, C, C]` tensor of one segment on other devices, which need larger operations."""
 
 
 class Segment(NamedTuple):
-    """Tokens `start` to `stop`: a whole number of chunks of `chunk` tokens, worked on at once."""
+    """Tokens `start` to `stop` that are processed at once: a whole number of chunks of `chunk` tokens."""
 
     start: int
     stop: int
@@ -23,7 +23,7 @@ class Segment(NamedTuple):
 
 
 def segments(x: Float[Tensor, "B T H V"], chunk_size: int) -> Iterator[Segment]:
-    """Cuts rows into segments of whole chunks; what is left at the end is a chunk of its own, so nothing is padded."""
+    """Cuts rows into segments of whole chunks; the remaining tokens become one shorter chunk, without padding."""
     batch, tokens, heads = x.shape[:3]
     whole = tokens - tokens % chunk_size
     numbers = CPU_SEGMENT_NUMBERS if x.device.type == "cpu" else DEVICE_SEGMENT_NUMBERS
@@ -35,17 +35,17 @@ def segments(x: Float[Tensor, "B T H V"], chunk_size: int) -> Iterator[Segment]:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What recurrences compute in, and states are kept in: float32, or float64 where inputs are."""
+    """Returns the dtype of the computations and states of recurrences: float64 for float64 inputs, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def to_chunks(x: Float[Tensor, "B T H *X"], segment: Segment, dtype: torch.dtype) -> Float[Tensor, "N B H C *X"]:
-    """A segment's tokens laid out by chunk and head, contiguous."""
+    """Returns a segment's tokens by chunk and head, contiguous."""
     return _chunked_view(x, segment).to(dtype).contiguous()
 
 
 def put_chunks(x: Float[Tensor, "B T H *X"], segment: Segment, chunks: Float[Tensor, "N B H C *X"]) -> None:
-    """Writes what `to_chunks` would have read; tokens of padding are left out."""
+    """Writes chunks to their places in a row, the inverse of `to_chunks`; padding is dropped."""
     _chunked_view(x, segment).copy_(chunks[:, :, :, : segment.chunk])
 
 
@@ -54,18 +54,18 @@ def _chunked_view(x: Float[Tensor, "B T H *X"], segment: Segment) -> Float[Tenso
 
 
 def suffix_sums(x: Tensor, dim: int) -> Tensor:
-    """At each place of a dimension the sum of what is there and after it."""
+    """Returns, for each index of a dimension, the sum of the elements from this index to the end."""
     return x.flip(dim).cumsum(dim).flip(dim)
 
 
 class Sight(NamedTuple):
-    """What is of one document: False where a document began in between. Heads are a size of 1.
+    """Masks for documents: False if another document begins between the two places. The head dimension has size 1.
 
     Attributes:
-        pairs: Token by token within a chunk, order not regarded.
-        before: The state that comes into the chunk, by the chunk's tokens.
-        after: The chunk's tokens, by the state that leaves it.
-        across: The state that comes in, by the state that leaves.
+        pairs: Between two tokens of a chunk, in any order.
+        before: Between the state before the chunk and the chunk's tokens.
+        after: Between the chunk's tokens and the state after it.
+        across: Between the state before the chunk and the state after it.
     """
 
     pairs: Bool[Tensor, "N B 1 C C"]
@@ -75,11 +75,11 @@ class Sight(NamedTuple):
 
 
 def look(numbers: Int[Tensor, "B T"], segment: Segment) -> Sight:
-    """Compares the documents of a segment's tokens.
+    """Returns the document masks of a segment's chunks.
 
     Args:
-        numbers: Of the row's tokens, from `number_documents`.
-        segment: Where to look.
+        numbers: Document numbers of the row's tokens, from `number_documents`.
+        segment: The segment.
     """
     own = numbers[:, segment.start : segment.stop].unflatten(1, (-1, segment.chunk)).transpose(0, 1)
     first = numbers[None, :, segment.start - 1] if segment.start else torch.zeros_like(own[:1, :, 0])
@@ -94,18 +94,18 @@ def look(numbers: Int[Tensor, "B T"], segment: Segment) -> Sight:
 
 
 def segment_sums(x: Float[Tensor, "*X T"]) -> Float[Tensor, "*X T T"]:
-    """x_{j+1} + ... + x_i for j <= i, else -inf. Each is summed by itself: differences of long sums lose digits."""
+    """Returns x_{j+1} + ... + x_i for j <= i, else -inf. No sum is a difference of long sums, which loses digits."""
     later = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).triu()
     sums = x[..., :, None].masked_fill(later, 0.0).cumsum(-2)
     return sums.masked_fill_(later.triu(1), -torch.inf)
 
 
 def pairwise_decay(decays: Float[Tensor, "*X C"], block: int = 16) -> Float[Tensor, "*X C C"]:
-    """exp(g_{j+1} + ... + g_i) for j <= i, else 0.
+    """Returns exp(g_{j+1} + ... + g_i) for j <= i, else 0.
 
-    Between blocks it is the product of the way to the later block's start and the way from there: far fewer
-    exponentials than pairs, none of them above 1. No sum is a difference of longer ones, so weak decays keep their
-    digits beside strong ones.
+    For tokens of different blocks the result is the product of the decay to the start of the later block and the decay
+    from there. This needs far fewer exponentials than pairs, and no exponential is above 1. No sum is a difference of
+    longer sums, so weak decays keep their digits beside strong decays.
     """
     size = decays.shape[-1]
     if size <= block:
@@ -113,7 +113,7 @@ def pairwise_decay(decays: Float[Tensor, "*X C"], block: int = 16) -> Float[Tens
     blocks = functional.pad(decays, (0, -size % block)).unflatten(-1, (-1, block))
     sums = blocks.cumsum(-1)
     until = functional.pad(suffix_sums(blocks, -1)[..., 1:], (0, 1))
-    # To the start of a block, so one block fewer; nothing reaches the first.
+    # Sums end at the start of a block, so they cover one block less; the first block is reached by no other.
     between = functional.pad(segment_sums(sums[..., -1])[..., :-1, :], (0, 0, 1, 0), value=-torch.inf)
     reach = (between[..., None] + until[..., None, :, :]).exp_().flatten(-2)
     pairs = sums.exp()[..., None] * reach[..., None, :]
@@ -123,7 +123,7 @@ def pairwise_decay(decays: Float[Tensor, "*X C"], block: int = 16) -> Float[Tens
 
 
 def cut(tokens: int, size: int) -> list[slice]:
-    """Returns a row's tokens in pieces of `size`, the last of the tokens left; one piece in a graph for any length."""
+    """Returns slices of `size` tokens that cover a row, the last may be shorter; one slice in an exported graph."""
     if torch.compiler.is_exporting():
         return [slice(0, tokens)]
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]

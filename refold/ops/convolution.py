@@ -1,6 +1,6 @@
-"""Causal depthwise convolution over the last few tokens, as Mamba and its kin put before their recurrence.
+"""Causal depthwise convolution over the last few tokens, used by Mamba and similar mixers before the recurrence.
 
-y_t = bias + sum_j weight[:, j] * x_{t - (W - 1) + j}, where inputs of another document, or from before any, are zero
+y_t = bias + sum_j weight[:, j] * x_{t - (W - 1) + j}, with zeros for inputs of another document or before the first
 (arXiv 2312.00752, section 3.4; the layout of weights is that of a depthwise `torch.nn.Conv1d` without its middle axis).
 """
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from refold.ops.documents import number_documents
 
 _BLOCK_TOKENS = 128
-"""Tokens worked on at once on a CPU, so that inputs stay in its cache for all taps: measured, twice as fast."""
+"""Tokens processed at once on a CPU, so that inputs stay in the cache for all taps; measured to be twice as fast."""
 
 
 def convolve(
@@ -31,10 +31,10 @@ def convolve(
 
     Args:
         x: Inputs.
-        weight: Taps, the oldest token's first.
-        bias: Added everywhere; None: nothing.
-        past: The W - 1 inputs before `x`, oldest first, zeros where there were none; None: all zeros.
-        resets: Where a document begins: it sees nothing from before.
+        weight: Taps, that of the oldest token first.
+        bias: Bias of each channel; None: no bias.
+        past: The W - 1 inputs before `x`, oldest first, with zeros for missing inputs; None: all zeros.
+        resets: True for the first token of a document, which does not see earlier inputs.
     """
     with torch.autocast(x.device.type, enabled=False):
         prepared = _prepare(x, weight, bias, past, resets)
@@ -49,7 +49,7 @@ def naive(
     past: Float[Tensor, "B C before"] | None = None,
     resets: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T C"]:
-    """`convolve` token by token, with the last W inputs as a state: slow, for tests."""
+    """Computes `convolve` token by token with the last W inputs as state, as the slow reference for tests."""
     batch, tokens, channels = x.shape
     width = weight.shape[1]
     window = x.new_zeros(batch, channels, width)
@@ -68,7 +68,7 @@ def naive(
 def _prepare(
     x: Tensor, weight: Tensor, bias: Tensor | None, past: Tensor | None, resets: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Inputs with the past before them, taps first, bias, and per token which of the W - 1 before it it may see."""
+    """Returns inputs after the past, transposed taps, bias, and a mask of the W - 1 previous inputs of each token."""
     batch, tokens, _ = x.shape
     before = weight.shape[1] - 1
     assert past is None or past.shape[2] == before, "the past holds one input less than there are taps"
@@ -86,7 +86,7 @@ def _prepare(
 
 
 def _sum_taps(inputs: Tensor, taps: Tensor, bias: Tensor | None, seen: Tensor | None) -> Tensor:
-    """The sum of shifted products without blocks of tokens, for graphs that serve rows of any length."""
+    """Returns the sum of shifted products without blocks of tokens, for exported graphs with rows of any length."""
     before = taps.shape[0] - 1
     tokens = inputs.shape[1] - before
     out = inputs[:, before:] * taps[before]
@@ -97,7 +97,7 @@ def _sum_taps(inputs: Tensor, taps: Tensor, bias: Tensor | None, seen: Tensor | 
 
 
 class _Convolution(torch.autograd.Function):
-    """A sum of shifted products. Its own backward because autograd's, like conv1d's, takes several times as long."""
+    """Computes a sum of shifted products. Its backward is several times as fast as that of autograd or of conv1d."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, taps: Tensor, bias: Tensor | None, seen: Tensor | None) -> Tensor:
@@ -130,7 +130,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def _blocks(out: Tensor) -> list[tuple[int, int]]:
-    """Where blocks of tokens begin and end: on other devices than a CPU all tokens are one."""
+    """Returns start and end of each block of tokens; on other devices than a CPU all tokens are one block."""
     tokens = out.shape[1]
     size = _BLOCK_TOKENS if out.device.type == "cpu" else tokens
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]

@@ -1,4 +1,4 @@
-"""The delta rule, without and with a decay: what the state holds under a key is replaced rather than added to.
+"""The delta rule, without and with a decay: a token replaces the value that the state holds for its key.
 
     S <- exp(g_t) S,    u_t = beta_t (v_t - S^T k_t),    S <- S + k_t u_t^T,    o_t = S^T q_t
 
@@ -33,13 +33,13 @@ def step(
     log_decay: Float[Tensor, "B H"] | None,
     state: Float[Tensor, "B H K V"] | None,
 ) -> tuple[Float[Tensor, "B H V"], Float[Tensor, "B H K V"]]:
-    """Takes in one token.
+    """Updates the state with one token and reads the output.
 
     Args:
         q: Query, scaled.
         k: Key, usually of length 1.
         v: Value.
-        beta: How much of what is held under the key is replaced, from 0 to 1 (up to 2 with keys of length 1).
+        beta: Share of the value held for the key that is replaced, from 0 to 1 (up to 2 with keys of length 1).
         log_decay: g, at most 0; None: no decay.
         state: float32, or float64 with values in float64; None: zeros.
 
@@ -69,7 +69,7 @@ def naive(
     state: Float[Tensor, "B H K V"] | None = None,
     resets: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """Takes in token by token; arguments and returns as of `chunked`. The oracle of tests."""
+    """Computes `chunked` token by token, as the reference for tests; same arguments and returns."""
 
     def take(t: int, state: Tensor) -> tuple[Tensor, Tensor]:
         decay = None if log_decay is None else log_decay[:, t]
@@ -88,22 +88,22 @@ def chunked(
     resets: Bool[Tensor, "B T"] | None = None,
     chunk_size: int = 64,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """Takes in whole rows: a triangular system says what a chunk's tokens write (arXiv 2412.06464, section 3.3).
+    """Computes whole rows; a triangular system gives the values that a chunk writes (arXiv 2412.06464, section 3.3).
 
-    With U and V the chunk's u and v as rows, G the sums of g within the chunk and S_0 the state that comes in:
+    With U and V the chunk's u and v as rows, G the sums of g within the chunk and S_0 the state before the chunk:
     (I + A) U = diag(beta) (V - diag(exp G) K S_0), where A_ij = beta_i exp(G_i - G_j) k_i . k_j for j < i.
 
-    Computes in float32 (float64 for values in float64). For backward it keeps the inputs and one state per segment, and
-    works the rest out again. It can be differentiated once.
+    Computes in float32 (float64 for values in float64). For the backward pass it keeps the inputs and one state per
+    segment, and recomputes the rest. It can be differentiated once.
 
     Args:
         q: Queries, scaled.
         k: Keys, usually of length 1.
         v: Values.
-        beta: How much of what is held under the key is replaced, from 0 to 1 (up to 2 with keys of length 1).
+        beta: Share of the value held for the key that is replaced, from 0 to 1 (up to 2 with keys of length 1).
         log_decay: g, finite and at most 0; None: no decay.
-        state: From the tokens before; None: zeros.
-        resets: Where a document begins: the state is emptied before that token is taken in.
+        state: State after the previous tokens; None: zeros.
+        resets: True for the first token of a document: the state is set to zero before this token.
         chunk_size: Tokens.
 
     Returns:
@@ -121,7 +121,7 @@ def matrix(
     log_decay: Float[Tensor, "B T H"] | None = None,
     resets: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B H T T"]:
-    """The recurrence as an attention matrix M: o = M v from an empty state (one chunk of all tokens).
+    """Returns the recurrence as an attention matrix M: o = M v from a state of zeros (one chunk of all tokens).
 
     Args:
         q: Queries, scaled.
@@ -131,7 +131,7 @@ def matrix(
         resets: As of `chunked`.
 
     Returns:
-        Row t: what token t takes from each token. float32 (float64).
+        Row t: the weights of all tokens in the output of token t. float32 (float64).
     """
     dtype = compute_dtype(q)
     with torch.autocast(q.device.type, enabled=False):
@@ -147,25 +147,25 @@ def matrix(
 
 
 class _Chunks(NamedTuple):
-    """A segment's inputs by chunk, row and head (X), and token, and how far they decay."""
+    """Holds a segment's inputs by chunk, row and head (X), and token, and their decays."""
 
     q: Float[Tensor, "N X C K"]
     k: Float[Tensor, "N X C K"]
     v: Float[Tensor, "N X C V"]
     beta: Float[Tensor, "N X C 1"]
     pairs: Float[Tensor, "N X C C"]  # from token to token of a chunk
-    into: Float[Tensor, "N X C 1"]  # from the chunk's incoming state to a token
-    onto: Float[Tensor, "N X C 1"]  # from a token to the state that leaves the chunk
-    across: Float[Tensor, "N X 1 1"]  # from the incoming state to the leaving one
+    into: Float[Tensor, "N X C 1"]  # from the state before the chunk to a token
+    onto: Float[Tensor, "N X C 1"]  # from a token to the state after the chunk
+    across: Float[Tensor, "N X 1 1"]  # from the state before the chunk to the state after it
 
 
 class _Written(NamedTuple):
-    """What a segment's tokens write into the states, and what that takes to know."""
+    """Holds the values that a segment's tokens write into the states, and intermediate results for gradients."""
 
     likeness: Float[Tensor, "N X C C"]  # of keys: K K^T
-    system: Float[Tensor, "N X C C"]  # A, its diagonal to be read as 1
+    system: Float[Tensor, "N X C C"]  # A; the solver takes its diagonal as 1
     readers: Float[Tensor, "N X C K"]  # (I + A)^-1 diag(beta exp G) K
-    states: Float[Tensor, "N X K V"]  # that come into the chunks
+    states: Float[Tensor, "N X K V"]  # before each chunk
     u: Float[Tensor, "N X C V"]
 
 
@@ -192,12 +192,12 @@ def _read(inputs: Inputs, numbers: Tensor | None, segment: Segment) -> _Chunks:
 
 
 def _write(chunks: _Chunks, start: Float[Tensor, "X K V"]) -> tuple[_Written, Float[Tensor, "X K V"]]:
-    """Solves the chunks' systems, but for the states that come in, and then goes from state to state."""
+    """Solves the chunks' systems without the states before the chunks, and then computes the states in order."""
     likeness = chunks.k @ chunks.k.mT
     system = (likeness * chunks.pairs).mul_(chunks.beta)
     size = chunks.v.shape[-1]
     known = torch.cat((chunks.v * chunks.beta, chunks.k * (chunks.beta * chunks.into)), dim=-1)
-    # Transposed, because LAPACK's matrices are stored by columns: nothing is copied to another order.
+    # Transposed, because LAPACK stores matrices by columns: this avoids a copy.
     solved = torch.linalg.solve_triangular(system.mT, known.mT, upper=True, left=False, unitriangular=True).mT
     u, readers = solved[..., :size], solved[..., size:]
     writers = (chunks.k * chunks.onto).mT
@@ -223,7 +223,7 @@ def _differentiate(
     d_leaving: Float[Tensor, "B H K V"],
     wanted: tuple[bool, ...],
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Gradients of one segment: of q, k, v, beta, the log decays, and of the state at its start."""
+    """Returns the gradients of one segment: of q, k, v, beta, the log decays, and the state at its start."""
     heads = start.shape[:2]
     start, d_found, d_leaving = start.flatten(0, 1), d_found.flatten(1, 2), d_leaving.flatten(0, 1)
     q, k, v, beta, pairs, into, onto, across = chunks
@@ -243,7 +243,7 @@ def _differentiate(
 
     d_known = torch.linalg.solve_triangular(system.mT, d_u, upper=True, unitriangular=True)
     d_scores = (d_found @ u.mT).mul_(pairs)
-    d_likeness = (d_known @ u.mT).mul_(pairs).tril_(-1).neg_()  # still to be multiplied by beta
+    d_likeness = (d_known @ u.mT).mul_(pairs).tril_(-1).neg_()  # multiplied by beta below
     d_q_carried = d_found_into @ states.mT
     d_k_read = (d_known * into) @ states.mT
     d_k_written = (u @ d_written.mT).mul_(onto)
@@ -258,7 +258,7 @@ def _differentiate(
     d_k += d_k_written
     d_k -= d_k_read * beta
 
-    # A token's own term does not decay; left in, it would drown the others where decay is strong.
+    # The term of a token with itself does not decay. Without its removal it would hide the others under strong decay.
     d_pairs = (from_pairs * beta).addcmul_(d_scores, scores)
     d_pairs.diagonal(dim1=-2, dim2=-1).zero_()
     kept = (k * d_k_written).sum(-1)

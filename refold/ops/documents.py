@@ -1,4 +1,4 @@
-"""Documents packed in a row, as recurrences see them: states are emptied where one begins."""
+"""Documents packed in a row, for recurrences, which set their state to zero at the first token of each document."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,13 +8,13 @@ from torch import Tensor
 def number_documents(
     resets: Bool[Tensor, "B T"] | None, batch: int, tokens: int, device: torch.device
 ) -> Int[Tensor, "B T"]:
-    """Returns for each token how many documents have begun in this row so far: 0 where the state at hand continues.
+    """Returns, for each token, the number of documents that have begun in its row; 0: the document of the given state.
 
     Args:
-        resets: Where a document begins, so that nothing from before may be seen; None: nowhere.
+        resets: True for the first token of a document, which does not see earlier tokens; None: no document begins.
         batch: Rows.
         tokens: Tokens in a row.
-        device: Where to make it.
+        device: Device of the result.
     """
     if resets is None:
         return torch.zeros(batch, tokens, dtype=torch.long, device=device)
@@ -22,7 +22,7 @@ def number_documents(
 
 
 def within_documents(mixing: Float[Tensor, "B H T T"], resets: Bool[Tensor, "B T"] | None) -> Float[Tensor, "B H T T"]:
-    """Returns what tokens take from tokens, with 0 between documents."""
+    """Returns token-mixing matrices with 0 between tokens of different documents."""
     if resets is None:
         return mixing
     numbers = number_documents(resets, resets.shape[0], resets.shape[1], resets.device)

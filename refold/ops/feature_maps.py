@@ -1,11 +1,11 @@
-"""Maps phi with phi(q) . phi(k) near exp(q . k): what makes attention linear. Inputs carry the attention's scale."""
+"""Feature maps phi of linear attention, with phi(q) . phi(k) near exp(q . k). Inputs include the attention's scale."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 LARGEST_EXPONENT = 40.0
-"""Of a feature: the product of two, summed over many tokens, stays within float32."""
+"""Largest exponent of a feature: a product of two features, summed over many tokens, stays within float32."""
 
 
 def feature_map(
@@ -22,9 +22,9 @@ def feature_map(
             (softmax over learned projections and their negatives, 2402.04347), `favor` (positive random features,
             2009.14794), `dijiang` (the same with weighted directions of a cosine transform, 2403.19928).
         x: Queries or keys, each times the square root of the attention's scale.
-        directions: Of maps that have any.
-        log_weights: Logarithms of the features' weights, of `dijiang`.
-        is_query: Whether features may be scaled for each token, which the normaliser undoes.
+        directions: Projection of the maps that have one.
+        log_weights: Logarithms of the features' weights, for `dijiang`.
+        is_query: Whether features may be scaled for each token; the normaliser cancels this scale.
     """
     x = x.float()
     if name == "elu":

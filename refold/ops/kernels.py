@@ -1,12 +1,13 @@
-"""Recurrences by flash-linear-attention's kernels, on CUDA devices where it is installed.
+"""Recurrences by the kernels of flash-linear-attention, on CUDA devices if the library is installed.
 
-They compute what our own forms do; this translates. Theirs, as of 0.5 and 0.6: `[B, T, H, .]` as here; log decays as
-here; queries times `scale`, which is K^-0.5 unless told (ours come scaled: 1); states `[N, H, K, V]` in float32, not
-transposed, one for each of N sequences; all of q, k and v in one dtype; documents of different lengths as one row with
-`cu_seqlens`, the places where they begin and the end of the last. In float32 they round factors to TF32, in half
-precision states between chunks too.
+The kernels compute the same functions as our own forms; this module translates the arguments. Conventions of versions
+0.5 and 0.6: layout `[B, T, H, .]` and log decays as here; queries are multiplied by `scale`, by default K^-0.5 (our
+queries are scaled, so we pass 1); states are `[N, H, K, V]` in float32, not transposed, one for each of N sequences; q,
+k and v have one dtype; documents of different lengths are one row with `cu_seqlens`, the start of each document and the
+end of the last. With float32 inputs the kernels round factors to TF32, in half precision they also round the states
+between chunks.
 
-Nothing of that library is imported before a tensor on such a device is at hand: elsewhere it breaks.
+The library is imported only when a tensor on such a device is used, because the import fails on other machines.
 """
 
 import functools
@@ -24,25 +25,25 @@ from torch.utils.weak import WeakIdKeyDictionary
 from refold.errors import RefoldError
 
 VARIABLE = "REFOLD_KERNELS"
-"""Environment variable: `auto`, or `torch` for our own forms on every device."""
+"""Environment variable: `auto`, or `torch` to use our own forms on every device."""
 DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = 0, 5
-"""Version whose arguments are known; long before it functions took heads first."""
+"""Oldest supported version; the functions of much older versions have the head dimension first."""
 LARGEST_DELTA_KEY = 256
-"""Key size that the delta rule's kernels take."""
+"""Largest key size of the delta rule's kernels."""
 
 
 def serve(q: Float[Tensor, "B T G K"], v: Float[Tensor, "B T H V"]) -> bool:
-    """Whether kernels are there for these tensors, and wanted.
+    """Returns whether kernels support these tensors, are installed, and are not switched off.
 
     Raises:
-        RefoldError: The environment variable is neither of its values.
+        RefoldError: The environment variable has an invalid value.
     """
     if v.device.type not in DEVICES or v.dtype not in DTYPES or not v.numel():
         return False
     if v.dtype != torch.float32 and (q.shape[-1] % 2 or v.shape[-1] % 2):
-        return False  # backward of theirs refuses odd sizes in half precision
+        return False  # the kernels' backward refuses odd sizes in half precision
     return _are_wanted() and _are_installed()
 
 
@@ -55,13 +56,13 @@ def scalar_decay(
     resets: Bool[Tensor, "B T"] | None = None,
     in_chunks: bool = True,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """`scalar_decay.chunked`, or its token loop where not `in_chunks`."""
+    """Computes `scalar_decay.chunked` by a kernel in chunks, or token by token without `in_chunks`."""
     repeats = v.shape[2] // q.shape[2]
     if repeats > 1:
         q, k = q.repeat_interleave(repeats, dim=2), k.repeat_interleave(repeats, dim=2)
     rates: dict[str, Tensor] = {}
     if log_decay is not None and log_decay.dim() == 1 and not log_decay.requires_grad:
-        rates["g_gamma"] = log_decay  # theirs gets no gradient
+        rates["g_gamma"] = log_decay  # this argument of the kernel gets no gradient
     elif log_decay is not None:
         rates["g"] = log_decay.expand(v.shape[:3])
     name = "chunk_simple_gla" if in_chunks else "fused_recurrent_simple_gla"
@@ -77,7 +78,7 @@ def channel_decay(
     resets: Bool[Tensor, "B T"] | None = None,
     in_chunks: bool = True,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """`channel_decay.chunked`, or its token loop where not `in_chunks`."""
+    """Computes `channel_decay.chunked` by a kernel in chunks, or token by token without `in_chunks`."""
     if in_chunks:
         return _run("gla", "chunk_gla", q, k, v, {"g": log_decay}, state, resets)
     return _run("gla", "fused_recurrent_gla", q, k, v, {"gk": log_decay}, state, resets)
@@ -93,24 +94,24 @@ def delta_rule(
     resets: Bool[Tensor, "B T"] | None = None,
     in_chunks: bool = True,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """`delta_rule.chunked`, or its token loop where not `in_chunks`; the loop cannot be differentiated."""
+    """Computes `delta_rule.chunked` by a kernel in chunks; without `in_chunks` token by token, without gradients."""
     rates = {"beta": beta} | ({} if log_decay is None else {"g": log_decay})
     if not in_chunks:
         return _run("gated_delta_rule", "fused_recurrent_gated_delta_rule", q, k, v, rates, state, resets)
     if log_decay is None and v.dtype != torch.float32:
         return _run("delta_rule", "chunk_delta_rule", q, k, v, rates, state, resets)
-    # The one without decays refuses float32.
+    # The kernel without decays refuses float32.
     rates.setdefault("g", torch.zeros_like(beta))
     return _run("gated_delta_rule", "chunk_gated_delta_rule", q, k, v, rates, state, resets)
 
 
 class _Documents(NamedTuple):
-    """Where the documents of all rows are, rows laid end to end.
+    """Holds the positions of the documents in all rows, concatenated.
 
     Attributes:
-        bounds: Where each begins, and the end of the last.
-        first: Number of each row's first.
-        last: Number of each row's last.
+        bounds: Start of each document, and the end of the last one.
+        first: Index of the first document of each row.
+        last: Index of the last document of each row.
     """
 
     bounds: Int[Tensor, " N"]
@@ -128,7 +129,7 @@ class _Documents(NamedTuple):
 
 
 _documents: "WeakIdKeyDictionary" = WeakIdKeyDictionary()
-"""By resets, which all depths of a pass share: finding documents waits for the device."""
+"""Documents by `resets`, which all depths of a pass share; they are cached because `nonzero` waits for the device."""
 
 
 def _run(
@@ -169,7 +170,7 @@ def _are_wanted() -> bool:
 
 @functools.cache
 def _are_installed() -> bool:
-    """Whether the library is there; this does not import it."""
+    """Returns whether the library is installed, without importing it."""
     return importlib.util.find_spec("fla") is not None
 
 

@@ -1,4 +1,4 @@
-"""What all recurrences over a state `[B, H, K, V]` have in common: the loop over tokens, and the one over segments."""
+"""Loops over tokens and over segments, common to all recurrences over a state `[B, H, K, V]`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,19 +12,19 @@ from refold.ops.chunking import Segment, compute_dtype, put_chunks, segments, to
 from refold.ops.documents import number_documents
 
 Inputs = tuple[Tensor, ...]
-"""Queries, keys and values `[B, T, ...]`, and what else a recurrence takes."""
+"""Queries, keys and values `[B, T, ...]`, and further inputs of a recurrence, such as decays."""
 State = Float[Tensor, "B H K V"]
 
 
 class InChunks(NamedTuple):
-    """How a recurrence works on one segment. Its methods see compute dtypes, and no autocast.
+    """Functions of a recurrence for one segment. They get the compute dtype and run without autocast.
 
     Attributes:
-        read: From inputs, the tokens' documents and a segment to what the others are given first.
-        run: From that and the state before the segment to outputs `[N, B, H, C, V]` and the state after it.
-        differentiate: From that, the state before the segment, gradients of outputs and of the state after it, and
-            which inputs want a gradient, to the inputs' gradients by chunk, head and token, or None where none is
-            wanted, and that of the state before.
+        read: Maps inputs, document numbers of the tokens and a segment to the chunks of the segment.
+        run: Maps these chunks and the state before the segment to outputs `[N, B, H, C, V]` and the state after it.
+        differentiate: Maps these chunks, the state before the segment, the gradients of outputs and of the state after
+            it, and a flag for each input that needs a gradient to the gradients of the inputs by chunk, head and token
+            (None if not needed), and the gradient of the state before the segment.
     """
 
     read: Callable[[Inputs, Int[Tensor, "B T"] | None, Segment], Any]
@@ -35,13 +35,13 @@ class InChunks(NamedTuple):
 def loop(
     step: Callable[[int, Any], tuple[Tensor, Tensor]], state: Tensor, tokens: int, resets: Bool[Tensor, "B T"] | None
 ) -> tuple[Tensor, Tensor]:
-    """Goes from token to token.
+    """Runs a recurrence token by token.
 
     Args:
-        step: From a token's place and the state before it to its output and the state after it.
-        state: Before the first token.
-        tokens: In a row.
-        resets: Where the state is emptied before the token is taken in.
+        step: Maps the index of a token and the state before it to its output and the state after it.
+        state: State before the first token.
+        tokens: Tokens in a row.
+        resets: True for tokens before which the state is set to zero.
 
     Returns:
         The outputs `[B, T, ...]`, and the state after the last token.
@@ -61,20 +61,20 @@ def scan(
     state: Tensor,
     resets: Bool[Tensor, "B T"] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Goes from token to token by torch's scan operator: an exported graph with it serves rows of any length.
+    """Runs a recurrence token by token with torch's scan operator, for exported graphs with rows of any length.
 
-    The chunked forms cut rows by Python numbers, which a graph would hold fixed.
+    The chunked forms cut rows by Python numbers, which are constants in a graph.
 
     Args:
-        step: From a token's inputs and the state before it to its output and the state after it.
-        inputs: Each `[B, T, ...]`.
-        state: Before the first token.
-        resets: Where the state is emptied before the token is taken in.
+        step: Maps the inputs of a token and the state before it to its output and the state after it.
+        inputs: Inputs, each `[B, T, ...]`.
+        state: State before the first token.
+        resets: True for tokens before which the state is set to zero.
 
     Returns:
         The outputs `[B, T, ...]`, and the state after the last token.
     """
-    # A prototype of torch's, which nothing but an export needs.
+    # The operator is a prototype of torch, and only exports need it.
     from torch._higher_order_ops.scan import scan as scan_operator
 
     def take(state: Tensor, given: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ def scan(
 
 
 def start_state(state: State | None, k: Float[Tensor, "B T G K"], v: Float[Tensor, "B T H V"]) -> State:
-    """The given state in the dtype recurrences compute in; zeros where there is none."""
+    """Returns the given state, or zeros for None, in the dtype of the computation."""
     if state is None:
         return v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=compute_dtype(v))
     return state.to(compute_dtype(v))
@@ -101,13 +101,14 @@ def run_in_chunks(
 ) -> tuple[Float[Tensor, "B T H V"], State]:
     """Runs whole rows, segment by segment.
 
-    For backward it keeps the inputs and one state per segment. It can be differentiated once.
+    For the backward pass it keeps the inputs and one state per segment. It can be differentiated once.
 
     Args:
-        recurrence: How a segment is worked on.
-        inputs: Values are the third of them. One without tokens, such as a decay per head, is the same for all.
-        state: Before the first token, from `start_state`.
-        resets: Where a document begins: the state is emptied before that token is taken in.
+        recurrence: Functions for one segment.
+        inputs: Inputs, with the values as the third. An input without a token dimension, such as a decay per head, is
+            the same for all tokens.
+        state: State before the first token, from `start_state`.
+        resets: True for the first token of a document: the state is set to zero before this token.
         chunk_size: Tokens.
 
     Returns:
@@ -127,7 +128,7 @@ class _InChunks(torch.autograd.Function):
         with torch.autocast(v.device.type, enabled=False):
             for segment in segments(v, chunk_size):
                 starts.append(state)
-                # Named, so that its memory is not given back to be asked for anew by the next.
+                # The name keeps the memory until the next segment, so that it is not freed and allocated again.
                 chunks = recurrence.read(inputs, numbers, segment)
                 found, state = recurrence.run(chunks, state)
                 put_chunks(out, segment, found)

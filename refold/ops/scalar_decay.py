@@ -1,4 +1,4 @@
-"""The recurrence with one decay per head: Mamba-2's, retention's where it is constant, linear attention's without.
+"""The recurrence with one decay per head, used by Mamba-2, retention (constant decay) and linear attention (no decay).
 
     S_t = exp(g_t) S_{t-1} + k_t v_t^T,    o_t = S_t^T q_t
 
@@ -34,7 +34,7 @@ def step(
     log_decay: Float[Tensor, "B H"] | Float[Tensor, " H"] | None,
     state: Float[Tensor, "B H K V"] | None,
 ) -> tuple[Float[Tensor, "B H V"], Float[Tensor, "B H K V"]]:
-    """Takes in one token.
+    """Updates the state with one token and reads the output.
 
     Args:
         q: Query, scaled.
@@ -66,7 +66,7 @@ def naive(
     state: Float[Tensor, "B H K V"] | None = None,
     resets: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """Takes in token by token; arguments and returns as of `chunked`. The oracle of tests."""
+    """Computes `chunked` token by token, as the reference for tests; same arguments and returns."""
 
     def take(t: int, state: Tensor) -> tuple[Tensor, Tensor]:
         decay = log_decay[:, t] if log_decay is not None and log_decay.dim() == 3 else log_decay
@@ -84,18 +84,18 @@ def chunked(
     resets: Bool[Tensor, "B T"] | None = None,
     chunk_size: int = 64,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """Takes in whole rows: quadratic within chunks, the recurrence from chunk to chunk (arXiv 2405.21060, section 6).
+    """Computes whole rows: quadratic within chunks, recurrent between chunks (arXiv 2405.21060, section 6).
 
-    Computes in float32 (float64 for values in float64). For backward it keeps the inputs and one state per segment, and
-    works the rest out again. It can be differentiated once.
+    Computes in float32 (float64 for values in float64). For the backward pass it keeps the inputs and one state per
+    segment, and recomputes the rest. It can be differentiated once.
 
     Args:
         q: Queries, scaled.
         k: Keys.
         v: Values.
         log_decay: g, finite and at most 0, per token or per head; None: no decay.
-        state: From the tokens before; None: zeros.
-        resets: Where a document begins: the state is emptied before that token is taken in.
+        state: State after the previous tokens; None: zeros.
+        resets: True for the first token of a document: the state is set to zero before this token.
         chunk_size: Tokens.
 
     Returns:
@@ -112,16 +112,16 @@ def matrix(
     log_decay: Float[Tensor, "B T H"] | Float[Tensor, " H"] | None,
     resets: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B H T T"]:
-    """The recurrence as an attention matrix M: o = M v from an empty state (arXiv 2405.21060, equation 16).
+    """Returns the recurrence as an attention matrix M: o = M v from a state of zeros (arXiv 2405.21060, equation 16).
 
     Args:
         q: Queries, scaled.
         k: Keys.
-        log_decay: As of `chunked`; with None there are as many heads as groups.
+        log_decay: As of `chunked`; with None the number of heads is the number of groups.
         resets: As of `chunked`.
 
     Returns:
-        Row t: what token t takes from each token. float32 (float64).
+        Row t: the weights of all tokens in the output of token t. float32 (float64).
     """
     dtype = compute_dtype(q)
     groups = q.shape[2]
@@ -137,22 +137,22 @@ def matrix(
 
 
 class _Chunks(NamedTuple):
-    """A segment's inputs by chunk, group, head of the group (R) and token, and how far they decay.
+    """Holds a segment's inputs by chunk, group, head of the group (R) and token, and their decays.
 
-    Decays that are the same for all chunks, rows or heads have size 1 there.
+    A decay that is the same for all chunks, rows or heads has size 1 in this dimension.
     """
 
     q: Float[Tensor, "N B G C K"]
     k: Float[Tensor, "N B G C K"]
     v: Float[Tensor, "N B G R C V"]
     pairs: Float[Tensor, "#N #B #G #R C C"]  # from token to token of a chunk
-    into: Float[Tensor, "#N #B #G #R C"]  # from the chunk's incoming state to a token
-    onto: Float[Tensor, "#N #B #G #R C"]  # from a token to the state that leaves the chunk
-    across: Float[Tensor, "N #B #G 1 #R 1"]  # from the incoming state to the leaving one
+    into: Float[Tensor, "#N #B #G #R C"]  # from the state before the chunk to a token
+    onto: Float[Tensor, "#N #B #G #R C"]  # from a token to the state after the chunk
+    across: Float[Tensor, "N #B #G 1 #R 1"]  # from the state before the chunk to the state after it
     values: Float[Tensor, "N B G C RV"]  # as the leaving state takes them
 
     def states(self, start: Float[Tensor, "B G K R V"]) -> Float[Tensor, "S B G K R V"]:
-        """The state that comes into each chunk, and the one that leaves the last."""
+        """Returns the state before each chunk, and the state after the last chunk."""
         written = (self.k.mT @ self.values).unflatten(-1, self.v.shape[3::2])
         states = written.new_empty(len(written) + 1, *start.shape)
         states[0] = start
@@ -183,7 +183,7 @@ def _read(inputs: Inputs, numbers: Tensor | None, segment: Segment) -> _Chunks:
 
 
 def _mix(chunks: _Chunks) -> Float[Tensor, "N B G R C C"]:
-    """What each token takes from each token of its chunk."""
+    """Returns the weight of each token in the outputs of the tokens of its chunk."""
     scores = (chunks.q @ chunks.k.mT)[:, :, :, None]
     return scores.mul_(chunks.pairs) if chunks.v.shape[3] == 1 else scores * chunks.pairs
 
@@ -202,7 +202,7 @@ def _differentiate(
     d_leaving: Float[Tensor, "B H K V"],
     wanted: tuple[bool, ...],
 ) -> tuple[tuple[Tensor | None, ...], Tensor]:
-    """Gradients of one segment: of q, k, v and the log decays, and of the state at its start."""
+    """Returns the gradients of one segment: of q, k, v, the log decays, and the state at its start."""
     start, d_leaving = (_to_groups(state, chunks.q.shape[2]) for state in (start, d_leaving))
     d_found, with_decay = d_found.unflatten(2, chunks.v.shape[2:4]), wanted[3]
     states = chunks.states(start)[:-1]
@@ -242,12 +242,12 @@ def _differentiate(
 
 
 def _columns(x: Float[Tensor, "N B G R C V"]) -> Float[Tensor, "N B G C RV"]:
-    """A group's heads side by side, so that one product with the group's keys or queries serves all of them."""
+    """Concatenates the heads of a group, so that one product with the group's keys or queries covers all of them."""
     return x.transpose(3, 4).flatten(-2)
 
 
 def _rows(x: Float[Tensor, "N B G C RV"], like: Float[Tensor, "N B G R C V"]) -> Float[Tensor, "N B G R C V"]:
-    """`_columns` undone."""
+    """Reverses `_columns`."""
     return x.unflatten(-1, like.shape[3::2]).transpose(3, 4)
 
 

@@ -1,9 +1,9 @@
-"""Mamba's selective scan: each channel has a small state of its own, and how fast it forgets depends on the token.
+"""Mamba's selective scan: each channel has its own small state, whose decay depends on the token.
 
     h_t = exp(dt_t a) h_{t-1} + dt_t x_t b_t^T,    y_t = h_t c_t        (h_t: [D, N])
 
-arXiv 2312.00752, equations 2 to 4 and algorithm 2, with dt b for its discrete B as in the authors' code. What
-the paper adds to the output as D x is left to the caller.
+arXiv 2312.00752, equations 2 to 4 and algorithm 2, with dt b for its discrete B as in the authors' code. The
+caller adds the term D x of the paper to the output.
 """
 
 from typing import Any
@@ -25,7 +25,7 @@ def step(
     c: Float[Tensor, "B N"],
     state: Float[Tensor, "B D N"] | None,
 ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B D N"]]:
-    """Takes in one token.
+    """Updates the state with one token and reads the output.
 
     Args:
         x: Input of each channel.
@@ -57,7 +57,7 @@ def naive(
     state: Float[Tensor, "B D N"] | None = None,
     resets: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D N"]]:
-    """Takes in token by token; arguments and returns as of `chunked`. The oracle of tests."""
+    """Computes `chunked` token by token, as the reference for tests; same arguments and returns."""
     if state is None:
         state = x.new_zeros(x.shape[0], *a.shape, dtype=compute_dtype(x))
 
@@ -77,13 +77,13 @@ def chunked(
     resets: Bool[Tensor, "B T"] | None = None,
     chunk_size: int = 16,
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D N"]]:
-    """Takes in whole rows: all but one multiplication per token is done for a chunk's tokens at once.
+    """Computes whole rows; all operations except one multiplication per token run over a whole chunk at once.
 
-    Decays differ by channel and by state, so that products of matrices cannot take the recurrence's place as they do
-    where a head has one decay. Chunks are small, so that what is done about them stays in the cache.
+    Decays differ by channel and by state, so matrix products cannot replace the recurrence as they do for one decay per
+    head. Chunks are small, so that their intermediate results stay in the cache.
 
-    Computes in float32 (float64 for inputs in float64). For backward it keeps the inputs and one state per chunk, and
-    works the rest out again. It can be differentiated once.
+    Computes in float32 (float64 for inputs in float64). For the backward pass it keeps the inputs and one state per
+    chunk, and recomputes the rest. It can be differentiated once.
 
     Args:
         x: Inputs of each channel.
@@ -91,8 +91,8 @@ def chunked(
         a: Rates of decay, finite and at most 0.
         b: How inputs enter the state.
         c: How the state is read.
-        state: From the tokens before; None: zeros.
-        resets: Where a document begins: the state is emptied before that token is taken in.
+        state: State after the previous tokens; None: zeros.
+        resets: True for the first token of a document: the state is set to zero before this token.
         chunk_size: Tokens.
 
     Returns:
@@ -104,7 +104,7 @@ def chunked(
 
 
 class _Rows:
-    """The inputs with tokens first, and states with channels last: long rows are quick to work on."""
+    """Holds the inputs with tokens first, and states with channels last, because operations on long rows are fast."""
 
     def __init__(self, x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, resets: Tensor | None) -> None:
         dtype = compute_dtype(x)
@@ -117,14 +117,14 @@ class _Rows:
         self.kept = None if resets is None else _tokens_first(~resets, dtype)[:, :, None, None]
 
     def make_space(self, num_tensors: int, chunk_size: int) -> Float[Tensor, "M S B N D"]:
-        """Memory that chunks take in turns: it stays in the cache, which new memory for each would not."""
+        """Allocates memory that all chunks reuse, so that it stays in the cache."""
         tokens, batch, channels = self.x.shape
         return self.x.new_empty(num_tensors, min(chunk_size, tokens), batch, len(self.a), channels)
 
     def run(
         self, chunk: slice, start: Float[Tensor, "B N D"], space: Float[Tensor, "M S B N D"]
     ) -> tuple[Float[Tensor, "C B N D"], Float[Tensor, "C B N D"]]:
-        """How much of the state each token of a chunk leaves, and the states after each."""
+        """Returns the decay of the state at each token of a chunk, and the state after each token."""
         decays, states = (part[: chunk.stop - chunk.start] for part in space[:2])
         torch.mul(self.dt[chunk, :, None], self.a, out=decays).exp_()
         if self.kept is not None:
@@ -200,7 +200,7 @@ class _SelectiveScan(torch.autograd.Function):
                 torch.sum(d_exponents.mul_(rows.a), 2, out=d_dt[chunk])
             d_dt.addcmul_(d_entering, rows.x)
             d_x = d_entering.mul_(rows.dt)
-        # Contiguous: a compiled graph reckons with the strides of the inputs, wherever gradients go next.
+        # Contiguous, because a compiled graph expects gradients with the strides of the inputs.
         d_x, d_dt, d_b, d_c = (
             grad.transpose(0, 1).to(of.dtype).contiguous() for grad, of in ((d_x, x), (d_dt, dt), (d_b, b), (d_c, c))
         )

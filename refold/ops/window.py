@@ -1,11 +1,11 @@
-"""Softmax over a window of the latest tokens, unnormalised, so that it can share a normaliser with something else."""
+"""Softmax over a window of the latest tokens, not normalised, so that it can share a normaliser with other weights."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 LOWEST = -1e30
-"""Score of what is not seen; low enough to vanish, far from overflow."""
+"""Score of a masked key: its weight becomes zero, and the score is far from overflow."""
 TOKENS_AT_ONCE = 1024
 """Queries whose scores are held at the same time."""
 
@@ -17,16 +17,17 @@ def window_sums(
     seen: Bool[Tensor, "B T W"],
     window: int,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H 1"]]:
-    """Returns sums of values and of weights exp(score - highest score in the window), in float32.
+    """Returns the weighted sum of values and the sum of weights exp(score - highest score in the window), in float32.
 
     Token t sees the keys t + 1 to t + window (the last is its own), of those that `seen` allows. Without gradients,
     memory beyond inputs and outputs does not grow with T.
 
     Args:
-        query: With the attention's scale.
-        keys: `window` keys of before, then those of these tokens.
-        values: Alike.
-        seen: For each token which of its window's keys, oldest first, exist and are of its document; its own always.
+        query: Queries, multiplied by the attention's scale.
+        keys: Keys of the previous `window` tokens, then those of these tokens.
+        values: Values in the same order.
+        seen: Mask of each token's window, oldest first: true for keys that exist and are of the token's document. The
+            token's own key is always true.
         window: W.
     """
     if torch.compiler.is_exporting():
@@ -74,7 +75,7 @@ def _sum_block_by_block(
 def _sum_unfolded(
     query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, window: int
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H 1"]]:
-    """Gives each token a copy of its window: no number of blocks that a graph would hold fixed, but more memory."""
+    """Computes `window_sums` with a copy of the window for each token: no fixed number of blocks, but more memory."""
     near_keys, near_values = (states[:, 1:].float().unfold(1, window, 1) for states in (keys, values))
     scores = torch.einsum("bthk,bthkw->bthw", query.float(), near_keys)
     scores = torch.where(seen[:, :, None], scores, LOWEST)

@@ -1,1 +1,1 @@
-"""Stages wired together: run, demo, and the text that the shipped model was made from."""
+"""Studies that combine several stages: run, demo, and the shipped model with its text."""

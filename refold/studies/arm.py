@@ -1,4 +1,4 @@
-"""One arm of a run: its folder, and how it is converted, healed and evaluated there, each once."""
+"""One arm of a run: a folder in which a model is converted, healed and evaluated once."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -20,9 +20,9 @@ from refold.planning.plan import Draft
 from refold.recipe.heal import HealStage
 
 Say = Callable[[str], None]
-"""Prints a line on what begins."""
+"""Function that prints a line when a part begins."""
 Report = Callable[[int, int], None]
-"""Told (steps done, steps in all)."""
+"""Function that gets (steps done, total steps)."""
 
 
 @contextlib.contextmanager
@@ -32,11 +32,11 @@ def _no_bar(label: str, unit: str) -> Iterator[Report]:
 
 @dataclass(frozen=True)
 class Show:
-    """How a run tells the user where it is.
+    """Shows the progress of a run to the user.
 
     Attributes:
         say: Prints a line.
-        progress: Makes a progress bar from a label and a unit; its `with` body gets a `Report`.
+        progress: Makes a progress bar from a label and a unit; its `with` statement gives a `Report`.
     """
 
     say: Say = lambda text: None
@@ -45,19 +45,19 @@ class Show:
 
 @dataclass
 class RunArm:
-    """The folded model of a run, or a baseline.
+    """Converts, heals and evaluates the folded model of a run, or a baseline.
 
     Attributes:
-        folder: Its folder inside the run folder.
+        folder: Folder of the arm inside the run folder.
         source: Source of the run.
-        train: Text to heal on.
-        held_out: Text to evaluate on.
-        stages: How it is healed; empty: it is not.
+        train: Text for healing and calibration.
+        held_out: Text for evaluation.
+        stages: Healing stages; empty: no healing.
         against: The source's predictions.
-        eval_tokens: Held-out tokens to score.
-        device: Where to train and evaluate; None: the best there is.
-        command: Command line, for the provenance.
-        show: Where it is.
+        eval_tokens: Number of held-out tokens to score.
+        device: Device for training and evaluation; None: the best available device.
+        command: Command line, recorded in the provenance.
+        show: Shows the progress.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ class RunArm:
     show: Show
 
     def convert(self, plan: Draft) -> Path:
-        """Carries out a plan, once, and returns the model folder."""
+        """Carries out a plan, if this was not done before, and returns the model folder."""
         target = self.folder / "converted"
         if not _is_finished(target):
             self.show.say(f"{self.folder.name}: converting")
@@ -87,7 +87,7 @@ class RunArm:
         return target
 
     def heal(self, start: str | Path | Source) -> Path | Source:
-        """Runs the stages, once, and returns the healed folder; without stages returns the start."""
+        """Heals a model, if this was not done before, and returns the healed folder; without stages returns `start`."""
         if not self.stages:
             return start if isinstance(start, Source) else Path(start)
         target = self.folder / "model"
@@ -98,7 +98,7 @@ class RunArm:
         return target
 
     def evaluate(self, model: str | Path | Source, name: str, quantise: str | None = None) -> Evaluation:
-        """Evaluates a model against the source, once, and keeps the figures in `NAME.json`."""
+        """Evaluates a model against the source, if this was not done before, and stores the figures in `NAME.json`."""
         path = self.folder / f"{name}.json"
         if not path.exists():
             self.show.say(f"{self.folder.name}: evaluating ({name})")
@@ -115,7 +115,7 @@ class RunArm:
 
 
 def _is_finished(folder: Path) -> bool:
-    """Whether a folder was finished in an earlier go."""
+    """Returns whether a folder is complete from an earlier run."""
     settle(folder)
     if not folder.exists():
         return False

@@ -1,4 +1,4 @@
-"""The rivals a run measures its model against: each is one entry that says where it starts."""
+"""The baselines with which a run compares its model, each one entry of `BASELINES`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from refold.sources.source_model import SourceModel
 from refold.suggest import must_be_one_of
 
 ALIGNMENTS = frozenset({"mixer_outputs", "hidden_states", "attention_matrices"})
-"""Objectives that say nothing to a model whose layers are the source's own."""
+"""Objectives that have no effect on a model with the layers of the source."""
 
 
 @dataclass(frozen=True)
 class BaselineJob:
-    """What a baseline can start from.
+    """Holds the inputs of a baseline.
 
     Attributes:
-        source: Of the run.
+        source: Source of the run.
         model: The source, read for planning.
-        plan: Of the folded model it stands beside.
-        convert: Carries out a plan in the baseline's own folder, once, and returns the model folder.
+        plan: Plan of the folded model with which the baseline is compared.
+        convert: Carries out a plan in the baseline's folder, if this was not done before, and returns the model folder.
     """
 
     source: Source
@@ -40,14 +40,14 @@ class BaselineJob:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A rival of the folded model, evaluated like it and, unless it is quantised, healed like it.
+    """Describes a baseline. It is evaluated like the folded model and, unless it is quantised, healed like it.
 
     Attributes:
-        description: For the report line.
-        start: Returns the folder or hub id that healing starts from; raises RecipeError where there is no such rival of
-            this model.
-        needs_healing: Whether it says nothing unhealed: a run without healing leaves it out.
-        scheme: Names the scheme to which its linears are quantised for the evaluation; None: they are not.
+        description: Name in the report line.
+        start: Returns the folder or hub id of the model before healing; raises RecipeError if this baseline does not
+            exist for the folded model.
+        needs_healing: Whether the baseline is useless unhealed: a run without healing drops it.
+        scheme: Returns the scheme that quantises its linears for the evaluation; None: they are not quantised.
     """
 
     description: str
@@ -57,22 +57,24 @@ class Baseline:
 
 
 def pruned_recipe(plan: StackPlan) -> Recipe:
-    """Depth pruning that keeps as many whole layers as fit into a plan's target, the most important if measured."""
+    """Returns a recipe for depth pruning that keeps as many layers as fit into the parameters of a plan's target."""
     budget = plan.cost.target.non_embedding_parameters
     return Recipe(drop=Drop(block=BlockDrop(parameters=budget, by="auto")))
 
 
 def lowrank_recipe(plan: StackPlan) -> Recipe:
-    """Every linear as two factors of lower rank, as many parameters as the linears of a plan's target (SVD-LLM,
-    arXiv 2403.07378)."""
+    """Returns a recipe that stores every linear as two low-rank factors, with the linear parameters of a plan's target.
+
+    The method is SVD-LLM (arXiv 2403.07378).
+    """
     share = stored_share(plan.blueprint, identity_blueprint(plan.blueprint.arch))
     return Recipe(factor=Factor(parameters=share), calibration=plan.recipe.calibration)
 
 
 def scratch_recipe(plan: StackPlan) -> Recipe:
-    """What makes the architecture of a plan's target with fresh weights, but for ranks that were measured."""
+    """Returns a recipe for the architecture of a plan's target with fresh weights, without its measured ranks."""
     recipe = plan.recipe
-    # Left out, so that planning takes what suits fresh weights: nothing is fitted to them, no LoRA starts from an SVD.
+    # These keys are dropped, so that planning chooses defaults for fresh weights: no fit, and no LoRA from an SVD.
     fold = recipe.fold and recipe.fold.model_copy(update={"init": None, "align": "none", "scale": "none"})
     relax = recipe.lora.model_copy(update={"init": None}) if recipe.lora else recipe.relax
     if isinstance(relax, LoraRelax) and isinstance(relax.rank, RankEnergy):
@@ -84,7 +86,7 @@ def scratch_recipe(plan: StackPlan) -> Recipe:
 
 
 def scratch_plan(model: SourceModel, plan: StackPlan) -> Draft:
-    """Plans the architecture of a plan's target, with the very ranks that were measured for it, with fresh weights."""
+    """Plans the architecture of a plan's target, with its measured ranks, with fresh weights."""
     made = plan_model(model, scratch_recipe(plan), allow_larger=True, influence=plan.influence)
     parts = {
         pool: tuple(
@@ -105,7 +107,7 @@ def _largest_ranks(plan: StackPlan) -> dict[str, int]:
 
 
 def fitting_scheme(plan: StackPlan) -> str:
-    """The most precise scheme that makes a plan's source no larger than its target; if none does, the smallest."""
+    """Returns the most precise scheme that makes a plan's source at most as large as its target, or the smallest."""
     source, costs = identity_blueprint(plan.blueprint.arch), plan.cost
     dtype_bytes = costs.source.weight_bytes // costs.source.parameters
     sizes = {name: quantised_bytes(source, dtype_bytes, scheme) for name, scheme in SCHEMES.items()}
@@ -114,10 +116,10 @@ def fitting_scheme(plan: StackPlan) -> str:
 
 
 def whole_model_stages(stages: Sequence[HealStage]) -> tuple[HealStage, ...]:
-    """Returns stages of the same tokens, batches and schedules in which everything trains, as it does in a rival.
+    """Returns stages with the same tokens, batches and schedules that train all weights, for baselines.
 
-    What freezes, thaws or trains parts is left out; where only activations were aligned, the source's distribution is
-    learned instead. A learning rate that was meant for parts becomes the default.
+    Settings that freeze, thaw or select weights are dropped. Objectives that only align activations are replaced by the
+    default, distillation. The learning rate of a stage that trained only some weights becomes the default.
     """
     return tuple(_for_all(stage) for stage in stages)
 
@@ -132,8 +134,7 @@ def _for_all(stage: HealStage) -> HealStage:
 
 
 def default_baselines(plan: StackPlan) -> tuple[str, ...]:
-    """Returns the rivals nobody named: depth pruning and quantisation, or for a target as large as its source the same
-    from scratch."""
+    """Returns the default baselines: `pruned` and `quantised`, or `scratch` if the target is as large as its source."""
     costs = plan.cost
     is_smaller = costs.target.non_embedding_parameters < costs.source.non_embedding_parameters
     return ("pruned", "quantised") if is_smaller else ("scratch",)
@@ -159,7 +160,7 @@ def _start_source(job: BaselineJob) -> Source:
 
 
 def _start_scratch(job: BaselineJob) -> Path:
-    # As large as the folded model, which was accepted.
+    # The size is that of the folded model, which was accepted.
     return job.convert(scratch_plan(job.model, job.plan))
 
 
@@ -173,10 +174,10 @@ BASELINES = {
 
 
 def require_baseline(name: str, further: Sequence[str] = ()) -> None:
-    """Checks a name.
+    """Checks the name of a baseline.
 
     Raises:
-        RecipeError: It is neither a baseline's nor one of `further`.
+        RecipeError: The name is neither that of a baseline nor one of `further`.
     """
     known = (*BASELINES, *further)
     if name not in known:
@@ -184,10 +185,10 @@ def require_baseline(name: str, further: Sequence[str] = ()) -> None:
 
 
 def read_baselines(names: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Reads the baselines a user names, `none` for none; nothing named: None, for the default.
+    """Reads the names of baselines from the user: `none` gives no baseline, and no name gives None, the default.
 
     Raises:
-        RecipeError: An unknown one.
+        RecipeError: A baseline is unknown.
     """
     if not names:
         return None

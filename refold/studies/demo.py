@@ -1,4 +1,4 @@
-"""Folds the shipped model in several ways, heals two folds and a pruned model, and compares them in one table."""
+"""The demo: folds the shipped model in several ways, heals three of the results, and compares all in a table."""
 
 import re
 from collections.abc import Callable
@@ -34,14 +34,14 @@ CONTEXT = 512
 PROMPT = "def load(path):\n"
 LOW_RANK = "low rank (lowrank)"
 FOLDS = {LOW_RANK: "lowrank", "relaxed, joint start (joint)": "joint"}
-"""The folds that are healed, to their recipes."""
+"""Folds that are healed, by name, with their recipes."""
 PRUNED = "pruned to the strict size"
 PRUNED_ALIKE = "pruned to lowrank's size"
 
 
 @dataclass
 class DemoRow:
-    """One model of the table."""
+    """Holds the figures of one model of the table."""
 
     name: str
     folder: Path
@@ -56,13 +56,13 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The figures of the demo.
+    """Holds the figures of the demo.
 
     Attributes:
         rows: The table, source first.
         samples: Continuations of `PROMPT` by the source and by the best healed fold.
         line: The report of the best healed fold.
-        context: Tokens at which caches are compared.
+        context: Number of tokens for the comparison of caches.
     """
 
     rows: list[DemoRow]
@@ -72,15 +72,15 @@ class DemoResult:
 
 
 def demo(folder: Path, *, heal_tokens: int = HEAL_TOKENS, say: Say = lambda text: None) -> DemoResult:
-    """Folds the shipped model in several ways, heals three of the results, measures all.
+    """Folds the shipped model in several ways, heals three of the results and evaluates all of them.
 
     Args:
-        folder: Where the folded models are left; ones of an earlier demo are replaced.
-        heal_tokens: Healing tokens for each of the three.
-        say: Told what begins.
+        folder: Folder for the folded models; those of an earlier demo are replaced.
+        heal_tokens: Healing tokens of each of the three.
+        say: Called with a line when a part begins.
 
     Raises:
-        RefoldError: As the stages do.
+        RefoldError: The errors of the stages.
     """
     source, held_out = shipped_model(), held_out_data()
     against = Reference(source, device="cpu")

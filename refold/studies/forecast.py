@@ -1,4 +1,4 @@
-"""Forecasts a run: what it is going to make, and for how long it trains and evaluates."""
+"""Forecast of a run: its models, and the time of healing and evaluation."""
 
 from dataclasses import dataclass
 
@@ -10,19 +10,19 @@ from refold.studies.job import RunJob
 from refold.studies.run import describe_size
 
 FORWARD_SHARE = 4
-"""A training step takes as long as so many forward passes: three of the student's, one of the teacher's."""
+"""Forward passes that take as long as one training step: three of the student, one of the teacher."""
 READINGS = 2
-"""Windows overlap by half, so each evaluated token is read twice."""
+"""Forward passes for each evaluated token: windows overlap by half."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run is going to do.
+    """Holds the forecast of a run.
 
     Attributes:
-        lines: For the user.
-        heal_hours: For all arms that are healed; None: could not be measured.
-        evaluate_hours: For all evaluations.
+        lines: Lines for the user.
+        heal_hours: Hours to heal all arms; None: they could not be measured.
+        evaluate_hours: Hours of all evaluations; None: they could not be measured.
     """
 
     lines: tuple[str, ...]
@@ -31,18 +31,18 @@ class Forecast:
 
     @property
     def line(self) -> str:
-        """The forecast as text."""
+        """Returns the forecast as text."""
         return "\n".join(self.lines)
 
 
 def forecast(job: RunJob) -> Forecast:
-    """Returns what a run is going to do; a few training steps of the source tell its speed. Nothing is written.
+    """Forecasts a run, with the speed of a few training steps of the source; it writes no file.
 
     Args:
-        job: From `read_job`.
+        job: The checked run, from `read_job`.
 
     Raises:
-        RefoldError: As the run's own first steps would.
+        RefoldError: The errors of the run's first steps.
     """
     costs, tokens = job.plan.cost, job.settings.eval_tokens or 0
     healed = [name for name in job.baselines if BASELINES[name].scheme is None]
@@ -54,7 +54,7 @@ def forecast(job: RunJob) -> Forecast:
     if not job.stages:
         lines.append("healing: none, so no time can be told")
         return Forecast(tuple(lines), None, None)
-    # Parts of a fold that train alone have no counterpart in the source.
+    # The source has no counterpart of the parts of a fold, so all weights train.
     stages = whole_model_stages(job.stages)
     try:
         found = probe(job.source, job.train, stages, device=job.settings.device, quiet=True)
@@ -62,7 +62,7 @@ def forecast(job: RunJob) -> Forecast:
         lines.append(f"time: unknown, because the source itself cannot be trained so ({error})")
         return Forecast(tuple(lines), None, None)
     arms = 1 + len(healed)
-    num_evaluations = 2 + len(job.baselines) + 1  # the folded model twice, the source once for all
+    num_evaluations = 2 + len(job.baselines) + 1  # two of the folded model, one of the source
     positions = job.plan.blueprint.arch.max_position_embeddings
     heal_hours = found.hours * arms
     evaluate_hours = num_evaluations * READINGS * tokens / (FORWARD_SHARE * found.tokens_per_second) / 3600

@@ -1,4 +1,4 @@
-"""A run that is read and checked before anything is written: source, recipe, text, stages and baselines."""
+"""A checked run, before any file is written: source, recipe, text, stages and baselines."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,22 +23,22 @@ from refold.studies.baselines import default_baselines, require_baseline
 DEFAULT_RECIPE = "lowrank"
 FEWEST_EVAL_TOKENS, MOST_EVAL_TOKENS = 8_000, 200_000
 EVAL_SHARE = 4
-"""One held-out token is scored for so many healing tokens."""
+"""Healing tokens for each held-out token that is scored."""
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings a run's figures depend on; a run folder goes on only with the settings it was begun with.
+    """Settings that affect the figures of a run; a run folder resumes only with its original settings.
 
     Attributes:
-        tokens: Healing tokens, over the recipe's own; 0: no healing; None: the recipe's.
-        baselines: Which of `BASELINES` are made and measured alike; None: depth pruning and the source quantised, or
-            for a target as large as its source the same from scratch.
+        tokens: Healing tokens, which replace those of the recipe; 0: no healing; None: those of the recipe.
+        baselines: Names of `BASELINES` to compare with; None: depth pruning and the quantised source, or `scratch` if
+            the target is as large as its source.
         eval_tokens: Held-out tokens to score; None: a quarter of the healing tokens, between 8,000 and 200,000.
-        device: Where to train and evaluate; None: the best there is.
+        device: Device for training and evaluation; None: the best available device.
 
     Raises:
-        RecipeError: An unknown baseline, or a number below its least value.
+        RecipeError: A baseline is unknown, or a number is below its least value.
     """
 
     tokens: int | None = None
@@ -55,7 +55,7 @@ class RunSettings:
                 raise RecipeError(f"--{key.replace('_', '-')}: must be at least {least} (got {value})")
 
     def stages(self, recipe: Recipe) -> tuple[HealStage, ...]:
-        """Returns how a recipe's model is healed, with the budget of these settings."""
+        """Returns the healing stages of a recipe with the budget of these settings."""
         if self.tokens == 0:
             return ()
         stages = recipe.heal or (choose_stages(tokens=self.tokens) if self.tokens else ())
@@ -64,13 +64,13 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run goes about it.
+    """Options of a run apart from its settings.
 
     Attributes:
-        overrides: `key.path=value` strings over the recipe.
-        allow_larger: Accept a target that is smaller than its source in nothing.
-        command: Command line, for the provenance.
-        show: Tells the user where the run is.
+        overrides: `key.path=value` strings that change the recipe.
+        allow_larger: Accept a target that is smaller than its source in no quantity.
+        command: Command line, recorded in the provenance.
+        show: Shows the progress to the user.
     """
 
     overrides: Sequence[str] = ()
@@ -81,19 +81,19 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunJob:
-    """What a run is going to do.
+    """Holds everything that a run needs, read and checked.
 
     Attributes:
-        name: Of the recipe, for the report.
-        source: Where the source lies.
+        name: Name of the recipe, for the report.
+        source: Folder or hub id of the source.
         model: The source, read for planning.
-        plan: Of the folded model.
-        stages: How the folded model is healed.
-        train: Text to heal on.
-        held_out: Text to evaluate on.
+        plan: Plan of the folded model.
+        stages: Healing stages of the folded model.
+        train: Text for healing and calibration.
+        held_out: Text for evaluation.
         baselines: Names of the baselines.
-        settings: With the number of evaluated tokens decided.
-        notes: Lines on the data: the price of one kind of text.
+        settings: Settings, with the number of evaluated tokens.
+        notes: Lines about the data, such as the warning about a single kind of text.
     """
 
     name: str
@@ -109,7 +109,7 @@ class RunJob:
 
     @property
     def tokens(self) -> int:
-        """Healing tokens of one arm."""
+        """Returns the healing tokens of one arm."""
         return sum(stage.tokens for stage in self.stages)
 
 
@@ -121,7 +121,7 @@ def read_job(
     settings: RunSettings,
     options: RunOptions,
 ) -> RunJob:
-    """Reads and checks everything a run needs; arguments and errors as for `run`. It writes nothing."""
+    """Reads and checks everything that a run needs, without writing a file; arguments and errors as for `run`."""
     choose_device(settings.device)
     loaded = load_recipe(recipe, options.overrides)
     located = locate(source)
@@ -144,10 +144,10 @@ def read_job(
 
 
 def choose_eval_tokens(heal_tokens: int) -> int:
-    """Returns how many held-out tokens are scored where nobody says: scoring five models then takes less than healing.
+    """Returns the default number of held-out tokens, so that scoring five models takes less time than healing one.
 
     Args:
-        heal_tokens: Healing tokens of one arm; 0: it is not healed.
+        heal_tokens: Healing tokens of one arm; 0: no healing.
     """
     if not heal_tokens:
         return MOST_EVAL_TOKENS // EVAL_SHARE

@@ -1,4 +1,4 @@
-"""The one line one would forward to a colleague."""
+"""The study `run`: plans, converts, heals and evaluates a model and its baselines, and reports them in one line."""
 
 import contextlib
 import json
@@ -23,13 +23,13 @@ from refold.studies.job import DEFAULT_RECIPE, RunJob, RunOptions, RunSettings, 
 
 
 def describe_size(ratio: float) -> str:
-    """`48% smaller`, `12% larger` or `the same size`."""
+    """Returns a size ratio in words: `48% smaller`, `12% larger` or `the same size`."""
     change = round(abs(1 - ratio) * 100)
     return "the same size" if change == 0 else f"{change}% {'smaller' if ratio < 1 else 'larger'}"
 
 
 def describe_loss(difference: float, error: float | None = None) -> str:
-    """`+0.041`, with its standard error where one is known and it matters."""
+    """Returns a difference as text, such as `+0.041`, with its standard error if it is not significant."""
     certain = error is None or abs(difference) >= 2 * error
     return f"{difference:+.3f}" + ("" if certain else f" ± {error:.3f}")
 
@@ -42,15 +42,15 @@ def report_line(
     baselines: dict[str, float],
     context: int,
 ) -> str:
-    """Says what was saved and what it cost.
+    """Returns a line with size, loss, cache and compute of a folded model, and the losses of its baselines.
 
     Args:
-        name: Of the recipe.
-        plan: Carried out.
+        name: Name of the recipe.
+        plan: Plan of the folded model.
         difference: Bits per byte above the source.
-        difference_error: Its standard error.
-        baselines: What a rival costs in bits per byte above the source, by description.
-        context: Tokens at which cache and FLOPs are compared.
+        difference_error: Standard error of the difference.
+        baselines: Bits per byte above the source of each baseline, by description.
+        context: Number of tokens for the comparison of cache and FLOPs.
     """
     rows = {row.quantity: row.ratio for row in plan.summary(context)}
     rivals = ", ".join(f"{rival}: {describe_loss(lost)}" for rival, lost in baselines.items())
@@ -67,16 +67,16 @@ CONTEXT = 8192
 
 @dataclass(frozen=True)
 class RunResult:
-    """The figures of a run, and its model.
+    """Holds the figures of a run, and the folder of its model.
 
     Attributes:
-        plan: Of the folded model.
-        model: Its folder, healed.
-        unhealed: Evaluation right after conversion.
+        plan: Plan of the folded model.
+        model: Folder of the healed model.
+        unhealed: Evaluation after conversion.
         healed: Evaluation of `model`.
-        baselines: Evaluations of the rivals, by name.
-        line: The report.
-        notes: Lines on the data: the price of one kind of text.
+        baselines: Evaluations of the baselines, by name.
+        line: The report in one line.
+        notes: Lines about the data, such as the warning about a single kind of text.
     """
 
     plan: Plan
@@ -98,7 +98,7 @@ def run(
     settings: RunSettings | None = None,
     options: RunOptions | None = None,
 ) -> RunResult:
-    """Plans, converts, heals and evaluates, and does the same to the baselines. Calling it again goes on.
+    """Plans, converts, heals and evaluates a model and its baselines. The same call resumes an unfinished run.
 
     The run folder holds `folded/` and a folder for each baseline, each with `converted/`, `model/` (healed) and its
     evaluations, and `summary.json`.
@@ -107,14 +107,14 @@ def run(
         source: Folder or hub id.
         destination: The run folder.
         recipe: Built-in name, YAML file, mapping or Recipe.
-        data: Text to heal and calibrate on (see `refold.data.corpus`), best of several kinds with weights; without
-            `held_out` a fiftieth of each kind, chosen by content, is kept for evaluation.
-        held_out: Text to evaluate on.
-        settings: Tokens, baselines and the like.
-        options: Overrides of the recipe, and how to go about it.
+        data: Text for healing and calibration (see `refold.data.corpus`), preferably a weighted mixture of several
+            kinds; without `held_out` a fiftieth of each kind, chosen by content, is held out for evaluation.
+        held_out: Text for evaluation.
+        settings: Tokens, baselines and other settings that affect the figures.
+        options: Overrides of the recipe, and display.
 
     Raises:
-        RefoldError: As the stages do, or the folder holds something else.
+        RefoldError: The errors of the stages, or the folder has other contents.
     """
     options = options or RunOptions()
     job = read_job(source, recipe, data, held_out, settings or RunSettings(), options)
@@ -172,7 +172,7 @@ def _measure_baseline(arm: RunArm, model: SourceModel, plan: StackPlan) -> Evalu
 
 @contextlib.contextmanager
 def _claimed(root: Path, job: RunJob) -> Iterator[None]:
-    """Holds the run folder for a run, new or begun by the same one; a run that made nothing leaves no folder."""
+    """Locks the run folder, new or of the same run; removes a new folder if the run fails without results."""
     is_new = not root.exists()
     _claim(root, job)
     with FolderLock(root):
@@ -187,14 +187,14 @@ def _claimed(root: Path, job: RunJob) -> Iterator[None]:
 
 
 def _claim(root: Path, job: RunJob) -> None:
-    """Makes the run folder, or checks that it is the one of this very run."""
+    """Makes the run folder, or checks that it belongs to the same run."""
     wanted = json.loads(json.dumps(_identity(job)))
     path = root / RUN_NAME
     if root.exists() and not root.is_dir():
         raise FolderError(f"{root}: a folder's place is required (got a file); choose another output")
     if path.exists():
         begun = json.loads(path.read_text(encoding="utf-8"))
-        # A run that an older version began does not know all of the source's fingerprint.
+        # A run folder of an older version has only a part of the source's fingerprint.
         known = {key: value for key, value in wanted["source"].items() if key in begun.get("source", {})}
         different = list(_differences(begun, {**wanted, "source": known}))
         if different and _has_results(root):
@@ -225,7 +225,7 @@ def _identity(job: RunJob) -> dict[str, Any]:
 
 
 def _differences(begun: Any, wanted: Any, where: str = "") -> Iterator[str]:
-    """Yields `key.path was A, is B` for all that differs."""
+    """Yields `key.path was A, is B` for each value that differs."""
     if isinstance(begun, dict) and isinstance(wanted, dict):
         for key in sorted(begun.keys() | wanted.keys()):
             yield from _differences(begun.get(key), wanted.get(key), f"{where}.{key}".lstrip("."))
@@ -235,7 +235,7 @@ def _differences(begun: Any, wanted: Any, where: str = "") -> Iterator[str]:
 
 
 def _has_results(root: Path) -> bool:
-    """Says whether an arm of the run has been converted or evaluated, or is being healed."""
+    """Returns whether any arm of the run has a file."""
     return any(any(arm.iterdir()) for arm in root.iterdir() if arm.is_dir())
 
 
@@ -252,7 +252,7 @@ def _summarise(
 
 
 def _describe(arm: str, found: Evaluation) -> str:
-    """Describes a baseline; a quantised one with its real size, which no recipe gives it."""
+    """Returns the description of a baseline; for a quantised baseline with scheme and size."""
     description = BASELINES[arm].description
     if found.model.quantised is None or found.against is None:
         return description

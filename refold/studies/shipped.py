@@ -1,4 +1,4 @@
-"""The model that ships in the package, and the text of the standard library it was made from."""
+"""The model that ships in the package, and the text of the standard library on which it was trained."""
 
 import sysconfig
 import tokenize
@@ -21,7 +21,7 @@ HELD_OUT: tuple[str, ...] = (
     "statistics",
     "textwrap",
 )
-"""Top-level modules and packages that nothing is trained on: in Python 3.11 and later on every platform."""
+"""Top-level modules and packages that are not used for training. Python 3.11 and later has them on every platform."""
 
 _EXCLUDED_FOLDERS = frozenset({"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"})
 _EXCLUDED_FILES = frozenset({"html/entities.py", "pydoc_data/topics.py"})  # one long literal each
@@ -31,7 +31,7 @@ def training_documents() -> Iterator[str]:
     """Yields the sources outside `HELD_OUT`, in order of path, then pydoc's topics, in order of name.
 
     Raises:
-        DataError: the standard library's sources or pydoc's topics are not there, or a source cannot be read.
+        DataError: the standard library's sources or pydoc's topics are missing, or a source cannot be read.
     """
     return _training_documents(_stdlib())
 
@@ -40,7 +40,7 @@ def held_out_documents() -> Iterator[str]:
     """Yields the sources of the modules in `HELD_OUT`, in order of path.
 
     Raises:
-        DataError: the standard library's sources are not there, one of the modules is missing, or a source cannot be
+        DataError: the standard library's sources are missing, one of the modules is missing, or a source cannot be
             read.
     """
     root = _stdlib()
@@ -82,7 +82,7 @@ def _module(root: Path, path: Path) -> str:
 
 
 def _sources(root: Path) -> list[Path]:
-    """Returns the .py files in order of path, without tests and without what differs from machine to machine."""
+    """Returns the .py files in order of path, without tests and without files that differ between machines."""
     kept = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
@@ -94,7 +94,7 @@ def _sources(root: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Iterator[str]:
-    """Yields the text of one source; nothing for an empty one and for an encoding that is a table of characters."""
+    """Yields the text of one source file, unless it is empty or the character table of an encoding."""
     try:
         with tokenize.open(path) as file:
             text = file.read()
@@ -114,7 +114,7 @@ def shipped_model() -> Path:
     """Returns the folder of the model that ships with refold.
 
     Raises:
-        SourceError: The installation lacks it.
+        SourceError: The installation has no such folder.
     """
     with as_file(files("refold") / "shipped" / SHIPPED_NAME) as folder:
         if not (folder / "config.json").is_file():
@@ -123,10 +123,10 @@ def shipped_model() -> Path:
 
 
 def training_data() -> DataSource:
-    """The running Python's standard library without the held-out modules."""
+    """Returns the standard library of the running Python without the held-out modules."""
     return from_documents(training_documents(), name="the standard library")
 
 
 def held_out_data() -> DataSource:
-    """The held-out modules of the running Python's standard library."""
+    """Returns the held-out modules of the running Python's standard library."""
     return from_documents(held_out_documents(), name="held-out modules of the standard library")

@@ -16,7 +16,7 @@ from refold.data.packing import PackedSequence, PackedSequences
 from refold.errors import FolderError, HealError
 from refold.healing import teacher_store
 from refold.healing.activations import Activations
-from refold.healing.teacher_store import StoreContents, TeacherStore
+from refold.healing.teacher_store import StoreContents, TeacherPass, TeacherStore
 from refold.scoring.head import Head, Predictions
 
 VOCAB, CONTEXT, FIRST, COUNT = 50, 8, 3, 7
@@ -49,8 +49,8 @@ def make_data() -> PackedSequences:
 @pytest.fixture
 def build(tmp_path: Path):
     def run(contents: StoreContents = CONTENTS, teacher: Any = None, **options: Any) -> TeacherStore:
-        options = {"micro_batch": 2, "device": torch.device("cpu"), **options}
-        return TeacherStore.build(tmp_path / "store", contents, lambda: teacher or Teacher(), make_data(), **options)
+        whole = TeacherPass(lambda: teacher or Teacher(), make_data(), micro_batch=2, device=torch.device("cpu"))
+        return TeacherStore.build(tmp_path / "store", contents, whole, **options)
 
     return run
 
@@ -95,10 +95,7 @@ def test_a_whole_store_is_not_built_again(build, tmp_path):
     store = TeacherStore.build(
         tmp_path / "store",
         CONTENTS,
-        make_teacher,
-        make_data(),
-        micro_batch=2,
-        device=torch.device("cpu"),
+        TeacherPass(make_teacher, make_data(), micro_batch=2, device=torch.device("cpu")),
         tell=lines.append,
     )
     assert lines == []
@@ -191,7 +188,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FolderError, match=r"file.store: a folder that can be written is required \(Not a directory\)"):
         TeacherStore.build(
-            tmp_path / "file" / "store", CONTENTS, Teacher, make_data(), micro_batch=2, device=torch.device("cpu")
+            tmp_path / "file" / "store", CONTENTS, TeacherPass(Teacher, make_data(), 2, torch.device("cpu"))
         )
 
 
@@ -213,5 +210,5 @@ def test_data_is_asked_for_by_position(tmp_path):
             return make_data().batch(position, count)
 
     data = Counting()
-    TeacherStore.build(tmp_path, CONTENTS, Teacher, data, micro_batch=4, device=torch.device("cpu"))
+    TeacherStore.build(tmp_path, CONTENTS, TeacherPass(Teacher, data, micro_batch=4, device=torch.device("cpu")))
     assert data.asked == [(3, 4), (7, 3)]

@@ -1,1 +1,1 @@
-"""What a stage can minimise, one file each."""
+"""Healing objectives: the losses that a stage can minimise, one file each."""

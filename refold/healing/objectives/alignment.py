@@ -1,11 +1,12 @@
-"""What the objectives share that compare a student with its teacher depth by depth.
+"""The base class of objectives that compare a student with its teacher depth by depth, and the distance they use.
 
-Only scored positions are compared: those whose label is not -100. So the denominator that all objectives share,
-`Step.num_tokens`, is the number of positions compared, micro-batches and processes add up to the mean of the whole
-step, and filling, which predicts nothing, never counts. The last token of each piece of a document is left out with it,
-and in a chat all but the assistant's turns; both are read all the same wherever mixers look back.
+Only scored positions are compared, the positions whose label is not -100. So their number is `Step.num_tokens`, the
+denominator of all objectives, and the losses of micro-batches and processes sum to the mean of the whole step. Padding,
+the last token of each piece of a document, and in a chat all turns except the assistant's are not scored. Mixers of
+later positions still read these tokens.
 
-Every loss is a sum over positions, each normed by itself, so that packing documents together changes nothing.
+Every loss is a sum over positions, and each position is normalised separately. So the loss does not depend on the
+packing of documents.
 """
 
 from abc import abstractmethod
@@ -24,20 +25,20 @@ from refold.recipe import objectives as specs
 from refold.scoring.head import scored_positions
 
 SMALLEST_MEAN_SQUARE = 1e-8
-"""What a target's mean square counts as at least, so that a token whose target is nothing divides by something."""
+"""Lower bound for the mean square of a target, so that a target of zeros does not divide by zero."""
 
 OptionsType = TypeVar("OptionsType", bound=specs.ObjectiveOptions)
 
 
 class Alignment(Objective[OptionsType]):
-    """Means over depths of how far each is from the teacher.
+    """Computes the mean distance between depths of the student and the teacher.
 
-    A stored part that several depths run learns from all of them.
+    A stored part that several depths run is trained by all of these depths.
     """
 
     needs_fold = True
     name: ClassVar[str]
-    """What a recipe calls it."""
+    """Name of the objective in recipes."""
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         assert isinstance(student, RefoldForCausalLM)
@@ -64,11 +65,11 @@ class Alignment(Objective[OptionsType]):
             )
 
     def depths(self, student: RefoldForCausalLM) -> list[int]:
-        """Returns the student's depths that are compared: by default those with a mixer."""
+        """Returns the student's depths that are compared; the default is all depths with a mixer."""
         return mixing_layers(student)
 
     def teacher_layers(self, teacher: PreTrainedModel) -> set[int]:
-        """Returns the source layers a teacher has something to compare with for: by default those with a mixer."""
+        """Returns the source layers for which the teacher has a target; the default is all layers with a mixer."""
         sources = source_layers(teacher)
         return {sources[layer] for layer in mixing_layers(teacher)}
 
@@ -84,11 +85,18 @@ class Alignment(Objective[OptionsType]):
     def sum_over_depths(
         self, step: Step, student: RefoldForCausalLM, depths: list[int], index: Int64[Tensor, "K"] | None
     ) -> Float[Tensor, ""]:
-        """Returns the sum over depths and scored positions, whose flat index is given (None: all)."""
+        """Returns the sum of distances over depths and scored positions.
+
+        Args:
+            step: the micro-batch.
+            student: the student.
+            depths: depths to compare.
+            index: flat index of the scored positions; None: all positions.
+        """
 
 
 def teacher_layer_of(step: Step, student: RefoldForCausalLM) -> dict[int, int]:
-    """Returns, for each depth of the student that the teacher has a layer for, that layer."""
+    """Returns the teacher's layer for each depth of the student, without depths that have no such layer."""
     teacher = teacher_of(step)
     layers = {source: layer for layer, source in reversed(list(enumerate(teacher.source_layers)))}
     sources = source_layers(student)
@@ -96,7 +104,7 @@ def teacher_layer_of(step: Step, student: RefoldForCausalLM) -> dict[int, int]:
 
 
 def teacher_of(step: Step) -> Activations:
-    """Returns the teacher's pass, which is there."""
+    """Returns the teacher's activations, which must exist."""
     assert step.teacher is not None
     return step.teacher
 
@@ -107,14 +115,14 @@ def distance(
     index: Int64[Tensor, "K"] | None,
     kind: str,
 ) -> Float[Tensor, ""]:
-    """Returns the sum over scored positions, in float32 at least.
+    """Returns the sum of distances over scored positions, in float32 or float64.
 
-    `mse`: `|s - t|^2 / |t|^2`, the mean square of the difference relative to that of the target; `l2`:
+    `mse`: `|s - t|^2 / |t|^2`, the mean square of the difference divided by the mean square of the target; `l2`:
     `|s - t| / sqrt(D)` (RADLADS, arXiv 2505.03005, stage 1).
 
     Args:
-        student: what is learnt.
-        target: what it should be.
+        student: activations of the student, s.
+        target: activations of the teacher, t.
         index: flat index of the scored positions, None for all.
         kind: `mse` or `l2`.
     """

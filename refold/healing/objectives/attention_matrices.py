@@ -1,4 +1,4 @@
-"""Token-mixing matrices, compared with the teacher's attention matrices."""
+"""The objective `attention_matrices`: compares token-mixing matrices with the teacher's attention matrices."""
 
 from typing import cast
 
@@ -20,10 +20,10 @@ from refold.recipe import objectives as specs
 class AttentionMatrices(Alignment[specs.AttentionMatricesOptions]):
     """Matrix orientation (MOHAWK, arXiv 2408.10189, stage 1).
 
-    Each depth's mixer reads the teacher's stream before the source layer it stands for and writes its token-mixing
-    matrix down, which is compared with that layer's attention weights: the squared Frobenius norm of the difference,
-    per head. MOHAWK takes its root; squares add up over tokens, so that rows which are not scored, documents packed
-    together and micro-batches do not change what is learnt. Divided by the scored positions it lies between 0 and 2.
+    The mixer of each depth gets the teacher's residual stream before the source layer of the depth, and returns its
+    token-mixing matrix. The loss is the squared Frobenius norm of the difference to the attention weights of this
+    source layer, per head. MOHAWK takes the square root. The square is a sum over tokens, so it does not depend on
+    rows that are not scored, on packing or on micro-batches. Divided by the scored positions it lies between 0 and 2.
     """
 
     name = "attention_matrices"
@@ -88,9 +88,9 @@ def write_matrix(
 
     Args:
         model: a folded model.
-        depth: one with a mixer that has such a matrix.
-        hidden_states: the stream before it.
-        batch: from the stack's `batch`.
+        depth: index of a depth whose mixer has a token-mixing matrix.
+        hidden_states: the residual stream before the depth.
+        batch: batch made by `batch` of the stack.
     """
     owner = folded_depths(model)[depth]
     assert owner.view is not None
@@ -106,12 +106,12 @@ def _mixer(model: RefoldForCausalLM, depth: int) -> Mixer:
 
 
 def _num_heads(teacher: PreTrainedModel) -> dict[int, int]:
-    """Heads of a teacher's attention, by the source layer it stands for."""
+    """Returns the number of attention heads of the teacher, by source layer."""
     sources = source_layers(teacher)
     return {sources[layer]: teacher.config.num_attention_heads for layer in attention_layers(teacher)}
 
 
 def _rows(matrices: Float[Tensor, "B H T T"], index: Int64[Tensor, "K"] | None) -> Float[Tensor, "K H T"]:
-    """Rows of the scored positions."""
+    """Returns the rows of the scored positions."""
     rows = matrices.transpose(1, 2).flatten(0, 1)
     return rows if index is None else rows.index_select(0, index)

@@ -1,4 +1,4 @@
-"""Cross-entropy and a divergence from a teacher's distribution."""
+"""The objective `distil`: cross-entropy and a divergence from the teacher's distribution."""
 
 from refold.healing.objectives.objective import Loss, Objective, Step
 from refold.recipe import objectives as specs
@@ -8,8 +8,8 @@ from refold.scoring.chunked import Objectives, chunked_loss
 class Distil(Objective[specs.DistilOptions]):
     """`cross_entropy * CE + divergence_weight * temperature^2 * D(teacher, student)`.
 
-    The teacher runs along, or its likeliest tokens are read from disk. Forward KL is the divergence RRT settles on
-    (arXiv 2410.20672, section 3.6); it does not state the weights.
+    The teacher runs beside the student, or its likeliest tokens are read from disk. Relaxed Recursive Transformers use
+    forward KL (arXiv 2410.20672, section 3.6); the paper does not state the weights.
     """
 
     student_wants = frozenset({"predictions"})

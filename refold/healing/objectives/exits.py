@@ -1,4 +1,4 @@
-"""Early exits: each intermediate exit learns from the final output of the same pass, or from the text."""
+"""The objective `exits`: each early exit learns from the final output of the same pass, or from the text."""
 
 import torch
 from jaxtyping import Int64
@@ -22,8 +22,8 @@ class Exits(Objective[specs.ExitsOptions]):
 
     L_i is `KL(final || exit i)` with the final distribution detached, or the cross-entropy with the text. `aggressive`
     coefficients are 1 for the final output and the same small one for each exit; `weighted` ones are i / sum i over
-    exits and final output, top to bottom. A gate learns whether its exit's likeliest token is the final one's, both
-    detached; it moves nothing but itself.
+    exits and final output, top to bottom. A gate learns whether the likeliest token of its exit is that of the final
+    output. Both are detached, so this loss trains only the gate.
     """
 
     student_wants = frozenset[Want]({"exits"})
@@ -68,7 +68,7 @@ class Exits(Objective[specs.ExitsOptions]):
         return Loss(torch.stack(totals).sum(), means)
 
     def _coefficients(self, num_exits: int) -> list[float]:
-        """Of each exit, top to bottom, then of the final output."""
+        """Returns the coefficient of each exit, top to bottom, and then that of the final output."""
         scale = self.options.cross_entropy
         if self.options.weights == "aggressive":
             return [*[self.options.coefficient] * num_exits, scale]
@@ -83,7 +83,7 @@ class Exits(Objective[specs.ExitsOptions]):
 
 
 def _gate_losses(step: Step, final: Predictions, exits: list[ExitPredictions]) -> dict[str, Tensor]:
-    """Cross-entropy of each gate by `gate_<depths>`, and what it is to predict by `exit_<depths>_agreement`."""
+    """Returns the loss of each gate as `gate_<depths>`, and the mean of its target as `exit_<depths>_agreement`."""
     gated = [left for left in exits if left.gate is not None]
     if not gated:
         return {}

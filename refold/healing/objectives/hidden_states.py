@@ -1,4 +1,4 @@
-"""The stream after each depth, compared with the teacher's where the next depth begins."""
+"""The objective `hidden_states`: compares the residual stream after each depth with the teacher's."""
 
 import itertools
 
@@ -17,9 +17,9 @@ from refold.recipe import objectives as specs
 class HiddenStates(Alignment[specs.HiddenStatesOptions]):
     """Block-output matching (MOHAWK, arXiv 2408.10189, stage 2), for stacks of any depth.
 
-    The source's layers are cut where depths begin: a depth takes the stream from the start of the layer it stands for
-    (the first one from the embeddings) to where the next depth begins, the last one to the end. So a depth that stands
-    before dropped layers learns to do their work as well. Depths that run nothing are passed over.
+    A depth is trained from the residual stream before its source layer (the first depth: from the embeddings) to the
+    residual stream before the source layer of the next depth (the last depth: to the end). So a depth also learns the
+    work of dropped layers between it and the next depth. Depths without mixer and MLP are ignored.
     """
 
     name = "hidden_states"

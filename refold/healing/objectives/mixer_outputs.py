@@ -1,4 +1,4 @@
-"""What each mixer adds to the stream, compared with what the teacher's adds there."""
+"""The objective `mixer_outputs`: compares the output of each mixer with the teacher's."""
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -13,8 +13,9 @@ from refold.recipe import objectives as specs
 class MixerOutputs(Alignment[specs.MixerOutputsOptions]):
     """Attention-output transfer (LoLCATs, arXiv 2410.10254, section 3.2; RADLADS, arXiv 2505.03005, stage 1).
 
-    Each depth with a mixer is compared with the mixer of the source layer it stands for. With the teacher's inputs it
-    reads the teacher's stream before that layer, and nothing but mixers is run; with the student's, its own stream.
+    Each depth with a mixer is compared with the mixer of its source layer. With `inputs: teacher` the mixer reads the
+    teacher's residual stream before this layer, and only mixers are run. With `inputs: student` it reads the student's
+    own residual stream.
     """
 
     name = "mixer_outputs"

@@ -1,4 +1,4 @@
-"""Cross-entropy with the next token."""
+"""The objective `next_token`: cross-entropy with the next token."""
 
 from refold.healing.objectives.objective import Loss, Objective, Step
 from refold.recipe import objectives as specs
@@ -6,7 +6,7 @@ from refold.scoring.chunked import chunked_loss
 
 
 class NextToken(Objective[specs.NextTokenOptions]):
-    """`CE`: what the source was trained with."""
+    """`CE`, the loss with which language models are pretrained."""
 
     student_wants = frozenset({"predictions"})
 

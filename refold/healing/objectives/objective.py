@@ -1,4 +1,4 @@
-"""What every healing objective offers."""
+"""The base class of healing objectives, with the inputs and outputs of a loss."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ OptionsType = TypeVar("OptionsType", bound=ObjectiveOptions)
 
 @dataclass(frozen=True)
 class Step:
-    """One micro-batch as objectives see it.
+    """Holds one micro-batch with the activations that objectives read.
 
     Attributes:
         model: the student.
         input_ids: tokens.
-        position_ids: where they fall back, a new document begins.
-        labels: the id each position predicts (already shifted), -100 for none.
+        position_ids: a position that is lower than the one before begins a new document.
+        labels: the id that each position predicts (already shifted); -100: the position is not scored.
         num_tokens: scored tokens of the whole optimizer step, over all micro-batches and processes: the denominator of
-            every loss, so that losses and gradients add up.
-        student: what objectives want of the student's own pass; None where none wants any.
-        teacher: what objectives want of the teacher; None where none wants any.
-        stored: the teacher's stored distribution at these positions; None where none is wanted.
+            every loss, so that losses and gradients of micro-batches can be summed.
+        student: requested activations of the student's own pass; None if no objective requests any.
+        teacher: requested activations of the teacher; None if no objective requests any.
+        stored: the teacher's stored distribution at these positions; None if no objective reads it.
     """
 
     model: PreTrainedModel
@@ -42,11 +42,11 @@ class Step:
 
 
 class Loss(NamedTuple):
-    """A loss, and what is told of it.
+    """Holds a loss and its parts.
 
     Attributes:
-        total: what to call `backward` on; sums over the micro-batch's scored positions, divided by `num_tokens`.
-        means: its parts by name, unweighted, without gradients, divided likewise.
+        total: the loss for `backward`: the sum over the micro-batch's scored positions, divided by `num_tokens`.
+        means: unweighted parts of the loss by name, without gradients, divided by `num_tokens` too.
     """
 
     total: Float[Tensor, ""]
@@ -54,16 +54,16 @@ class Loss(NamedTuple):
 
 
 class Objective(ABC, Generic[OptionsType]):
-    """A loss over one micro-batch, made from the options of a stage.
+    """Computes a loss over one micro-batch, with the options of a stage.
 
-    The weight among those options is applied outside.
+    The caller multiplies the loss by the option `weight`.
 
     Attributes:
-        options: from the recipe.
-        student_wants: what it reads of the student's own pass (`Step.student`); `predictions` for nothing but those,
-            empty where the student's pass is not needed.
-        teacher_wants: what it reads of the teacher's pass; empty: no teacher is loaded for it.
-        stored_top_k: how many of the teacher's likeliest tokens it reads from disk; None: none.
+        options: options from the recipe.
+        student_wants: activations that it reads of the student's own pass (`Step.student`), for example `predictions`;
+            empty: the student's pass is not needed.
+        teacher_wants: activations that it reads of the teacher's pass; empty: it needs no teacher in memory.
+        stored_top_k: number of the teacher's likeliest tokens that it reads from disk; None: it reads none.
     """
 
     student_wants: frozenset[Want] = frozenset()
@@ -78,10 +78,10 @@ class Objective(ABC, Generic[OptionsType]):
         self.options = options
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-        """Refuses models it cannot compare, before anything is trained.
+        """Checks that the objective can compare two models, before training begins.
 
         Raises:
-            HealError: they do not fit, or nothing would be compared.
+            HealError: the models do not fit, or no depth can be compared.
         """
 
     @abstractmethod

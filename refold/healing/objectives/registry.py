@@ -1,4 +1,4 @@
-"""All healing objectives, by the name a recipe gives them."""
+"""All healing objectives by their names in recipes."""
 
 from collections.abc import Mapping
 
@@ -25,17 +25,17 @@ _registered: dict[str, type[Objective]] = {}
 
 
 def register_objective(name: str, objective: type, options: type = ObjectiveOptions) -> None:
-    """Adds an objective of your own to those that a `HealStage` of this process can name.
+    """Registers an objective, so that a `HealStage` of this process can name it.
 
-    A run that is resumed needs it again. Registering a name a second time replaces the first.
+    Register it again before a run is resumed. A second registration of a name replaces the first.
 
     Args:
         name: The name in `HealStage(objective=name)`.
         objective: A subclass of `Objective`.
-        options: Its options, a subclass of `ObjectiveOptions`; the plain one has a weight alone.
+        options: Class of its options, a subclass of `ObjectiveOptions`, which itself has only a weight.
 
     Raises:
-        HealError: The name is a built-in objective's or no identifier, or a class is of another kind.
+        HealError: The name belongs to a built-in objective or is no identifier, or a class has another base.
     """
     if name in OBJECTIVES or name == "registered" or not name.isidentifier():
         raise HealError(
