@@ -135,7 +135,7 @@ def recognise(path: Path, field: Field) -> FileKind:
     if ending in _REFUSED_ENDINGS:
         raise _refused(path, *_REFUSED_ENDINGS[ending])
     raw = _read_head(path, "")
-    compression: Compression = next((name for magic, name in _COMPRESSED.items() if raw.startswith(magic)), "")
+    compression = _compression(raw)
     head = _read_head(path, compression) if compression else raw
     if head.startswith(b"PAR1") or ending == ".parquet":
         return FileKind("parquet", compression)
@@ -144,12 +144,20 @@ def recognise(path: Path, field: Field) -> FileKind:
             raise _refused(path, name, mend)
     if head[257:262] == b"ustar":
         raise _refused(path, *_ARCHIVE)
-    if any(head.startswith(magic) for magic in _COMPRESSED):
+    if _compression(head):
         raise _refused(path, "compressed twice", "decompress it first")
     if b"\0" in head:
         raise _refused(path, *_BINARY)
     layout, delimiter = _layout(head.removeprefix(b"\xef\xbb\xbf"), ending, field)
     return FileKind(layout, compression, delimiter)
+
+
+def _compression(head: bytes) -> Compression:
+    """Returns the compression that the first bytes of a file show."""
+    for magic, name in _COMPRESSED.items():
+        if head.startswith(magic):
+            return name
+    return ""
 
 
 def require_file(path: Path) -> None:

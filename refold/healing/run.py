@@ -274,7 +274,9 @@ class Run:
             return stage
         path = self.work / f"sweep-{index + 1}.json"
         if not path.exists():
-            rates = [stage.stage.learning_rate * factor for factor in FACTORS]
+            middle = stage.stage.learning_rate
+            assert middle is not None
+            rates = [middle * factor for factor in FACTORS]
             self._display.tell(f"trying learning rates {', '.join(f'{rate:.2g}' for rate in rates)}")
             found = try_rates(rates, lambda rate: self._trial(index, stage.at_rate(rate), model), self.student)
             lines = [{"learning_rate": rate, "loss": loss} for rate, loss in found.items()]

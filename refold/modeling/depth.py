@@ -120,7 +120,7 @@ class Depth(GradientCheckpointingLayer):
         if not self._owns_tensors:
             return _NOTHING_OWNED
         owned_gains = cast("dict[Pool, Gain]", cast("nn.Module", self._modules["gain"])._modules)
-        gains = {pool: gain.forward() for pool, gain in owned_gains.items()}
+        gains: dict[Pool, Tensor] = {pool: gain.forward() for pool, gain in owned_gains.items()}
         return Owned(self.adapters(), self.own_vectors("mixer"), self.own_vectors("mlp"), gains)
 
     def inputs(self, batch: Batch, memory: Memory = NOTHING_KEPT, read: tuple[KeyValue, ...] = ()) -> DepthInputs:

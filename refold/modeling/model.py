@@ -50,9 +50,9 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
 
     def _project_rows(self, hidden_states: Tensor, exit_depth: ExitAt | None) -> Tensor:
         """Puts each row through the head of the exit it left by."""
-        leaving = self.model.row_exits(exit_depth, len(hidden_states))
-        if leaving is None:
+        if not isinstance(exit_depth, Tensor):
             return self.project_logits(hidden_states, self.model.depths_to_run(exit_depth) - 1)
+        leaving = self.model.row_exits(exit_depth, len(hidden_states))
         rows = [self.project_logits(hidden_states[row : row + 1], at - 1) for row, at in enumerate(leaving)]
         return torch.cat(rows)
 

@@ -1,7 +1,7 @@
 """The tensors by which a depth changes the parts it runs: vectors and gains as modules, and all of them in one call."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,8 @@ from refold.nn.fills import make_fill
 from refold.nn.lora import Adapter, join_adapters
 from refold.nn.named_tensors import NamedTensors
 from refold.nn.part import Lora, OwnVectors
+
+Name = TypeVar("Name", bound=str)
 
 
 class OwnedVectors(NamedTensors):
@@ -84,7 +86,7 @@ def join_owned(rows: Sequence[slice], owned: Sequence[Owned]) -> Owned:
     )
 
 
-def _join_vectors(rows: Sequence[slice], vectors: Sequence[OwnVectors]) -> OwnVectors:
+def _join_vectors(rows: Sequence[slice], vectors: Sequence[Mapping[Name, Tensor] | None]) -> dict[Name, Tensor] | None:
     """Returns each vector as `[B, 1, size]`."""
     given = [each for each in vectors if each is not None]
     if not given:

@@ -143,8 +143,11 @@ class RefoldModel(RefoldPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is required")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        leaving = self.row_exits(exit_depth, len(hidden_states))
-        num_depths = self.depths_to_run(exit_depth if leaving is None else max(leaving))
+        if isinstance(exit_depth, Tensor):
+            leaving = self.row_exits(exit_depth, len(hidden_states))
+            num_depths = self.depths_to_run(max(leaving))
+        else:
+            leaving, num_depths = None, self.depths_to_run(exit_depth)
         if self.embedding_scale != 1.0:
             hidden_states = hidden_states * torch.tensor(self.embedding_scale, dtype=hidden_states.dtype)
         cache = one_cache(cache, past_key_values)
@@ -259,14 +262,12 @@ class RefoldModel(RefoldPreTrainedModel):
         mlp = None if spec.mlp is None else self.mlps[spec.mlp]
         return Parts(cast("StoredPart | None", mixer), cast("StoredPart | None", mlp))
 
-    def row_exits(self, exit_depth: ExitAt | None, num_rows: int) -> list[int] | None:
-        """Returns after how many depths each row leaves the stack; None where all rows leave at one.
+    def row_exits(self, exit_depth: Int[Tensor, " rows"], num_rows: int) -> list[int]:
+        """Returns after how many depths each row leaves the stack.
 
         Raises:
             RefoldError: Not one number for each row, or one out of range.
         """
-        if not isinstance(exit_depth, Tensor):
-            return None
         found = exit_depth.reshape(-1).tolist()
         if len(found) != num_rows:
             raise RefoldError(f"exit_depth: one number for each of the {num_rows} rows is required (got {len(found)})")

@@ -1,4 +1,4 @@
-from refold.conversion.progress import Progress
+from refold.conversion.progress import Phase, Progress
 
 
 def test_steps_of_all_phases_count_up_to_one_sum() -> None:
@@ -6,7 +6,8 @@ def test_steps_of_all_phases_count_up_to_one_sum() -> None:
     progress = Progress(lambda done, total: told.append((done, total)))
     progress.expect("moments", 3)
     progress.expect("write", 2)
-    for phase, steps in (("moments", 3), ("write", 2)):
+    run: list[tuple[Phase, int]] = [("moments", 3), ("write", 2)]
+    for phase, steps in run:
         tell = progress.of(phase)
         for done in range(1, steps + 1):
             tell(done)

@@ -44,6 +44,7 @@ def test_transferred_weights_wait_until_the_loss_says_so(healing, swapped, weigh
     transfer = ["mlp"] if mixer == "mamba" else ["o_proj", "mlp"]
     folder = swapped({"mixers": [{"type": mixer, "transfer": transfer}]})
     (stage,) = stages_of("xatl", 12 * 64, learning_rate=3e-3)
+    assert stage.thaw is not None
     thaw = stage.thaw.model_copy(update={"window": 0.1, "latest": 0.75})
     healing(model=folder, stages=[stage.model_copy(update={"thaw": thaw})])
     frozen = [record.frozen for record in healing.records]

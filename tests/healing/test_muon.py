@@ -44,7 +44,8 @@ def test_in_bfloat16_it_is_torchs_muon(monkeypatch):
 def test_in_float32_it_is_torchs_muon_but_for_the_rounding(monkeypatch):
     monkeypatch.setattr(muon, "has_fast_bfloat16", lambda device: False)
     ours, theirs = _weights(), _weights()
-    _train(Muon, ours), _train(Torchs, theirs)
+    _train(Muon, ours)
+    _train(Torchs, theirs)
     for weight, expected, start in zip(ours, theirs, _weights(), strict=True):
         assert (weight - expected).norm() <= 0.03 * (expected - start).norm()
 

@@ -72,5 +72,6 @@ def test_transformers_trainer_evaluates_every_kind_of_fold_while_it_trains(recip
     assert len(losses) == 2
     found = trainer.predict(rows[:3])
     # Logits alone: neither caches nor exits are gathered over batches.
+    assert not isinstance(found.predictions, tuple)
     assert found.predictions.shape == (3, 16, model.config.vocab_size)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[-1], rel=1e-5)

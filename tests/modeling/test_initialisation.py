@@ -1,13 +1,17 @@
 """Models made from a config alone: every tensor is initialised by its module."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from refold.families.registry import read_arch
 from refold.modeling.configuration import RefoldConfig
+from refold.modeling.depth import Depth
 from refold.modeling.model import RefoldForCausalLM
+from refold.modeling.owned_tensors import Gain
 from refold.nn.exits import Gate
 from refold.nn.lora import Coefficients, LoraPairs
 from refold.planning.build import build_blueprint
@@ -72,9 +76,10 @@ def test_relaxations_have_no_effect_at_first_and_matrices_are_gaussian():
         if isinstance(module, Gate):
             assert not module.weight.any()
             assert not module.bias.any()
-    depth = model.model.depths[0]
+    depth = cast(Depth, model.model.depths[0])
     assert depth.coefficients["q_proj"].std().item() == pytest.approx(0.3, rel=0.1)
-    assert [gain.weight.item() for gain in depth.gain.values()] == [1.0, 1.0]
-    assert not model.model.norm.weight.any()  # Gemma adds one
-    prefix = make(PREFIXED, KINDS[1]).model.depths[0].prefix
+    assert [cast(Gain, gain).weight.item() for gain in depth.gain.values()] == [1.0, 1.0]
+    assert not cast(Tensor, model.model.norm.weight).any()  # Gemma adds one
+    prefix = cast(Depth, make(PREFIXED, KINDS[1]).model.depths[0]).prefix
+    assert prefix is not None
     assert prefix.std().item() == pytest.approx(0.3, rel=0.2)

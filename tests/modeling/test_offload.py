@@ -7,7 +7,6 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 
 from refold.modeling.adapters import load_adapters
-from refold.modeling.load import load_model
 
 FOLD = {"loops": 2, "init": "average"}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -34,8 +33,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", RECIPES)
 @torch.no_grad()
-def test_an_offloaded_model_gives_the_same_bits(fold, tokens, name):
-    model = load_model(fold("llama", RECIPES[name]), device="cpu")
+def test_an_offloaded_model_gives_the_same_bits(load, tokens, name):
+    model = load("llama", RECIPES[name])
     exits = name == "exits"
     expected = model(tokens, output_exits=exits)
     early = model(tokens, exit_depth=2).logits
@@ -57,28 +56,33 @@ def test_an_offloaded_model_gives_the_same_bits(fold, tokens, name):
 
 @pytest.mark.parametrize("name", ["relaxed", "own vectors", "joint", "low rank", "basis", "prefix"])
 @torch.no_grad()
-def test_a_model_dispatched_to_disk_gives_the_same_logits(fold, tokens, tmp_path, name):
-    model = load_model(fold("llama", RECIPES[name]), device="cpu")
+def test_a_model_dispatched_to_disk_gives_the_same_logits(load, tokens, tmp_path, name):
+    model = load("llama", RECIPES[name])
     expected = model(tokens).logits
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "disk", "model.mlps": "disk"}
+    places: dict[str, str | int | torch.device] = {
+        "model.embed_tokens": "cpu",
+        "model.norm": "cpu",
+        "lm_head": "disk",
+        "model.mlps": "disk",
+    }
     places |= {"model.exits": "cpu", "model.rotaries": "cpu", "model.mixers": "cpu", "model.depths": "disk"}
-    model = dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    model = dispatch_model(model, places, main_device=torch.device("cpu"), offload_dir=str(tmp_path), force_hooks=True)
     assert any(weight.is_meta for name, weight in model.named_parameters() if "mlps" in name)
     found = model(tokens).logits
     # Mapped files are aligned otherwise than memory, which kernels may round by.
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-6
 
 
-def test_reading_a_tensor_outside_a_call_is_what_fails(fold):
-    model = load_model(fold("llama", RECIPES["relaxed"]), device="cpu")
+def test_reading_a_tensor_outside_a_call_is_what_fails(load):
+    model = load("llama", RECIPES["relaxed"])
     cpu_offload(model, execution_device=torch.device("cpu"))
     pairs = model.model.depths[0].lora
     assert pairs["q_proj"].a.is_meta
     assert not any(factor.is_meta for pair in pairs().values() for factor in pair)
 
 
-def test_adapters_of_another_folder_are_not_lost(fold):
-    model = load_model(fold("llama", RECIPES["relaxed"]), device="cpu")
+def test_adapters_of_another_folder_are_not_lost(load, fold):
+    model = load("llama", RECIPES["relaxed"])
     assert load_adapters(model, fold("llama", RECIPES["relaxed"])) == sum(
         ".lora." in name for name, _ in model.named_parameters()
     )

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_checkpoints_of_the_trainer_of_a_resized_model_load(
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, save_steps=1, use_cpu=True, report_to=[], disable_tqdm=True
     )
-    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    Trainer(model=model, args=arguments, train_dataset=cast(Any, rows)).train()
     again = load_model(tmp_path / "checkpoint-2", device="cpu")
     assert torch.equal(again(tokens).logits, model.eval()(tokens).logits)
 

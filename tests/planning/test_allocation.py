@@ -53,9 +53,8 @@ def measured(blueprint: Blueprint, joint: bool = False) -> list[MeasuredLinear]:
 
 
 def factors_lost(linears: Sequence[MeasuredLinear], ranks: Mapping[int, int | None]) -> float:
-    return sum(
-        each.stored.lost[-1] if ranks[at] is None else each.stored.at(ranks[at]) for at, each in enumerate(linears)
-    )
+    pairs = [(each.stored, ranks[at]) for at, each in enumerate(linears)]
+    return sum(stored.lost[-1] if rank is None else stored.at(rank) for stored, rank in pairs)
 
 
 def factor_ranks(linears: Sequence[MeasuredLinear], blueprint: Blueprint) -> dict[int, int | None]:
@@ -63,7 +62,8 @@ def factor_ranks(linears: Sequence[MeasuredLinear], blueprint: Blueprint) -> dic
 
 
 def factors_cost(linears: Sequence[MeasuredLinear], ranks: Mapping[int, int | None]) -> int:
-    return sum(each.whole if ranks[at] is None else each.unit * ranks[at] for at, each in enumerate(linears))
+    pairs = [(each, ranks[at]) for at, each in enumerate(linears)]
+    return sum(each.whole if rank is None else each.unit * rank for each, rank in pairs)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.67, 0.9])

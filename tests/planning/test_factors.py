@@ -6,7 +6,7 @@ from refold.blueprint.contents import depth_linears
 from refold.blueprint.cost import cost, count_parameters
 from refold.blueprint.owned.coefficients import COEFFICIENTS
 from refold.blueprint.owned.lora import LORA
-from refold.blueprint.schema import Blueprint
+from refold.blueprint.schema import Blueprint, Pool
 from refold.blueprint.stored import FACTOR, LINEAR
 from refold.blueprint.tensors import target_tensors
 from refold.errors import RecipeError
@@ -145,7 +145,7 @@ def test_the_budget_holds_loras_too(make_arch):
     budget = linear_budget(identity_blueprint(arch), 0.4)
     # One rank more of everything would not fit.
     assert budget - sum(sum(shape) for *_, shape in stored_linears(blueprint)) < stored + loras <= budget
-    queries = {("mixer", part, "q_proj") for part in range(2)}
+    queries: set[tuple[Pool, int, str]] = {("mixer", part, "q_proj") for part in range(2)}
     assert lora_parameters(blueprint, skipped=queries) == loras - 4 * 3 * 64
 
 

@@ -7,6 +7,7 @@ import pytest
 from refold.blueprint.cost import cost
 from refold.blueprint.schema import Blueprint
 from refold.errors import RecipeError
+from refold.mixers.heads import HeadedSpec
 from refold.planning.build import build_blueprint
 from refold.recipe.load import load_recipe
 
@@ -74,7 +75,9 @@ def test_a_fresh_mlp_has_no_sources(make_arch):
 
 def test_options_are_resolved_against_the_source(make_arch):
     arch = make_arch(4)
-    layout = build(arch, {"type": "retention", "heads": 2}).mixers[0].mixer.layout
+    mixer = build(arch, {"type": "retention", "heads": 2}).mixers[0].mixer
+    assert isinstance(mixer, HeadedSpec)
+    layout = mixer.layout
     assert layout.key_dim == arch.num_attention_heads * arch.head_dim // 2
     assert layout.v_heads == 2
 

@@ -64,6 +64,7 @@ def test_defaults_are_the_recommended_pairs(fold, relax, weights, inits):
     sections = {"fold": {"loops": 2, **fold}, "weights": weights, **({"relax": relax} if relax else {})}
     resolved = load_recipe(sections).resolved()
     assert resolved.fold is not None
+    assert resolved.relax is None or isinstance(resolved.relax, LoraRelax)
     assert (resolved.fold.init, resolved.relax.init if resolved.relax else None) == inits
 
 

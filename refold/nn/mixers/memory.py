@@ -61,10 +61,12 @@ class CacheMemory(Memory):
 
     def append(self, key: Tensor, value: Tensor, extra: Mapping[str, Any]) -> Appended:
         if isinstance(self._cache, Cache):
-            return Appended(*self._cache.update(key, value, self._layer_idx), extra)
+            keys, values = self._cache.update(key, value, self._layer_idx)
+            return Appended(keys, values, extra)
         # A paged cache writes the layer's own arguments of the back-end into the dictionary it is given.
         arguments = dict(extra)
-        return Appended(*self._cache.update(key, value, self._layer_idx, kwargs=arguments), arguments)
+        keys, values = self._cache.update(key, value, self._layer_idx, kwargs=arguments)
+        return Appended(keys, values, arguments)
 
     def state(self) -> Tensor | None:
         layer = self._layer()

@@ -1,13 +1,17 @@
+from typing import Any
+
 from refold.blueprint.origins import Origin
 from refold.blueprint.owned.lora import LORA
 from refold.blueprint.owned.merge import Merge
+from refold.families.arch import ArchSpec
 from refold.planning.build import build_blueprint
+from refold.planning.plan import StackPlan
 from refold.recipe.load import load_recipe
 
 FOLD = {"loops": 2}
 
 
-def build(arch, rank=3, **relax):
+def build(arch: ArchSpec, rank: int | dict[str, int] = 3, **relax: Any) -> StackPlan:
     return build_blueprint(arch, load_recipe({"fold": FOLD, "relax": {"rank": rank, **relax}}))
 
 

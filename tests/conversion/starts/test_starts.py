@@ -167,7 +167,7 @@ def test_the_same_group_gives_the_same_bits(start):
         assert all(torch.equal(mine, its) for mine, its in zip(one.pairs[depth], other.pairs[depth], strict=True))
 
 
-def metric_of(inputs: dict[int, Tensor], outputs: Tensor | None) -> GroupWeightings:
+def metric_of(inputs: Mapping[int, Tensor | None], outputs: Tensor | None) -> GroupWeightings:
     return GroupWeightings(inputs, {} if outputs is None else dict.fromkeys(inputs, outputs))
 
 
@@ -191,7 +191,9 @@ def weighted_loss(given: list[Tensor], stored: Tensor, added: Mapping[int, Tenso
     total = 0.0
     for at, weight in enumerate(given):
         error = (weight - stored - added.get(at, torch.zeros_like(stored))).double()
-        total += float(torch.trace(outputs @ error @ metric.inputs[at] @ error.T))
+        inputs = metric.inputs[at]
+        assert inputs is not None
+        total += float(torch.trace(outputs @ error @ inputs @ error.T))
     return total
 
 
@@ -269,6 +271,7 @@ def test_what_is_stored_has_the_rank_asked_for(start, metric):
     assert nothing.stored.factors == ()
     assert not nothing.stored.weight.any()
     some = STARTS[start](weigh(group(given, 3, 2), metric, 4), "exact")
+    assert some.stored.factors
     a, b = some.stored.factors
     assert (a.shape, b.shape) == ((4, 10), (14, 4))
     assert torch.allclose(b @ a, some.stored.weight, atol=1e-5)
