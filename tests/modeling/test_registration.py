@@ -32,8 +32,8 @@ def test_auto_classes_load_a_folded_model(fold, order):
 def test_a_config_names_no_code_for_libraries_that_ask(fold):
     # TRL reads `auto_map` of every config whose class is not in transformers' own namespace.
     folder = fold("llama")
-    script = "import sys, refold\nfrom transformers import AutoConfig\nprint(AutoConfig.from_pretrained(sys.argv[1]).auto_map)"
-    assert run(script, str(folder)) == "{}"
+    ask = "print(AutoConfig.from_pretrained(sys.argv[1]).auto_map)"
+    assert run(f"import sys, refold\nfrom transformers import AutoConfig\n{ask}", str(folder)) == "{}"
     assert "auto_map" not in (folder / "config.json").read_text()
 
 
