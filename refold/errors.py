@@ -1,5 +1,9 @@
 """Exceptions for mistakes of the user. The command line prints one line for each and exits with status 2."""
 
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class RefoldError(Exception):
     """A mistake of the user. The message has the form `where: requirement (got value); how to mend it`."""
@@ -27,3 +31,17 @@ class HealError(RefoldError):
 
 class ExportError(RefoldError):
     """A model cannot be written in the chosen format."""
+
+
+def given_or_default(value: T | None, kind: type[T], name: str) -> T:
+    """Returns the settings given to a function, or the default ones.
+
+    Raises:
+        RefoldError: The value is of another type.
+    """
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        got = type(value).__name__
+        raise RefoldError(f"{name}: refold.{kind.__name__} is required (got {got}); give refold.{kind.__name__}(...)")
+    return value

@@ -45,3 +45,18 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_importing_refold_imports_neither_torch_nor_transformers() -> None:
     code = "import sys, refold; assert not {'torch', 'transformers', 'pydantic'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda path: refold.evaluate(path, ["a b c d"], {"context": 64}), "EvaluationSettings"),
+        (lambda path: refold.convert(path, path / "out", options={"overwrite": True}), "ConvertOptions"),
+        (lambda path: refold.heal(path, path / "out", ["a b c d"], [], options={"device": "cpu"}), "HealOptions"),
+        (lambda path: refold.run(path, path / "out", data=["a b c d"], options={"device": "cpu"}), "RunOptions"),
+        (lambda path: refold.analyse(path, settings={"tokens": 64}), "AnalysisSettings"),
+    ],
+)
+def test_settings_of_another_type_are_refused(call, kind, tmp_path) -> None:
+    with pytest.raises(refold.RefoldError, match=rf"refold\.{kind} is required \(got dict\); give refold\.{kind}"):
+        call(tmp_path)

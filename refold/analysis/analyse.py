@@ -21,7 +21,7 @@ from refold.data.corpus import Data, open_text
 from refold.data.mixture import describe_one_kind
 from refold.data.packing import IGNORED, PackedSequence
 from refold.data.readers import DataSource
-from refold.errors import DataError, SourceError
+from refold.errors import DataError, SourceError, given_or_default
 from refold.modeling.load import choose_device, load_tokenizer
 from refold.sources.measurements import MOMENTS_NAME, MeasuredText, Measurements, MomentSummary, Similarity
 from refold.sources.pieces import PieceReader
@@ -91,7 +91,7 @@ def analyse(
         FolderError: The destination exists, is locked or cannot be written.
         SourceError: The source is missing, broken or unknown, or has no weights.
     """
-    settings = settings or AnalysisSettings()
+    settings = given_or_default(settings, AnalysisSettings, "settings")
     settings = replace(settings, device=str(choose_device(settings.device)))
     if settings.moments and out is None:
         raise DataError("analyse: a folder is required where moments are stored (got none); give --out DIR")

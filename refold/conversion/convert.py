@@ -33,7 +33,7 @@ from refold.conversion.target_tensors import TargetBuilder
 from refold.data.corpus import Data, open_text
 from refold.data.mixture import describe_one_kind
 from refold.data.readers import DataSource
-from refold.errors import RecipeError, SourceError
+from refold.errors import RecipeError, SourceError, given_or_default
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.load import choose_device
 from refold.planning.approximation import Approximation, require_text, stored_maps
@@ -105,7 +105,7 @@ def convert(
         FolderError: The destination is taken, locked or cannot be written, or the measurements are missing or damaged.
     """
     located = source if isinstance(source, Source) else locate(source)
-    loaded, options = load_recipe(recipe, overrides), options or ConvertOptions()
+    loaded, options = load_recipe(recipe, overrides), given_or_default(options, ConvertOptions, "options")
     model = read_source_model(located)
     plan = plan_model(model, loaded, options.allow_larger, read_influence(model, measurements))
     if calibration is not None and not (stored_maps(plan.blueprint, plan.starts) or reads_text(plan)):
@@ -144,7 +144,7 @@ def carry_out(
         RecipeError: A feature map is to be fitted to text and there is none.
         DataError: The calibration text is too short, or cannot be read.
     """
-    options = options or ConvertOptions()
+    options = given_or_default(options, ConvertOptions, "options")
     device = str(choose_device(options.device))
     _require_inputs(draft, source, calibration is not None, moments is not None)
     folder, progress = source.fetch(), Progress(options.progress)

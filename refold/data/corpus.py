@@ -219,9 +219,14 @@ def _open(entry: Any, form: Form) -> DataSource | DocumentStream:
             raise DataError(f"data: one split is required (got a dict of {sorted(entry)}); give `data['train']`")
     if pandas is not None and isinstance(entry, pandas.DataFrame):
         if field.name not in entry.columns:
-            raise Field(field.name, form, "column").missing(map(str, entry.columns), "data frame")
+            remedy = f"rename yours, `frame.rename(columns={{...: {field.name!r}}})`"
+            raise Field(field.name, form, "column").missing(map(str, entry.columns), "data frame", remedy)
         entry = entry[field.name]
     if pandas is not None and isinstance(entry, pandas.Series):
+        if (empty := int(entry.isna().sum())) > 0:
+            raise DataError(
+                f"data frame: a text in every row is required ({empty} rows have none); drop them by `dropna()`"
+            )
         return from_documents(read_items(entry.tolist(), field, "data frame"), name="data frame")
     if isinstance(entry, bytes | Mapping) or not isinstance(entry, Iterable):
         got = type(entry).__name__

@@ -47,14 +47,15 @@ class Field:
             raise self.missing(row, where)
         return self.read(row[self.name], where)
 
-    def missing(self, names: Iterable[str], where: str) -> OtherContentError:
+    def missing(self, names: Iterable[str], where: str, remedy: str | None = None) -> OtherContentError:
         """Returns the error for a row or file without the field; the message lists its fields."""
         legal = sorted(str(name) for name in names)
         shown = [name[:40] for name in legal[:_SHOWN]]
         more = f" and {len(legal) - _SHOWN} more" if len(legal) > _SHOWN else ""
+        held = "messages" if self.form == "chat" else "text"
+        remedy = remedy or f"name the one that holds the {held}: --field NAME, or FILE?field=NAME"
         return OtherContentError(
-            f"{where}: {self.noun} '{self.name}' is required (got {shown}{more}){did_you_mean(self.name, legal)}; name "
-            f"the one that holds the {'messages' if self.form == 'chat' else 'text'}: --field NAME, or FILE?field=NAME"
+            f"{where}: {self.noun} '{self.name}' is required (got {shown}{more}){did_you_mean(self.name, legal)}; {remedy}"
         )
 
     def read(self, value: object, where: str) -> Document:

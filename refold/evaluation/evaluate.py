@@ -18,7 +18,7 @@ from refold.data.mixture import MixedSource
 from refold.data.readers import DataSource
 from refold.data.spool import SPOOL_BYTES
 from refold.data.tokens import TokenisedDocuments, join_tokenised, require_known_tokens, scored_bytes, tokenise
-from refold.errors import DataError, RefoldError
+from refold.errors import DataError, RefoldError, given_or_default
 from refold.evaluation.document_sums import DocumentCounts, ratio_error
 from refold.evaluation.reference import Reference
 from refold.evaluation.result import (
@@ -146,7 +146,7 @@ def evaluate(
         RefoldError: The device or dtype is not available, `quantise` is no scheme or given for a loaded model, or the
             model's predictions are not finite.
     """
-    settings, watch = settings or EvaluationSettings(), Stopwatch()
+    settings, watch = given_or_default(settings, EvaluationSettings, "settings"), Stopwatch()
     _require_quantisable(model, settings.quantise)
     source = open_text(data, limit=_byte_limit(settings.max_tokens))
     with watch.measure("load"):

@@ -13,7 +13,7 @@ from refold.checkpoint.dtypes import torch_dtype
 from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import Source, locate
 from refold.checkpoint.reader import CheckpointReader
-from refold.errors import ExportError
+from refold.errors import ExportError, FolderError
 from refold.exporting.registry import find_target
 from refold.exporting.target import ExportJob
 from refold.modeling.configuration import MODEL_TYPE
@@ -54,6 +54,8 @@ def export(
     config = located.read_config()
     blueprint = _read_blueprint(located, config)
     folder = located.fetch()
+    if Path(destination).resolve() == folder.resolve():
+        raise FolderError(f"{destination}: another folder than the model's is required (it would replace the model)")
     with CheckpointReader(folder, blueprint) as reader:
         stored = torch_dtype(reader.info("model.embed_tokens.weight").dtype)
         number = chosen if isinstance(chosen, torch.dtype) else stored

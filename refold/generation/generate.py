@@ -17,7 +17,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from refold.data.tokens import require_known_tokens
-from refold.errors import RefoldError
+from refold.errors import RefoldError, given_or_default
 from refold.generation.prompts import Messages, encode_continuation, encode_prompt, pad_left
 from refold.generation.sampling import DEFAULT_NEW_TOKENS, Sampling
 from refold.generation.state import PromptState, load_state, read_state
@@ -83,8 +83,8 @@ class TextGenerator:
         if not prompts:
             return []
         ids = self._encode(prompts, chat, state)
-        options = self._options(ids, sampling or Sampling(), state)
-        new = self._run(ids, sampling or Sampling(), options)
+        options = self._options(ids, given_or_default(sampling, Sampling, "sampling"), state)
+        new = self._run(ids, given_or_default(sampling, Sampling, "sampling"), options)
         return [self._text(prompt, row) for prompt, row in zip(ids, new, strict=True)]
 
     def stream(
@@ -99,7 +99,7 @@ class TextGenerator:
 
         The call itself raises errors of its arguments. Closing the iterator stops the model.
         """
-        sampling = sampling or Sampling()
+        sampling = given_or_default(sampling, Sampling, "sampling")
         ids = self._encode([prompt], chat, state)[0]
         options = self._options([ids], sampling, state)
         return self._pieces(ids, sampling, options)

@@ -12,6 +12,7 @@ from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import Source
 from refold.checkpoint.writer import count_bytes
 from refold.data.corpus import Data, describe_training
+from refold.errors import given_or_default
 from refold.healing.choices import Choices
 from refold.healing.log import LOG_NAME
 from refold.healing.output import describe, tensor_specs, write_healed
@@ -112,7 +113,7 @@ def heal(
         HealInterrupted: SIGTERM, SIGINT or SIGHUP came; a checkpoint was written.
         FolderError: The destination is taken, locked or cannot be written, or the disk is full.
     """
-    options = options or HealOptions()
+    options = given_or_default(options, HealOptions, "options")
     team = (ShardedTeam if options.sharded else Team)(choose_device(options.device))
     located, _ = open_source(model)
     student: Any = load_model(located, dtype="auto", device=team.device)

@@ -51,6 +51,8 @@ def choose_device(name: str | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:100]
         raise RefoldError(f"device: one of this machine's devices is required (got '{name}': {reason})") from None
+    if device.type == "meta":
+        raise RefoldError("device: one that computes is required (got 'meta'); give cpu, cuda or mps")
     return device
 
 

@@ -122,6 +122,9 @@ def _replaced(data: Any, keys: Sequence[str], value: Any, where: str, above: tup
         raise RecipeError(
             f"{where}: {here} must be a mapping to hold {shorten(key)} (got {shorten(data)}); set it as a whole"
         )
+    if key.isdecimal() and key not in (data or {}):
+        advice = f"drop the {shorten(key)} to set a key of all of it" if data else "set it as a whole"
+        raise RecipeError(f"{where}: {here or 'the recipe'} has no numbered entries; {advice}")
     section = dict(data or {})
     section[key] = _replaced(section.get(key), keys[1:], value, where, (*above, key))
     return section

@@ -11,7 +11,7 @@ from refold.checkpoint.atomic_file import is_unfinished, write_json
 from refold.checkpoint.locate import PLAN_NAME
 from refold.checkpoint.lock import FolderLock
 from refold.data.corpus import Data
-from refold.errors import FolderError, RecipeError
+from refold.errors import FolderError, RecipeError, given_or_default
 from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation
 from refold.planning.plan import Plan, StackPlan, read_plan
@@ -116,8 +116,8 @@ def run(
     Raises:
         RefoldError: The errors of the stages, or the folder has other contents.
     """
-    options = options or RunOptions()
-    job = read_job(source, recipe, data, held_out, settings or RunSettings(), options)
+    options = given_or_default(options, RunOptions, "options")
+    job = read_job(source, recipe, data, held_out, given_or_default(settings, RunSettings, "settings"), options)
     root, device, show = Path(destination), job.settings.device, options.show
     if not (root / RUN_NAME).exists():
         for line in job.notes:
@@ -205,7 +205,9 @@ def _claim(root: Path, job: RunJob) -> None:
         if not different:
             return
     elif root.exists() and not all(is_unfinished(path) for path in root.iterdir()):
-        raise FolderError(f"{root}: a new folder, or one of an earlier run, is required (it holds other files)")
+        raise FolderError(
+            f"{root}: a new folder, or one of an earlier run, is required (it holds other files); choose another output"
+        )
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -58,6 +58,14 @@ def test_a_taken_place_is_only_overwritten_when_asked(folded: Path, tmp_path: Pa
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_the_model_itself_is_never_replaced(folded: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(folded)
+    for place in (folded, tmp_path / "link"):
+        with pytest.raises(FolderError, match="another folder than the model's is required"):
+            export(folded, place, overwrite=True)
+    assert json.loads((folded / "config.json").read_text())["model_type"] == "refold"
+
+
 def test_a_source_is_refused(make_source, tmp_path: Path):
     with pytest.raises(ExportError, match=r"a folded model is required .got model_type 'llama'.; it is not one of"):
         export(make_source("llama"), tmp_path / "out")

@@ -231,6 +231,11 @@ def test_what_is_no_file_and_no_built_in_is_refused(tmp_path):
         (["heal.first.tokens=4"], r"heal\[0\]\.first: unknown key"),
         (["heal=[]", "heal.tokens=4"], r"heal is a list of 0; an index below that is required \(got 'tokens'\)"),
         (["fold.loop=3"], r"fold\.loop: unknown key; did you mean 'loops'"),
+        (
+            ["heal={protocol: xatl, tokens: 1k}", "heal.0.context=64"],
+            "heal has no numbered entries; drop the '0' to set",
+        ),
+        (["mixers.0.type=gla"], "mixers has no numbered entries; set it as a whole"),
     ],
 )
 def test_a_wrong_override_is_refused(overrides, message):

@@ -42,9 +42,9 @@ def register_objective(name: str, objective: type, options: type = ObjectiveOpti
             f"register_objective: a name that is no built-in objective's is required (got '{name}'); built in are "
             f"{', '.join(OBJECTIVES)}"
         )
-    if not issubclass(objective, Objective):
+    if not (isinstance(objective, type) and issubclass(objective, Objective)):
         raise HealError(f"register_objective: a subclass of Objective is required (got {objective!r})")
-    if not issubclass(options, ObjectiveOptions):
+    if not (isinstance(options, type) and issubclass(options, ObjectiveOptions)):
         raise HealError(f"register_objective: a subclass of ObjectiveOptions is required (got {options!r})")
     REGISTERED[name], _registered[name] = options, objective
 
