@@ -94,7 +94,7 @@ def test_a_chosen_seed_goes_over_the_recipes_zero_too(source: Path, overrides: t
 
 def test_a_folder_of_the_users_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(FolderError, match="or one of an earlier run, is required .*; choose another output"):
+    with pytest.raises(FolderError, match=r"or one of an earlier run, is required .*; choose another output"):
         run(source, tmp_path, "recursive", from_documents(TEXTS), settings=SETTINGS)
     with pytest.raises(FolderError, match="a folder's place is required"):
         run(source, tmp_path / "thesis.txt", "recursive", from_documents(TEXTS), settings=SETTINGS)

@@ -49,17 +49,17 @@ class AttentionMatrices(Alignment[specs.AttentionMatricesOptions]):
                     f"objective {self.name}: depths that attend to tokens alone are required (depth {depth} has a "
                     f"prefix); align mixer_outputs instead"
                 )
-            mixer = _mixer(student, depth)
+            mixer, kind = _mixer(student, depth), _mixer_type(student, depth)
             if mixer.num_matrix_heads is None:
                 raise HealError(
                     f"objective {self.name}: mixers that can write their token-mixing matrix down are required (depth "
-                    f"{depth}: {type(mixer).__name__} cannot); align mixer_outputs instead"
+                    f"{depth}: {kind} cannot); align mixer_outputs instead"
                 )
             wanted = heads[sources[depth]]
             if mixer.num_matrix_heads != wanted:
                 raise HealError(
                     f"objective {self.name}: as many heads as the teacher's {wanted} are required (depth {depth}: "
-                    f"{type(mixer).__name__} has {mixer.num_matrix_heads}); align mixer_outputs instead"
+                    f"{kind} has {mixer.num_matrix_heads}); align mixer_outputs instead"
                 )
 
     def teacher_layers(self, teacher: PreTrainedModel) -> set[int]:
@@ -97,6 +97,13 @@ def write_matrix(
     return _mixer(model, depth).matrix(
         hidden_states, owner.view, owner.inputs(batch), owner.adapters(), owner.own_vectors("mixer")
     )
+
+
+def _mixer_type(student: RefoldForCausalLM, depth: int) -> str:
+    blueprint = student.config.read_blueprint()
+    index = blueprint.depths[depth].mixer
+    assert index is not None
+    return blueprint.mixers[index].mixer.type
 
 
 def _mixer(model: RefoldForCausalLM, depth: int) -> Mixer:

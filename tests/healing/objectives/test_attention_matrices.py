@@ -120,12 +120,12 @@ def test_the_teacher_must_be_loaded_with_eager_attention(fold, load_source):
 def test_a_mixer_that_has_no_matrix_is_refused(fold, load_source):
     student = fold(recipe=STRICT)
     student.model.mixers[1].num_matrix_heads = None
-    with pytest.raises(HealError, match=r"token-mixing matrix down are required \(depth 1: AttentionMixer cann"):
+    with pytest.raises(HealError, match=r"token-mixing matrix down are required \(depth 1: attention cann"):
         objective().check(student, load_source())
 
 
 def test_another_number_of_heads_is_refused(fold, load_source):
-    with pytest.raises(HealError, match=r"as the teacher's 8 are required \(depth 0: AttentionMixer has 4\)"):
+    with pytest.raises(HealError, match=r"as the teacher's 8 are required \(depth 0: attention has 4\)"):
         objective().check(fold(recipe=STRICT), load_source(num_attention_heads=8))
 
 
