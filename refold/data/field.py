@@ -54,9 +54,8 @@ class Field:
         more = f" and {len(legal) - _SHOWN} more" if len(legal) > _SHOWN else ""
         held = "messages" if self.form == "chat" else "text"
         remedy = remedy or f"name the one that holds the {held}: --field NAME, or FILE?field=NAME"
-        return OtherContentError(
-            f"{where}: {self.noun} '{self.name}' is required (got {shown}{more}){did_you_mean(self.name, legal)}; {remedy}"
-        )
+        close = did_you_mean(self.name, legal)
+        return OtherContentError(f"{where}: {self.noun} '{self.name}' is required (got {shown}{more}){close}; {remedy}")
 
     def read(self, value: object, where: str) -> Document:
         """Returns the document in a value of the field.
