@@ -4,16 +4,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from refold.blueprint.contents import depth_linears, linear_pools
+from refold.blueprint.kinds import Place
 from refold.blueprint.owned.exits import count_exit_parameters, gate_flops, head_flops
 from refold.blueprint.owned.kind import OwnedKind
 from refold.blueprint.owned.registry import owned_kinds
-from refold.blueprint.schema import Blueprint
-from refold.blueprint.tensor_kind import Place
+from refold.blueprint.schema import Blueprint, depth_linears, linear_pools
 from refold.blueprint.tensors import target_tensors
 from refold.families.arch import Frozen
-from refold.mixers.mlp import MLP
-from refold.mixers.spec import CacheCost
+from refold.mixers.spec import MLP, CacheCost
 
 STATE_BYTES = 4  # recurrent states are float32
 

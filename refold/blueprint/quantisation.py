@@ -2,8 +2,8 @@
 
 from math import ceil
 
+from refold.blueprint.kinds import TargetTensor
 from refold.blueprint.schema import Blueprint
-from refold.blueprint.tensor_kind import TargetTensor
 from refold.blueprint.tensors import target_tensors
 from refold.errors import RefoldError
 from refold.families.arch import Frozen

@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from refold.families.arch import ArchSpec
-from refold.families.family import Family, TensorRule
+from refold.families.arch import ArchSpec, Family, TensorRule
 from refold.mixers.attention import Attention
-from refold.mixers.mlp import MLP
-from refold.mixers.spec import PartSpec, Shape, norm_vectors
+from refold.mixers.spec import MLP, PartSpec, Shape, norm_vectors
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from refold.blueprint.contents import depth_linears, part_linears, part_vectors
+from refold.blueprint.kinds import EMBEDDING, FACTOR, FINAL_NORM, HEAD, LINEAR, VECTOR, TargetTensor
 from refold.blueprint.owned.kind import OwnedKind
 from refold.blueprint.owned.registry import owned_kinds
-from refold.blueprint.schema import POOLS, Blueprint, Pool
-from refold.blueprint.stored import EMBEDDING, FACTOR, FINAL_NORM, HEAD, LINEAR, VECTOR
-from refold.blueprint.tensor_kind import TargetTensor
+from refold.blueprint.schema import POOLS, Blueprint, Pool, depth_linears, part_linears, part_vectors
 from refold.mixers.spec import norm_vectors
 
 

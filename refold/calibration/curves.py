@@ -6,10 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from refold.blueprint.contents import part_linears, users_of
-from refold.blueprint.initialisation import ErrorMetric, Initialisation
-from refold.blueprint.origins import carried_tensor, sources_of
-from refold.blueprint.schema import Blueprint, Pool
+from refold.blueprint.origins import ErrorMetric, Initialisation, carried_tensor, sources_of
+from refold.blueprint.schema import Blueprint, Pool, part_linears, users_of
 from refold.calibration.moments import MomentStore
 from refold.calibration.weighting import INPUT_RIDGE, OUTPUT_RIDGE, Weighting, parallel_sum, ridged
 from refold.mixers.spec import Carried

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refold.blueprint.contents import part_linears
-from refold.blueprint.schema import POOLS
+from refold.blueprint.schema import POOLS, part_linears
 from refold.families.arch import ArchSpec
 from refold.planning.build import identity_blueprint
 from refold.sources.measurements import Matrix

@@ -9,8 +9,7 @@ from refold.blueprint.source_tensors import SourcePiece, SourceTensor, locate_pi
 from refold.checkpoint.headers import CheckpointHeaders
 from refold.checkpoint.locate import Source
 from refold.errors import RecipeError, SourceError
-from refold.families.arch import ArchSpec
-from refold.families.family import Family
+from refold.families.arch import ArchSpec, Family
 from refold.families.registry import find_family, read_arch
 from refold.recipe.recipe import IgnoredTensor
 from refold.suggest import did_you_mean

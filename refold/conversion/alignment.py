@@ -10,12 +10,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from refold.blueprint.initialisation import Align
+from refold.blueprint.origins import Align
 from refold.blueprint.schema import Blueprint, Pool
 from refold.calibration.frames import HeadFrame, LayerFrame, assign
 from refold.families.arch import ArchSpec
 from refold.mixers.attention import attention_linears
-from refold.mixers.mlp import MLP
+from refold.mixers.spec import MLP
 from refold.planning.fold import aligned_groups
 from refold.sources.pieces import PieceReader
 

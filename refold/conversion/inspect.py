@@ -9,10 +9,9 @@ from refold.blueprint.schema import Blueprint
 from refold.checkpoint import provenance
 from refold.checkpoint.folded_tensors import check_folded_tensors, read_blueprint
 from refold.checkpoint.folder import settle
-from refold.checkpoint.headers import read_headers
+from refold.checkpoint.headers import DTYPE_BYTES, read_headers, stored_dtype
 from refold.checkpoint.locate import PLAN_NAME, locate
 from refold.checkpoint.manifest import verify as verify_files
-from refold.checkpoint.stored_dtype import DTYPE_BYTES, stored_dtype
 from refold.errors import FolderError
 from refold.families.arch import Frozen
 from refold.planning.approximation import Approximation

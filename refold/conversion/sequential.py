@@ -10,9 +10,8 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from refold.blueprint.contents import depth_linears, part_linears
-from refold.blueprint.schema import Blueprint, Pool
-from refold.blueprint.tensor_kind import TargetTensor
+from refold.blueprint.kinds import TargetTensor
+from refold.blueprint.schema import Blueprint, Pool, depth_linears, part_linears
 from refold.blueprint.tensors import target_tensors
 from refold.calibration.curves import LinearSources, linear_sources
 from refold.calibration.layers import SourceLayer, SourceLayers, reach_input

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from refold.blueprint.tensor_kind import TargetTensor
+from refold.blueprint.kinds import TargetTensor
 from refold.blueprint.tensors import target_tensors
 from refold.calibration.curves import LinearSources, linear_sources, read_weightings
 from refold.calibration.moments import MomentStore

@@ -19,8 +19,7 @@ from refold.checkpoint.writer import ShardedWriter
 from refold.errors import ExportError, SourceError
 from refold.exporting.merging import DepthWeights
 from refold.exporting.target import ExportJob, ExportTarget
-from refold.families.arch import ArchSpec, Layer
-from refold.families.family import Family, Layout
+from refold.families.arch import ArchSpec, Family, Layer, Layout
 from refold.families.registry import find_family
 
 

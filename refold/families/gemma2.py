@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from refold.families import gemma
-from refold.families.arch import ArchSpec, Layer
-from refold.families.family import Family, TensorRule
+from refold.families.arch import ArchSpec, Family, Layer, TensorRule
 from refold.families.llama import ATTENTION_LINEARS, IGNORED, LAYER, MLP_LINEARS, OUTSIDE, linear_rules
 from refold.families.reading import only_rope, read_or, read_rope, read_windows, write_rope, write_windows
 

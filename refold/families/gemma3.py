@@ -5,8 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from refold.families import gemma3_text
-from refold.families.arch import ArchSpec
-from refold.families.family import Family, TensorRule
+from refold.families.arch import ArchSpec, Family, TensorRule
 
 # Released configs hold only the fields that differ from these.
 TEXT_DEFAULTS = {

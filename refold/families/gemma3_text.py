@@ -5,8 +5,7 @@ from typing import Any
 
 from refold.errors import SourceError
 from refold.families import gemma2
-from refold.families.arch import ArchSpec, Layer, Rope
-from refold.families.family import Family
+from refold.families.arch import ArchSpec, Family, Layer, Rope
 from refold.families.llama import IGNORED
 from refold.families.qwen3 import QK_NORMS
 from refold.families.reading import LAYER_TYPES, read_or, read_rope, read_windows, write_rope, write_windows

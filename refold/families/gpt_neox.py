@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from refold.families.arch import ArchSpec, Norm
-from refold.families.family import Family, TensorRule
+from refold.families.arch import ArchSpec, Family, Norm, TensorRule
 from refold.families.llama import linear_rules
 from refold.families.reading import (
     only_layer,

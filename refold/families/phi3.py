@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from refold.errors import SourceError
-from refold.families.arch import ArchSpec, Norm
-from refold.families.family import Family, TensorRule
+from refold.families.arch import ArchSpec, Family, Norm, TensorRule
 from refold.families.llama import IGNORED, INPUT_NORMS, LAYER, OUTSIDE
 from refold.families.reading import (
     only_layer,

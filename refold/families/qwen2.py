@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from refold.families.arch import ArchSpec, Layer, Norm
-from refold.families.family import Family
+from refold.families.arch import ArchSpec, Family, Layer, Norm
 from refold.families.llama import IGNORED, RULES
 from refold.families.reading import (
     only_rope,

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from refold.families import qwen2
-from refold.families.arch import ArchSpec
-from refold.families.family import Family, TensorRule
+from refold.families.arch import ArchSpec, Family, TensorRule
 from refold.families.llama import IGNORED, LAYER, RULES
 from refold.families.reading import read_or
 

@@ -7,9 +7,8 @@ from pydantic import ValidationError
 
 from refold.errors import SourceError
 from refold.families import gemma, gemma2, gemma3, gemma3_text, gpt_neox, llama, mistral, olmo2, phi3, qwen2, qwen3
-from refold.families.arch import ArchSpec
-from refold.families.config_fields import check_fields
-from refold.families.family import Family
+from refold.families.arch import ArchSpec, Family
+from refold.families.reading import check_fields
 from refold.families.unsupported import explain_unsupported
 from refold.suggest import shorten
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
-from refold.blueprint.contents import users_of
-from refold.blueprint.initialisation import Initialisation
-from refold.blueprint.schema import Blueprint
-from refold.blueprint.tensor_kind import TargetTensor
+from refold.blueprint.kinds import TargetTensor
+from refold.blueprint.origins import Initialisation
+from refold.blueprint.schema import Blueprint, users_of
 from refold.blueprint.tensors import target_tensors
 from refold.checkpoint.locate import PLAN_NAME
 from refold.errors import HealError

@@ -1,4 +1,4 @@
-"""The base classes of mixers and the MLP: their tensors, cost, and tensors taken over from the source."""
+"""What every stored part says of itself: tensors, cost and transfer; and the MLP, the one part beside mixers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -183,3 +183,26 @@ def outer_norms(arch: ArchSpec) -> dict[str, Shape]:
 def norm_vectors(name: str, norm: Norm, size: int) -> dict[str, Shape]:
     """Returns name and shape of the vectors of one norm over `size` numbers."""
     return {f"{name}.weight": (size,), **({f"{name}.bias": (size,)} if norm.bias else {})}
+
+
+class MlpSpec(PartSpec):
+    """The source's MLP, which has no options."""
+
+    url = "https://arxiv.org/abs/2002.05202"
+
+    def linears(self, arch: ArchSpec) -> dict[str, tuple[int, int]]:
+        up = (arch.intermediate_size, arch.hidden_size)
+        return {
+            **({"gate_proj": up} if arch.gated_mlp else {}),
+            "up_proj": up,
+            "down_proj": (arch.hidden_size, arch.intermediate_size),
+        }
+
+    def vectors(self, arch: ArchSpec) -> dict[str, Shape]:
+        found = outer_norms(arch)
+        if arch.mlp_bias:
+            found |= {f"{name}.bias": (shape[0],) for name, shape in self.linears(arch).items()}
+        return found
+
+
+MLP = MlpSpec()

@@ -9,10 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from refold.blueprint.contents import depth_coefficients, depth_linears
 from refold.blueprint.owned.gain import GAIN
 from refold.blueprint.owned.vectors import VECTORS
-from refold.blueprint.schema import POOLS, Blueprint, Pool
+from refold.blueprint.schema import POOLS, Blueprint, Pool, depth_coefficients, depth_linears
 from refold.families.arch import Rope
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.owned_tensors import Gain, Owned, OwnedVectors

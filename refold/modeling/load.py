@@ -19,9 +19,9 @@ from refold.checkpoint.finite import require_finite
 from refold.checkpoint.folded_tensors import check_folded_tensors, read_blueprint
 from refold.checkpoint.folder import settle
 from refold.checkpoint.headers import INDEX_NAME
+from refold.checkpoint.headers import stored_dtype as read_stored_dtype
 from refold.checkpoint.locate import FolderSource, Source, locate
 from refold.checkpoint.source_file import parse_object, read_file
-from refold.checkpoint.stored_dtype import stored_dtype as read_stored_dtype
 from refold.errors import RefoldError, SourceError
 from refold.modeling.configuration import MODEL_TYPE
 from refold.modeling.registration import register

@@ -10,7 +10,7 @@ from transformers.utils.generic import can_return_tuple
 
 from refold.modeling.cache_name import CACHE_NAME, AnyCache, one_cache
 from refold.modeling.configuration import RefoldConfig
-from refold.modeling.documents import holds_documents
+from refold.modeling.masks import holds_documents
 from refold.modeling.outputs import CausalOutput, StackOutput
 from refold.modeling.paging import require_pages
 from refold.modeling.pretrained import RefoldPreTrainedModel

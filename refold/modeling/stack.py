@@ -10,14 +10,12 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from refold.blueprint.contents import unused_names
-from refold.blueprint.schema import Blueprint, DepthSpec
+from refold.blueprint.schema import Blueprint, DepthSpec, unused_names
 from refold.errors import RefoldError
 from refold.modeling.cache_name import CACHE_NAME, AnyCache, one_cache
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.depth import Depth, KeyValues, Parts, stack_ropes
-from refold.modeling.documents import document_starts, state_resets
-from refold.modeling.masks import build_masks, padding_mask, paged_masks
+from refold.modeling.masks import build_masks, document_starts, padding_mask, paged_masks, state_resets
 from refold.modeling.outputs import StackOutput
 from refold.modeling.padding import first_tokens, padding_first
 from refold.modeling.pretrained import RefoldPreTrainedModel

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from refold.families.arch import ArchSpec
-from refold.mixers.mlp import MLP
+from refold.mixers.spec import MLP
 from refold.nn.part import Lora, OwnVectors, StoredPart
 
 

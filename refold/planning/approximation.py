@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from refold.blueprint.initialisation import Initialisation
-from refold.blueprint.origins import carried_tensor
+from refold.blueprint.origins import Initialisation, carried_tensor
 from refold.blueprint.schema import Blueprint
 from refold.errors import RecipeError
 from refold.families.arch import Frozen

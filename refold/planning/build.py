@@ -5,14 +5,24 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from refold.blueprint.contents import idle_names, part_linears, part_vectors
 from refold.blueprint.cost import ParameterCount, count_parameters
-from refold.blueprint.initialisation import Initialisation
+from refold.blueprint.origins import Initialisation
 from refold.blueprint.owned.registry import owned_kinds
-from refold.blueprint.schema import POOLS, Blueprint, DepthSpec, Exit, MixerPart, MlpPart, Pool
+from refold.blueprint.schema import (
+    POOLS,
+    Blueprint,
+    DepthSpec,
+    Exit,
+    MixerPart,
+    MlpPart,
+    Pool,
+    idle_names,
+    part_linears,
+    part_vectors,
+)
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
-from refold.mixers.mlp import MLP
+from refold.mixers.spec import MLP
 from refold.planning.drops import describe_dropped, dropped_blocks, dropped_parts
 from refold.planning.factors import factorise_evenly, linear_budget
 from refold.planning.fold import FoldedStack, describe_alignment, fold_layers, tied_sources

@@ -2,8 +2,7 @@
 
 from collections.abc import Collection, Iterator
 
-from refold.blueprint.contents import depth_linears, part_linears, users_of
-from refold.blueprint.schema import POOLS, Blueprint, Pool
+from refold.blueprint.schema import POOLS, Blueprint, Pool, depth_linears, part_linears, users_of
 from refold.errors import RecipeError
 from refold.planning.allocation import with_ranks
 from refold.recipe.recipe import Factor

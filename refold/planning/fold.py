@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from refold.blueprint.initialisation import Align
+from refold.blueprint.origins import Align
 from refold.blueprint.schema import Blueprint, Pool
 from refold.errors import RecipeError
 from refold.recipe.recipe import Fold

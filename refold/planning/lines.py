@@ -4,16 +4,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
-from refold.blueprint.contents import idle_names
 from refold.blueprint.cost import Cost, smaller_from
-from refold.blueprint.initialisation import Initialisation
-from refold.blueprint.origins import Origin, carried_tensor
-from refold.blueprint.schema import Blueprint
+from refold.blueprint.kinds import TargetTensor
+from refold.blueprint.origins import Initialisation, Origin, carried_tensor
+from refold.blueprint.schema import Blueprint, idle_names
 from refold.blueprint.source_tensors import SourceTensor, locate_piece
-from refold.blueprint.tensor_kind import TargetTensor
 from refold.blueprint.tensors import target_tensors
-from refold.families.arch import Frozen
-from refold.families.family import Family
+from refold.families.arch import Family, Frozen
 from refold.planning.approximation import LEARNED
 
 LineKind = Literal[

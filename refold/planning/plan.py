@@ -7,10 +7,9 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from refold.blueprint.contents import depth_factors, depth_linears
 from refold.blueprint.cost import Cost, cost
-from refold.blueprint.initialisation import Initialisation
-from refold.blueprint.schema import Blueprint
+from refold.blueprint.origins import Initialisation
+from refold.blueprint.schema import Blueprint, depth_factors, depth_linears
 from refold.checkpoint.locate import Source
 from refold.errors import RecipeError, RefoldError
 from refold.families.arch import Frozen

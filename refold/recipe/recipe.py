@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from refold.blueprint.initialisation import Align, ErrorMetric
+from refold.blueprint.origins import Align, ErrorMetric
 from refold.fields import Amount, Count, LayerIndex, Real, Section, refuse_repeats
 from refold.mixers.placement import AnyEntry
 from refold.recipe.drop import Drop, LayerList

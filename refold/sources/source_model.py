@@ -6,12 +6,10 @@ from pathlib import Path
 
 from refold.blueprint.source_tensors import SourcePiece, SourceTensor
 from refold.checkpoint.expected_tensors import ExpectedTensors, expect_tensors
-from refold.checkpoint.headers import CheckpointHeaders
+from refold.checkpoint.headers import DTYPE_BYTES, CheckpointHeaders, config_dtype, stored_dtype
 from refold.checkpoint.locate import Source, is_same_source, locate
-from refold.checkpoint.stored_dtype import DTYPE_BYTES, config_dtype, stored_dtype
 from refold.errors import SourceError
-from refold.families.arch import ArchSpec, Frozen
-from refold.families.family import Family
+from refold.families.arch import ArchSpec, Family, Frozen
 from refold.recipe.recipe import IgnoredTensor
 
 

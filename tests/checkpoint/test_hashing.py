@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from refold.checkpoint.hashing import RunningHash
+from refold.checkpoint.writer import RunningHash
 
 
 def test_the_hash_follows_the_front_of_the_file(tmp_path: Path) -> None:

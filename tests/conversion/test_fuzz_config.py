@@ -14,7 +14,7 @@ from refold.checkpoint.folded_tensors import check_folded_tensors, read_blueprin
 from refold.checkpoint.locate import locate
 from refold.conversion.convert import ConvertOptions, convert
 from refold.errors import RefoldError
-from refold.families.config_fields import FIELDS, ROPE_FIELDS
+from refold.families.reading import FIELDS, ROPE_FIELDS
 from refold.planning.plan import plan
 
 SIZES = {

@@ -9,7 +9,7 @@ from refold.checkpoint.expected_tensors import ExpectedTensors
 from refold.checkpoint.locate import locate
 from refold.checkpoint.reader import CheckpointReader
 from refold.exporting.dense import pack_pieces
-from refold.families.family import Layout, TensorRule
+from refold.families.arch import Layout, TensorRule
 from refold.families.registry import find_family, read_arch
 from refold.sources.pieces import PieceReader
 from refold.sources.source_model import SourceModel

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from refold.modeling.documents import document_starts
+from refold.modeling.masks import document_starts
 
 
 def positions(*lengths: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from refold.errors import RefoldError
-from refold.modeling.documents import document_starts, state_resets
+from refold.modeling.masks import document_starts, state_resets
 from refold.modeling.padding import padding_first
 
 MASKS = {

@@ -6,8 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from refold.blueprint.contents import part_linears
-from refold.blueprint.schema import Blueprint
+from refold.blueprint.schema import Blueprint, part_linears
 from refold.errors import RecipeError
 from refold.planning.allocation import Choice, Curve, MeasuredLinear, SharedCurve, allocate, keep_energy, with_ranks
 from refold.planning.build import build_blueprint, identity_blueprint

@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refold.blueprint.contents import depth_linears
 from refold.blueprint.cost import cost
-from refold.blueprint.schema import POOLS, Blueprint
+from refold.blueprint.schema import POOLS, Blueprint, depth_linears
 from refold.errors import RecipeError
 from refold.planning.build import build_blueprint, identity_blueprint
 from refold.planning.factors import linear_budget, stored_linears

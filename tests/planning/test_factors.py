@@ -2,12 +2,11 @@
 
 import pytest
 
-from refold.blueprint.contents import depth_linears
 from refold.blueprint.cost import cost, count_parameters
+from refold.blueprint.kinds import FACTOR, LINEAR
 from refold.blueprint.owned.coefficients import COEFFICIENTS
 from refold.blueprint.owned.lora import LORA
-from refold.blueprint.schema import Blueprint, Pool
-from refold.blueprint.stored import FACTOR, LINEAR
+from refold.blueprint.schema import Blueprint, Pool, depth_linears
 from refold.blueprint.tensors import target_tensors
 from refold.errors import RecipeError
 from refold.planning.build import UNMEASURED_RANKS, build_blueprint, identity_blueprint

@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from refold.blueprint.contents import depth_linears, depth_vectors, part_linears, part_vectors
 from refold.blueprint.cost import cost
-from refold.blueprint.schema import Blueprint
+from refold.blueprint.schema import Blueprint, depth_linears, depth_vectors, part_linears, part_vectors
 from refold.blueprint.tensors import target_tensors
 from refold.errors import RecipeError
 from refold.planning.build import build_blueprint, identity_blueprint

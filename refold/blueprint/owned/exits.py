@@ -3,12 +3,10 @@
 from collections.abc import Iterator, Mapping
 from math import prod
 
-from refold.blueprint.initialisation import Initialisation
-from refold.blueprint.origins import Origin
+from refold.blueprint.kinds import ZEROS, TargetTensor, norm_fill
+from refold.blueprint.origins import Initialisation, Origin
 from refold.blueprint.owned.kind import OwnedKind
 from refold.blueprint.schema import Blueprint, Exit
-from refold.blueprint.stored import ZEROS, norm_fill
-from refold.blueprint.tensor_kind import TargetTensor
 from refold.families.arch import ArchSpec
 from refold.mixers.spec import Fill, Shape, norm_vectors
 

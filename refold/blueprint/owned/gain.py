@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from refold.blueprint.initialisation import Initialisation
-from refold.blueprint.origins import Origin
+from refold.blueprint.kinds import TargetTensor
+from refold.blueprint.origins import Initialisation, Origin
 from refold.blueprint.owned.kind import OwnedKind
 from refold.blueprint.owned.merge import Merge
 from refold.blueprint.schema import POOLS, Blueprint, Pool
-from refold.blueprint.tensor_kind import TargetTensor
 from refold.families.arch import ArchSpec
 from refold.mixers.spec import Fill
 

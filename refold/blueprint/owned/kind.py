@@ -4,9 +4,9 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+from refold.blueprint.kinds import TargetTensor, TensorKind
 from refold.blueprint.owned.merge import Merge
 from refold.blueprint.schema import Blueprint, Pool
-from refold.blueprint.tensor_kind import TargetTensor, TensorKind
 
 
 class OwnedKind(TensorKind):

@@ -2,14 +2,11 @@
 
 from collections.abc import Iterator
 
-from refold.blueprint.contents import depth_linears, linear_pools
-from refold.blueprint.initialisation import Initialisation
-from refold.blueprint.origins import Origin, carry_over, describe_svd, describe_weighting, tied_layers
+from refold.blueprint.kinds import ZEROS, LinearKind, TargetTensor
+from refold.blueprint.origins import Initialisation, Origin, carry_over, describe_svd, describe_weighting, tied_layers
 from refold.blueprint.owned.kind import OwnedKind
 from refold.blueprint.owned.merge import Merge
-from refold.blueprint.schema import Blueprint, Pool
-from refold.blueprint.stored import ZEROS, LinearKind
-from refold.blueprint.tensor_kind import TargetTensor
+from refold.blueprint.schema import Blueprint, Pool, depth_linears, linear_pools
 from refold.mixers.spec import Fill
 
 

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator
 
-from refold.blueprint.initialisation import Initialisation
-from refold.blueprint.origins import Origin
+from refold.blueprint.kinds import TargetTensor, matrix_fill
+from refold.blueprint.origins import Initialisation, Origin
 from refold.blueprint.owned.kind import OwnedKind
 from refold.blueprint.schema import Blueprint
-from refold.blueprint.stored import matrix_fill
-from refold.blueprint.tensor_kind import TargetTensor
 from refold.mixers.spec import Fill
 
 

@@ -3,14 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from refold.blueprint.contents import depth_vectors
-from refold.blueprint.initialisation import Initialisation
-from refold.blueprint.origins import Origin, carry_over
+from refold.blueprint.kinds import TargetTensor, vector_fill
+from refold.blueprint.origins import Initialisation, Origin, carry_over
 from refold.blueprint.owned.kind import OwnedKind
 from refold.blueprint.owned.merge import Merge
-from refold.blueprint.schema import POOLS, Blueprint, Pool
-from refold.blueprint.stored import vector_fill
-from refold.blueprint.tensor_kind import TargetTensor
+from refold.blueprint.schema import POOLS, Blueprint, Pool, depth_vectors
 from refold.mixers.spec import Fill
 
 
