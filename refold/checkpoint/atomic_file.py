@@ -49,6 +49,18 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
+def require_writable(folder: Path) -> None:
+    """Checks, before any work, that a file can be made in a folder, which need not exist yet.
+
+    Raises:
+        FolderError: It, or the nearest folder above it that exists, is a file or read-only.
+    """
+    nearest = next(each for each in (folder, *folder.parents) if each.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        got = "read-only" if nearest.is_dir() else "a file"
+        raise FolderError(f"{folder}: a writable place is required ({nearest} is {got}); choose another")
+
+
 def require_free(path: str | Path, kind: str, is_kind: Callable[[Path], bool], overwrite: bool = False) -> Path:
     """Checks that a file can be written without replacing a file of another kind.
 
@@ -62,14 +74,15 @@ def require_free(path: str | Path, kind: str, is_kind: Callable[[Path], bool], o
         The path.
 
     Raises:
-        FolderError: The path is a folder, a link, a device or a file of another kind; or it exists and `overwrite` is
-            False.
+        FolderError: The place is not writable; or the path is a folder, a link, a device or a file of another kind; or
+            it exists and `overwrite` is False.
     """
     path = Path(path)
     try:
         if path.is_dir():
             raise FolderError(f"{path}: a file name is required (got a folder); name a file in it")
         if not os.path.lexists(path):
+            require_writable(path.absolute().parent)
             return path
         if not overwrite:
             raise FolderError(f"{path}: a new file is required (it exists); choose another or pass --overwrite")

@@ -32,6 +32,7 @@ def command(
     with progress("evaluating", "windows") as report:
         texts = options.locate_data(data, field) or ()
         found = evaluate(model, texts, settings, against=against, progress=report)
+    # Printed first, so that a disk that is full by now loses no result.
+    print_json(found) if json else print_evaluation(found)
     if out is not None:
         found.write(out, overwrite)
-    print_json(found) if json else print_evaluation(found)

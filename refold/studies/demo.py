@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from refold.checkpoint.atomic_file import require_writable
 from refold.conversion.convert import ConvertOptions, carry_out
 from refold.conversion.measured import reads_text
 from refold.data.readers import DataSource
@@ -82,6 +83,7 @@ def demo(folder: Path, *, heal_tokens: int = HEAL_TOKENS, say: Say = lambda text
     Raises:
         RefoldError: The errors of the stages.
     """
+    require_writable(folder.absolute())
     source, held_out = shipped_model(), held_out_data()
     against = Reference(source, device="cpu")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from refold.checkpoint.atomic_file import flush, is_unfinished, write_json, write_text
+from refold.checkpoint.atomic_file import flush, is_unfinished, require_free, write_json, write_text
 from refold.errors import FolderError
 
 
@@ -67,3 +67,13 @@ def test_files_and_folders_can_be_flushed(tmp_path: Path):
     flush(tmp_path)
     with pytest.raises(FileNotFoundError):
         flush(tmp_path / "none")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(FolderError, match=r"a writable place is required .*file is a file.; choose another"):
+        require_free(tmp_path / "file" / "result.json", "report", lambda path: True)
+    assert require_free(tmp_path / "new" / "result.json", "report", lambda path: True)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(FolderError, match=r"a writable place is required .* is read-only.; choose another"):
+        require_free(tmp_path / "new" / "result.json", "report", lambda path: True)

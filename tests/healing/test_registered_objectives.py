@@ -68,6 +68,8 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(HealError, match="no built-in objective's is required"):
         register_objective("distil", Text)
     with pytest.raises(HealError, match="a subclass of Objective is required"):
+        register_objective("lambda_alone", lambda step: 0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(HealError, match="a subclass of Objective is required"):
         register_objective("mine", Scaled)  # pyright: ignore
 
 

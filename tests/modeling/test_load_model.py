@@ -27,6 +27,8 @@ def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(RefoldError, match=r"device: one of this machine's devices is required \(got 'gpu'"):
         choose_device("gpu")
     assert choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(RefoldError, match=r"device: one that computes is required .got 'meta'.; give cpu"):
+        choose_device("meta")
 
 
 def test_an_unknown_dtype_is_refused():

@@ -1,5 +1,6 @@
 import pytest
 
+from refold.errors import FolderError
 from refold.studies import demo as module
 from refold.studies.demo import FOLDS, LOW_RANK, PRUNED_ALIKE, demo
 
@@ -20,3 +21,11 @@ def test_the_last_line_states_the_best_healed_fold(tmp_path, monkeypatch):
         rows["source"].before.bits_per_byte, abs=0.01
     )
     assert len({path.name for path in tmp_path.iterdir()}) == len(found.rows) - 1 + len(healed)
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    said = []
+    with pytest.raises(FolderError, match="a writable place is required"):
+        demo(tmp_path / "file", say=said.append)
+    assert said == []
