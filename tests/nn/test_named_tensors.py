@@ -19,7 +19,7 @@ class Owner(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        held = self.lora._parameters
+        held = dict(self.lora.named_parameters())
         return x @ held["q_proj.b"] @ held["q_proj.a"]
 
 

@@ -1,5 +1,7 @@
 """LoRA pairs, norms and rotations by their formulas."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ def test_a_pair_adds_b_a_x_at_scale_one():
 
 
 def test_a_new_pair_adds_nothing_and_trains():
-    pairs = LoraPairs({"q_proj": (4, 5, 7)})
+    pairs: Any = LoraPairs({"q_proj": (4, 5, 7)})
     x = torch.randn(3, 5)
     out = Adapter(pairs()["q_proj"]).apply(torch.zeros(3, 7), x)
     assert not out.any()

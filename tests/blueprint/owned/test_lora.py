@@ -4,14 +4,13 @@ from refold.blueprint.origins import Origin
 from refold.blueprint.owned.lora import LORA
 from refold.blueprint.owned.merge import Merge
 from refold.families.arch import ArchSpec
-from refold.planning.build import build_blueprint
-from refold.planning.plan import StackPlan
+from refold.planning.build import Built, build_blueprint
 from refold.recipe.load import load_recipe
 
 FOLD = {"loops": 2}
 
 
-def build(arch: ArchSpec, rank: int | dict[str, int] = 3, **relax: Any) -> StackPlan:
+def build(arch: ArchSpec, rank: int | dict[str, int] = 3, **relax: Any) -> Built:
     return build_blueprint(arch, load_recipe({"fold": FOLD, "relax": {"rank": rank, **relax}}))
 
 
