@@ -60,7 +60,7 @@ def test_full_rank_with_own_vectors_is_the_source(load, load_source, tokens, var
         lambda depth: depth.lora["q_proj"].b.mul_(2),
         lambda depth: depth.lora["down_proj"].b.zero_(),
         lambda depth: depth.lora["v_proj"].a.copy_(depth.lora["v_proj"].a.flip(0)),
-        lambda depth: depth.vectors["mlp"].tensors()["input_norm.weight"].fill_(1),
+        lambda depth: depth.vectors["mlp"]()["input_norm.weight"].fill_(1),
     ],
     ids=["scale two", "no LoRA", "factors that do not match", "norms lost"],
 )
