@@ -131,7 +131,7 @@ def test_moments_are_stored_when_asked_and_summed_up_always(planted: Path, tmp_p
 def test_without_text_tokens_are_random_and_a_note_says_so(planted: Path) -> None:
     found = refold.analyse(planted, settings=AnalysisSettings(tokens=64, context=16, spectra=False))
     assert (found.text.kind, found.text.tokens, found.spectra) == ("random", 64, ())
-    assert "give some with --data" in found.notes[0]
+    assert "give text with --data" in found.notes[0]
     (one_kind,) = refold.analyse(planted, data=TEXT, settings=QUICK).notes
     assert "1.83 on encyclopedia text" in one_kind
 

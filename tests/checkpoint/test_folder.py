@@ -314,7 +314,7 @@ WRITER = """
 import json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[5])
-from refold.checkpoint import folder, hashing, lock, manifest
+from refold.checkpoint import folder, lock, manifest
 from refold.checkpoint.folder import AtomicFolder
 destination, kind, first, at_line = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 if kind == "renames":

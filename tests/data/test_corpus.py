@@ -154,7 +154,7 @@ def test_conversations_in_a_list_are_chat_data():
         ([{"body": "a"}], r"item 0: field 'text' is required \(got \['body'\]\)"),
         (pandas.DataFrame({"body": ["a"]}), r"data frame: column 'text' is required \(got \['body'\]\); rename yours"),
         (pandas.DataFrame({"text": ["a", None]}), r"data frame: a text in every row is required \(1 rows have none\)"),
-        (pandas.Series(["a", None]), r"data frame: item 1: field 'text' must be a string \(got "),
+        (pandas.Series(["a", None]), r"data frame: a text in every row is required \(1 rows have none\); drop them by"),
         (b"raw", r"an iterable of texts is required \(got bytes\)"),
         ({"text": ["a"]}, r"an iterable of texts is required \(got dict\)"),
         (iter(()), r"at least one document that is not empty is required \(got none in a generator\)"),

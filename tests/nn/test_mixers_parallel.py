@@ -130,7 +130,7 @@ def test_retention_takes_the_biases_of_a_source(make_mixer, hidden_states):
 
 def test_heads_smaller_than_the_rotary_embedding_are_refused(make_mixer):
     with pytest.raises(
-        RecipeError, match=r"mixers\[0\]\.rotary: must be false where key heads are smaller.*of 4, of which 8"
+        RecipeError, match=r"mixers\[0\]\.rotary: must be false where key heads are smaller.*heads of 4, and 8"
     ):
         make_mixer("retention", heads=8)
 

@@ -1,6 +1,7 @@
 """All healing objectives by their names in recipes."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from refold.errors import HealError
 from refold.healing.objectives.attention_matrices import AttentionMatrices
@@ -24,7 +25,7 @@ OBJECTIVES: Mapping[str, type[Objective]] = {
 _registered: dict[str, type[Objective]] = {}
 
 
-def register_objective(name: str, objective: type, options: type = ObjectiveOptions) -> None:
+def register_objective(name: str, objective: Any, options: type = ObjectiveOptions) -> None:
     """Registers an objective, so that a `HealStage` of this process can name it.
 
     Register it again before a run is resumed. A second registration of a name replaces the first.
