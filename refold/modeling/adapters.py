@@ -1,4 +1,4 @@
-"""Adapters of folds: loading another set for the same stored blocks, and naming linears for libraries that add some."""
+"""Adapters of folds: loading another set for the same stored blocks, and naming linears for other adapter libraries."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,7 +27,7 @@ def load_adapters(model: nn.Module, source: str | Path | Source) -> int:
         source: A folded model's folder or hub id, such as the `domain` protocol writes: only its adapters differ.
 
     Returns:
-        How many tensors were replaced.
+        The number of tensors that were replaced.
 
     Raises:
         RefoldError: The model is no folded one, or has no adapters.

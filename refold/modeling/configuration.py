@@ -1,4 +1,4 @@
-"""`RefoldConfig`: a blueprint in the clothes of a transformers config."""
+"""`RefoldConfig`: a transformers config that holds a blueprint."""
 
 from typing import Any, ClassVar
 
@@ -25,9 +25,9 @@ class RefoldConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    # No code of a folder's own: TRL reads this of any config whose class transformers does not come with.
+    # Empty, because a folder holds no code. TRL reads this attribute if transformers lacks the config's class.
     auto_map: ClassVar[dict[str, str]] = {}
-    # A list, because transformers' Trainer adds one to it.
+    # A list, because transformers' Trainer concatenates it with another list.
     keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012
 
     blueprint: dict[str, Any] | None = None
@@ -53,7 +53,7 @@ class RefoldConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         if self.blueprint is not None:
             blueprint = self.read_blueprint()
-            # As this version writes it, where an earlier one wrote the folder.
+            # Converts a blueprint that an earlier version wrote to the form of this version.
             self.blueprint = blueprint.model_dump(mode="json")
             self._derive(blueprint)
         super().__post_init__(**kwargs)
@@ -61,7 +61,7 @@ class RefoldConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Makes a config from what `config.json` holds; a model of it can then be made by the Auto classes."""
+        """Makes a config from the content of `config.json`, and registers the model with the Auto classes."""
         register()
         return super().from_dict(config_dict, **kwargs)
 
@@ -85,7 +85,7 @@ class RefoldConfig(PreTrainedConfig):
         self.initializer_range, self.tie_word_embeddings = arch.initializer_range, arch.tied_head
         # Engines read soft-caps from the config.
         self.attn_logit_softcapping, self.final_logit_softcapping = arch.attention_softcap, arch.logit_softcap
-        # Early-exit drafting lowers this number for a while, so a given one stands.
+        # Early-exit drafting lowers this number temporarily, so a number that is already set is kept.
         if self.num_hidden_layers is None:
             self.num_hidden_layers = blueprint.num_depths
         self.layer_types = layer_types(blueprint)[: self.num_hidden_layers]
@@ -94,17 +94,17 @@ class RefoldConfig(PreTrainedConfig):
             raise RecipeError(f"depths: at most one window size is supported in one model (got {sorted(windows)})")
         self.sliding_window = windows.pop() if windows else None
         if COUNTING in self.layer_types:
-            # That layer keeps one token's place; with a window of 1 transformers' layer would keep every token's.
+            # With a window of 2 transformers' layer keeps one token; with a window of 1 it would keep every token.
             self.sliding_window = 2
 
 
 def layer_types(blueprint: Blueprint) -> list[str]:
-    """transformers' name for what each depth caches.
+    """Returns transformers' layer type for the cache of each depth.
 
-    `moe` is its only accepted name for a layer that caches nothing, which is what a depth without a mixer is. A cache
-    must hold one other layer at least, so a stack without any mixer has empty ones. A depth that makes no keys and
-    values of its own caches nothing either. Recurrent layers do not count tokens, so where all are recurrent the first
-    has a window of one token beside its state, which does.
+    `moe` is the only name that transformers accepts for a layer without a cache. A depth gets this name if it has no
+    mixer, or makes no keys and values of its own. A cache must hold at least one layer of another type, so in a stack
+    without any mixer every depth has an empty attention cache. Recurrent layers do not count tokens. If all layers with
+    a cache are recurrent, the first also has a window of one token, and this window counts tokens.
     """
     nothing = "full_attention" if all(depth.mixer is None for depth in blueprint.depths) else "moe"
     types = [

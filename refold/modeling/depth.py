@@ -87,11 +87,11 @@ class Depth(GradientCheckpointingLayer):
                 shapes = {each.local: each.shape for each in tensors}
                 owned[pool] = OwnedVectors(shapes, {each.local: each.fill(blueprint) for each in tensors})
         self.vectors = nn.ModuleDict(owned)
-        # Asking empty module dictionaries costs microseconds, and every forward pass asks.
+        # A look-up in empty module dictionaries costs microseconds, and every forward pass does it.
         self._owns_tensors = bool(owned or spec.ranks or len(self.coefficients) or len(self.gain))
 
     def reset(self) -> None:
-        """Initialises the prefix; all else is in modules of its own."""
+        """Initialises the prefix; all other tensors are in modules of their own."""
         if self.prefix is not None:
             nn.init.normal_(self.prefix, std=self.std)
 
@@ -165,7 +165,7 @@ class Depth(GradientCheckpointingLayer):
             The stream after it; and its keys and values where later depths read them.
         """
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            memory = NOTHING_KEPT  # it would be written again when the depth is computed again
+            memory = NOTHING_KEPT  # checkpointing computes the depth again, which would write the memory twice
         given = {"parts": parts, "batch": batch, "memory": memory, "residual": residual}
         if self.heads is None:
             return self(hidden_states, **given), None

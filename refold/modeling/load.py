@@ -36,7 +36,7 @@ logger = logging.getLogger("refold")
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """Returns the device asked for; without a wish cuda, else mps, else cpu.
+    """Returns the named device; without a name cuda, else mps, else cpu.
 
     Raises:
         RefoldError: No such device here.
@@ -57,7 +57,7 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def choose_dtype(name: str | torch.dtype | None = None) -> torch.dtype | str:
-    """Returns the dtype asked for; without a wish, and for `auto`, the one the weights are stored in.
+    """Returns the named dtype; without a name `auto`, which selects the dtype of the stored weights.
 
     Raises:
         RefoldError: Not one of float32, bfloat16, float16.
@@ -99,7 +99,7 @@ def _tell_replaced(dtype: torch.dtype) -> None:
 
 
 def open_source(source: str | Path | Source) -> tuple[Source, Path]:
-    """Locates a model, fetches it where it is on the hub, and checks that it is whole and holds what its config says.
+    """Locates a model, fetches it from the hub if need be, and checks its files and tensors against its config.
 
     Raises:
         SourceError: Missing, unreachable or of an unknown family; or tensors are missing, misshapen or without a place.
@@ -110,14 +110,14 @@ def open_source(source: str | Path | Source) -> tuple[Source, Path]:
 
 
 def _open(source: str | Path | Source) -> tuple[Source, Path, str]:
-    """Does what `open_source` does, and returns the stored dtype besides."""
+    """Opens a model like `open_source`, and returns the stored dtype as well."""
     located = source if isinstance(source, Source) else locate(source)
     folder = settle(located.fetch())
     return located, folder, _check(folder, located.ignore_tensors)
 
 
 def _check(folder: Path, ignore_tensors: Sequence[tuple[str, str]]) -> str:
-    """Holds a folder's tensors against its config, and checks what travels with them; returns the stored dtype."""
+    """Checks a folder's tensors against its config, and its companion files; returns the stored dtype."""
     here = FolderSource(folder)
     config = here.read_config()
     is_folded = config.get("model_type") == MODEL_TYPE
@@ -143,9 +143,9 @@ def load_model(
 
     Args:
         source: Folder, hub id, or a located source.
-        dtype: Dtype of the weights; `auto`: the one most stored numbers have, whatever the config says; None: that one
-            where it computes fast, else float32, which holds the same numbers; `stored_dtype` then says what they are
-            stored in.
+        dtype: Dtype of the weights; `auto`: the dtype of most stored numbers, whatever the config says; None: that
+            dtype if it computes fast, else float32, which holds the same numbers; `stored_dtype` then returns the
+            dtype of the stored weights.
         device: Where to put it; None: `choose_device()`.
         attn_implementation: transformers' name of an attention back-end; None: its choice.
 
@@ -183,7 +183,7 @@ def load_model(
 
 @contextlib.contextmanager
 def _explained(folder: Path, part: str = "") -> Iterator[None]:
-    """Turns the errors that loaders raise for what a folder holds, or for want of memory, into one line."""
+    """Turns loaders' errors about the content of a folder, or about missing memory, into errors of one line."""
     try:
         yield
     except RefoldError:
@@ -207,7 +207,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _loadable(folder: Path) -> Iterator[Path]:
-    """Gives a folder that transformers can load: itself, or one of links where its index has no `metadata`."""
+    """Yields a folder that transformers can load: links to the files if the index has no `metadata`, else itself."""
     if not (folder / INDEX_NAME).exists():
         yield folder
         return
@@ -231,7 +231,7 @@ def stored_dtype(model: PreTrainedModel) -> torch.dtype:
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """Keeps transformers from drawing a bar for what takes a second, even where nobody looks."""
+    """Switches off transformers' progress bars, which it draws for short loads and without a terminal too."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -19,7 +19,7 @@ from refold.modeling.padding import first_tokens
 def _count_tokens(
     attention_mask: Tensor | None, past_length: int | Tensor, positions: Int[Tensor, "B T"]
 ) -> Int[Tensor, "B T"]:
-    """The positions tokens have when every row is one, possibly left-padded, document."""
+    """Returns the positions that tokens have if every row is one document, possibly left-padded."""
     tokens = positions.shape[1]
     if attention_mask is not None:
         return (attention_mask.cumsum(-1) - 1)[:, -tokens:].to(positions.device)
@@ -35,16 +35,15 @@ def document_starts(
     """Returns, for each token, the slot at which its document begins, or None where every row is one document.
 
     Slots are counted from the first token ever put into the cache. A token whose position is not its predecessor's plus
-    one begins a document. The first token of a call continues the document its position reaches back into: at slot `s`
-    with position `p` it began at `s - p`. That needs no memory of earlier calls, so packed prompts stay apart with a
-    cache too.
+    one begins a document. The first token of a call, at slot `s` with position `p`, continues the document that begins
+    at slot `s - p`. The rule needs no memory of earlier calls, so packed prompts stay separate with a cache too.
 
     Args:
         positions: Position ids, or None: one document per row.
         attention_mask: `[B, past + T]` with zeros at padding, or None. Masks of other ranks are taken as they are.
         past_length: Number of slots already in the cache.
-        asks_device: Look whether every row is one document, which waits for the device; False: assume that some are
-            not.
+        asks_device: Whether to check if every row is one document, which waits for the device; False: assume that
+            some rows hold several.
     """
     if positions is None or (attention_mask is not None and attention_mask.ndim != 2):
         return None
@@ -66,7 +65,7 @@ def document_starts(
         counted = positions == _count_tokens(attention_mask, past_length, positions)
         current = real[:, -positions.shape[1] :]
         begins = begins & current[:, 1:] & (current[:, :-1] | ~counted[:, 1:])
-        # `generate` counts on from the position it gave the last padding: such a row stays one document.
+        # `generate` continues positions from the one it gave the last padding: such a row stays one document.
         is_padding = ~real & (torch.arange(real.shape[1], device=real.device) >= reached)
         is_padding = is_padding & (torch.arange(real.shape[1], device=real.device) <= slots[:, :1])
         reached = reached.masked_fill(is_padding.any(dim=1, keepdim=True) | counted[:, :1], 0)
@@ -81,16 +80,17 @@ def state_resets(
     tokens: int,
     asks_device: bool = True,
 ) -> Bool[Tensor, "B T"] | None:
-    """Returns where recurrent states are emptied: where a document begins, and at the first token of a padded row.
+    """Returns a mask of the tokens at which recurrent states are emptied.
 
-    None where that is nowhere, which on an unpadded row is the case from the second token on.
+    These are the first token of each document and the first token of a padded row. None: no state is emptied in this
+    call, as in a call that continues unpadded rows of one document each.
 
     Args:
         document_starts: From `document_starts`.
         attention_mask: `[B, past + T]` or `[B, T]` with zeros at padding, or None.
         past_length: Number of slots already in the cache.
         tokens: T.
-        asks_device: Look whether there is padding, which waits for the device; False: take it that there is.
+        asks_device: Whether to check if there is padding, which waits for the device; False: assume that there is.
     """
     found = None
     if document_starts is not None:
@@ -99,11 +99,11 @@ def state_resets(
     is_compiling = torch.compiler.is_compiling()
     if attention_mask is None or attention_mask.ndim != 2 or (is_compiling and tokens == 1):
         return found
-    # With the token before: padding may end where an earlier call did.
+    # The slice includes the token before this call, because padding may end with an earlier call.
     if is_compiling or not asks_device or not bool(attention_mask[:, -tokens - 1 :].all()):
         begins = first_tokens(attention_mask, tokens)
         if attention_mask.shape[1] == tokens:
-            # Such a mask does not tell whether tokens came before; where none did, there is no state to empty.
+            # A mask of this call alone does not tell whether tokens came before; without any there is no state.
             begins = torch.cat((torch.zeros_like(begins[:, :1]), begins[:, 1:]), dim=1)
         found = begins if found is None else found | begins
     return found
@@ -118,7 +118,7 @@ def holds_documents(positions: Tensor | None, attention_mask: Tensor | None, cac
         cache: Holds all tokens but the next.
 
     Returns:
-        None where that cannot be said, because the positions are not those of the whole sequence.
+        None where the positions are not those of the whole sequence, so that the answer is unknown.
     """
     if torch.compiler.is_compiling() or positions is None or positions.ndim != 2 or not isinstance(cache, Cache):
         return None
@@ -149,11 +149,11 @@ def build_masks(
         windows: Window (None: whole context) to the first depth that has it, whose cache entry gives the sizes.
         hidden_states: Only its batch, length, dtype and device matter.
         attention_mask: `[B, past + T]` padding mask, a ready 4-dimensional mask, one ready mask for each layer type
-            (what `generate` prepares for static caches), or None.
+            (as `generate` prepares for static caches), or None.
         cache: Cache, or None.
         past_length: Slots already in the cache.
         document_starts: As `document_starts` gives them.
-        reads_mask: Let transformers look whether the mask can be left out, which waits for the device.
+        reads_mask: Whether transformers may check if the mask can be dropped, which waits for the device.
 
     Raises:
         RefoldError: Packed documents with a flash-attention back-end that could not keep them apart.
@@ -199,7 +199,7 @@ def paged_masks(attention_mask: Any, windows: Mapping[int | None, int]) -> dict[
 
 
 def padding_mask(attention_mask: Any) -> Tensor | None:
-    """Returns the `[B, tokens]` mask of what a user or `generate` gave.
+    """Returns the `[B, tokens]` padding mask from the mask that a user or `generate` gave.
 
     Raises:
         RefoldError: A ready mask of another form, which recurrent mixers cannot follow.
@@ -215,7 +215,7 @@ def padding_mask(attention_mask: Any) -> Tensor | None:
 
 
 def _refuse_leaking_backend(config: RefoldConfig, hidden_states: Tensor, cache: Cache | None) -> None:
-    """Flash attention reads packed documents off the position ids, which it does for one uncached row only."""
+    """Refuses packed documents that flash attention mixes: it reads position ids for one uncached row only."""
     uses_flash = "flash" in (config._attn_implementation or "")
     if uses_flash and (cache is not None or hidden_states.shape[0] > 1):
         raise RefoldError(

@@ -1,4 +1,4 @@
-"""The language model of any blueprint: the stack, the head, and what `generate` asks of both."""
+"""The language model of any blueprint: the stack, the head, and the hooks that `generate` calls."""
 
 from typing import Any, cast
 
@@ -34,7 +34,7 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
     def project_logits(
         self, hidden_states: Float[Tensor, "*batch D"], depth: int | None = None
     ) -> Float[Tensor, "*batch N"]:
-        """Puts normed hidden states through the head and its soft-cap.
+        """Returns the logits of normed hidden states, from the head and its soft-cap.
 
         Args:
             hidden_states: After the norm that belongs to the depth.
@@ -49,7 +49,7 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
         return logits
 
     def _project_rows(self, hidden_states: Tensor, exit_depth: ExitAt | None) -> Tensor:
-        """Puts each row through the head of the exit it left by."""
+        """Returns the logits of each row, from the head of the exit at which the row left the stack."""
         if not isinstance(exit_depth, Tensor):
             return self.project_logits(hidden_states, self.model.depths_to_run(exit_depth) - 1)
         leaving = self.model.row_exits(exit_depth, len(hidden_states))
@@ -57,7 +57,7 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
         return torch.cat(rows)
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
-        # The source's context is no limit for states, so nobody is reminded of it.
+        # The source's context length does not limit recurrent states, so transformers need not warn about it.
         criteria = super()._get_stopping_criteria(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         for each in criteria:
             if isinstance(each, MaxLengthCriteria) and self.model.keeps_states_alone:
@@ -78,7 +78,7 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if "is_packed" not in updated:
-            # Decided once, after the prompt: asking at every token would wait for the device.
+            # Decided once, after the prompt: a check at every token would wait for the device.
             updated["is_packed"] = holds_documents(
                 updated.get("position_ids"), updated.get("attention_mask"), updated.get(CACHE_NAME)
             )

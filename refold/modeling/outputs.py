@@ -1,4 +1,4 @@
-"""What the model returns: transformers' outputs, with exits."""
+"""The model's outputs: those of transformers, and those of exits."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ class StackOutput(BaseModelOutputWithPast):
 
     Attributes:
         exit_hidden_states: `[B, T, D]` after the exit's norm, for each exit passed on the way, top to bottom.
-        exit_gates: `[B, T]` logits of each of those exits' gates, None at one without; None where no exit has one.
+        exit_gates: `[B, T]` gate logits of those exits, None for one without a gate; None if no exit has a gate.
     """
 
     exit_hidden_states: tuple[torch.Tensor, ...] | None = None

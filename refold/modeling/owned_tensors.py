@@ -25,7 +25,7 @@ class OwnedVectors(NamedTensors):
         self.names, self.fills = tuple(shapes), dict(fills)
 
     def forward(self) -> dict[str, Tensor]:
-        """Returns all vectors by name. Read here, because offloading moves weights around `forward` alone."""
+        """Returns all vectors by name. Offloading moves weights to the device for calls of `forward` only."""
         return dict(self._parameters)  # pyright: ignore[reportReturnType]
 
     def reset(self) -> None:
@@ -46,7 +46,7 @@ class Gain(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self) -> Float[Tensor, " 1"]:
-        """Returns the scale. Read here, because offloading moves weights around `forward` alone."""
+        """Returns the scale. Offloading moves weights to the device for calls of `forward` only."""
         return self.weight
 
 

@@ -22,8 +22,8 @@ def padding_first(
         tokens: T.
         has_cache: Whether the state after the last token is kept. Without a cache, padding that only tokens of padding
             follow changes nothing.
-        asks_device: Look whether padding follows a token, which waits for the device; False: take it that it does in
-            calls of several tokens.
+        asks_device: Whether to check if padding follows a token, which waits for the device; False: assume that it
+            does in calls of several tokens.
 
     Raises:
         RefoldError: Earlier calls left a state, and padding follows a token of its row in this call.
@@ -50,7 +50,7 @@ def padding_first(
 
 
 def first_tokens(attention_mask: Tensor, tokens: int) -> Bool[Tensor, "B T"]:
-    """Returns where the first token of each row is that is no padding."""
+    """Returns a mask of the first token of each row after its padding."""
     real = attention_mask.bool()
     return (real & (real.cumsum(1) == 1))[:, -tokens:]
 
@@ -66,7 +66,7 @@ def in_order(
 
 
 def as_given(order: Int[Tensor, "B T"], ordered: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-    """Returns tokens that were put in `order` as they were before."""
+    """Returns tokens that stand in `order` in their original order."""
     return _pick(ordered, order.argsort(dim=1))
 
 
@@ -76,11 +76,11 @@ def _pick(x: Tensor, order: Int[Tensor, "B T"]) -> Tensor:
 
 
 def _seen(real: Bool[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
-    """True from the first token of a row on."""
+    """Returns a mask that is true from the first token of a row on."""
     return real.cumsum(1) > 0
 
 
 def _goes_on(real: Bool[Tensor, "B S"], current: Bool[Tensor, "B T"]) -> Tensor:
-    """Whether a row may have had tokens in earlier calls; a mask of this call alone does not say."""
+    """Returns whether a row may have had tokens in earlier calls; true if the mask covers this call alone."""
     earlier = real[:, : real.shape[1] - current.shape[1]]
     return earlier.any() if earlier.shape[1] else torch.tensor(True, device=real.device)

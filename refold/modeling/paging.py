@@ -6,7 +6,7 @@ from refold.modeling.masks import LAYER_TYPES
 
 
 def require_pages(config: RefoldConfig) -> None:
-    """Checks that every depth of a stack caches keys and values of all heads, which is all a paged cache has room for.
+    """Checks that every depth of a stack caches keys and values of all heads, since a paged cache stores nothing else.
 
     Raises:
         RefoldError: A depth keeps a recurrent state, or caches nothing, or some heads alone, or its attention has a

@@ -1,4 +1,4 @@
-"""What all models of a blueprint share: loading, initial weights, what transformers may do with them."""
+"""The base class of folded models: loading, initial weights, and the transformers features they support."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,11 +18,11 @@ from refold.nn.mixers.registry import MIXERS
 from refold.nn.part import StoredPart
 
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Arguments of `from_pretrained` that say where a config is read from."""
+"""Arguments of `from_pretrained` that select the place from which a config is read."""
 
 
 class RefoldPreTrainedModel(PreTrainedModel):
-    """What the stack and the language model share: loading, initial weights, what transformers may do with them."""
+    """Base class of the stack and the language model: loading, initial weights, supported transformers features."""
 
     config: RefoldConfig
     config_class = RefoldConfig
@@ -50,7 +50,7 @@ class RefoldPreTrainedModel(PreTrainedModel):
 
     @property
     def _is_stateful(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        # A state cannot be taken back, so drafted tokens cannot be refused.
+        # A state cannot be rolled back, so drafted tokens cannot be rejected.
         return bool({RECURRENT, COUNTING} & set(self.config.layer_types or ()))
 
     @torch.no_grad()
@@ -76,7 +76,7 @@ class RefoldPreTrainedModel(PreTrainedModel):
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         if former:
-            # Else saving would give tensors the names of the folder they come from, beside a config of this version.
+            # Otherwise saving would write tensor names of the earlier version beside a config of this version.
             vars(model).pop("_weight_conversions", None)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = sorted(str(name) for name in info[problem])
@@ -108,7 +108,7 @@ class RefoldPreTrainedModel(PreTrainedModel):
 
 
 def _read_config(model: Any, arguments: Mapping[str, Any]) -> RefoldConfig:
-    """Returns the config that `from_pretrained` was given, or the one it will read."""
+    """Returns the config given to `from_pretrained`, or the config that `from_pretrained` will read."""
     config = arguments.get("config")
     if isinstance(config, RefoldConfig):
         return config

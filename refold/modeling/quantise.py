@@ -1,4 +1,4 @@
-"""Weights of linears rounded to what a weight-only quantisation can hold; they keep their dtype and place."""
+"""Rounds weights of linears to the values of a weight-only quantisation; they keep their dtype and place."""
 
 import torch
 from jaxtyping import Float
@@ -11,13 +11,14 @@ from refold.modeling.model import RefoldForCausalLM
 
 
 def quantise_linears(model: PreTrainedModel, scheme: Scheme) -> list[Tensor]:
-    """Rounds the weight of every linear but the head, each stored one once however many depths run it.
+    """Rounds the weight of every linear but the head; a weight that several depths run is rounded once.
 
-    Of a folded model those of `is_quantised`, so factors and coefficients of bases too; of a source every `nn.Linear`.
+    In a folded model `is_quantised` selects the weights, among them factors and coefficients of bases. In a source the
+    weight of every `nn.Linear` is rounded.
 
     Args:
         model: Changed in place.
-        scheme: What the weights are rounded to.
+        scheme: Bits, group and zero point of the rounding.
 
     Returns:
         The weights that were rounded.
@@ -42,10 +43,10 @@ def _of_source(model: PreTrainedModel) -> list[Tensor]:
 
 
 def round_to_nearest(weight: Float[Tensor, "out in"], scheme: Scheme) -> Float[Tensor, "out in"]:
-    """Returns the numbers that a weight's integers stand for, `scale * (integer - zero_point)`, in float32.
+    """Returns the dequantised weight, `scale * (integer - zero_point)`, in float32.
 
-    Integers are those nearest to the weights: nothing is learned from text. Scales are rounded to bfloat16, which has
-    float32's range, before integers are chosen.
+    Each integer is the nearest one to its weight; no text calibrates the rounding. Scales are rounded to bfloat16,
+    which has float32's range, before integers are chosen.
     """
     rows, columns = weight.shape
     group = scheme.group or columns

@@ -59,7 +59,7 @@ def _register_model() -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds the module of AutoConfig as ever, and registers once it has run."""
+    """Finds the module of AutoConfig as usual, and registers after the module has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -32,7 +32,7 @@ from refold.nn.part import StoredPart
 from refold.nn.rotary import Rotary
 
 ExitAt = int | Int[Tensor, " rows"]
-"""After how many depths the stack is left: by all rows, or by each row."""
+"""The number of depths after which rows leave the stack: one for all rows, or one for each row."""
 
 
 class Ran(NamedTuple):
@@ -48,7 +48,7 @@ class Ran(NamedTuple):
 
 
 class RefoldModel(RefoldPreTrainedModel):
-    """Embedding, stored parts, depths, what exits have of their own, and final norm."""
+    """Embedding, stored parts, depths, parts of exits, and final norm."""
 
     def __init__(self, config: RefoldConfig):
         super().__init__(config)
@@ -120,14 +120,15 @@ class RefoldModel(RefoldPreTrainedModel):
         Args:
             input_ids: Tokens; or give `inputs_embeds`.
             attention_mask: `[B, past + T]` with zeros at padding, or a mask the back-end takes as it is.
-            position_ids: `[B, T]`. Where they do not count on, a new document begins that sees none of the others.
+            position_ids: `[B, T]`. A position that is not its predecessor plus one begins a new document, which
+                sees none of the others.
             past_key_values: Cache indexed by depth; `cache` is another name of it.
             inputs_embeds: Embeddings instead of tokens.
             use_cache: Whether to keep keys and values.
             exit_depth: Run only so many depths, then the final norm, or the exit's own where an exit there has one. A
                 tensor `[B]` gives each row its own number: a row's output comes from its exit, while the depths after
                 it are computed for all rows up to the deepest exit.
-            output_exits: Also return the normed hidden states, and what gates say, at every exit of the blueprint that
+            output_exits: Also return the normed hidden states and the gate logits of every exit of the blueprint that
                 is passed.
             cache: The name that transformers has had for `past_key_values` since 5.24.
             is_packed: Whether rows hold several documents; False: every row is one, and a call of one token goes on
@@ -261,7 +262,7 @@ class RefoldModel(RefoldPreTrainedModel):
         return Parts(cast("StoredPart | None", mixer), cast("StoredPart | None", mlp))
 
     def row_exits(self, exit_depth: Int[Tensor, " rows"], num_rows: int) -> list[int]:
-        """Returns after how many depths each row leaves the stack.
+        """Returns the number of depths after which each row leaves the stack.
 
         Raises:
             RefoldError: Not one number for each row, or one out of range.
@@ -272,15 +273,15 @@ class RefoldModel(RefoldPreTrainedModel):
         return [self.depths_to_run(int(each)) for each in found]
 
     def _stops(self, num_depths: int, output_exits: bool, leaving: list[int] | None) -> list[int]:
-        """The numbers of depths after which the stream is read."""
+        """Returns the numbers of depths after which the residual stream is read, in order."""
         stops = {num_depths, *(leaving or ())}
         if output_exits:
             stops |= {index + 1 for index in self.exit_depths if index < num_depths}
         return sorted(stops)
 
     def exit_parts(self, index: int) -> ExitParts | None:
-        """Returns what the exit after depth `index` has of its own; None for nothing, or where there is no exit."""
-        # A plain set: asking a ModuleDict costs microseconds, and every forward pass asks.
+        """Returns the parts of the exit after depth `index`; None if there is no exit, or if it has no parts."""
+        # A plain set: a look-up in a ModuleDict costs microseconds, and every forward pass does it.
         return cast("ExitParts", self.exits[str(index)]) if index in self._exits_with_parts else None
 
     def _norm_after(self, index: int) -> nn.Module:
@@ -292,7 +293,7 @@ class RefoldModel(RefoldPreTrainedModel):
         return None if parts is None or parts.gate is None else parts.gate(normed)
 
     def depths_to_run(self, exit_depth: int | None = None) -> int:
-        """Returns how many depths a forward pass with this argument runs.
+        """Returns the number of depths that a forward pass with this argument runs.
 
         Raises:
             RefoldError: `exit_depth` is out of range.

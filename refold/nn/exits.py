@@ -1,4 +1,4 @@
-"""What an early exit has of its own: a norm, a LoRA on the shared head, a gate."""
+"""The parts of an early exit: a norm, a LoRA on the shared head, a gate."""
 
 from typing import cast
 
@@ -20,7 +20,7 @@ class HeadLora(LoraPairs):
 
     @property
     def pair(self) -> Pair:
-        """Both factors."""
+        """Returns both factors."""
         return self()["lm_head"]
 
     def adapt(
@@ -43,7 +43,7 @@ class Gate(nn.Module):
     """Predicts whether an exit's likeliest token is that of the full depth: `sigmoid(w x + b)`, one half at first.
 
     It reads detached hidden states, so that training it moves nothing below. Its own class rather than `nn.Linear`,
-    so that whatever replaces linears by narrower ones leaves this single row alone.
+    so that tools that quantise linears leave this single row alone.
     """
 
     def __init__(self, hidden_size: int):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class FactoredLinear(nn.Module):
     """y = B (A x) + bias, with A `[rank, in]` and B `[out, rank]`; rank 0 stores no factor and gives the bias alone.
 
-    The factors are plain `nn.Linear`s, so that what replaces those by name finds them too.
+    The factors are plain `nn.Linear`s, so that tools that replace linears by name find them too.
 
     Args:
         linear: The linear whose place it takes; its bias is taken over.
@@ -87,7 +87,7 @@ class BasisLinear(nn.Module):
 
 
 def _fill_first(a: nn.Linear) -> None:
-    """Fills A so that with B like any matrix the product of the two varies as one does."""
+    """Initialises A with standard deviation rank^(-1/2): entries of B A then vary as much as those of B."""
     nn.init.normal_(a.weight, std=a.out_features**-0.5)
-    # transformers fills a bare `nn.Linear` like any other, and asks no module without parameters of its own.
+    # transformers would fill it like other linears, and calls no `reset` of a module without own parameters.
     a.weight._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]

@@ -10,12 +10,12 @@ from refold.mixers.spec import Fill, Shape
 
 
 def make_fill(fill: Fill, shape: Shape, generator: torch.Generator | None = None) -> Tensor:
-    """Returns float32 start values of a vector on the CPU.
+    """Returns the initial values of a vector, in float32 on the CPU.
 
     Args:
-        fill: What its spec asks for.
+        fill: The rule for the values, from the spec of the mixer.
         shape: Its shape; of maps `[heads, head_dim, directions]`, of convolutions `[channels, width]`.
-        generator: For what is drawn.
+        generator: For random values.
     """
     return _MAKERS[fill.kind](fill, shape, generator)
 
@@ -42,7 +42,7 @@ def _log_range(fill: Fill, shape: Shape, generator: torch.Generator | None) -> T
 def _identity(fill: Fill, shape: Shape, generator: torch.Generator | None) -> Tensor:
     heads, size, directions = shape
     blocks = [torch.eye(size).expand(heads, size, size)]
-    # Copies would get the same gradients and never part, so further directions are other orthonormal ones.
+    # Copies would get equal gradients and stay equal, so further directions are other orthonormal ones.
     for _ in range(-(-directions // size) - 1):
         blocks.append(_random_basis(heads, size, generator))
     return fill.low * torch.cat(blocks, dim=-1)[..., :directions]

@@ -104,7 +104,7 @@ class LoraPairs(NamedTensors):
             nn.init.zeros_(b)
 
     def forward(self) -> dict[str, Pair]:
-        """Returns the factors by linear name. Read here, because offloading moves weights around `forward` alone."""
+        """Returns the factors by linear name. Offloading moves weights to the device for calls of `forward` only."""
         held = cast("dict[str, Tensor]", self._parameters)
         return {name: (held[a], held[b]) for name, (a, b) in self.names.items()}
 
@@ -135,5 +135,5 @@ class Coefficients(nn.Module):
         return self.get_parameter(name)
 
     def forward(self) -> dict[str, Tensor]:
-        """Returns all of them. Read here, because offloading moves weights around `forward` alone."""
+        """Returns all of them. Offloading moves weights to the device for calls of `forward` only."""
         return dict(self._parameters)  # pyright: ignore[reportReturnType]

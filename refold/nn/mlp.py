@@ -19,7 +19,7 @@ class Mlp(StoredPart):
         self.gated = arch.gated_mlp
 
     def forward(self, hidden_states: Float[Tensor, "B T D"], lora: Lora, vectors: OwnVectors) -> Float[Tensor, "B T D"]:
-        """Returns what the MLP adds to the residual stream."""
+        """Returns the update of the residual stream."""
         return self.transform(hidden_states, lora, vectors)
 
     def transform(self, hidden_states: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:

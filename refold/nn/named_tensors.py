@@ -10,7 +10,7 @@ class NamedTensors(nn.Module):
     """Holds parameters under names such as `q_proj.a`, with no module `q_proj` below it.
 
     Libraries that add adapters by name (PEFT) take every module whose name ends in `q_proj` for the linear. The tensors
-    that a depth has for that linear must be called so as well, hence they are parameters of one module. Code that
+    that a depth has for that linear must have that name as well, so they are parameters of one module. Code that
     looks a tensor up by its path (`get_submodule`, loaders, offloading) gets a view for each part of a name.
 
     Args:
@@ -51,7 +51,7 @@ class NamedTensors(nn.Module):
         errors: Any,
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        # torch takes a name with a dot for one of a module below.
+        # torch reports keys with a dot as unexpected, because it finds no submodule of that name.
         own = {f"{prefix}{name}" for name in self._parameters}
         unexpected[:] = [name for name in unexpected if name not in own]
 
@@ -61,7 +61,7 @@ class NamedTensors(nn.Module):
 
 
 class OwnerView(nn.Module):
-    """The parameters of a `NamedTensors` whose names begin alike, as a module; it holds none of its own.
+    """The parameters of a `NamedTensors` for one owner, as a module that holds no parameters of its own.
 
     Args:
         tensors: Holds the parameters.
@@ -74,7 +74,7 @@ class OwnerView(nn.Module):
 
 
 class _Below(MutableMapping[str, Any]):
-    """Entries of a dictionary whose keys begin alike, without that beginning."""
+    """The entries of a dictionary whose keys begin with a prefix, under keys without it."""
 
     def __init__(self, held: dict[str, Any], prefix: str):
         self._held, self._prefix = held, prefix

@@ -31,7 +31,7 @@ class StackNorm(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(size)) if stored and spec.bias else None)
 
     def reset(self) -> None:
-        """Initialises weight and bias so that the norm only normalises; without effect where they are not stored."""
+        """Initialises weight and bias to a scale of one and a shift of zero, if the norm stores them."""
         if self.weight is not None:
             nn.init.constant_(self.weight, 1.0 - self.offset)
         if self.bias is not None:

@@ -1,4 +1,4 @@
-"""What all stored parts share: linears found by name, and norms and biases that a depth may bring along."""
+"""The base class of stored parts: linears found by name, and norms and biases that a depth may replace."""
 
 from collections.abc import Iterable, Mapping
 
@@ -26,7 +26,7 @@ class Vectors(nn.Module):
 
     Args:
         shapes: Name (`a_log`) to shape.
-        fills: What each holds at first.
+        fills: The initial values of each.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], fills: Mapping[str, Fill]):
@@ -36,7 +36,7 @@ class Vectors(nn.Module):
             self.register_parameter(name, nn.Parameter(make_fill(fills[name], shape)))
 
     def forward(self, name: str) -> Tensor:
-        """Returns one vector. Read here, because offloading moves weights around `forward` alone."""
+        """Returns one vector. Offloading moves weights to the device for calls of `forward` only."""
         return self.get_parameter(name)
 
     def reset(self) -> None:
@@ -48,14 +48,14 @@ class Vectors(nn.Module):
 class StoredPart(nn.Module):
     """Weights that several depths may run: everything that differs between depths arrives as arguments.
 
-    Linears are plain `nn.Linear`s, so that whatever replaces those by name (weight-only quantisation, say) works.
+    Linears are plain `nn.Linear`s, so that tools that replace linears by name (weight-only quantisation, say) work.
 
     Args:
         linears: Linear name to `(out, in)`.
         vectors: Vector name to shape, as the part's spec lists them.
         norm: The architecture's norm; used for every vector called `*_norm.weight`.
         stores_vectors: Whether norms and biases live here, or arrive with each call.
-        fills: What vectors besides norms and biases of linears hold at first.
+        fills: The initial values of vectors besides norms and biases of linears.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class StoredPart(nn.Module):
             linear = nn.Linear(columns, rows, bias=stores_vectors and bias in vectors)
             if linear.bias is not None and bias in fills:
                 linear.bias.data.copy_(make_fill(fills[bias], vectors[bias]))
-                # Else transformers sets the biases of all linears of a new model to zero.
+                # Otherwise transformers sets the biases of all linears of a new model to zero.
                 linear.bias._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
             self.add_module(name, linear)
         for name, shape in vectors.items():
@@ -98,12 +98,12 @@ class StoredPart(nn.Module):
             parameter.data.copy_(make_fill(fill, tuple(parameter.shape)))
 
     def factorise(self, ranks: Mapping[str, int]) -> None:
-        """Keeps some linears as two factors of a rank each; with rank 0 only what depths add to it is computed."""
+        """Stores some linears as two factors of the given rank; at rank 0 only depths' updates and the bias remain."""
         for name, rank in ranks.items():
             self.add_module(name, FactoredLinear(self.get_submodule(name), rank))  # pyright: ignore[reportArgumentType]
 
     def share_bases(self, ranks: Mapping[str, int]) -> None:
-        """Keeps of some linears only a basis of a rank; the coefficients arrive with each call."""
+        """Stores only a basis of the given rank for some linears; the coefficients arrive with each call."""
         for name, rank in ranks.items():
             self.add_module(name, BasisLinear(self.get_submodule(name), rank))  # pyright: ignore[reportArgumentType]
 
@@ -125,7 +125,7 @@ class StoredPart(nn.Module):
     ) -> Float[Tensor, "*batch size"]:
         """Runs one of the part's norms, with the depth's own weights where it has some.
 
-        Of the norms around a part, one that the architecture lacks gives `x` back.
+        Returns `x` unchanged for a norm around the part (`OUTER_NORMS`) that the architecture lacks.
         """
         if name in self._lacking:
             return x
@@ -137,7 +137,7 @@ class StoredPart(nn.Module):
     def project(
         self, name: str, x: Float[Tensor, "*batch in"], lora: Lora, vectors: OwnVectors
     ) -> Float[Tensor, "*batch out"]:
-        """Runs one of the part's linears, relaxed and biased as the calling depth asks."""
+        """Runs one of the part's linears, with the adapter and the bias of the calling depth."""
         adapter, linear = lora.get(name), getattr(self, name)
         y = linear(x) if adapter is None else adapter.project(linear, x)
         if vectors is not None and f"{name}.bias" in vectors:
@@ -145,5 +145,5 @@ class StoredPart(nn.Module):
         return y if adapter is None else adapter.apply(y, x)
 
     def compile_regions(self) -> None:
-        """Compiles what this part computes between cache accesses, once for all depths that use it."""
+        """Compiles the computations of this part between cache accesses, once for all depths that run it."""
         raise NotImplementedError

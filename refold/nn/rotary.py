@@ -15,7 +15,7 @@ Rotation = tuple[Tensor, Tensor]
 def inverse_frequencies(rope: Rope, max_positions: int) -> tuple[Float[Tensor, " half"], float]:
     """Returns the inverse frequencies of a rope kind, and the factor its cosines and sines are scaled by.
 
-    Of `dynamic` those of texts up to `max_positions`.
+    For kind `dynamic` these are the frequencies of texts with at most `max_positions` tokens.
     """
     if rope.kind in ("default", "dynamic"):
         return 1.0 / rope.theta ** _exponents(rope), 1.0

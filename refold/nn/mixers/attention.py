@@ -159,7 +159,7 @@ class AttentionMixer(Mixer):
     def read(
         self, hidden_states: Tensor, rotation: Rotation | None, lora: Lora, vectors: OwnVectors
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[B, T, H, K]`, normed and rotated."""
+        """Returns queries, keys and values `[B, T, H, K]`, normed and rotated."""
         x = self.normalise("input_norm", hidden_states, vectors)
         query = self._project("q", x, rotation, lora, vectors)
         return query, *self._key_value(x, rotation, lora, vectors)
@@ -167,11 +167,11 @@ class AttentionMixer(Mixer):
     def read_query(
         self, hidden_states: Tensor, rotation: Rotation | None, lora: Lora, vectors: OwnVectors
     ) -> Float[Tensor, "B T H K"]:
-        """Queries alone, normed and rotated, at a depth that makes no keys and values."""
+        """Returns queries, normed and rotated, at a depth that makes no keys and values."""
         return self._project("q", self.normalise("input_norm", hidden_states, vectors), rotation, lora, vectors)
 
     def read_prefix(self, prefix: Float[Tensor, "P D"], lora: Lora, vectors: OwnVectors) -> KeyValue:
-        """Keys and values `[1, G, P, K]` of a prefix, which stands where norms would put hidden states; not rotated."""
+        """Returns keys and values `[1, G, P, K]` of a prefix, projected without input norm and not rotated."""
         key, value = self._key_value(prefix.unsqueeze(0), None, lora, vectors)
         return key.transpose(1, 2), value.transpose(1, 2)
 
@@ -184,7 +184,7 @@ class AttentionMixer(Mixer):
     def _project(
         self, name: str, x: Tensor, rotation: Rotation | None, lora: Lora, vectors: OwnVectors
     ) -> Float[Tensor, "B T H K"]:
-        """Queries (`q`) or keys (`k`): projected, normed and rotated."""
+        """Returns queries (`q`) or keys (`k`): projected, normed and rotated."""
         states = self.project(f"{name}_proj", x, lora, vectors)
         if self.qk_norm == "full":
             states = self.normalise(f"{name}_norm", states, vectors)
@@ -204,7 +204,7 @@ class AttentionMixer(Mixer):
 
 
 def _seen(hidden_states: Tensor, window: int | None, document_starts: Tensor | None) -> Bool[Tensor, "B 1 T T"]:
-    """Which tokens (last axis) each token looks at: earlier ones and itself, of its document, within the window."""
+    """Returns the mask of tokens (last axis) that each token may attend to: causal, in its document and window."""
     tokens = torch.arange(hidden_states.shape[1], device=hidden_states.device)
     query, key = tokens[:, None], tokens[None, :]
     seen = key <= query

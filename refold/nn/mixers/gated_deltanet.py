@@ -1,4 +1,4 @@
-"""Gated delta rule: the state forgets what a key held before it writes there (arXiv 2412.06464, 2406.06484)."""
+"""Gated delta rule: the old value of a key is removed before the new one is written (arXiv 2412.06464, 2406.06484)."""
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +43,12 @@ class GatedDeltanetMixer(HeadedMixer):
         return (normed.float() * gate).to(mixed.dtype)
 
     def _unit(self, states: Tensor) -> Tensor:
-        """Heads of length one, repeated for the state's."""
+        """Returns heads normalised to length one, repeated to the number of heads of the state."""
         wide = self.widen(states).float()
         return wide * torch.rsqrt(wide.pow(2).sum(dim=-1, keepdim=True) + UNIT_EPS)
 
     def _rates(self, x: Tensor, lora: Lora, vectors: OwnVectors) -> tuple[Tensor, Tensor | None]:
-        """How much is written, and log decays or None, `[B, T, H]`, float32."""
+        """Returns write strengths, and log decays or None, `[B, T, H]`, float32."""
         beta = self.project("b_proj", x, lora, vectors).float().sigmoid()
         if not self.fades:
             return beta, None

@@ -1,4 +1,4 @@
-"""What mixers with queries, keys and values in heads share: reading, convolving, gating and writing."""
+"""Base classes of recurrent mixers: reading, convolving, gating and writing queries, keys and values in heads."""
 
 from abc import abstractmethod
 
@@ -111,7 +111,7 @@ class HeadedMixer(RecurrentMixer):
         return HeadReads(x, query, key, value)
 
     def widen(self, states: Float[Tensor, "B T G K"]) -> Float[Tensor, "B T H K"]:
-        """Repeats heads that serve several of the state's."""
+        """Repeats each head for all heads of the state that use it."""
         times = self.layout.heads // states.shape[2]
         return states if times == 1 else states.repeat_interleave(times, dim=2)
 
@@ -119,7 +119,7 @@ class HeadedMixer(RecurrentMixer):
     def write_matrix(
         self, reads: HeadReads, resets: Bool[Tensor, "B T"] | None, lora: Lora, vectors: OwnVectors
     ) -> Float[Tensor, "B H T T"]:
-        """Returns the matrix by which `mix` mixes values."""
+        """Returns the matrix with which `mix` mixes values."""
 
     def finish(
         self, reads: HeadReads, mixed: Float[Tensor, "B T H V"], lora: Lora, vectors: OwnVectors

@@ -8,19 +8,19 @@ from torch import Tensor
 from refold.blueprint.schema import Blueprint
 
 KeyValue = tuple[Tensor, Tensor]
-"""Keys and values `[B, heads, S, K]` of the S tokens that are looked at, those of the cache included."""
+"""Keys and values `[B, heads, S, K]` of the S tokens that are attended to, those of the cache included."""
 
 
 class KeyHeads:
-    """Which key-value heads a depth makes, and where it finds each of those it looks at.
+    """The key-value heads that a depth makes, and the source of each head that it attends to.
 
     Args:
         blueprint: The stack.
         index: Which depth.
 
     Attributes:
-        made: Heads it makes and caches, of all those its weights would give.
-        makes_all: Whether that is every head.
+        made: Heads that it makes and caches, out of all heads that its weights could make.
+        makes_all: Whether it makes every head.
         sources: Earlier depths it reads from.
         is_read: Whether later depths read from it.
     """
@@ -32,7 +32,7 @@ class KeyHeads:
         self.makes_all = len(self.made) == num_heads
         self.sources = tuple(dict.fromkeys(read.depth for read in reads))
         self.is_read = blueprint.is_read(index)
-        # Place 0 is what the depth makes, further places are its sources: each with the heads that depth makes.
+        # Place 0 holds the heads that this depth makes, each further place the heads that one source makes.
         places = [self.made, *(blueprint.made_heads(source) for source in self.sources)]
         place_of = dict.fromkeys(range(num_heads), 0)
         place_of |= {head: 1 + self.sources.index(read.depth) for read in reads for head in read.heads}

@@ -23,10 +23,10 @@ from refold.ops.feature_maps import feature_map
 from refold.ops.window import window_sums
 
 TOKENS_AT_ONCE = 2048
-"""Tokens of a row that go from features to outputs together: a system is slower to hand out large blocks of memory than
-they are to fill."""
+"""Tokens of a row that go from features to outputs together: large blocks of memory take longer to allocate than to
+fill."""
 SMALLEST_SUM = 1e-30
-"""What weights are divided by at least: sums of a long key's random features are far below 1 and still exact."""
+"""Lower bound of the sum of weights, a divisor: sums of a long key's random features are far below 1, yet exact."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class LinearAttentionMixer(StateMixer, AttentionMixer):
         query, key, value = self._read_scaled(hidden_states, inputs, lora, vectors)
         before = None
         if self.window:
-            # The last channel tells tokens from the zeros that stand where there were none.
+            # The last channel is one at tokens and zero where `exchange` returns zeros instead of a token.
             kept = torch.cat((key.flatten(2), value.flatten(2), torch.ones_like(key[..., :1, 0])), dim=-1)
             before = inputs.memory.exchange(kept, self.window, inputs.resets)
             if before is None:
@@ -91,7 +91,7 @@ class LinearAttentionMixer(StateMixer, AttentionMixer):
         """Maps queries (`q_map`) or keys (`k_map`)."""
         directions = self.vector(f"{name}.weight", vectors) if self.has_directions else None
         weights = self.vector("map_weights.log", vectors) / 2 if self.has_weights else None
-        # Without a normaliser, scaling a query's features would show.
+        # Without a normaliser, scaling a query's features would change the output.
         is_query = name == "q_map" and self.normalise_weights and not self.window
         return feature_map(self.feature_map, x, directions, weights, is_query)
 
@@ -108,7 +108,7 @@ class LinearAttentionMixer(StateMixer, AttentionMixer):
         resets: Bool[Tensor, "B T"] | None,
         vectors: OwnVectors = None,
     ) -> Float[Tensor, "B H T T"]:
-        """The matrix by which values are mixed, from queries and keys that carry the attention's scale."""
+        """Returns the matrix that mixes values, from queries and keys that carry the attention's scale."""
         batch, tokens = query.shape[:2]
         numbers = number_documents(resets, batch, tokens, query.device)
         place = torch.arange(tokens, device=query.device)
@@ -175,7 +175,7 @@ class LinearAttentionMixer(StateMixer, AttentionMixer):
             self._widen(torch.cat((past.unflatten(-1, (-1, self.head_dim)), states), dim=1))
             for past, states in ((past_key, key), (past_value, value))
         )
-        # Slots without a token of the document that goes on get number -1, which no token has.
+        # Slots without a token of the document that continues get the number -1, which no token has.
         past_numbers = torch.where(is_real.squeeze(-1) > 0, 0, -1)
         all_numbers = torch.cat((past_numbers, numbers), dim=1)
         seen = all_numbers[:, 1:].unfold(1, self.window, 1) == numbers.unsqueeze(-1)

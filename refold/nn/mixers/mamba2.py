@@ -44,7 +44,7 @@ class Mamba2Mixer(HeadedMixer):
         return mixed.to(reads.x.dtype)
 
     def _shared(self, states: Tensor) -> Tensor:
-        """Keys and queries of one group stay as they are; the recurrence repeats them where they are equally many."""
+        """Returns queries or keys as they are if both have equally many heads, else repeated to the state's heads."""
         return states if self.layout.q_heads == self.layout.k_heads else self.widen(states)
 
     def _discretise(self, x: Tensor, lora: Lora, vectors: OwnVectors) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from refold.nn.mixers.store import Appended, Memory, Store
 from refold.ops.documents import number_documents
 
 _MADE: "WeakKeyDictionary[Any, dict[int, KeyValue]]" = WeakKeyDictionary()
-"""Cache to the keys and values that depths made once for it; they are no tokens, so no layer of it holds them."""
+"""Cache to the keys and values that depths made once for it. No layer holds them, because they are no tokens."""
 
 
 class StateView(nn.Module):
@@ -75,7 +75,7 @@ class CacheMemory(Memory):
     def keep_state(self, state: Tensor) -> None:
         layer = self._layer()
         if not layer.has_previous_state[0]:
-            # What marks a layer as used is its last inputs; a mixer without any keeps an empty one.
+            # Last inputs mark a layer as used; a mixer that keeps no inputs stores one column of zeros.
             layer.update_conv_state(state.new_zeros(len(state), 1, 1))
         layer.update_recurrent_state(state)
 
@@ -84,7 +84,7 @@ class CacheMemory(Memory):
         before = layer.conv_states[0] if layer.has_previous_state[0] else None
         columns = inputs.transpose(1, 2)
         if not layer.is_conv_states_initialized[0]:
-            # Sizes are taken from what comes first, which may be shorter than the width.
+            # The layer takes its sizes from its first inputs, which may be shorter than the width.
             layer.lazy_initialization(conv_states=columns, conv_kernel_size=width)
         earlier = None if before is None else before.transpose(1, 2).clone()
         if resets is not None:

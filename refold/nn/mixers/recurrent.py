@@ -57,7 +57,7 @@ class StateMixer(Mixer):
     def read_inputs(
         self, hidden_states: Float[Tensor, "B T D"], inputs: DepthInputs, lora: Lora, vectors: OwnVectors
     ) -> Any:
-        """Projects the hidden states to all that the recurrence reads; keeps the last inputs where it looks back."""
+        """Projects the hidden states to the inputs of `mix`; a convolution or a window keeps its last inputs."""
 
     @abstractmethod
     def mix(

@@ -15,10 +15,10 @@ from refold.ops.choice import run
 
 
 def log_decays(kind: str, heads: int, scale: float) -> list[float]:
-    """Returns the logarithm of what each head keeps of its state at each token.
+    """Returns the logarithm of the factor by which each head multiplies its state at each token.
 
     Args:
-        kind: `retnet`: 1 - 2^(-5-h) is kept; `slopes`: exp(-2^(-8(h+1)/H)) (lightning attention, arXiv 2401.04658).
+        kind: `retnet`: factor 1 - 2^(-5-h); `slopes`: exp(-2^(-8(h+1)/H)) (lightning attention, arXiv 2401.04658).
         heads: H.
         scale: Factor on the logarithms.
     """

@@ -54,13 +54,13 @@ class Memory(ABC):
     ) -> Float[Tensor, "B W C"] | None:
         """Returns the `width` inputs before these, oldest first, and keeps the last `width` of all.
 
-        Zeros stand where there were none. Of the inputs that are kept, those of earlier documents are zeros too.
-        Returns None where there was nothing before.
+        Zeros fill the places before the first input. In the kept inputs, zeros also replace those of earlier documents.
+        Returns None if there were no inputs before.
         """
 
     @abstractmethod
     def once(self, make: Callable[[], KeyValue]) -> KeyValue:
-        """Returns keys and values that depend on weights alone; a store that lasts makes them once."""
+        """Returns keys and values that depend on weights alone; a store that outlives the call makes them once."""
 
 
 class Store(ABC):
