@@ -80,7 +80,9 @@ def _prepare(
     seen = None
     if resets is not None:
         numbers = number_documents(resets, batch, tokens, x.device)
-        others = F.pad(numbers, (before, 0)).unfold(1, tokens, 1)
+        padded = F.pad(numbers, (before, 0))
+        # Slices, as `unfold` of all tokens would fix their number in an exported graph.
+        others = torch.stack([padded[:, tap : tap + tokens] for tap in range(before + 1)], dim=1)
         seen = (others == numbers[:, None]).to(dtype).unsqueeze(-1)
     return inputs, weight.t().contiguous().to(dtype), None if bias is None else bias.to(dtype), seen
 
