@@ -213,7 +213,7 @@ def run(grid: Grid, changes: dict[str, Any], path: Path, work: Path) -> None:
 
 
 def run_grid(name: str, work: Path) -> None:
-    """Runs what is missing of a grid."""
+    """Runs the arms of a grid that have no result yet."""
     grid = GRIDS[name]
     for arm in grid.arms:
         path = work / name / f"batch{arm.batch_tokens}-rate{arm.learning_rate:g}-warmup{arm.warmup:g}.json"

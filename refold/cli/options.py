@@ -210,8 +210,3 @@ def locate_data(data: list[str] | None, field: str | None) -> list[Any] | None:
     from refold.data.location import parse_location
 
     return [parse_location(each, field) for each in data]
-
-
-def parse_amount(text: str | int | None) -> int | None:
-    """Parses an amount of tokens for an option without its own parser."""
-    return None if text is None else amount(text)

@@ -1,4 +1,4 @@
-"""What every stored part says of itself: tensors, cost and transfer; and the MLP, the one part beside mixers."""
+"""The interface of stored parts (tensors, cost, transfer), and the MLP, the only part that is not a mixer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -220,7 +220,7 @@ def test_the_stored_dtype_counts_everywhere(said, stored, model, whole, text, tm
         found = evaluate(folder, text, EvaluationSettings(max_tokens=32, context=8))
         assert (found.model.dtype, found.model.weight_bytes) == (name, made.cost.source.weight_bytes)
     if stored == torch.float32:
-        # Not rounded to what the config says.
+        # The weights are not rounded to the dtype in the config.
         there = evaluate(whole, text, EvaluationSettings(max_tokens=32, context=8))
         assert evaluate(model, text, EvaluationSettings(max_tokens=32, context=8)).bits_per_byte == there.bits_per_byte
     heal(model, tmp_path / "healed", text, STAGE, options=HealOptions(device="cpu"))

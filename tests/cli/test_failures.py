@@ -103,7 +103,7 @@ def test_ctrl_c_says_so_and_ends_with_130(shipped: Path, tmp_path: Path) -> None
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell ignores SIGINT for what it starts in the background.
+        # A shell ignores SIGINT for background processes.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:

@@ -63,7 +63,7 @@ def test_weights_and_optimizer_are_the_same_to_the_bit_at_a_checkpoint(healing, 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_and_leaves_a_checkpoint(healing, number, exit_code):
-    # Handlers differ before: a shell ignores SIGINT for what it starts in the background, nohup ignores SIGHUP.
+    # The handlers before the run differ: a shell ignores SIGINT for background processes, nohup ignores SIGHUP.
     hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = [signal.getsignal(each) for each in SIGNALS]
     healing.hook = _stop_after(2, number)

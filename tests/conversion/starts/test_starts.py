@@ -311,7 +311,7 @@ def test_full_rank_pairs_correct_the_stored_weight_as_it_is_rounded(init, count,
         if found.stored.factors:
             a, b = (half(factor) for factor in found.stored.factors)
             stored = b @ a
-        # The pairs in float32: what is left is the rounding of the stored weight, which they are to correct.
+        # The pairs stay in float32, so they must correct the rounding of the stored weight.
         errors.append(
             max(float((w - stored - c).abs().max()) for w, c in zip(given, corrections(found).values(), strict=True))
         )
