@@ -14,6 +14,7 @@ LAYERS = (
     {"cli"},
     {"studies"},
     {"serve"},
+    {"engine"},
     {"analysis", "conversion", "healing", "evaluation", "generation", "exporting", "report"},
     {"calibration"},
     {"data", "scoring"},

@@ -1,0 +1,1 @@
+"""Continuous batching over depths: requests at different loops share launches of the parts they share."""
