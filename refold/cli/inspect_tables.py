@@ -39,6 +39,9 @@ def print_inspection(found: Inspection) -> None:
             )
         )
     print_table(("depth", "layer", "mixer", "mlp", "rank", "vectors", "least kept energy", "keys of", "exit"), stack)
+    print("passes of the engine:")
+    for told in found.passes:
+        print(f"- {told}")
     print_approximation(found.approximation)
     for said in found.notes:
         print(f"- {said}")

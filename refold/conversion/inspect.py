@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from refold.blueprint.cost import cost
+from refold.blueprint.passes import describe_passes
 from refold.blueprint.schema import Blueprint
 from refold.checkpoint import provenance
 from refold.checkpoint.folded_tensors import check_folded_tensors, read_blueprint
@@ -36,6 +37,8 @@ class Inspection(Frozen):
     """By `depths.<d>.<linear>`: the share of the residual's energy that the LoRA kept at conversion."""
     approximation: dict[str, Approximation]
     """By `depths.<d>`: error of the feature maps against the source's softmax at conversion."""
+    passes: tuple[str, ...]
+    """Segments of the stack as the engine launches them."""
     notes: tuple[str, ...]
 
 
@@ -78,5 +81,6 @@ def inspect(folder: str | Path, *, verify: bool = False) -> Inspection:
         stages=tuple(vars(stage) for stage in provenance.read(path)),
         kept_energy=dict(plan.kept_energy) if plan is not None else {},
         approximation=dict(plan.approximation) if plan is not None else {},
+        passes=describe_passes(blueprint),
         notes=tuple(note.text for note in plan.notes) if plan is not None else (),
     )
