@@ -16,13 +16,14 @@ from refold.families.arch import Rope
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.owned_tensors import Gain, Owned, OwnedVectors
 from refold.modeling.padding import as_given, in_order
-from refold.nn.lora import Adapter, Coefficients, LoraPairs
+from refold.nn.lora import Adapter, Coefficients, LinearAdapter, LoraPairs
 from refold.nn.mixers.batch import Batch, DepthInputs, SharedKeys
 from refold.nn.mixers.key_values import KeyHeads, KeyValue
 from refold.nn.mixers.memory import StateView
 from refold.nn.mixers.registry import MIXERS
 from refold.nn.mixers.store import NOTHING_KEPT, Memory
 from refold.nn.part import OwnVectors, StoredPart
+from refold.nn.products import Workshop
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Depth(GradientCheckpointingLayer):
                 shapes = {each.local: each.shape for each in tensors}
                 owned[pool] = OwnedVectors(shapes, {each.local: each.fill(blueprint) for each in tensors})
         self.vectors = nn.ModuleDict(owned)
+        self._keeps_state = isinstance(self.view, StateView)
+        self.packed: Owned | None = None
         # A look-up in empty module dictionaries costs microseconds, and every forward pass does it.
         self._owns_tensors = bool(owned or spec.ranks or len(self.coefficients) or len(self.gain))
 
@@ -116,11 +119,34 @@ class Depth(GradientCheckpointingLayer):
 
     def owned(self) -> Owned:
         """Returns the tensors by which this depth changes the parts it runs."""
+        if self.packed is not None:
+            return self.packed
         if not self._owns_tensors:
             return _NOTHING_OWNED
         owned_gains = cast("dict[Pool, Gain]", cast("nn.Module", self._modules["gain"])._modules)
         gains: dict[Pool, Tensor] = {pool: gain.forward() for pool, gain in owned_gains.items()}
         return Owned(self.adapters(), self.own_vectors("mixer"), self.own_vectors("mlp"), gains)
+
+    def pack(self, parts: Parts, workshop: Workshop, formats: tuple[str, str]) -> None:
+        """Prepares adapters and vectors for packed parts, and drops the weights of adapters they were made of.
+
+        Args:
+            parts: That the depth runs, packed.
+            workshop: Prepares the products.
+            formats: Of LoRA factors, and of coefficients of bases.
+        """
+        owned = self.owned()
+        adapters = cast("dict[str, Adapter]", owned.adapters)
+        joined: dict[str, LinearAdapter] = {}
+        vectors: list[OwnVectors] = []
+        for part, own in ((parts.mixer, owned.mixer_vectors), (parts.mlp, owned.mlp_vectors)):
+            packed = None if part is None else part.packed
+            if packed is not None:
+                joined |= packed.join_adapters(adapters, workshop, formats)
+            vectors.append(own if own is None or packed is None else packed.join_vectors(own))
+        gains: dict[Pool, Tensor] = {pool: gain.detach() for pool, gain in owned.gains.items()}
+        self.packed = Owned(joined, vectors[0], vectors[1], gains, {})
+        self.lora, self.coefficients = LoraPairs({}), Coefficients({}, self.std)
 
     def inputs(self, batch: Batch, memory: Memory = NOTHING_KEPT, read: tuple[KeyValue, ...] = ()) -> DepthInputs:
         """Returns the inputs of this depth's mixer.
@@ -164,17 +190,23 @@ class Depth(GradientCheckpointingLayer):
         Returns:
             The stream after it; and its keys and values where later depths read them.
         """
+        if self.packed is not None and self.heads is None and not self._forward_hooks:
+            # Around the module's call, which costs as much as three small operations.
+            inputs = self.inputs(batch, memory)
+            return self.compute(hidden_states, parts, inputs, self.packed, residual)[0], None
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             memory = NOTHING_KEPT  # checkpointing computes the depth again, which would write the memory twice
         given = {"parts": parts, "batch": batch, "memory": memory, "residual": residual}
         if self.heads is None:
             return self(hidden_states, **given), None
-        read = () if shared is None else tuple(states for source in self.heads.sources for states in shared[source])
+        read: tuple[Tensor, ...] = ()
+        if shared is not None and not memory.attends:
+            read = tuple(states for source in self.heads.sources for states in shared[source])
         found = self(hidden_states, *read, **given)
         if not self.heads.is_read:
             return found, None
         hidden_states, key, value = found
-        return hidden_states, (key, value)
+        return hidden_states, None if memory.attends else (key, value)
 
     def forward(
         self,
@@ -230,7 +262,7 @@ class Depth(GradientCheckpointingLayer):
         update, made = None, None
         mixer, mlp = parts.mixer, parts.mlp
         if mixer is not None:
-            order = inputs.order if isinstance(self.view, StateView) else None
+            order = inputs.order if self._keeps_state else None
             given = (hidden_states, inputs) if order is None else in_order(order, hidden_states, inputs)
             update, made = mixer(given[0], self.view, given[1], owned.adapters, owned.mixer_vectors)
             update = owned.scale("mixer", update if order is None else as_given(order, update))

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from refold.checkpoint.companions import check_companions, has_tokenizer
@@ -23,7 +31,8 @@ from refold.checkpoint.headers import stored_dtype as read_stored_dtype
 from refold.checkpoint.locate import FolderSource, Source, locate
 from refold.checkpoint.source_file import parse_object, read_file
 from refold.errors import RefoldError, SourceError
-from refold.modeling.configuration import MODEL_TYPE
+from refold.modeling.configuration import MODEL_TYPE, RefoldConfig
+from refold.modeling.model import RefoldForCausalLM
 from refold.modeling.registration import register
 from refold.recipe.recipe import IgnoredTensor
 from refold.suggest import must_be_one_of
@@ -174,11 +183,51 @@ def load_model(
         model.config._name_or_path = model.name_or_path = str(folder)
         for name, weight in model.named_parameters():
             require_finite(weight, name, str(folder), SourceError, "take an undamaged copy of the checkpoint")
-        if dtype is None and not computes_fast(model.dtype, target):
-            _tell_replaced(model.dtype)
-            model.stored_dtype = model.dtype
-            model = model.float()
-        return model.to(target).eval()
+        return _place(model, dtype, target)
+
+
+def load_tensors(
+    config: RefoldConfig,
+    tensors: dict[str, Tensor],
+    folder: Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> RefoldForCausalLM:
+    """Makes a folded model of tensors in memory, which are not copied where dtype and device stay the same.
+
+    Args:
+        config: Config of the model; its `dtype` is that of the tensors.
+        tensors: Its tensors by name.
+        folder: The folder they come from.
+        dtype: As for `load_model`.
+        device: As for `load_model`.
+
+    Raises:
+        SourceError: There is not enough memory.
+        FolderError: The tensors are not those of the blueprint.
+        RefoldError: No such dtype or device.
+    """
+    register()
+    target = device if isinstance(device, torch.device) else choose_device(device)
+    wanted = choose_dtype(dtype)
+    with _explained(folder), _without_bars():
+        model: Any = RefoldForCausalLM.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=config.dtype if wanted == "auto" else wanted
+        )
+        model.config._name_or_path = model.name_or_path = str(folder)
+        if (folder / GENERATION_CONFIG_NAME).exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return _place(model, dtype, target)
+
+
+def _place(model: Any, dtype: str | torch.dtype | None, target: torch.device) -> Any:
+    """Moves a loaded model to its device, in a dtype that computes fast if none was named."""
+    if dtype is None and not computes_fast(model.dtype, target):
+        _tell_replaced(model.dtype)
+        model.stored_dtype = model.dtype
+        model = model.float()
+    return model.to(target).eval()
 
 
 @contextlib.contextmanager

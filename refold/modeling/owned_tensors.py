@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from refold.blueprint.schema import Pool
 from refold.mixers.spec import Fill, Shape
 from refold.nn.fills import make_fill
-from refold.nn.lora import Adapter, join_adapters
+from refold.nn.lora import Adapter, PackedAdapter, join_adapters
 from refold.nn.named_tensors import NamedTensors
 from refold.nn.part import Lora, OwnVectors
 
+MOST_KEPT = 64
+"""Joined tensors that the first of several depths keeps: one for each split of a batch among loops."""
 Name = TypeVar("Name", bound=str)
 
 
@@ -58,12 +60,14 @@ class Owned(NamedTuple):
         mixer_vectors: Norms and biases of its own for the mixer; None: the part's.
         mlp_vectors: Likewise for the MLP.
         gains: Scale of each part's update, `[1]`, or `[B, 1, 1]` with one for each row.
+        joined: Results of `join_owned` by rows and depths, of a packed depth, whose tensors do not change; else None.
     """
 
     adapters: Lora
     mixer_vectors: OwnVectors
     mlp_vectors: OwnVectors
     gains: Mapping[Pool, Tensor]
+    joined: "dict[tuple[tuple[int, int, int], ...], Owned] | None" = None
 
     def scale(self, pool: Pool, update: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Returns the update of the residual stream, scaled where there is a gain."""
@@ -77,7 +81,21 @@ def join_owned(rows: Sequence[slice], owned: Sequence[Owned]) -> Owned:
         rows: Neighbouring rows, in order.
         owned: Of the depth each group stands at; all own the same vectors and gains.
     """
-    adapters = [cast("dict[str, Adapter]", each.adapters) for each in owned]
+    if len(owned) == 1:
+        return owned[0]
+    kept = owned[0].joined
+    if kept is None:
+        return _join(rows, owned)
+    key = tuple((part.start, part.stop, id(each)) for part, each in zip(rows, owned, strict=True))
+    if key not in kept:
+        if len(kept) >= MOST_KEPT:
+            kept.clear()
+        kept[key] = _join(rows, owned)
+    return kept[key]
+
+
+def _join(rows: Sequence[slice], owned: Sequence[Owned]) -> Owned:
+    adapters = [cast("Mapping[str, Adapter | PackedAdapter]", each.adapters) for each in owned]
     return Owned(
         join_adapters(rows, adapters),
         _join_vectors(rows, [each.mixer_vectors for each in owned]),

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from refold.blueprint.former import former_patterns
-from refold.errors import FolderError
+from refold.errors import FolderError, RefoldError
 from refold.modeling.cache_name import CACHE_NAMES
 from refold.modeling.configuration import COUNTING, RECURRENT, RefoldConfig
 from refold.modeling.depth import Depth
@@ -25,6 +25,8 @@ class RefoldPreTrainedModel(PreTrainedModel):
     """Base class of the stack and the language model: loading, initial weights, supported transformers features."""
 
     config: RefoldConfig
+    is_packed: bool = False
+    """Whether `pack_model` replaced the linears."""
     config_class = RefoldConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -87,6 +89,31 @@ class RefoldPreTrainedModel(PreTrainedModel):
                     f"({len(names)} {problem.replace('_', ' ')}: {shown}); convert the source again"
                 )
         return (model, info) if wants_info else model
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets training or evaluation.
+
+        Raises:
+            RefoldError: A packed model shall train.
+        """
+        if mode:
+            self._require_weights("train")
+        return super().train(mode)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Saves as transformers does.
+
+        Raises:
+            RefoldError: The model is packed.
+        """
+        self._require_weights("save")
+        super().save_pretrained(*args, **kwargs)
+
+    def _require_weights(self, task: str) -> None:
+        if self.is_packed:
+            raise RefoldError(
+                f"{task}: a model with its weights is required (got one packed for inference); load it anew"
+            )
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resizes the vocabulary as transformers does, in the blueprint and in the adapters on the head as well."""

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from refold.blueprint.quantisation import Scheme, is_quantised
 from refold.blueprint.tensors import target_tensors
 from refold.modeling.model import RefoldForCausalLM
+from refold.nn.rounding import round_weight
 
 
 def quantise_linears(model: PreTrainedModel, scheme: Scheme) -> list[Tensor]:
@@ -43,30 +44,5 @@ def _of_source(model: PreTrainedModel) -> list[Tensor]:
 
 
 def round_to_nearest(weight: Float[Tensor, "out in"], scheme: Scheme) -> Float[Tensor, "out in"]:
-    """Returns the dequantised weight, `scale * (integer - zero_point)`, in float32.
-
-    Each integer is the nearest one to its weight; no text calibrates the rounding. Scales are rounded to bfloat16,
-    which has float32's range, before integers are chosen.
-    """
-    rows, columns = weight.shape
-    group = scheme.group or columns
-    padding = -columns % group
-    # Zeros change no group's range: zero lies in every range.
-    padded = nn.functional.pad(weight.float(), (0, padding)).view(rows, -1, group)
-    if scheme.has_zero_point:
-        least, most = 0, 2**scheme.bits - 1
-        low, high = padded.amin(-1, keepdim=True).clamp(max=0), padded.amax(-1, keepdim=True).clamp(min=0)
-        scale = _as_stored((high - low) / most)
-        zero_point = (-low / scale).round().clamp(least, most)
-    else:
-        most = 2 ** (scheme.bits - 1) - 1
-        least = -most
-        scale = _as_stored(padded.abs().amax(-1, keepdim=True) / most)
-        zero_point = torch.zeros_like(scale)
-    integers = ((padded / scale).round() + zero_point).clamp(least, most)
-    return (scale * (integers - zero_point)).view(rows, -1)[:, :columns]
-
-
-def _as_stored(scale: Tensor) -> Tensor:
-    scale = scale.bfloat16().float()
-    return torch.where(scale > 0, scale, 1.0)
+    """Returns the dequantised weight, `scale * (integer - zero_point)`, in float32."""
+    return round_weight(weight, scheme).dequantise()

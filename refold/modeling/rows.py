@@ -1,6 +1,7 @@
 """Rows of one batch that stand at different depths, run together through the parts they share."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from refold.errors import RefoldError
 from refold.modeling.depth import Depth, Parts
-from refold.modeling.owned_tensors import join_owned
+from refold.modeling.owned_tensors import Owned, join_owned
+from refold.nn.mixers.attention import AttentionMixer
 from refold.nn.mixers.batch import Batch
 from refold.nn.mixers.store import NOTHING_KEPT, Store
 
@@ -55,15 +57,34 @@ def run_rows(
     slices = [slice(end - each.num_rows, end) for end, each in zip(ends, rows, strict=True)]
     for indices in zip(*(each.depths for each in rows), strict=True):
         depths = [modules[index] for index in indices]
-        _require_alike(depths)
         memory = NOTHING_KEPT if store is None else store.row_memory(list(zip(indices, slices, strict=True)))
-        first, owned = depths[0], join_owned(slices, [depth.owned() for depth in depths])
-        hidden_states, _ = first.compute(hidden_states, parts_of(first), first.inputs(batch, memory), owned)
+        _require_alike(depths, memory.attends)
+        first, each_owned = depths[0], [depth.owned() for depth in depths]
+        parts, inputs = parts_of(first), first.inputs(batch, memory)
+        if store is not None and first.prefix is not None and len(depths) > 1:
+            _make_prefixes(parts, depths, each_owned, store)
+            inputs = inputs._replace(prefix=None)
+        hidden_states, _ = first.compute(hidden_states, parts, inputs, join_owned(slices, each_owned))
     return hidden_states
 
 
-def _require_alike(depths: Sequence[Depth]) -> None:
-    """Refuses depths that differ in something other than adapters, norms and biases."""
+def _make_prefixes(parts: Parts, depths: Sequence[Depth], owned: Sequence[Owned], store: Store) -> None:
+    """Lets each depth make the keys and values of its own prefix, for a memory that attends to them by itself."""
+    mixer = parts.mixer
+    assert isinstance(mixer, AttentionMixer)
+    for depth, own in zip(depths, owned, strict=True):
+        assert depth.prefix is not None
+        make = partial(mixer.read_prefix, depth.prefix, own.adapters, own.mixer_vectors)
+        store.memory(depth.index).once(make)
+
+
+def _require_alike(depths: Sequence[Depth], attends: bool) -> None:
+    """Refuses depths that differ in something other than adapters, norms, biases, prefixes and sources of keys.
+
+    Args:
+        depths: One for each group of rows.
+        attends: Whether the memory computes attention, for each group by its own prefix and sources.
+    """
     first = depths[0]
     for depth in depths[1:]:
         for name in ("mixer", "mlp", "window", "rope", "vectors", "gain"):
@@ -73,8 +94,15 @@ def _require_alike(depths: Sequence[Depth]) -> None:
                     f"rows: depths that run the same parts alike are required (depth {first.index} has {name} {ours}, "
                     f"depth {depth.index} {theirs}); run their rows by themselves"
                 )
+        ours, theirs = (None if each.prefix is None else len(each.prefix) for each in (first, depth))
+        if (ours is None) != (theirs is None) or _made(first) != _made(depth):
+            raise RefoldError(
+                f"rows: depths that all have prefixes or none, and make the same key-value heads, are required (depth "
+                f"{first.index} has {ours or 0} prefix vectors and makes {_made(first)}, depth {depth.index} "
+                f"{theirs or 0} and {_made(depth)}); run their rows by themselves"
+            )
     for depth in depths if len(depths) > 1 else ():
-        if depth.heads is not None or depth.prefix is not None:
+        if not attends and (depth.heads is not None or depth.prefix is not None):
             raise RefoldError(
                 f"rows: depths without shared keys and without prefixes are required (depth {depth.index} has some); "
                 f"run its rows by themselves"
@@ -85,3 +113,8 @@ def _require_alike(depths: Sequence[Depth]) -> None:
                 f"rows: depths whose own vectors are norms and biases are required (depth {depth.index} has "
                 f"{others[0]}); run its rows by themselves"
             )
+
+
+def _made(depth: Depth) -> tuple[int, ...] | str:
+    """Returns the key-value heads that a depth makes."""
+    return "all" if depth.heads is None or depth.heads.makes_all else depth.heads.made

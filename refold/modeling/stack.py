@@ -24,6 +24,7 @@ from refold.modeling.rows import RowRange, run_rows
 from refold.nn.exits import ExitParts
 from refold.nn.mixers.batch import Batch
 from refold.nn.mixers.memory import CacheStore, count_tokens
+from refold.nn.mixers.mixer import Mixer
 from refold.nn.mixers.registry import MIXERS
 from refold.nn.mixers.store import NOTHING_KEPT, Store
 from refold.nn.mlp import Mlp
@@ -161,7 +162,7 @@ class RefoldModel(RefoldPreTrainedModel):
             hidden_states, shared = self.run(range(begin, end), hidden_states, batch, store, shared)
             begin, is_exit = end, output_exits and end - 1 in self.exit_depths
             if is_exit or end == num_depths or leaving is not None:
-                left[end] = self._norm_after(end - 1)(hidden_states)
+                left[end] = self.norm_after(end - 1)(hidden_states)
             if is_exit:
                 exits.append((left[end], self._ask_gate(end - 1, left[end])))
         last = left[num_depths]
@@ -232,8 +233,24 @@ class RefoldModel(RefoldPreTrainedModel):
         Raises:
             RefoldError: The depths cannot run together.
         """
-        modules = cast("list[Depth]", list(self.depths))
-        return run_rows(modules, self.parts_of, rows, hidden_states, batch, store)
+        return run_rows(cast("list[Depth]", list(self.depths)), self.parts_of, rows, hidden_states, batch, store)
+
+    def fill(self, index: int, hidden_states: Float[Tensor, "B T D"], batch: Batch, store: Store) -> None:
+        """Writes the keys and values that one depth makes of a stream, and runs nothing else of the depth.
+
+        Args:
+            index: Which depth; without a mixer, or with keys of other depths alone, it writes nothing.
+            hidden_states: The residual stream in place of the one before it.
+            batch: From `batch`.
+            store: Keeps them.
+
+        Raises:
+            RefoldError: The depth keeps a recurrent state.
+        """
+        depth = cast("Depth", self.depths[index])
+        if (mixer := self.parts_of(depth).mixer) is not None:
+            owned, inputs = depth.owned(), depth.inputs(batch, store.memory(index))
+            cast("Mixer", mixer).fill(hidden_states, inputs, owned.adapters, owned.mixer_vectors)
 
     def mix(
         self, index: int, hidden_states: Float[Tensor, "B T D"], batch: Batch, shared: KeyValues | None = None
@@ -284,7 +301,8 @@ class RefoldModel(RefoldPreTrainedModel):
         # A plain set: a look-up in a ModuleDict costs microseconds, and every forward pass does it.
         return cast("ExitParts", self.exits[str(index)]) if index in self._exits_with_parts else None
 
-    def _norm_after(self, index: int) -> nn.Module:
+    def norm_after(self, index: int) -> nn.Module:
+        """Returns the norm that stands before the head for rows that leave after depth `index`."""
         parts = self.exit_parts(index)
         return self.norm if parts is None or parts.norm is None else parts.norm
 

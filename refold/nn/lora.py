@@ -59,22 +59,46 @@ class RowAdapters:
         return torch.cat([own.apply(y[rows], x[rows]) for rows, own in self.groups])
 
 
-LinearAdapter = Adapter | RowAdapters
-"""The adapter of one linear as a stored part sees it: `project` runs the linear, `apply` adds the update."""
+class PackedAdapter:
+    """Adapters of one depth that are prepared for inference, which packed parts know how to run."""
 
 
-def join_adapters(rows: Sequence[slice], adapters: Sequence[dict[str, Adapter]]) -> dict[str, LinearAdapter]:
+@dataclass(frozen=True)
+class PackedRows(PackedAdapter):
+    """Packed adapters of several depths, each for a run of neighbouring rows of the batch.
+
+    Attributes:
+        groups: Rows and the adapters of the depth they stand at; rows without adapters are left out.
+    """
+
+    groups: tuple[tuple[slice, PackedAdapter], ...]
+
+
+LinearAdapter = Adapter | RowAdapters | PackedAdapter
+"""The adapter of one linear as a stored part sees it: `project` runs the linear, `apply` adds the update. A packed one
+belongs to several linears that are joined."""
+
+
+def join_adapters(
+    rows: Sequence[slice], adapters: Sequence[Mapping[str, Adapter | PackedAdapter]]
+) -> dict[str, LinearAdapter]:
     """Returns the adapters by linear name of rows that stand at several depths.
 
     Args:
         rows: Neighbouring rows, in order.
         adapters: By linear name, of the depth each group stands at.
     """
-    names = dict.fromkeys(name for each in adapters for name in each)
     return {
-        name: RowAdapters(tuple((part, each.get(name, Adapter())) for part, each in zip(rows, adapters, strict=True)))
-        for name in names
+        name: _join([(part, each.get(name, Adapter())) for part, each in zip(rows, adapters, strict=True)])
+        for name in dict.fromkeys(name for each in adapters for name in each)
     }
+
+
+def _join(groups: Sequence[tuple[slice, Adapter | PackedAdapter]]) -> LinearAdapter:
+    packed = tuple((rows, own) for rows, own in groups if isinstance(own, PackedAdapter))
+    if packed:
+        return PackedRows(packed)
+    return RowAdapters(tuple((rows, own) for rows, own in groups if isinstance(own, Adapter)))
 
 
 class LoraPairs(NamedTensors):

@@ -1,6 +1,7 @@
 """The base class of stored parts: linears found by name, and norms and biases that a depth may replace."""
 
 from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -9,8 +10,10 @@ from refold.families.arch import Norm
 from refold.mixers.spec import Fill, Shape
 from refold.nn.factored import BasisLinear, FactoredLinear
 from refold.nn.fills import make_fill
-from refold.nn.lora import LinearAdapter
+from refold.nn.lora import LinearAdapter, PackedAdapter
 from refold.nn.norms import StackNorm
+from refold.nn.packed import PackedPart
+from refold.nn.products import Workshop
 
 Lora = Mapping[str, LinearAdapter]
 """Linear name to the adapter of the calling depth."""
@@ -56,7 +59,14 @@ class StoredPart(nn.Module):
         norm: The architecture's norm; used for every vector called `*_norm.weight`.
         stores_vectors: Whether norms and biases live here, or arrive with each call.
         fills: The initial values of vectors besides norms and biases of linears.
+
+    Attributes:
+        input_groups: Names of linears that read one input, group by group.
+        packed: The linears and norms as `pack` prepared them; None: it was not called.
     """
+
+    input_groups: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    packed: PackedPart | None = None
 
     def __init__(
         self,
@@ -127,6 +137,8 @@ class StoredPart(nn.Module):
 
         Returns `x` unchanged for a norm around the part (`OUTER_NORMS`) that the architecture lacks.
         """
+        if self.packed is not None:
+            return self.packed.normalise(name, x, vectors)
         if name in self._lacking:
             return x
         norm = getattr(self, name)
@@ -138,11 +150,28 @@ class StoredPart(nn.Module):
         self, name: str, x: Float[Tensor, "*batch in"], lora: Lora, vectors: OwnVectors
     ) -> Float[Tensor, "*batch out"]:
         """Runs one of the part's linears, with the adapter and the bias of the calling depth."""
+        if self.packed is not None:
+            return self.packed.project((name,), x, lora, vectors)
         adapter, linear = lora.get(name), getattr(self, name)
+        assert not isinstance(adapter, PackedAdapter)
         y = linear(x) if adapter is None else adapter.project(linear, x)
         if vectors is not None and f"{name}.bias" in vectors:
             y = y + vectors[f"{name}.bias"]
         return y if adapter is None else adapter.apply(y, x)
+
+    def project_all(
+        self, names: tuple[str, ...], x: Float[Tensor, "*batch in"], lora: Lora, vectors: OwnVectors
+    ) -> tuple[Tensor, ...]:
+        """Runs several linears of one group of `input_groups`; a packed part does so with one product."""
+        if self.packed is not None:
+            return self.packed.split(names, self.packed.project(names, x, lora, vectors))
+        return tuple(self.project(name, x, lora, vectors) for name in names)
+
+    def pack(self, workshop: Workshop, format: str) -> PackedPart:
+        """Replaces the linears by products that are prepared for inference, and drops the weights they were made of."""
+        self.packed = PackedPart(self, self.input_groups, workshop, format)
+        self.leave_out(self.packed.names)
+        return self.packed
 
     def compile_regions(self) -> None:
         """Compiles the computations of this part between cache accesses, once for all depths that run it."""

@@ -85,3 +85,13 @@ def rotate(x: Float[Tensor, "B T H K"], rotation: Rotation) -> Float[Tensor, "B 
     turned = x[..., :size]
     turned = (turned * cos + turned.roll(size // 2, dims=-1) * sin).to(x.dtype)
     return torch.cat((turned, x[..., size:]), dim=-1)
+
+
+def rotate_at_once(x: Float[Tensor, "B T H K"], rotation: Rotation) -> Float[Tensor, "B T H K"]:
+    """Rotates like `rotate`, in fewer operations and with one rounding less; for inference."""
+    cos, sin = rotation
+    size = cos.shape[-1]
+    if size < x.shape[-1]:
+        return torch.cat((rotate_at_once(x[..., :size], rotation), x[..., size:]), dim=-1)
+    turned = (x * cos).addcmul_(x.roll(size // 2, dims=-1), sin)
+    return turned if turned.dtype == x.dtype else turned.to(x.dtype)

@@ -14,8 +14,9 @@ from refold.nn.mixers.batch import DepthInputs
 from refold.nn.mixers.key_values import KeyValue
 from refold.nn.mixers.mixer import Mixer
 from refold.nn.mixers.prefix import put_before
+from refold.nn.mixers.store import Appended
 from refold.nn.part import Lora, OwnVectors
-from refold.nn.rotary import Rotation, rotate
+from refold.nn.rotary import Rotation, rotate, rotate_at_once
 
 
 def eager_attention(
@@ -106,10 +107,13 @@ class AttentionMixer(Mixer):
     def view(cls, config: PreTrainedConfig, arch: ArchSpec, layer_idx: int, window: int | None) -> AttentionView:
         return AttentionView(config, arch, layer_idx, window)
 
+    input_groups = (("q_proj", "k_proj", "v_proj"),)
+
     def __init__(self, arch: ArchSpec, spec: MixerSpec, stores_vectors: bool):
         super().__init__(spec.linears(arch), spec.vectors(arch), arch.norm, stores_vectors, spec.fills(arch))
         self.head_dim, self.qk_norm = arch.head_dim, arch.qk_norm
         self.num_matrix_heads = arch.num_attention_heads
+        self.num_heads = [arch.num_attention_heads, arch.num_key_value_heads]
 
     def forward(
         self,
@@ -125,20 +129,35 @@ class AttentionMixer(Mixer):
             query = self.read_query(hidden_states, inputs.rotation, lora, vectors)
         else:
             query, key, value = self.read(hidden_states, inputs.rotation, lora, vectors)
-            if shared is not None and not shared.heads.makes_all:
-                key, value = (states[:, :, list(shared.heads.made)] for states in (key, value))
-            key, value, extra = inputs.memory.append(key.transpose(1, 2), value.transpose(1, 2), inputs.extra)
+            key, value, extra = self._append(key, value, inputs)
             made = key, value
             if extra is not inputs.extra:
                 inputs = inputs._replace(extra=extra)
-        attended = made if shared is None else shared.heads.look_at(made, shared.read)
-        assert attended is not None
         prefix = None
         if (given := inputs.prefix) is not None:
             prefix = inputs.memory.once(lambda: self.read_prefix(given, lora, vectors))
-        heads, _ = view(query.transpose(1, 2), *attended, inputs, prefix)
+        if inputs.memory.attends:
+            heads = inputs.memory.attend(view, query.transpose(1, 2))
+        else:
+            attended = made if shared is None else shared.heads.look_at(made, shared.read)
+            assert attended is not None
+            heads, _ = view(query.transpose(1, 2), *attended, inputs, prefix)
         # Engines return `[tokens, heads x size]`.
         return self.write(heads.reshape(*query.shape[:2], -1), lora, vectors), made
+
+    def fill(self, hidden_states: Float[Tensor, "B T D"], inputs: DepthInputs, lora: Lora, vectors: OwnVectors) -> None:
+        if inputs.shared is None or inputs.shared.heads.made:
+            x = self.normalise("input_norm", hidden_states, vectors)
+            key, value = self.project_all(("k_proj", "v_proj"), x, lora, vectors)
+            key = self._finish("k", key, inputs.rotation, vectors)
+            self._append(key, value.unflatten(-1, (-1, self.head_dim)), inputs)
+
+    def _append(self, key: Tensor, value: Tensor, inputs: DepthInputs) -> Appended:
+        """Appends those of the heads `[B, T, G, K]` that the depth makes."""
+        shared = inputs.shared
+        if shared is not None and not shared.heads.makes_all:
+            key, value = (states[:, :, list(shared.heads.made)] for states in (key, value))
+        return inputs.memory.append(key.transpose(1, 2), value.transpose(1, 2), inputs.extra)
 
     def matrix(
         self,
@@ -161,14 +180,24 @@ class AttentionMixer(Mixer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries, keys and values `[B, T, H, K]`, normed and rotated."""
         x = self.normalise("input_norm", hidden_states, vectors)
-        query = self._project("q", x, rotation, lora, vectors)
-        return query, *self._key_value(x, rotation, lora, vectors)
+        names = ("q_proj", "k_proj", "v_proj")
+        if self.packed is not None and self.qk_norm == "none":
+            # Queries and keys lie side by side and are rotated together.
+            heads = self.packed.project(names, x, lora, vectors).view(*x.shape[:-1], -1, self.head_dim)
+            turned, value = heads.split_with_sizes([self.num_heads[0] + self.num_heads[1], self.num_heads[1]], 2)
+            turned = turned if rotation is None else rotate_at_once(turned, rotation)
+            query, key = turned.split_with_sizes(self.num_heads, 2)
+            return query, key, value
+        query, key, value = self.project_all(names, x, lora, vectors)
+        heads = (self._finish("q", query, rotation, vectors), self._finish("k", key, rotation, vectors))
+        return *heads, value.unflatten(-1, (-1, self.head_dim))
 
     def read_query(
         self, hidden_states: Tensor, rotation: Rotation | None, lora: Lora, vectors: OwnVectors
     ) -> Float[Tensor, "B T H K"]:
         """Returns queries, normed and rotated, at a depth that makes no keys and values."""
-        return self._project("q", self.normalise("input_norm", hidden_states, vectors), rotation, lora, vectors)
+        x = self.normalise("input_norm", hidden_states, vectors)
+        return self._finish("q", self.project("q_proj", x, lora, vectors), rotation, vectors)
 
     def read_prefix(self, prefix: Float[Tensor, "P D"], lora: Lora, vectors: OwnVectors) -> KeyValue:
         """Returns keys and values `[1, G, P, K]` of a prefix, projected without input norm and not rotated."""
@@ -178,14 +207,13 @@ class AttentionMixer(Mixer):
     def _key_value(
         self, x: Tensor, rotation: Rotation | None, lora: Lora, vectors: OwnVectors
     ) -> tuple[Float[Tensor, "B T G K"], Float[Tensor, "B T G K"]]:
-        value = self.project("v_proj", x, lora, vectors).unflatten(-1, (-1, self.head_dim))
-        return self._project("k", x, rotation, lora, vectors), value
+        key, value = self.project_all(("k_proj", "v_proj"), x, lora, vectors)
+        return self._finish("k", key, rotation, vectors), value.unflatten(-1, (-1, self.head_dim))
 
-    def _project(
-        self, name: str, x: Tensor, rotation: Rotation | None, lora: Lora, vectors: OwnVectors
+    def _finish(
+        self, name: str, states: Float[Tensor, "B T W"], rotation: Rotation | None, vectors: OwnVectors
     ) -> Float[Tensor, "B T H K"]:
-        """Returns queries (`q`) or keys (`k`): projected, normed and rotated."""
-        states = self.project(f"{name}_proj", x, lora, vectors)
+        """Norms and rotates projected queries (`q`) or keys (`k`)."""
         if self.qk_norm == "full":
             states = self.normalise(f"{name}_norm", states, vectors)
         states = states.unflatten(-1, (-1, self.head_dim))

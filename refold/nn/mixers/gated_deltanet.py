@@ -26,11 +26,11 @@ class GatedDeltanetMixer(HeadedMixer):
     ) -> tuple[Tensor, Tensor]:
         query, key = self._unit(reads.query) * self.query_scale, self._unit(reads.key)
         value = self.widen(reads.value)
-        beta, decay = self._rates(reads.x, lora, vectors)
+        beta, decay = self._rates(reads, lora, vectors)
         return run(delta_rule, query, key, value, beta, decay, state=state, resets=resets)
 
     def write_matrix(self, reads: HeadReads, resets: Tensor | None, lora: Lora, vectors: OwnVectors) -> Tensor:
-        beta, decay = self._rates(reads.x, lora, vectors)
+        beta, decay = self._rates(reads, lora, vectors)
         query, key = self._unit(reads.query) * self.query_scale, self._unit(reads.key)
         return delta_rule.matrix(query, key, beta, decay, resets)
 
@@ -39,7 +39,7 @@ class GatedDeltanetMixer(HeadedMixer):
         if self.gate == "none" or not self.has_scale:
             return super().finish(reads, mixed, lora, vectors)
         normed = self.normalise_heads(mixed, self.vector("heads.scale", vectors)).flatten(-2)
-        gate = nn.functional.silu(self.project("g_proj", reads.x, lora, vectors).float())
+        gate = nn.functional.silu(self.project_read("g_proj", reads, lora, vectors).float())
         return (normed.float() * gate).to(mixed.dtype)
 
     def _unit(self, states: Tensor) -> Tensor:
@@ -47,10 +47,10 @@ class GatedDeltanetMixer(HeadedMixer):
         wide = self.widen(states).float()
         return wide * torch.rsqrt(wide.pow(2).sum(dim=-1, keepdim=True) + UNIT_EPS)
 
-    def _rates(self, x: Tensor, lora: Lora, vectors: OwnVectors) -> tuple[Tensor, Tensor | None]:
+    def _rates(self, reads: HeadReads, lora: Lora, vectors: OwnVectors) -> tuple[Tensor, Tensor | None]:
         """Returns write strengths, and log decays or None, `[B, T, H]`, float32."""
-        beta = self.project("b_proj", x, lora, vectors).float().sigmoid()
+        beta = self.project_read("b_proj", reads, lora, vectors).float().sigmoid()
         if not self.fades:
             return beta, None
-        raw = self.project("a_proj", x, lora, vectors).float() + self.vector("dt_bias", vectors).float()
+        raw = self.project_read("a_proj", reads, lora, vectors).float() + self.vector("dt_bias", vectors).float()
         return beta, -self.vector("A_log", vectors).float().exp() * nn.functional.softplus(raw)

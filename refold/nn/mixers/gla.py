@@ -42,6 +42,6 @@ class GlaMixer(HeadedMixer):
             # Liger pools the keys to the gates' size; keys that have it already are their own pool.
             raw = self.widen(reads.key)
         else:
-            raw = self.project("gk_proj_up", self.project("gk_proj_down", reads.x, lora, vectors), lora, vectors)
+            raw = self.project("gk_proj_up", self.project_read("gk_proj_down", reads, lora, vectors), lora, vectors)
             raw = raw.unflatten(-1, (-1, self.layout.key_dim))
         return nn.functional.logsigmoid(raw.float()) / self.decay_divisor

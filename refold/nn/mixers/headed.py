@@ -13,11 +13,17 @@ from refold.mixers.spec import MixerSpec
 from refold.nn.mixers.batch import DepthInputs
 from refold.nn.mixers.memory import StateView
 from refold.nn.mixers.recurrent import HeadReads, StateMixer
+from refold.nn.packed import PackedPart
 from refold.nn.part import Lora, OwnVectors
+from refold.nn.products import Workshop
 from refold.nn.rotary import rotate
 from refold.ops.convolution import convolve
 
 ACTIVATIONS = {"none": lambda x: x, "silu": nn.functional.silu, "sigmoid": torch.sigmoid}
+
+READS = ("q_proj", "k_proj", "v_proj")
+BESIDE = ("g_proj", "gk_proj_down", "dt_proj", "a_proj", "b_proj")
+"""Linears of gates, decays and strengths that read the same input as `READS`, where a mixer has them."""
 
 
 class RecurrentMixer(StateMixer):
@@ -75,6 +81,10 @@ class RecurrentMixer(StateMixer):
 class HeadedMixer(RecurrentMixer):
     """A recurrent mixer with queries, keys and values."""
 
+    input_groups = (READS + BESIDE,)
+    # Linears that run together with queries, keys and values: none, unless their products are joined.
+    _beside: tuple[str, ...] = ()
+
     def __init__(self, arch: ArchSpec, spec: HeadedSpec, stores_vectors: bool):
         super().__init__(arch, spec, stores_vectors)
         self.layout, self.is_rotary = spec.layout, spec.is_rotary
@@ -99,7 +109,8 @@ class HeadedMixer(RecurrentMixer):
     ) -> HeadReads:
         """Projects queries, keys and values, convolved, rotated and activated as the options say."""
         layout, x = self.layout, self.normalise("input_norm", hidden_states, vectors)
-        parts = [self.project(name, x, lora, vectors) for name in ("q_proj", "k_proj", "v_proj")]
+        found = self.project_all(READS + self._beside, x, lora, vectors)
+        parts, beside = found[: len(READS)], dict(zip(self._beside, found[len(READS) :], strict=True))
         if self.conv_width:
             joined = self.convolve(torch.cat(parts, dim=-1), inputs, vectors)
             parts = joined.split([part.shape[-1] for part in parts], dim=-1)
@@ -108,7 +119,17 @@ class HeadedMixer(RecurrentMixer):
         query, key, value = (activate(part).unflatten(-1, (-1, size)) for part, size in zip(parts, sizes, strict=True))
         if inputs.rotation is not None and self.is_rotary:
             query, key = rotate(query, inputs.rotation), rotate(key, inputs.rotation)
-        return HeadReads(x, query, key, value)
+        return HeadReads(x, query, key, value, beside)
+
+    def project_read(self, name: str, reads: HeadReads, lora: Lora, vectors: OwnVectors) -> Float[Tensor, "B T out"]:
+        """Runs one of the linears that read the normed hidden states besides queries, keys and values."""
+        found = reads.beside.get(name)
+        return self.project(name, reads.x, lora, vectors) if found is None else found
+
+    def pack(self, workshop: Workshop, format: str) -> PackedPart:
+        packed = super().pack(workshop, format)
+        self._beside = tuple(name for name in BESIDE if name in packed.names)
+        return packed
 
     def widen(self, states: Float[Tensor, "B T G K"]) -> Float[Tensor, "B T H K"]:
         """Repeats each head for all heads of the state that use it."""
@@ -132,4 +153,4 @@ class HeadedMixer(RecurrentMixer):
             mixed = self.normalise_heads(mixed, self.vector("heads.scale", vectors))
         if self.gate == "none":
             return mixed
-        return mixed * ACTIVATIONS[self.gate](self.project("g_proj", reads.x, lora, vectors))
+        return mixed * ACTIVATIONS[self.gate](self.project_read("g_proj", reads, lora, vectors))

@@ -23,6 +23,8 @@ class KeyHeads:
         makes_all: Whether it makes every head.
         sources: Earlier depths it reads from.
         is_read: Whether later depths read from it.
+        picks: For each head in order the place it comes from (0: made here, i: source i - 1), and its index among the
+            heads made there.
     """
 
     def __init__(self, blueprint: Blueprint, index: int):
@@ -36,7 +38,7 @@ class KeyHeads:
         places = [self.made, *(blueprint.made_heads(source) for source in self.sources)]
         place_of = dict.fromkeys(range(num_heads), 0)
         place_of |= {head: 1 + self.sources.index(read.depth) for read in reads for head in read.heads}
-        self._picks = [(place, places[place].index(head)) for head, place in sorted(place_of.items())]
+        self.picks = [(place, places[place].index(head)) for head, place in sorted(place_of.items())]
         used = set(place_of.values())
         is_whole = len(used) == 1 and len(places[min(used)]) == num_heads
         self._whole = min(used) if is_whole else None
@@ -53,7 +55,7 @@ class KeyHeads:
             found = places[self._whole]
             assert found is not None
             return found
-        picked = [_head(places[place], at) for place, at in self._picks]
+        picked = [_head(places[place], at) for place, at in self.picks]
         return torch.cat([key for key, _ in picked], dim=1), torch.cat([value for _, value in picked], dim=1)
 
 

@@ -18,14 +18,14 @@ class Selected:
     """The inputs of the scan.
 
     Attributes:
-        x: The normed hidden states.
+        gate: Projected from the normed hidden states.
         inner: Convolved inputs, the paper's x.
         dt: Step sizes, float32.
         b: The paper's B.
         c: The paper's C.
     """
 
-    x: Float[Tensor, "B T D"]
+    gate: Float[Tensor, "B T C"]
     inner: Float[Tensor, "B T C"]
     dt: Float[Tensor, "B T C"]
     b: Float[Tensor, "B T N"]
@@ -36,6 +36,7 @@ class MambaMixer(RecurrentMixer):
     """Mamba's weights with the norms around them."""
 
     output_linear = "out_proj"
+    input_groups = (("in_proj_x", "in_proj_z"),)
 
     def __init__(self, arch: ArchSpec, spec: Mamba, stores_vectors: bool):
         super().__init__(arch, spec, stores_vectors)
@@ -43,11 +44,12 @@ class MambaMixer(RecurrentMixer):
 
     def read_inputs(self, hidden_states: Tensor, inputs: DepthInputs, lora: Lora, vectors: OwnVectors) -> Selected:
         normed = self.normalise("input_norm", hidden_states, vectors)
-        inner = self.convolve(self.project("in_proj_x", normed, lora, vectors), inputs, vectors)
+        inner, gate = self.project_all(("in_proj_x", "in_proj_z"), normed, lora, vectors)
+        inner = self.convolve(inner, inputs, vectors)
         _, size, rank = self.sizes
         low, b, c = self.project("x_proj", inner, lora, vectors).split([rank, size, size], dim=-1)
         dt = nn.functional.softplus(self.project("dt_proj", low, lora, vectors).float())
-        return Selected(normed, inner, dt, b, c)
+        return Selected(gate, inner, dt, b, c)
 
     def mix(
         self, reads: Selected, state: Tensor | None, resets: Tensor | None, lora: Lora, vectors: OwnVectors
@@ -57,5 +59,5 @@ class MambaMixer(RecurrentMixer):
 
     def finish(self, reads: Selected, mixed: Tensor, lora: Lora, vectors: OwnVectors) -> Tensor:
         y = mixed + reads.inner * self.vector("D", vectors)
-        y = y * nn.functional.silu(self.project("in_proj_z", reads.x, lora, vectors))
+        y = y * nn.functional.silu(reads.gate)
         return y.to(reads.inner.dtype)

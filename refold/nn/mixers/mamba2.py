@@ -17,7 +17,7 @@ class Mamba2Mixer(HeadedMixer):
         self, reads: HeadReads, state: Tensor | None, resets: Tensor | None, lora: Lora, vectors: OwnVectors
     ) -> tuple[Tensor, Tensor]:
         value = self.widen(reads.value)
-        step, decay = self._discretise(reads.x, lora, vectors)
+        step, decay = self._discretise(reads, lora, vectors)
         key, query = self._shared(reads.key), self._shared(reads.query)
         written = value.float() * step.unsqueeze(-1)
         mixed, state = run(scalar_decay, query, key, written, decay, state=state, resets=resets)
@@ -25,7 +25,7 @@ class Mamba2Mixer(HeadedMixer):
         return (mixed + skip * value.float()).to(reads.x.dtype), state
 
     def write_matrix(self, reads: HeadReads, resets: Tensor | None, lora: Lora, vectors: OwnVectors) -> Tensor:
-        step, decay = self._discretise(reads.x, lora, vectors)
+        step, decay = self._discretise(reads, lora, vectors)
         found = scalar_decay.matrix(self.widen(reads.query), self.widen(reads.key), decay, resets)
         found = found * step.transpose(1, 2).unsqueeze(2)
         skip = self.vector("D", vectors).float()
@@ -35,7 +35,7 @@ class Mamba2Mixer(HeadedMixer):
         # The gate comes before the norm here.
         mixed = mixed.flatten(-2)
         if self.gate != "none":
-            mixed = mixed * nn.functional.silu(self.project("g_proj", reads.x, lora, vectors).float())
+            mixed = mixed * nn.functional.silu(self.project_read("g_proj", reads, lora, vectors).float())
         if self.has_scale:
             # Released models norm each group of heads by itself.
             groups = (self.layout.q_heads, -1)
@@ -47,8 +47,8 @@ class Mamba2Mixer(HeadedMixer):
         """Returns queries or keys as they are if both have equally many heads, else repeated to the state's heads."""
         return states if self.layout.q_heads == self.layout.k_heads else self.widen(states)
 
-    def _discretise(self, x: Tensor, lora: Lora, vectors: OwnVectors) -> tuple[Tensor, Tensor]:
+    def _discretise(self, reads: HeadReads, lora: Lora, vectors: OwnVectors) -> tuple[Tensor, Tensor]:
         """Step sizes and log decays `[B, T, H]`, float32."""
-        raw = self.project("dt_proj", x, lora, vectors).float()
+        raw = self.project_read("dt_proj", reads, lora, vectors).float()
         step = nn.functional.softplus(raw + self.vector("dt_bias", vectors).float())
         return step, -step * self.vector("A_log", vectors).float().exp()

@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
+from refold.errors import RefoldError
 from refold.families.arch import ArchSpec
 from refold.mixers.spec import MixerSpec
 from refold.nn.mixers.batch import DepthInputs
@@ -45,6 +46,16 @@ class Mixer(StoredPart):
             (None where it makes none).
         """
         raise NotImplementedError
+
+    def fill(self, hidden_states: Float[Tensor, "B T D"], inputs: DepthInputs, lora: Lora, vectors: OwnVectors) -> None:
+        """Appends keys and values of tokens to the memory, without attention.
+
+        Raises:
+            RefoldError: The mixer keeps a recurrent state, which only a full run of the mixer can advance.
+        """
+        raise RefoldError(
+            f"fill: a mixer that keeps keys and values is required (got {type(self).__name__}); run the depth instead"
+        )
 
     def matrix(
         self,

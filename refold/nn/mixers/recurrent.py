@@ -1,8 +1,8 @@
 """Mixers with a state of constant size: read the inputs, mix them with the state, finish and write."""
 
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Bool, Float
@@ -23,12 +23,14 @@ class HeadReads:
         query: `[B, T, heads, size]`.
         key: Likewise.
         value: Likewise.
+        beside: Outputs of other linears that read `x`, by name, where they were run together with these.
     """
 
     x: Float[Tensor, "B T D"]
     query: Tensor
     key: Tensor
     value: Tensor
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class StateMixer(Mixer):
@@ -52,6 +54,10 @@ class StateMixer(Mixer):
         mixed, state = self.mix(reads, inputs.memory.state(), inputs.resets, lora, vectors)
         inputs.memory.keep_state(state)
         return self.write(self.finish(reads, mixed, lora, vectors), lora, vectors), None
+
+    def fill(self, hidden_states: Float[Tensor, "B T D"], inputs: DepthInputs, lora: Lora, vectors: OwnVectors) -> None:
+        # Not the method of attention, whose weights some mixers with a state inherit.
+        Mixer.fill(self, hidden_states, inputs, lora, vectors)
 
     @abstractmethod
     def read_inputs(

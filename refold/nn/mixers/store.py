@@ -2,10 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from refold.errors import RefoldError
 from refold.nn.mixers.key_values import KeyValue
@@ -26,7 +26,23 @@ class Appended(NamedTuple):
 
 
 class Memory(ABC):
-    """One depth's keys and values, or recurrent state and last inputs, between calls."""
+    """One depth's keys and values, or recurrent state and last inputs, between calls.
+
+    Attributes:
+        attends: Whether it computes attention itself. `append` then returns the keys and values it was given, and keys
+            of earlier depths are read from the memory instead of passing from depth to depth.
+    """
+
+    attends: ClassVar[bool] = False
+
+    def attend(self, view: nn.Module, query: Float[Tensor, "B H T K"]) -> Float[Tensor, "B T H K"]:
+        """Attends to all keys and values of this depth's heads, and to the prefix that `once` has made.
+
+        Args:
+            view: The attention of the depth, with its scale, window and soft-cap.
+            query: Of this call's tokens, whose keys have been appended.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not compute attention")
 
     @abstractmethod
     def append(
