@@ -84,9 +84,13 @@ def require_known_tokens(where: str, tokens: np.ndarray | Sequence[int], vocab_s
         vocab_size: Rows of the embedding; None: no check.
 
     Raises:
-        DataError: A token is not below `vocab_size`, because the tokenizer is longer than the embedding.
+        DataError: A token is not below `vocab_size`, because the tokenizer is longer than the embedding; or below 0.
     """
-    largest = int(max(tokens, default=0)) if isinstance(tokens, Sequence) else int(tokens.max(initial=0))
+    listed = isinstance(tokens, Sequence)
+    largest = int(max(tokens, default=0)) if listed else int(tokens.max(initial=0))
+    smallest = int(min(tokens, default=0)) if listed else int(tokens.min(initial=0))
+    if smallest < 0:
+        raise DataError(f"{where}: tokens of at least 0 are required (got {smallest})")
     if vocab_size is not None and largest >= vocab_size:
         raise DataError(
             f"{where}: tokens below the model's {vocab_size} are required (got {largest}); use the tokenizer the model "

@@ -18,12 +18,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from refold.data.tokens import require_known_tokens
 from refold.errors import RefoldError, given_or_default
+from refold.generation.limits import end_tokens, listed, new_tokens_room, position_limit, require_known_biases
 from refold.generation.prompts import Messages, encode_continuation, encode_prompt, pad_left
-from refold.generation.sampling import DEFAULT_NEW_TOKENS, Sampling
+from refold.generation.sampling import Sampling
 from refold.generation.state import PromptState, load_state, read_state
+from refold.generation.stop_search import StopSearch
 from refold.generation.stream import Detokeniser, TokenStream
 from refold.modeling.cache_name import CACHE_NAME
-from refold.modeling.configuration import MODEL_TYPE, RefoldConfig
+from refold.modeling.configuration import MODEL_TYPE
 from refold.modeling.load import ModelLike, load_model, load_tokenizer
 
 Prompt = str | Messages
@@ -83,9 +85,12 @@ class TextGenerator:
         if not prompts:
             return []
         ids = self._encode(prompts, chat, state)
-        options = self._options(ids, given_or_default(sampling, Sampling, "sampling"), state)
-        new = self._run(ids, given_or_default(sampling, Sampling, "sampling"), options)
-        return [self._text(prompt, row) for prompt, row in zip(ids, new, strict=True)]
+        sampling = given_or_default(sampling, Sampling, "sampling")
+        # transformers' repetition penalty counts padding as a token, so prompts run one by one.
+        batches = [ids] if sampling.repetition_penalty == 1 else [[each] for each in ids]
+        options = [self._options(batch, sampling, state) for batch in batches]
+        new = [row for batch, each in zip(batches, options, strict=True) for row in self._run(batch, sampling, each)]
+        return [self._text(prompt, row, sampling) for prompt, row in zip(ids, new, strict=True)]
 
     def stream(
         self,
@@ -124,7 +129,7 @@ class TextGenerator:
             RefoldError: The prompt does not fit the model, or the model's cache cannot be kept.
         """
         ids = self._encode([prompt], chat, state)[0]
-        self._room([ids], Sampling())
+        new_tokens_room(len(ids), position_limit(self.model), Sampling())
         return read_state(self.model, ids, state, on_progress)
 
     def load_state(self, path: str | Path) -> PromptState:
@@ -155,17 +160,19 @@ class TextGenerator:
         return [[*state.token_ids, *encode_continuation(self.tokenizer, text)] for text in texts]
 
     def _pieces(self, ids: list[int], sampling: Sampling, options: dict[str, Any]) -> Iterator[str]:
-        detokeniser = Detokeniser(self.tokenizer, ids)
+        detokeniser, search = Detokeniser(self.tokenizer, ids), StopSearch(tuple(sampling.stop))
         tokens = TokenStream(lambda streamer, stop: self._run([ids], sampling, options, streamer, stop))
-        ends = _listed(options["generation_config"].eos_token_id)
+        ends = listed(options["generation_config"].eos_token_id)
         with tokens:
             for token in tokens:
                 if token in ends:
                     break
-                piece = detokeniser.add(token)
+                piece = search.add(detokeniser.add(token))
                 if piece:
                     yield piece
-        rest = detokeniser.finish()
+                if search.found is not None:
+                    break
+        rest = search.add(detokeniser.finish()) + search.finish()
         if rest:
             yield rest
 
@@ -183,7 +190,10 @@ class TextGenerator:
         batch = pad_left(prompts, config.pad_token_id)
         device = self.model.device
         devices = [device.index or 0] if device.type == "cuda" else []
-        extra = {} if stop is None else {"stopping_criteria": [stop]}
+        stops = [] if stop is None else [stop]
+        if sampling.stop:
+            stops.append(_StopStrings(self.tokenizer, prompts, sampling))
+        extra = {"stopping_criteria": stops} if stops else {}
         # The seed is for these draws only; the caller's random generators keep their state.
         with torch.random.fork_rng(devices), torch.inference_mode():
             torch.manual_seed(sampling.seed)
@@ -196,12 +206,13 @@ class TextGenerator:
                 **options,
                 **extra,
             )
-        ends = _listed(config.eos_token_id)
+        ends = listed(config.eos_token_id)
         return [_until_end(row, ends) for row in output[:, batch.input_ids.shape[1] :].tolist()]
 
-    def _text(self, prompt: list[int], new: list[int]) -> str:
-        detokeniser = Detokeniser(self.tokenizer, prompt)
-        return "".join(map(detokeniser.add, new)) + detokeniser.finish()
+    def _text(self, prompt: list[int], new: list[int], sampling: Sampling) -> str:
+        detokeniser, search = Detokeniser(self.tokenizer, prompt), StopSearch(tuple(sampling.stop))
+        text = "".join(map(detokeniser.add, new)) + detokeniser.finish()
+        return search.add(text) + search.finish()
 
     def _options(
         self,
@@ -212,24 +223,29 @@ class TextGenerator:
         """Returns the arguments of transformers' `generate` beside the prompt.
 
         Raises:
-            RefoldError: The prompt is too long, or `exit_depth` does not fit the model.
+            RefoldError: The prompt is too long, a setting does not fit the model, or transformers has none like it.
         """
-        folder_settings = getattr(self.model, "generation_config", None)
-        ends = _listed(getattr(folder_settings, "eos_token_id", None)) or _listed(self.tokenizer.eos_token_id)
+        _require_supported(sampling)
+        ends = end_tokens(self.model, self.tokenizer)
         # Padding is masked, but the model embeds it, so it must be in the vocabulary.
         embedding: Any = self.model.get_input_embeddings()
         vocab_size = embedding.num_embeddings
-        fitting = [token for token in (*_listed(self.tokenizer.pad_token_id), *ends) if token < vocab_size]
+        require_known_biases(sampling, vocab_size)
+        fitting = [token for token in (*listed(self.tokenizer.pad_token_id), *ends) if token < vocab_size]
         draws = sampling.temperature > 0
         config = GenerationConfig(
-            max_new_tokens=self._room(prompts, sampling),
+            max_new_tokens=new_tokens_room(max(map(len, prompts)), position_limit(self.model), sampling),
             do_sample=draws,
             num_beams=1,
             # Without draws these are transformers' defaults, because it warns of other values.
             temperature=sampling.temperature if draws else 1.0,
             top_p=sampling.top_p if draws else 1.0,
             top_k=sampling.top_k if draws else 50,
-            eos_token_id=ends or None,
+            min_p=sampling.min_p if draws else None,
+            repetition_penalty=sampling.repetition_penalty,
+            sequence_bias=[[[token], bias] for token, bias in sampling.biases.items()] or None,
+            # None would mean the folder's; a token outside the vocabulary never comes.
+            eos_token_id=vocab_size if sampling.ignore_eos else ends or None,
             pad_token_id=fitting[0] if fitting else 0,
             use_cache=True,
         )
@@ -249,24 +265,6 @@ class TextGenerator:
             # `generate` gets whole prompts with their mask, and runs only the tokens after the cache's length.
             options[CACHE_NAME] = state.open(self.model, prompts)
         return options
-
-    def _room(self, prompts: list[list[int]], sampling: Sampling) -> int:
-        longest = max(map(len, prompts))
-        limit = _position_limit(self.model)
-        wanted = sampling.max_new_tokens
-        if not limit:
-            return wanted or DEFAULT_NEW_TOKENS
-        if longest >= limit:
-            raise RefoldError(
-                f"prompt: must be at most {limit - 1} tokens, so that one more fits the model's {limit} positions "
-                f"(got {longest}); shorten it"
-            )
-        if wanted is not None and longest + wanted > limit:
-            raise RefoldError(
-                f"max_new_tokens: must be at most {limit - longest} after a prompt of {longest} tokens, so that all "
-                f"fit the model's {limit} positions (got {wanted})"
-            )
-        return wanted or min(DEFAULT_NEW_TOKENS, limit - longest)
 
 
 @overload
@@ -336,6 +334,33 @@ def generate(
     return generator.generate([messages], sampling, chat=True)[0]
 
 
+_ENGINE_ALONE = {"presence_penalty": 0, "frequency_penalty": 0, "logprobs": None, "n": 1}
+"""Settings that transformers' `generate` lacks, or that a text alone cannot show, with the values it is used with."""
+
+
+def _require_supported(sampling: Sampling) -> None:
+    for name, usual in _ENGINE_ALONE.items():
+        value = getattr(sampling, name)
+        if value != usual:
+            raise RefoldError(
+                f"{name}: must be {usual} where transformers generates (got {value}); the engine takes it: use "
+                f"refold.Engine, or drop --reference or --state"
+            )
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends each row of a batch after its stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], sampling: Sampling):
+        self._rows = [(Detokeniser(tokenizer, prompt), StopSearch(tuple(sampling.stop))) for prompt in prompts]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
+        for token, (detokeniser, search) in zip(input_ids[:, -1].tolist(), self._rows, strict=True):
+            if search.found is None:
+                search.add(detokeniser.add(token))
+        return torch.tensor([search.found is not None for _, search in self._rows], device=input_ids.device)
+
+
 class _FiniteLogits(LogitsProcessor):
     """Checks that the largest logit of each row is finite; NaN and overflow raise."""
 
@@ -351,22 +376,6 @@ class _FiniteLogits(LogitsProcessor):
                 f"weights are broken, or the dtype is too narrow: try float32"
             )
         return scores
-
-
-def _position_limit(model: PreTrainedModel) -> int | None:
-    """Returns the number of positions of a model; None if all its depths are recurrent."""
-    if isinstance(model.config, RefoldConfig):
-        blueprint = model.config.read_blueprint()
-        mixers = [blueprint.mixers[depth.mixer].mixer for depth in blueprint.depths if depth.mixer is not None]
-        if mixers and all(mixer.is_recurrent for mixer in mixers):
-            return None
-    return getattr(model.config, "max_position_embeddings", None)
-
-
-def _listed(tokens: Any) -> list[int]:
-    if tokens is None:
-        return []
-    return list(tokens) if isinstance(tokens, (list, tuple)) else [tokens]
 
 
 def _until_end(tokens: list[int], ends: list[int]) -> list[int]:

@@ -36,7 +36,7 @@ _NEUTRAL_FIELDS = (
 
 
 @torch.no_grad()
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
     """Returns 64 hex digits that differ between models with different weights, dtypes or configs.
 
     Every weight is read once, so swapped adapters and further training change the digits. The same weights give the
@@ -44,12 +44,15 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     Args:
         model: A loaded model, folded or not.
+        dtype: Dtype to read the weights in. In a wide one, a model has the same digits as stored and widened in memory.
+            None: each weight's own.
     """
     settings = {name: value for name, value in model.config.to_diff_dict().items() if name not in _NEUTRAL_FIELDS}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.named_parameters(), key=lambda each: each[0]):
-        total, sample = _summarise(tensor)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {total} {sample}\n".encode())
+        read = tensor if dtype is None else tensor.to(dtype)
+        total, sample = _summarise(read)
+        digest.update(f"{name} {read.dtype} {tuple(tensor.shape)} {total} {sample}\n".encode())
     return digest.hexdigest()
 
 

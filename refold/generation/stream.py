@@ -44,6 +44,11 @@ class Detokeniser:
         self._waiting = []
         return text
 
+    def add_all(self, tokens: Sequence[int]) -> str:
+        """Takes several tokens at the cost of one, and returns the text that `add` would return for them, joined."""
+        self._waiting.extend(tokens[:-1])
+        return self.add(tokens[-1]) if tokens else ""
+
     def finish(self) -> str:
         """Returns the text of waiting tokens; an incomplete character becomes replacement characters."""
         text = self._new_text() if self._waiting else ""

@@ -121,10 +121,72 @@ def test_a_seed_repeats_itself_and_leaves_the_callers_generator_alone(generator)
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}, {"min_p": 1.0}])
 def test_a_draw_from_one_token_is_greedy(generator, narrow):
     settings = Sampling(**{"max_new_tokens": 16, "temperature": 2.0, **narrow})
     assert generator.generate([PROMPT], settings) == generator.generate([PROMPT], Sampling(max_new_tokens=16))
+
+
+def test_a_stop_string_ends_the_text_before_it(generator, sentences):
+    whole = generator.generate([PROMPT], SHORT)[0]
+    stop = whole[len(whole) // 2 :][:3]
+    settings = replace(SHORT, stop=["never there", stop])
+    ended = whole[: whole.index(stop)]
+    assert ended
+    assert generator.generate([PROMPT], settings)[0] == ended
+    assert "".join(generator.stream(PROMPT, settings)) == ended
+    together = generator.generate([*sentences, PROMPT], settings)
+    assert together == [generator.generate([prompt], settings)[0] for prompt in [*sentences, PROMPT]]
+    assert together[-1] == ended
+
+
+def test_a_stop_string_stops_the_model(generator, monkeypatch):
+    calls: list[Any] = []
+    handle = generator.model.register_forward_hook(lambda *each: calls.append(each[0]))
+    text = generator.generate([PROMPT], Sampling(max_new_tokens=100))[0]
+    calls.clear()
+    generator.generate([PROMPT], Sampling(max_new_tokens=100, stop=text[5]))
+    handle.remove()
+    assert 0 < len(calls) < 20
+
+
+def test_a_bias_chooses_and_forbids(generator):
+    (token,) = generator.tokenizer("a", add_special_tokens=False)["input_ids"]
+    always = Sampling(max_new_tokens=4, logit_bias={token: 100})
+    assert generator.generate([PROMPT], always) == ["aaaa"]
+    with pytest.raises(RefoldError, match=r"logit_bias: token 300 is out of range \(vocabulary of 300 tokens"):
+        generator.generate([PROMPT], Sampling(logit_bias={300: 1}))
+
+
+def test_a_penalty_is_the_same_in_a_batch_as_alone(generator, sentences):
+    settings = replace(SHORT, repetition_penalty=3.0)
+    together = generator.generate(list(sentences), settings)
+    assert together == [generator.generate([prompt], settings)[0] for prompt in sentences]
+    assert together != generator.generate(list(sentences), SHORT)
+
+
+def test_end_tokens_may_be_ignored(folded):
+    generator: Any = TextGenerator(folded, device="cpu")
+    free = generator.generate([PROMPT], SHORT)[0]
+    ids = encode_prompt(generator.tokenizer, PROMPT, chat=False)
+    tokens = generator._run([ids], SHORT, generator._options([ids], SHORT))[0]
+    generator.model.generation_config.eos_token_id = tokens[3]
+    assert len(generator.generate([PROMPT], SHORT)[0]) < len(free)
+    assert generator.generate([PROMPT], replace(SHORT, ignore_eos=True))[0] == free
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"presence_penalty": 0.5}, r"presence_penalty: must be 0 where transformers generates \(got 0.5\)"),
+        ({"frequency_penalty": 0.5}, r"frequency_penalty: must be 0 where transformers generates \(got 0.5\)"),
+        ({"logprobs": 0}, r"logprobs: must be None where transformers generates \(got 0\); the engine takes it"),
+        ({"n": 2}, r"n: must be 1 where transformers generates \(got 2\)"),
+    ],
+)
+def test_settings_that_transformers_lacks_are_named(generator, settings: dict, message: str):
+    with pytest.raises(RefoldError, match=message):
+        generator.generate([PROMPT], Sampling(**settings))
 
 
 def test_a_wide_draw_is_not_limited_to_transformers_default_of_50(generator, monkeypatch):

@@ -85,7 +85,7 @@ def test_going_on_is_reading_at_once(any_model, tmp_path):
     state.save(tmp_path / "state")
     before = (tmp_path / "state").read_bytes()
     loaded = any_model.load_state(tmp_path / "state")
-    expected = [any_model._text([], ids_at_once(any_model, more)) for more in MORE]
+    expected = [any_model._text([], ids_at_once(any_model, more), Sampling()) for more in MORE]
     assert len(set(expected)) == len(MORE)
     for used in (state, loaded, loaded):
         # Batched, with texts of different lengths; one by one; and once more, to see that nothing was changed.
@@ -114,7 +114,9 @@ def test_logits_after_a_state_are_those_of_reading_at_once(any_model):
 
 def test_a_state_can_be_read_on(any_model):
     further = any_model.read_prompt(MORE[0], state=any_model.read_prompt(BEGIN))
-    assert any_model.generate([""], SHORT, state=further) == [any_model._text([], ids_at_once(any_model, MORE[0]))]
+    assert any_model.generate([""], SHORT, state=further) == [
+        any_model._text([], ids_at_once(any_model, MORE[0]), Sampling())
+    ]
 
 
 def test_long_prompts_are_read_in_pieces(any_model, monkeypatch):
@@ -123,7 +125,9 @@ def test_long_prompts_are_read_in_pieces(any_model, monkeypatch):
     state = any_model.read_prompt(BEGIN, on_progress=lambda done, total: told.append((done, total)))
     length = len(state.token_ids) - 1
     assert told == [*((done, length) for done in range(7, length, 7)), (length, length)]
-    assert any_model.generate([MORE[0]], SHORT, state=state) == [any_model._text([], ids_at_once(any_model, MORE[0]))]
+    assert any_model.generate([MORE[0]], SHORT, state=state) == [
+        any_model._text([], ids_at_once(any_model, MORE[0]), Sampling())
+    ]
 
 
 @pytest.mark.parametrize("kind", ["source", "retention"])
