@@ -234,7 +234,7 @@ def _record(plan: Plan, source: Source, folder: Path, target: Path, command: str
     if not copy_companions(folder, target).has_tokenizer:
         notes = (*plan.notes, Note(text="the source has no tokenizer: none was copied"))
         plan = plan.model_copy(update={"notes": notes})
-    _write_config(plan, source, target)
+    make_config(plan, source).save_pretrained(target)
     (target / PLAN_NAME).write_text(plan.model_dump_json(indent=2) + "\n")
     stage = provenance.Stage(
         stage="convert",
@@ -264,17 +264,17 @@ def _specs(plan: StackPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {tensor.name: (tensor.shape, _dtype(plan)) for tensor in target_tensors(plan.blueprint)}
 
 
-def _write_config(plan: Plan, source: Source, folder: Path) -> None:
+def make_config(plan: StackPlan, source: Source) -> RefoldConfig:
+    """Returns the config of the folded model, with the special tokens of the source's config."""
     raw = source.read_config()
     # A model for several kinds of input may name its special tokens in the config of its text part.
     raw = {**(raw.get("text_config") or {}), **raw}
-    config = RefoldConfig(
+    return RefoldConfig(
         blueprint=plan.blueprint.model_dump(mode="json"),
         architectures=["RefoldForCausalLM"],
         dtype=plan.source.dtype,
         **{name: raw[name] for name in PASSED_ON if raw.get(name) is not None},
     )
-    config.save_pretrained(folder)
 
 
 def _write_card(plan: Plan, source: Source, folder: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ class TokenLogprob(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Choice:
+class Continuation:
     """One continuation of a prompt.
 
     Attributes:
@@ -60,7 +60,7 @@ class Result:
 
     index: int
     prompt_ids: tuple[int, ...]
-    choices: tuple[Choice, ...]
+    choices: tuple[Continuation, ...]
     cached_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -1,0 +1,111 @@
+"""Models for the engine: folded ones as they are, sources as a stack in which every layer is kept."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from refold.checkpoint.locate import locate
+from refold.checkpoint.reader import CheckpointReader
+from refold.conversion.convert import make_config
+from refold.conversion.target_tensors import TargetBuilder
+from refold.engine.settings import EngineSettings
+from refold.errors import RefoldError
+from refold.modeling.configuration import MODEL_TYPE
+from refold.modeling.load import ModelLike, load_model, load_tensors, open_source
+from refold.modeling.model import RefoldForCausalLM
+from refold.modeling.packed_weights import PackedBytes, PackSettings, pack_model
+from refold.planning.plan import plan_model
+from refold.recipe.load import load_recipe
+from refold.sources.pieces import PieceReader
+from refold.sources.source_model import read_source_model
+
+
+def open_model(
+    model: ModelLike, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+) -> RefoldForCausalLM:
+    """Opens a folded model, or a source, which becomes in memory the folded model of the empty recipe.
+
+    Args:
+        model: Folder or hub id of a folded model or a source, or a loaded folded model.
+        dtype: As for `load_model`; None for a loaded model.
+        device: As for `load_model`; None for a loaded model.
+
+    Raises:
+        SourceError: The model is missing, broken, of an unknown family or too large for memory.
+        FolderError: The folder is torn.
+        RefoldError: There is no such dtype or device; the loaded model is no folded one, or is given with a dtype or
+            device.
+    """
+    if not isinstance(model, PreTrainedModel):
+        located, folder = open_source(model)
+        if located.read_config().get("model_type") != MODEL_TYPE:
+            return _open_source(folder, located.ignore_tensors, dtype, device)
+        loaded = load_model(located, dtype=dtype, device=device)
+        assert isinstance(loaded, RefoldForCausalLM)
+        return loaded
+    if not isinstance(model, RefoldForCausalLM):
+        raise RefoldError(
+            f"model: a folder, a hub id or a folded model is required (got a loaded {type(model).__name__}); write it "
+            f"with save_pretrained, and give the folder"
+        )
+    for name, value in (("dtype", dtype), ("device", device)):
+        if value is not None:
+            raise RefoldError(
+                f"{name}: only a model loaded from a folder can be given one (got {value} for a loaded model); call "
+                f"model.to(...) before"
+            )
+    return model
+
+
+def open_packed(
+    model: ModelLike, settings: EngineSettings, device: str | torch.device | None = None
+) -> tuple[RefoldForCausalLM, PackedBytes | None]:
+    """Opens a model with weights in the form that decoding is fastest with.
+
+    Args:
+        model: As for `open_model`. A loaded model stays as it is: with `weights: auto` it is used, else copied.
+        settings: Of the engine.
+        device: As for `open_model`.
+
+    Returns:
+        The model; and the bytes of its weights, None for a loaded model that is used as it is.
+
+    Raises:
+        RefoldError: As for `open_model`, or the device has no products of such weights.
+    """
+    wanted, is_loaded = settings.weights, isinstance(model, nn.Module)
+    dtype = wanted if wanted in ("float32", "bfloat16") and not is_loaded else None
+    opened = open_model(model, dtype=dtype, device=device)
+    if is_loaded and wanted == "auto":
+        return opened, None
+    if opened.is_packed:
+        raise RefoldError(f"weights: a model that is not packed is required for {wanted!r}; give its folder")
+    if is_loaded:
+        opened = copy.deepcopy(opened)
+    if wanted == "auto":
+        # Half precision of the other kind has no packed products of its own.
+        wanted = "float32" if opened.dtype == torch.float32 else "bfloat16"
+    # The head decides on the token, so it never gets fewer than 8 bits.
+    head = "int8" if wanted in ("int8", "int4") else None
+    return opened, pack_model(opened, PackSettings(weights=wanted, head=head, keep_dense=settings.keep_dense))
+
+
+def _open_source(
+    folder: Path,
+    ignore_tensors: Sequence[tuple[str, str]],
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+) -> RefoldForCausalLM:
+    """Opens a source. A tensor in its stored dtype stays a view of the file, so it takes no memory of its own."""
+    ignored = [{"name": name, "reason": reason} for name, reason in ignore_tensors]
+    source = locate(folder)
+    model = read_source_model(source)
+    plan = plan_model(model, load_recipe({"ignore_tensors": ignored}), allow_larger=True).settle()
+    config = make_config(plan, source)
+    with CheckpointReader(folder) as reader:
+        builder = TargetBuilder(plan, PieceReader(model, reader), getattr(torch, plan.source.dtype))
+        return load_tensors(config, dict(builder.build()), folder, dtype=dtype, device=device)
