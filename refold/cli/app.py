@@ -5,7 +5,22 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from refold.cli import analyse, convert, demo, evaluate, export, generate, heal, inspect, plan, recipes, run
+from refold.cli import (
+    analyse,
+    bench,
+    calibrate,
+    convert,
+    demo,
+    evaluate,
+    export,
+    generate,
+    heal,
+    inspect,
+    plan,
+    recipes,
+    run,
+    worker,
+)
 from refold.cli.failures import one_line_each
 from refold.version import __version__
 
@@ -42,5 +57,20 @@ def _root(
     """Options of `refold` itself."""
 
 
-for command in (demo, analyse, plan, recipes, convert, heal, evaluate, run, inspect, generate, export):
+for command in (
+    demo,
+    analyse,
+    plan,
+    recipes,
+    convert,
+    heal,
+    evaluate,
+    calibrate,
+    run,
+    inspect,
+    generate,
+    bench,
+    worker,
+    export,
+):
     app.command(command.__name__.rsplit(".", 1)[-1])(command.command)

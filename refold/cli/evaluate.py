@@ -16,7 +16,7 @@ def command(
     device: options.Device = None,
     dtype: options.Dtype = None,
     quantise: options.Quantise = None,
-    out: options.ResultFile = None,
+    out: options.JsonFile = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:

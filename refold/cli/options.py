@@ -61,6 +61,20 @@ def real(text: str | float) -> float:
     return number
 
 
+def bias(text: str | tuple[int, float]) -> tuple[int, float]:
+    """Parses `TOKEN=NUMBER`.
+
+    Raises:
+        typer.BadParameter: The text is something else.
+    """
+    if isinstance(text, tuple):
+        return text
+    token, sign, number = text.partition("=")
+    if not sign:
+        raise typer.BadParameter(f"must be TOKEN=NUMBER (got {shorten(text)})")
+    return whole(0)(token), real(number)
+
+
 SourceOption = Annotated[
     str, typer.Argument(help="Folder of a transformers checkpoint, or hub id `org/name` or `org/name@revision`.")
 ]
@@ -173,7 +187,38 @@ BatchSize = Annotated[
 Quantise = Annotated[
     str | None, typer.Option(help="int8 or int4: round the weights of linears, and count their bytes so.")
 ]
-ResultFile = Annotated[Path | None, typer.Option("--out", help="Also write the result to this file as JSON.")]
+JsonFile = Annotated[Path | None, typer.Option("--out", help="Also write the result to this file as JSON.")]
+# Of `calibrate`.
+Tolerance = Annotated[
+    float, typer.Option(parser=real, metavar="X", help="Largest share of tokens that may differ from the full depth's.")
+]
+Confidence = Annotated[
+    float, typer.Option(parser=real, metavar="X", help="Probability with which the tolerance is kept.")
+]
+ConfidenceMeasure = Annotated[
+    str | None,
+    typer.Option(
+        "--measure", help="gate, top1, margin, entropy or agreement. Default: gate if the exits have one, else top1."
+    ),
+]
+Kv = Annotated[
+    str | None,
+    typer.Option(help="Keys of skipped depths: shared, recompute or propagate. Default: shared if possible."),
+]
+MaxDocuments = Annotated[
+    int, typer.Option("--documents", parser=whole(1), metavar="N", help="Read at most so many documents.")
+]
+CalibrationTokens = Annotated[
+    int | None,
+    typer.Option("--tokens", "-t", parser=amount, metavar="AMOUNT", help="Read at most so many tokens, such as 200k."),
+]
+DocumentContext = Annotated[
+    int | None,
+    typer.Option("--context", parser=whole(2), metavar="N", help="Tokens to read of each document. Default: 512."),
+]
+ThresholdsFile = Annotated[
+    Path | None, typer.Option("--out", help="File of the thresholds. Default: exits.json in the model's folder.")
+]
 # Of `generate`.
 PromptOption = Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue; `-` reads standard input.")]
 Chat = Annotated[bool, typer.Option("--chat", help="The prompt is a user's message: apply the chat template.")]
@@ -186,6 +231,41 @@ TopP = Annotated[
     float, typer.Option(parser=real, metavar="X", help="Sample from the likeliest tokens of this total probability.")
 ]
 TopK = Annotated[int, typer.Option(parser=whole(0), metavar="N", help="Sample from the N likeliest tokens; 0: all.")]
+MinP = Annotated[
+    float,
+    typer.Option(parser=real, metavar="X", help="Sample from tokens with at least this share of the best's chance."),
+]
+Stop = Annotated[list[str] | None, typer.Option(help="End the text before this string. Repeatable.")]
+RepetitionPenalty = Annotated[
+    float, typer.Option(parser=real, metavar="X", help="Divides logits of tokens that were there before; 1: off.")
+]
+PresencePenalty = Annotated[
+    float, typer.Option(parser=real, metavar="X", help="Subtracted from logits of tokens in the new text.")
+]
+FrequencyPenalty = Annotated[
+    float, typer.Option(parser=real, metavar="X", help="Subtracted for each occurrence in the new text.")
+]
+LogitBias = Annotated[
+    list[Any] | None,
+    typer.Option(parser=bias, metavar="TOKEN=X", help="Number to add to the logit of a token id. Repeatable."),
+]
+LogprobsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--logprobs", parser=whole(0), metavar="N", help="With --json or --out: log-probabilities, and of N others."
+    ),
+]
+NumChoices = Annotated[int, typer.Option("-n", parser=whole(1), metavar="N", help="Continuations of each prompt.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")]
+ReferenceOption = Annotated[
+    bool, typer.Option("--reference", help="Use transformers' `generate` instead of the engine, to compare.")
+]
+PromptsOption = Annotated[
+    Path | None, typer.Option("--prompts", help="JSON lines with `prompt` or `messages` and settings; needs --out.")
+]
+AnswersOption = Annotated[
+    Path | None, typer.Option("--out", help="JSON lines to write, in order of completion; an unfinished file goes on.")
+]
 SaveState = Annotated[
     Path | None, typer.Option(help="Read the prompt, write the model's state after it to this file, and stop.")
 ]
@@ -196,6 +276,46 @@ Adapters = Annotated[
     str | None, typer.Option(help="Folder healed from MODEL with `--protocol domain`: its adapters instead.")
 ]
 ExitDepth = Annotated[int | None, typer.Option(parser=whole(1), metavar="N", help="Run only the first N depths.")]
+# Of `bench`.
+BenchAgainst = Annotated[str | None, typer.Option("--against", help="Also run this model, such as the source.")]
+Peers = Annotated[
+    bool,
+    typer.Option(
+        "--peers",
+        help="Also run transformers, and llama.cpp if `xllamacpp` and a .gguf file beside the model are there.",
+    ),
+]
+Batches = Annotated[str, typer.Option("--batch", metavar="N,N", help="Numbers of requests that come at once.")]
+Rate = Annotated[
+    float | None,
+    typer.Option(parser=real, metavar="X", help="Also measure under this many random arrivals per second."),
+]
+PromptTokens = Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Tokens of a prompt.")]
+BenchTokens = Annotated[
+    int, typer.Option("--max-new-tokens", parser=whole(1), metavar="N", help="New tokens of a request.")
+]
+Rounds = Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Rounds over all contenders.")]
+EngineWeights = Annotated[
+    str, typer.Option(help="auto, float32, bfloat16, int8 or int4: weights in memory. auto: as stored.")
+]
+Prices = Annotated[
+    str | None, typer.Option(help="YAML file of machine names to prices per hour: adds tokens per unit of money.")
+]
+BenchFolder = Annotated[
+    Path | None, typer.Option("--out", help="Also write bench.json and bench.png into this folder.")
+]
+
+
+def read_numbers(name: str, text: str) -> tuple[int, ...]:
+    """Parses whole numbers of at least 1, such as `1,8,32`.
+
+    Raises:
+        typer.BadParameter: A part is no such number, or there is none.
+    """
+    try:
+        return tuple(whole(1)(part.strip()) for part in text.split(","))
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"--{name}: {error.message}") from None
 
 
 def command_line() -> str:

@@ -89,12 +89,35 @@ def test_flags_are_these() -> None:
         (["run", "SOURCE", "OUT", "--data", "LATIN", "--seed", "3"], "write --set heal.seed=1"),
         (["run", "SOURCE", "OUT", "--data", "LATIN", "--learning-rate", "3"], "write --set heal.learning_rate=1e-3"),
         (["generate", "SOURCE", "-p", "x", "--chat"], "chat template"),
-        (["generate", "SOURCE"], "give --prompt, or --state to go on"),
+        (["generate", "SOURCE"], "give --prompt, --prompts for a file of them, or --state to go on"),
+        (["generate", "SOURCE", "-p", "x", "--out", "OUT"], "--prompts and --out are required together"),
+        (["generate", "SOURCE", "--prompts", "LATIN"], "--prompts and --out are required together"),
+        (["generate", "SOURCE", "-p", "x", "--prompts", "LATIN", "--out", "OUT"], "no other prompt is allowed"),
+        (["generate", "SOURCE", "--prompts", "LATIN", "--out", "OUT", "--stream"], "must be used without --stream"),
+        (["generate", "SOURCE", "--prompts", "LATIN", "--out", "OUT"], "latin.txt:1: a JSON object is required"),
+        (["generate", "SOURCE", "-p", "x", "--json", "--stream"], "json: must be used without --stream"),
+        (["generate", "SOURCE", "-p", "x", "-n", "2", "--stream"], "n: must be 1 with --stream (got 2)"),
+        (["generate", "SOURCE", "-p", "x", "--logprobs", "2"], "--json or --out is required to show them"),
+        (["generate", "SOURCE", "-p", "x", "--logit-bias", "5"], "--logit-bias: must be TOKEN=NUMBER (got '5')"),
+        (["generate", "SOURCE", "-p", "x", "--logit-bias", "5=x"], "--logit-bias: must be a finite number (got 'x')"),
+        (["generate", "SOURCE", "-p", "x", "--min-p", "2"], "min_p: must be at least 0 and at most 1 (got 2.0)"),
+        (
+            ["generate", "SOURCE", "-p", "x", "--reference", "--presence-penalty", "1"],
+            "presence_penalty: must be 0 where transformers generates",
+        ),
         (["generate", "SOURCE", "-p", "x", "--save-state", "LATIN"], "it exists"),
         (["generate", "SOURCE", "-p", "x", "--save-state", "LATIN", "--overwrite"], "got another file"),
         (["generate", "SOURCE", "-p", "x", "--save-state", "NEW", "--stream"], "nothing is generated with it"),
         (["generate", "SOURCE", "--state", "LATIN"], "a whole state file is required"),
         (["generate", "SOURCE", "--state", "NEW"], "write one with --save-state"),
+        (["bench", "SOURCE", "--batch", "1,x"], "--batch: must be a whole number (got 'x')"),
+        (["bench", "SOURCE", "--batch", "2000"], "batch: must lie in 1..1024 (got 2000)"),
+        (["bench", "SOURCE", "--rate", "0"], "rate: arrivals per second above 0 are required (got 0.0)"),
+        (["bench", "SOURCE", "--weights", "int5"], "weights: must be one of"),
+        (["bench", "SOURCE", "--prices", "NEW"], "prices: a readable YAML file is required"),
+        (["bench", "SOURCE", "--prices", "LATIN"], "not UTF-8"),
+        (["bench", "/nowhere"], "no such folder"),
+        (["bench", "SOURCE", "--out", "LATIN"], "a writable place is required"),
         (["export", "SOURCE", "OUT", "--to", "gguf"], "dense"),
         (["run", "SOURCE", "EXISTING", "--data", "LATIN"], "required"),
     ],
@@ -315,3 +338,38 @@ def test_a_result_is_replaced_only_when_asked(
     assert out.read_text() == first
     assert run(*wanted, "--overwrite", monkeypatch=monkeypatch) == 0
     assert out.read_text() != first
+
+
+def test_the_engine_generates_what_transformers_does(shipped: Path, command, tmp_path: Path) -> None:
+    # In half precision rounding may decide between two tokens.
+    given = ("generate", shipped, "-p", "def add(a, b):", "--max-new-tokens", "12", "--dtype", "float32")
+    done = command(*given)
+    assert done.status == 0, done.err
+    assert done.out == command(*given, "--reference").out == command(*given, "--stream").out
+    stop = done.out[4:7]
+    stopped = command(*given, "--stop", stop).out
+    assert stopped.rstrip("\n") == done.out[: done.out.index(stop)].rstrip("\n")
+    shown = json.loads(command(*given, "--json", "-n", "2", "--temperature", "1", "--logprobs", "1").out)
+    assert len(shown["choices"]) == 2
+    assert all(len(each["logprobs"]) == len(each["token_ids"]) for each in shown["choices"])
+
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "def add(a, b):", "id": "add"}\n\n{"prompt": "class A", "max_new_tokens": 3}\n')
+    batch = ("generate", shipped, "--prompts", prompts, "--out", out, "--max-new-tokens", "12", "--dtype", "float32")
+    done_file = command(*batch)
+    assert done_file.status == 0, done_file.err
+    assert "2 results added; 2 in all" in done_file.err
+    lines = {line["index"]: line for line in map(json.loads, out.read_text().splitlines())}
+    assert lines[0]["text"] + "\n" == done.out
+    assert (lines[0]["id"], len(lines[1]["choices"][0]["token_ids"])) == ("add", 3)
+    before = out.read_bytes()
+    assert "all 2 results are there already" in command(*batch).err
+    assert out.read_bytes() == before
+    changed = command(*batch, "--temperature", "1")
+    assert changed.status == 2
+    assert "sampling was" in changed.err
+    prompts.write_text('{"prompt": [999999]}\n')
+    wrong = command("generate", shipped, "--prompts", prompts, "--out", tmp_path / "new.jsonl")
+    assert wrong.status == 2
+    assert "prompts.jsonl:1: prompt: tokens below" in wrong.err
+    assert not (tmp_path / "new.jsonl").exists()

@@ -100,7 +100,10 @@ def _command_lines(draw: random.Random, places: dict[str, str]) -> Iterator[list
         "heal": ("--tokens",),
         "evaluate": ("--context", "--stride", "--max-tokens", "--batch-size"),
         "run": ("--tokens", "--eval-tokens"),
-        "generate": ("--max-new-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--exit-depth"),
+        "generate": (
+            *("--max-new-tokens", "--temperature", "--top-p", "--top-k", "--min-p", "--seed", "--exit-depth", "-n"),
+            *("--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--logit-bias", "--logprobs"),
+        ),
         "convert": (), "recipes": (), "inspect": (), "export": (), "demo": ("--heal-tokens",),
     }  # fmt: skip
     words = {
@@ -112,6 +115,7 @@ def _command_lines(draw: random.Random, places: dict[str, str]) -> Iterator[list
         "--set": ("fold.loops=2", "fold.loops=x", "", "=", "a.b.c"),
         "--prompt": ("def f", "", "\udce9", "x" * 3000),
         "--measurements": place, "--against": place, "--out": place, "--state": place, "--save-state": place,
+        "--prompts": place,
         "--calibration": place, "--held-out": place, "--teacher": place, "--adapters": place, "--data": place,
     }  # fmt: skip
     takes = {
@@ -121,7 +125,7 @@ def _command_lines(draw: random.Random, places: dict[str, str]) -> Iterator[list
         "heal": ("--data", "--recipe", "--set", "--teacher", "--held-out", "--device"),
         "evaluate": ("--data", "--against", "--out", "--dtype", "--device", "--quantise"),
         "run": ("--data", "--recipe", "--set", "--held-out", "--device"),
-        "generate": ("--prompt", "--state", "--save-state", "--adapters", "--dtype", "--device"),
+        "generate": ("--prompt", "--state", "--save-state", "--adapters", "--dtype", "--device", "--prompts", "--out"),
         "export": ("--to", "--dtype"),
         "recipes": (), "inspect": (), "demo": ("--out",),
     }  # fmt: skip
