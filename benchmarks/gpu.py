@@ -19,11 +19,14 @@ from pathlib import Path
 # Before torch is imported: threads that spin while they wait make busy processes on few cores many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import device_engine
+import device_parts
 import torch
-from device_parts import PARTS, Bench
+from device_parts import Bench
 from page import Page, table
 
 SECONDS = 8 * 60
+PARTS = device_parts.PARTS | device_engine.PARTS
 
 
 @dataclass(frozen=True)

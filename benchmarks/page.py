@@ -5,7 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -31,6 +31,8 @@ class Page:
 
     title: str
     seed: int
+    facts: Mapping[str, str] | None = None
+    """Of an earlier run; None: of this one."""
     targets: list[Target] = field(default_factory=list)
     load_before: float = field(default_factory=lambda: os.getloadavg()[0])
     _sections: list[str] = field(default_factory=list)
@@ -45,7 +47,8 @@ class Page:
     def text(self) -> str:
         """The whole page as Markdown."""
         rows = [[target.says, target.measured, "yes" if target.met else "**no**"] for target in self.targets]
-        facts = [[name, value] for name, value in run_facts(self.seed, self.load_before).items()]
+        known = run_facts(self.seed, self.load_before) if self.facts is None else self.facts
+        facts = [[name, value] for name, value in known.items()]
         parts = [
             f"# {self.title}\n",
             f"Written by the command below; [benchmarks](../../benchmarks/README.md) says how.\n\n"

@@ -29,10 +29,11 @@ class Unchecked(PathFinder):
     """Finds modules whose annotations stay unchecked.
 
     transformers makes a config a dataclass whose `__init__` takes more than its fields, which jaxtyping does not know;
-    and its outputs, until 5.17 at least, say `FloatTensor` where a tensor of any floating dtype is meant.
+    and its outputs, until 5.17 at least, say `FloatTensor` where a tensor of any floating dtype is meant. Settings of
+    sampling, which come from files of prompts too, check the types of their fields themselves.
     """
 
-    NAMES = ("refold.modeling.configuration", "refold.modeling.outputs")
+    NAMES = ("refold.modeling.configuration", "refold.modeling.outputs", "refold.generation.sampling")
 
     @classmethod
     def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:

@@ -9,9 +9,9 @@ import pytest
 import refold
 
 PUBLIC = {
-    "analyse", "plan", "convert", "inspect", "heal", "evaluate", "generate", "export", "run",
-    "Recipe", "HealStage", "HealOptions", "RunSettings", "RunOptions", "AnalysisSettings", "Reference",
-    "ConvertOptions", "EvaluationSettings", "Sampling",
+    "analyse", "plan", "convert", "inspect", "heal", "evaluate", "calibrate", "generate", "export", "run", "bench",
+    "Recipe", "HealStage", "HealOptions", "RunSettings", "RunOptions", "BenchSettings", "AnalysisSettings", "Reference",
+    "CalibrateOptions", "ConvertOptions", "EvaluationSettings", "Sampling",
     "linear_names", "load_adapters", "load_model", "load_tokenizer", "RefoldError", "Mixture", "from_documents",
     "register_objective",
     "__version__",
@@ -54,6 +54,7 @@ path = Path(sys.argv[1])
 calls = {
     "EvaluationSettings": lambda: refold.evaluate(path, ["a b c d"], {"context": 64}),
     "ConvertOptions": lambda: refold.convert(path, path / "out", options={"overwrite": True}),
+    "CalibrateOptions": lambda: refold.calibrate(path, ["a b c d"], {"tolerance": 0.1}),
     "HealOptions": lambda: refold.heal(path, path / "out", ["a b c d"], [], options={"device": "cpu"}),
     "RunOptions": lambda: refold.run(path, path / "out", data=["a b c d"], options={"device": "cpu"}),
     "AnalysisSettings": lambda: refold.analyse(path, settings={"tokens": 64}),

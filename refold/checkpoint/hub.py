@@ -8,6 +8,7 @@ from pathlib import Path
 from refold.checkpoint.companions import is_companion
 from refold.checkpoint.headers import INDEX_NAME, header_length, read_header_bytes
 from refold.checkpoint.locate import CONFIG_NAME, Source
+from refold.checkpoint.manifest import EXITS_NAME
 from refold.checkpoint.source_file import open_file
 from refold.errors import SourceError
 
@@ -75,7 +76,7 @@ class HubSource(Source):
         if self._snapshot is not None:
             return self._snapshot
         assert headers is not None
-        wanted = {CONFIG_NAME, INDEX_NAME, *headers.files}
+        wanted = {CONFIG_NAME, INDEX_NAME, EXITS_NAME, *headers.files}
         # Exact names: a pattern for shards would also fetch the second copies some repositories keep in other layouts.
         files = [name for name in self._names if name in wanted or is_companion(name)]
         with _explained(self.where):

@@ -12,9 +12,14 @@ from refold.errors import FolderError, SourceError
 from refold.version import __version__
 
 MANIFEST_NAME = "manifest.json"
+EXITS_NAME = "exits.json"
+"""Thresholds of early exits, written into a finished folder by `refold calibrate`."""
 FORMAT = 1
 # The model card may be edited: `verify` names a changed card, and loading accepts it.
 _EDITABLE = {"README.md"}
+# Files that are written after the folder is finished. They have checksums of their own and name the weights that they
+# belong to, so the manifest never lists them.
+_LATER = {MANIFEST_NAME, EXITS_NAME}
 # A folder whose manifest does not list these cannot be verified.
 _REQUIRED = (".safetensors", ".safetensors.index.json", "config.json", "state.json")
 _BLOCK_BYTES = 1 << 20
@@ -24,7 +29,7 @@ def write_manifest(folder: Path, known_hashes: Mapping[str, str] | None = None) 
     """Writes the manifest of a finished folder and flushes it to disk.
 
     Args:
-        folder: The folder; all files in it, at any depth, are listed, except the manifest.
+        folder: The folder; all files in it, at any depth, are listed, except the manifest and `exits.json`.
         known_hashes: sha256 by file name; other files are read and hashed.
     """
     known_hashes = known_hashes or {}
@@ -148,7 +153,7 @@ def listed_hashes(folder: Path, names: Sequence[str]) -> list[str] | None:
 
 def _list_files(folder: Path) -> list[str]:
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if name != MANIFEST_NAME)
+    return sorted(name for name in names if name not in _LATER)
 
 
 def _compare_sizes(folder: Path) -> Iterator[tuple[str, str]]:

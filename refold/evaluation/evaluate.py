@@ -240,7 +240,7 @@ def _record_run(device: torch.device, watch: Stopwatch, num_tokens: int) -> dict
     return {
         "seconds": seconds,
         "tokens_per_second": num_tokens / (seconds.model + seconds.against + seconds.score),
-        "machine": _machine(device),
+        "machine": describe_machine(device),
         "versions": stage.versions,
         "time": stage.time,
     }
@@ -315,7 +315,8 @@ def _require_finite(facts: ModelFacts, nll: float) -> None:
         )
 
 
-def _machine(device: torch.device) -> Machine:
+def describe_machine(device: torch.device) -> Machine:
+    """Returns the facts of this machine for a result."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return Machine(
         device=str(device),
