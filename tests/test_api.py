@@ -13,7 +13,7 @@ PUBLIC = {
     "Recipe", "HealStage", "HealOptions", "RunSettings", "RunOptions", "BenchSettings", "AnalysisSettings", "Reference",
     "CalibrateOptions", "ConvertOptions", "EvaluationSettings", "Sampling",
     "linear_names", "load_adapters", "load_model", "load_tokenizer", "RefoldError", "Mixture", "from_documents",
-    "register_objective",
+    "register_objective", "Engine", "EngineSettings", "Drafts", "StreamingEngine",
     "__version__",
 }  # fmt: skip
 
