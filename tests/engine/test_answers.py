@@ -1,4 +1,5 @@
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def test_text_comes_in_pieces_and_leaving_cancels():
     assert list(stream_text(engine, "abc", Sampling())) == ["a", "b", "c"]
     stream = stream_text(engine, "abc", Sampling())
     assert next(stream) == "a"
+    assert isinstance(stream, Generator)
     stream.close()
     assert engine.cancelled == [0]
     with pytest.raises(RefoldError, match="some text is required"):

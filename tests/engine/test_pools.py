@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from refold.blueprint.schema import Blueprint
+from refold.engine.page_keeper import LocalKeeper
 from refold.engine.page_plan import Spans
-from refold.engine.pages import ABSENT, PoolSettings, fit_pages, page_bytes, pool_bytes
+from refold.engine.pages import ABSENT, PageGroup, PoolSettings, fit_pages, page_bytes, pool_bytes
 from refold.engine.pools import Pools
 from refold.families.registry import read_arch
 from refold.mixers.registry import MIXERS
@@ -33,7 +34,7 @@ ARCH = read_arch(
 
 def make_blueprint(windows: tuple[int | None, ...], recurrent: tuple[int, ...] = ()) -> Blueprint:
     """A stack with a mixer for each depth."""
-    state = MIXERS["retention"]().resolve(ARCH, "mixers[0]")
+    state = MIXERS["retention"](type="retention").resolve(ARCH, "mixers[0]")
     mixers = [{"mixer": state} if index in recurrent else {} for index in range(len(windows))]
     depths = [{"source": 0, "mixer": index, "mlp": 0, "window": window} for index, window in enumerate(windows)]
     return Blueprint.model_validate({"arch": ARCH, "mixers": mixers, "mlps": [{}], "depths": depths})
@@ -44,11 +45,24 @@ def make_pools(windows: tuple[int | None, ...] = (None, 6, 6), recurrent: tuple[
     return Pools(make_blueprint(windows, recurrent), PoolSettings(**fields))
 
 
+def states_of(pools: Pools, depth: int, *rows: int) -> torch.Tensor:
+    """States of rows at a recurrent depth, which must have some."""
+    found = pools.states.read((depth, True), torch.tensor(rows))
+    assert found is not None
+    return found
+
+
+def planes_of(pools: Pools, group: PageGroup) -> list[torch.Tensor]:
+    """Keys, then values, of all depths of a group."""
+    assert isinstance(pools.keeper, LocalKeeper)
+    return pools.keeper.planes(pools.groups.index(group))
+
+
 def test_pages_and_pools_have_the_bytes_that_the_tensors_have():
     blueprint = make_blueprint((None, 6, 6))
     given = PoolSettings(num_pages=12, max_rows=2, page_size=PAGE, max_span=5)
     pools = Pools(blueprint, given)
-    found = {group.window: sum(plane.nbytes for plane in group.planes()) for group in pools.groups}
+    found = {group.window: sum(plane.nbytes for plane in planes_of(pools, group)) for group in pools.groups}
     each = page_bytes(blueprint, given)
     assert found == {None: 12 * each[None], 6: given.pages_of(6) * each[6]}
     assert sum(found.values()) == pool_bytes(blueprint, given)
@@ -175,13 +189,13 @@ def test_states_are_found_where_they_were_saved_and_nowhere_else():
     pools.states.write((1, True), rows, torch.full((1, 2, 3), 9.0))
     pools.publish(0, prompt, 10)
     assert pools.attach_prefix(1, prompt) == 4
-    assert pools.states.read((1, True), torch.tensor([1]))[0, 0, 0] == 4.0
+    assert states_of(pools, 1, 1)[0, 0, 0] == 4.0
     pools.states.write((1, True), rows, torch.full((1, 2, 3), 12.0))
     pools.publish(0, prompt, 12)
     assert pools.attach_prefix(2, prompt) == 12
-    assert pools.states.read((1, True), torch.tensor([2, 3]))[:, 0, 0].tolist() == [12.0, 0.0]
+    assert states_of(pools, 1, 2, 3)[:, 0, 0].tolist() == [12.0, 0.0]
     pools.release(2)
-    assert pools.states.read((1, True), torch.tensor([2]))[0, 0, 0] == 0.0
+    assert states_of(pools, 1, 2)[0, 0, 0] == 0.0
     pools.check()
 
 
@@ -207,12 +221,12 @@ def test_saved_states_come_back_for_some_rows():
     assert kept.num_bytes == 8
     pools.states.write((0, True), rows, torch.zeros(3, 1))
     pools.restore_states([2], kept)
-    assert pools.states.read((0, True), rows).flatten().tolist() == [0.0, 0.0, 3.0]
+    assert states_of(pools, 0, 0, 1, 2).flatten().tolist() == [0.0, 0.0, 3.0]
     pools.restore_states(1, kept)
-    assert pools.states.read((0, True), rows).flatten().tolist() == [0.0, 2.0, 3.0]
+    assert states_of(pools, 0, 0, 1, 2).flatten().tolist() == [0.0, 2.0, 3.0]
     # Nothing was kept yet when the first snapshot was taken.
     pools.restore_states([0, 1], before)
-    assert pools.states.read((0, True), rows).flatten().tolist() == [0.0, 0.0, 3.0]
+    assert states_of(pools, 0, 0, 1, 2).flatten().tolist() == [0.0, 0.0, 3.0]
     assert pools.save_states(0, depths=[]).tensors == {}
 
 
@@ -222,10 +236,10 @@ def test_a_row_copied_out_comes_back_elsewhere():
     pools.reserve(1, 18)
     pools.pass_window(1, 14)
     for group in pools.groups:
-        for plane in group.planes():
+        for plane in planes_of(pools, group):
             plane.copy_(torch.randn(plane.shape, generator=generator))
     pools.states.write((2, True), torch.tensor([1]), torch.full((1, 2), 5.0))
-    expected = [plane[group.pages(1)].clone() for group in pools.groups for plane in group.planes()]
+    expected = [plane[group.pages(1)].clone() for group in pools.groups for plane in planes_of(pools, group)]
     saved = pools.copy_out(1)
     assert saved.num_bytes == sum(each.nbytes for each in expected) + 8
     pools.release(1, spoiled=True)
@@ -236,10 +250,10 @@ def test_a_row_copied_out_comes_back_elsewhere():
     pools.reserve(0, 4)
     assert pools.copy_in(2, saved)
     pools.check()
-    found = [plane[group.pages(2)] for group in pools.groups for plane in group.planes()]
+    found = [plane[group.pages(2)] for group in pools.groups for plane in planes_of(pools, group)]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert pools.groups[1].begins[2] == 2
-    assert pools.states.read((2, True), torch.tensor([2]))[0, 0] == 5.0
+    assert states_of(pools, 2, 2)[0, 0] == 5.0
 
 
 def test_spoiled_pages_are_wiped_and_no_longer_offered():
@@ -249,18 +263,18 @@ def test_spoiled_pages_are_wiped_and_no_longer_offered():
     (group,) = pools.groups
     pools.publish(0, prompt, 8)
     assert pools.attach_prefix(1, prompt[:5]) == 4
-    for plane in group.planes():
+    for plane in planes_of(pools, group):
         plane.fill_(float("nan"))
     first, second = group.pages(0)
     pools.release(0, spoiled=True)
     pools.check()
     assert pools.attach_prefix(2, prompt) == 0
-    for plane in group.planes():
+    for plane in planes_of(pools, group):
         assert not plane[second].any()
         # The page of another row is wiped when that row goes.
         assert plane[first].isnan().all()
     pools.release(1, spoiled=True)
-    assert all(not plane[first].any() for plane in group.planes())
+    assert all(not plane[first].any() for plane in planes_of(pools, group))
     assert pools.free_pages == 12
 
 
@@ -275,9 +289,9 @@ def test_control_lost_pages_are_reported(harm):
     elif harm == "table":
         group.tables[1, 0] = 0
     elif harm == "free":
-        group.num_free -= 1
+        group.free[0] -= 1
     else:
-        group._heap.pop()
+        group._heaps[0].pop()
     with pytest.raises(AssertionError, match=r"pages of window None|of window None are"):
         pools.check()
 
@@ -311,7 +325,7 @@ class AnyUse(RuleBasedStateMachine):
             for position in range(start, stop):
                 page = group.tables[row, position // PAGE]
                 assert group.counts[page] == 1, "a shared page was written"
-                for plane in group.planes():
+                for plane in planes_of(self.pools, group):
                     plane[page, :, position % PAGE] = self.sign(row, position)
 
     def sign(self, row: int, position: int) -> float:
@@ -330,8 +344,7 @@ class AnyUse(RuleBasedStateMachine):
         assert self.done[row] < length
         assert self.done[row] % PAGE == 0
         if self.recurrent and self.done[row]:
-            state = self.pools.states.read((2, True), torch.tensor([row]))
-            assert state[0, 0] == self.sign(row, self.done[row] - 1)
+            assert states_of(self.pools, 2, row)[0, 0] == self.sign(row, self.done[row] - 1)
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data(), count=st.integers(1, 9), publishes=st.booleans())
@@ -385,7 +398,7 @@ class AnyUse(RuleBasedStateMachine):
             for row in self.texts:
                 for position in self.seen(group, row):
                     page = group.tables[row, position // PAGE]
-                    plane = group.planes()[-1]
+                    plane = planes_of(self.pools, group)[-1]
                     assert plane[page, 0, position % PAGE, 0] == self.sign(row, position)
 
     def teardown(self) -> None:

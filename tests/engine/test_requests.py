@@ -3,13 +3,13 @@
 import asyncio
 import copy
 from collections import Counter
-from itertools import pairwise
 
 import pytest
 import torch
 
 from refold.engine.engine import Engine
 from refold.engine.exits import ExitRule
+from refold.engine.page_keeper import LocalKeeper
 from refold.engine.settings import Drafts, EngineSettings
 from refold.engine.streaming import StreamingEngine
 from refold.errors import RefoldError
@@ -158,6 +158,8 @@ def test_logprobs_are_those_of_a_plain_pass(load):
     model, prompt = load("own vectors"), make_prompts((9,))[0]
     choice = make(model).generate([prompt], short(6, logprobs=3))[0].choices[0]
     text = list(prompt)
+    assert choice.logprobs is not None
+    assert choice.alternatives is not None
     for token, told, alternatives in zip(choice.token_ids, choice.logprobs, choice.alternatives, strict=True):
         with torch.no_grad():
             expected = model(torch.tensor([text])).logits[0, -1].log_softmax(-1)
@@ -211,7 +213,7 @@ def test_streams_join_to_the_text_and_leaving_one_cancels_it(with_text):
                 async for _ in streaming.stream("Never mind", short(60)):
                     break
 
-            *texts, _ = await asyncio.gather(*(take(prompt) for prompt in prompts), leave())
+            texts, _ = await asyncio.gather(asyncio.gather(*map(take, prompts)), leave())
             with pytest.raises(RefoldError, match="must be at most"):
                 await streaming.answer([3] * 900, short())
             for _ in range(200):
@@ -229,7 +231,9 @@ def test_keys_of_the_wrong_loop_are_caught(load):
     """The comparison with `generate` must see an exchange of the loops' keys."""
     model, (prompt,) = load("relaxed"), make_prompts((17,))
     engine = make(model)
-    keys = engine._pools.keeper.keys
+    keeper = engine._pools.keeper
+    assert isinstance(keeper, LocalKeeper)
+    keys = keeper.keys
     keys[0] = keys[2]
     assert list(engine.generate([prompt], short(12))[0].choices[0].token_ids) != greedy(model, prompt, 12)
 
@@ -263,4 +267,6 @@ def test_rows_wait_no_longer_than_the_bound(load):
     while engine.has_work:
         engine.step()
     assert engine.statistics().longest_wait <= 3 + 4
-    assert all(first.begun <= second.begun for first, second in pairwise(requests))
+    begun = [each.begun for each in requests if each.begun is not None]
+    assert len(begun) == len(requests)
+    assert begun == sorted(begun)

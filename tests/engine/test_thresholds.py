@@ -84,7 +84,7 @@ def test_a_copied_folder_keeps_its_thresholds_and_a_new_model_gets_none(own, mod
     copied = shutil.copytree(own, tmp_path / "copied")
     loaded = load_model(copied, device="cpu")
     assert load_thresholds(loaded, "calibrated") == thresholds(model)
-    stage = HealStage(objective="next_token", tokens=64, context=16, batch_tokens=16)
+    stage = HealStage.model_validate({"objective": "next_token", "tokens": 64, "context": 16, "batch_tokens": 16})
     heal(copied, tmp_path / "healed", list(sentences), [stage])
     assert not (tmp_path / "healed" / EXITS_NAME).exists()
     assert not is_companion(EXITS_NAME)

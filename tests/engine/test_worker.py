@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from refold.engine.engine import Engine
+from refold.engine.remote_keeper import RemoteKeeper
 from refold.engine.settings import AttentionWorkers, Drafts, EngineSettings
 from refold.engine.worker_process import WorkerProcesses
 from refold.errors import RefoldError
@@ -179,7 +180,10 @@ def test_a_worker_that_hangs_is_lost_after_the_timeout(load):
 
 def test_workers_end_with_their_engine(load):
     engine = Engine(load("strict"), EngineSettings(**options(attention_workers=AttentionWorkers(processes=2))))
-    pids = engine._pools.keeper._started.pids
+    keeper = engine._pools.keeper
+    assert isinstance(keeper, RemoteKeeper)
+    assert keeper._started is not None
+    pids = keeper._started.pids
     (request,) = submit(engine, [[5, 6, 7]], 100)
     assert all(map(is_alive, pids))
     engine.close()
