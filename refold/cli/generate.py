@@ -42,6 +42,9 @@ def command(
     overwrite: options.Overwrite = False,
     adapters: options.Adapters = None,
     exit_depth: options.ExitDepth = None,
+    weights: options.EngineWeights = "auto",
+    exits: options.TakeExits = False,
+    drafts: options.DraftSource = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
@@ -68,31 +71,50 @@ def command(
     generates = stream or bool(exit_depth or max_new_tokens)
     _require_task(prompt, state, save_state, prompts, generates=generates)
     _require_fitting(sampling, prompts, out, {"--stream": stream, "--json": json, "--reference": reference or state})
+    if weights != "auto" and dtype is not None:
+        raise RefoldError(f"weights: no --dtype is required beside it (got --weights {weights} --dtype {dtype})")
+    ours = {"weights": weights, "exits": exits, "drafts": drafts}
+    if reference and ours != {"weights": "auto", "exits": False, "drafts": None}:
+        raise RefoldError("reference: no --weights, --exits and --drafts are required; transformers has none of them")
     where = {"dtype": dtype, "device": device}
     if prompts is not None and out is not None:
-        _answer_file(model, adapters, (prompts, out), sampling, {"chat": chat, "overwrite": overwrite, **where})
+        _answer_file(model, adapters, (prompts, out), sampling, {"chat": chat, "overwrite": overwrite, **where, **ours})
         return
     text = sys.stdin.read() if prompt == "-" else prompt or ""
     if reference or state is not None or save_state is not None:
         how = {"chat": chat, "stream": stream, "state": state, "save_state": save_state, "overwrite": overwrite}
         _continue_with_transformers(model, adapters, text, sampling, {**how, **where})
         return
-    _continue(_open_engine(model, adapters, **where), text, sampling, chat=chat, stream=stream, json=json)
+    _continue(_open_engine(model, adapters, **where, **ours), text, sampling, chat=chat, stream=stream, json=json)
 
 
-def _open_engine(model: str, adapters: str | None, dtype: str | None, device: str | None) -> "Engine":
+def _open_engine(
+    model: str,
+    adapters: str | None,
+    dtype: str | None,
+    device: str | None,
+    weights: str,
+    exits: bool,
+    drafts: str | None,
+) -> "Engine":
     from refold.engine.engine import Engine
     from refold.engine.opening import open_model
-    from refold.engine.settings import EngineSettings
+    from refold.engine.settings import Drafts, EngineSettings
     from refold.modeling.adapters import load_adapters
     from refold.modeling.load import load_tokenizer
 
-    if adapters is None and dtype in (None, "float32", "bfloat16"):
-        return Engine(model, EngineSettings(weights=dtype or "auto"), device=device)
+    form = weights if dtype is None or dtype == "float16" else dtype
+    settings = EngineSettings(
+        weights=form,
+        exits="calibrated" if exits else None,
+        drafts=None if drafts is None else Drafts(drafts),
+    )
+    if adapters is None and dtype != "float16":
+        return Engine(model, settings, device=device)
     tokenizer, opened = load_tokenizer(model), open_model(model, dtype, device)
     if adapters is not None:
         load_adapters(opened, adapters)
-    return Engine(opened, tokenizer=tokenizer)
+    return Engine(opened, settings, tokenizer=tokenizer)
 
 
 def _continue(engine: "Engine", text: str, sampling: "Sampling", *, chat: bool, stream: bool, json: bool) -> None:
@@ -127,13 +149,14 @@ def _answer_file(
         "prompts_sha256": prompts.sha256,
         "model": {"name": source.where, **source.fingerprint()},
         "adapters": adapters,
-        "dtype": given["dtype"],
+        "engine": {name: given[name] for name in ("dtype", "weights", "exits", "drafts")},
         "chat": chat,
         "sampling": asdict(sampling),
     }
     with ResultFile(files[1], run, len(prompts.lines), overwrite) as results:
         if len(results.finished) < len(prompts.lines):
             engine = _open_engine(model, adapters, **given)
+            note(engine.describe())
             with progress("generating", "prompts") as on_progress:
                 report = answer_file(engine, prompts, results, chat=chat, on_progress=on_progress)
             failed = f", {report.failed:,} of them with a fault" if report.failed else ""

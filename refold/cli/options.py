@@ -295,6 +295,14 @@ BenchTokens = Annotated[
     int, typer.Option("--max-new-tokens", parser=whole(1), metavar="N", help="New tokens of a request.")
 ]
 Rounds = Annotated[int, typer.Option(parser=whole(1), metavar="N", help="Rounds over all contenders.")]
+TakeExits = Annotated[
+    bool,
+    typer.Option("--exits", help="Let tokens leave at exits, by the thresholds that `refold calibrate` wrote."),
+]
+DraftSource = Annotated[
+    str | None,
+    typer.Option("--drafts", help="exit or lookup: guess tokens and verify them together; the text stays the same."),
+]
 EngineWeights = Annotated[
     str, typer.Option(help="auto, float32, bfloat16, int8 or int4: weights in memory. auto: as stored.")
 ]

@@ -172,6 +172,9 @@ class DepthBatcher:
             return depth == self._drafter.depth and span.length == 1
         if self._exits is None or depth not in self._exits.depths or span.sequence.request.sampling.exit_depth:
             return False
+        if self._kv == "propagate":
+            # The keys of a prompt are exact: thresholds are measured so.
+            return span.length == 1
         return self._kv != "recompute" or span.sequence.num_waiting + span.length <= self._settings.max_pending
 
     def _go_on(self, launch: Launch, index: int, span: Span) -> bool:

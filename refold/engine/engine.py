@@ -284,6 +284,19 @@ class Engine:
                 0.0 if self._drafter is None else self._drafter.acceptance,
             )
 
+    def describe(self) -> str:
+        """Returns a line about the weights, the memory and what runs less than the full depth."""
+        pages, size = self._pools.settings.num_pages, self.settings.page_size
+        told = [f"weights {_megabytes(self._count_weights())}"]
+        if self._pools.groups:
+            told.append(f"keys and values {_megabytes(self._pools.num_bytes)} ({pages:,} pages of {size} tokens)")
+        told.append(f"{self.settings.max_rows} rows, {self.max_context:,} tokens each at most")
+        if self.settings.exits is not None:
+            told.append(f"exits, kv {self.kv}")
+        if self.settings.drafts is not None:
+            told.append(f"drafts by {self.settings.drafts.source}")
+        return "engine: " + "; ".join(told)
+
     def _count_weights(self) -> int:
         if self.weights is None:
             return sum(each.nbytes for each in self.model.parameters())
@@ -305,6 +318,10 @@ class Engine:
                 f"{self.max_context} (got {len(ids)}); shorten it"
             )
         return ids
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB"
 
 
 _UNBOUNDED = 1 << 20
