@@ -60,7 +60,11 @@ class Passes:
 
 
 def find_passes(
-    blueprint: Blueprint, num_depths: int | None = None, cut_at: int | None = None, kinds: Kinds | None = None
+    blueprint: Blueprint,
+    num_depths: int | None = None,
+    cut_at: int | None = None,
+    kinds: Kinds | None = None,
+    whole: bool = False,
 ) -> Passes:
     """Cuts a stack into segments.
 
@@ -71,15 +75,16 @@ def find_passes(
         blueprint: The stack.
         num_depths: Leave the stack after so many depths; None: run all.
         cut_at: Number of depths after which the stack is cut as well; None: no further cut.
+        whole: Whether to cut neither behind exits nor at loop borders.
         kinds: Numbers of kinds that other calls have given, to which this call adds; None: numbers of this call alone.
     """
     total = blueprint.num_depths if num_depths is None else num_depths
     forms = [_structure(blueprint, index) for index in range(total)]
     start, period, loops = _repeated_block(forms)
-    exits = {index + 1 for index in range(total - 1) if blueprint.depths[index].exit is not None}
+    exits = {index + 1 for index in range(total - 1) if blueprint.depths[index].exit is not None and not whole}
     inner = exits if cut_at is None or cut_at >= total else exits | {cut_at}
     cuts = {0, total, *inner}
-    if period:
+    if period and not whole:
         end = start + period * loops
         cuts |= {start + period * loop for loop in range(loops + 1)}
         inside = {(cut - start) % period for cut in inner if start < cut < end}

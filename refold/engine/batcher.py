@@ -68,7 +68,10 @@ class DepthBatcher:
         """Returns the segments of sequences that run so many depths; None: all."""
         if exit_depth not in self._passes:
             cut = None if self._drafter is None or not self._drafter.depth else self._drafter.depth
-            self._passes[exit_depth] = find_passes(self._blueprint, exit_depth, cut, self._kinds)
+            joins = self._settings.join_loops
+            whole = self._exits is None and self._drafter is None if joins is None else not joins
+            whole &= self._exits is None  # an exit is a cut whatever the setting
+            self._passes[exit_depth] = find_passes(self._blueprint, exit_depth, cut, self._kinds, whole)
         return self._passes[exit_depth]
 
     @property

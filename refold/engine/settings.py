@@ -104,6 +104,8 @@ class EngineSettings:
         max_wait: Maximal number of launches that a ready row may watch before its pass runs next.
         policy: Name of the rule that chooses the pass that runs next: `fullest`, `coda` or `oldest`.
         min_coda: For `coda`: rows that must be ready before the last pass goes first.
+        join_loops: Whether requests join the others at every loop instead of at every token: a new request waits less,
+            but there are more launches of fewer depths; None: where exits or drafts are on.
         exits: None: every token runs the full depth. `calibrated`: thresholds beside the model. Or thresholds, or a
             rule.
         kv: Keys and values of depths that a token skipped: `shared` (the stack needs none), `propagate` (computed from
@@ -133,6 +135,7 @@ class EngineSettings:
     max_wait: int = 64
     policy: str = "fullest"
     min_coda: int = 8
+    join_loops: bool | None = None
     exits: "Thresholds | ExitRule | Path | Literal['calibrated'] | None" = None
     kv: str | None = None
     max_pending: int = 32

@@ -73,6 +73,12 @@ def test_a_further_cut(make_arch):
     assert borders(find_passes(build(make_arch(4)), cut_at=3)) == [(0, 3, 0, False), (3, 4, 1, False)]
 
 
+def test_a_stack_can_be_left_whole(make_arch):
+    blueprint = build(make_arch(6), fold={"loops": 3}, exits={})
+    assert borders(find_passes(blueprint, whole=True)) == [(0, 6, 0, False)]
+    assert borders(find_passes(blueprint, cut_at=2, whole=True)) == [(0, 2, 0, False), (2, 6, 1, False)]
+
+
 def test_passes_in_words(make_arch):
     told = describe_passes(build(make_arch(4), fold={"loops": 2}, exits={}))
     assert told == (

@@ -75,4 +75,4 @@ def make_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 def options(**given: Any) -> Mapping[str, Any]:
     """Settings of a small engine."""
-    return {"page_size": 4, "max_rows": 4, "chunk": 16, "weights": "auto", **given}
+    return {"page_size": 4, "max_rows": 4, "chunk": 16, "weights": "auto", "join_loops": True, **given}

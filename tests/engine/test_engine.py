@@ -172,6 +172,16 @@ def test_equal_prompts_share_pages(load):
     assert first.choices == second.choices
 
 
+@pytest.mark.parametrize(("join_loops", "num_segments"), [(None, 1), (True, 3)])
+def test_loops_part_launches_only_where_it_is_asked(load, join_loops, num_segments):
+    model, prompts = load("three loops"), make_prompts((5, 9))
+    engine = Engine(model, EngineSettings(**options(join_loops=join_loops)))
+    assert len(engine.passes.segments) == num_segments
+    assert [list(each.choices[0].token_ids) for each in engine.generate(prompts, short())] == [
+        greedy(model, prompt, 8) for prompt in prompts
+    ]
+
+
 def test_exit_depth_of_one_request(load):
     model, prompts = load("strict"), make_prompts((5, 9))
     sampling = [short(), short(exit_depth=3)]
