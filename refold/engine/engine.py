@@ -17,7 +17,7 @@ from refold.data.tokens import require_known_tokens
 from refold.engine.batcher import DepthBatcher
 from refold.engine.drafts import Drafter
 from refold.engine.exits import ExitRule, LiveExits
-from refold.engine.opening import open_packed
+from refold.engine.opening import open_model, pack
 from refold.engine.report import EngineReport
 from refold.engine.results import Result
 from refold.engine.sampler import Sampler
@@ -68,9 +68,10 @@ class Engine:
         self.tokenizer = _find_tokenizer(model) if tokenizer is None and is_folder else tokenizer
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        self.model, self.weights = open_packed(model, settings, device)
+        opened = open_model(model, device=device)
+        rule = _exit_rule(opened, settings)  # thresholds name the weights as they are stored, which packing changes
+        self.model, self.weights = pack(opened, settings, is_folder)
         self.settings = settings
-        rule = _exit_rule(self.model, settings)
         self._blueprint = self.model.config.read_blueprint()
         self.kv = _kv_policy(self._blueprint, settings, rule)
         limit = position_limit(self.model)
@@ -80,9 +81,8 @@ class Engine:
         self._lock = threading.RLock()
         self._pools = make_pools(self.model, settings, self.max_context)
         self._max_tokens = max_tokens(self._pools, self.max_context)
-        vocab_size = cast("nn.Embedding", self.model.get_input_embeddings()).num_embeddings
-        self._vocab_size = vocab_size
-        self._sampler = Sampler(vocab_size, settings.max_rows, self.model.device)
+        self._vocab_size = cast("nn.Embedding", self.model.get_input_embeddings()).num_embeddings
+        self._sampler = Sampler(self._vocab_size, settings.max_rows, self.model.device)
         drafter = None
         if settings.drafts is not None:
             depth = _draft_depth(self._blueprint, settings)

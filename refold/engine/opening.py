@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from refold.checkpoint.locate import locate
@@ -61,30 +60,29 @@ def open_model(
     return model
 
 
-def open_packed(
-    model: ModelLike, settings: EngineSettings, device: str | torch.device | None = None
+def pack(
+    opened: RefoldForCausalLM, settings: EngineSettings, is_own: bool
 ) -> tuple[RefoldForCausalLM, PackedBytes | None]:
-    """Opens a model with weights in the form that decoding is fastest with.
+    """Packs the weights of a model in the form that decoding is fastest with.
 
     Args:
-        model: As for `open_model`. A loaded model stays as it is: with `weights: auto` it is used, else copied.
+        opened: From `open_model`, in the dtype it is stored in.
         settings: Of the engine.
-        device: As for `open_model`.
+        is_own: Whether the model was loaded for the engine. Another one stays as it is: with `weights: auto` it is
+            used, else copied.
 
     Returns:
-        The model; and the bytes of its weights, None for a loaded model that is used as it is.
+        The model; and the bytes of its weights, None for a model that is used as it is.
 
     Raises:
-        RefoldError: As for `open_model`, or the device has no products of such weights.
+        RefoldError: The model is packed already, or its device has no products of such weights.
     """
-    wanted, is_loaded = settings.weights, isinstance(model, nn.Module)
-    dtype = wanted if wanted in ("float32", "bfloat16") and not is_loaded else None
-    opened = open_model(model, dtype=dtype, device=device)
-    if is_loaded and wanted == "auto":
+    wanted = settings.weights
+    if not is_own and wanted == "auto":
         return opened, None
     if opened.is_packed:
         raise RefoldError(f"weights: a model that is not packed is required for {wanted!r}; give its folder")
-    if is_loaded:
+    if not is_own:
         opened = copy.deepcopy(opened)
     if wanted == "auto":
         # Half precision of the other kind has no packed products of its own.

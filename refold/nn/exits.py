@@ -56,7 +56,7 @@ class Gate(nn.Module):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, hidden_states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T"]:
+    def forward(self, hidden_states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
         """Returns logits for normed hidden states of the exit."""
         return nn.functional.linear(hidden_states.detach(), self.weight, self.bias).squeeze(-1)
 

@@ -92,6 +92,18 @@ def test_exits_never_taken_are_the_full_depth(load, name, measure):
     assert run(model, prompts, exits=rule) == [greedy(model, prompt, 8) for prompt in prompts]
 
 
+def test_a_gate_and_an_agreement_let_tokens_leave(load):
+    model, prompts = load("exits"), make_prompts((3, 5))
+    for threshold, depths in ((ALWAYS, {2}), (NEVER, {4})):
+        engine = Engine(model, EngineSettings(**options(exits=ExitRule("gate", {2: threshold}), max_pending=99)))
+        assert {depth for each in engine.generate(prompts, short()) for depth in each.choices[0].depths} == depths
+    three = load("three loops")
+    rule = ExitRule("agreement", {2: 0.5, 4: 0.5})
+    found = Engine(three, EngineSettings(**options(exits=rule, max_pending=99))).generate(prompts, short(20))
+    # The first exit has nothing to agree with.
+    assert {depth for each in found for depth in each.choices[0].depths} <= {4, 6}
+
+
 @pytest.mark.parametrize("kv", ["recompute", "propagate", "shared"])
 @pytest.mark.parametrize("name", ["exits", "exits first keys", "exits recurrent", "three loops"])
 def test_exits_always_taken_are_that_depth(load, name, kv):

@@ -9,6 +9,8 @@ import torch
 from refold.checkpoint.companions import is_companion
 from refold.checkpoint.manifest import EXITS_NAME, MANIFEST_NAME, check, verify, write_manifest
 from refold.conversion.convert import ConvertOptions, convert
+from refold.engine.engine import Engine
+from refold.engine.settings import EngineSettings
 from refold.engine.thresholds import (
     ExitThreshold,
     Thresholds,
@@ -20,6 +22,7 @@ from refold.engine.thresholds import (
     require_free_thresholds,
 )
 from refold.errors import FolderError, RefoldError
+from refold.generation.sampling import Sampling
 from refold.healing.heal import heal
 from refold.modeling.load import load_model
 from refold.recipe.heal import HealStage
@@ -71,6 +74,17 @@ def test_what_is_written_is_read_and_the_folder_stays_whole(own, model):
     assert verify(own) == ()
     write_manifest(own)
     assert (own / MANIFEST_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("weights", ["auto", "bfloat16", "int8"])
+def test_an_engine_takes_the_exits_of_the_folder_whatever_its_weights(own, model, weights):
+    never = (ExitThreshold(depths=2, threshold=0.0, leaves=1.0, differs=0.0, bound=0.0),)
+    thresholds(model, exits=never).write(own)
+    engine = Engine(own, EngineSettings(weights=weights, exits="calibrated", max_pending=99), device="cpu")
+    found = engine.generate([[5, 6, 7, 8]], Sampling(max_new_tokens=5, ignore_eos=True))[0]
+    assert set(found.choices[0].depths) == {2}
+    with pytest.raises(RefoldError, match="kv"):
+        Engine(own, EngineSettings(exits="calibrated", kv="propagate"), device="cpu")
 
 
 def test_the_file_has_no_date_and_no_path(own, model):
