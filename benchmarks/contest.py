@@ -118,6 +118,7 @@ class Case:
         failures: For each contender that failed its message.
         others: Share of the machine's time that other processes took.
         notes: Figures of single further requests, by kind and contender.
+        commit: Of the checkout that measured it.
     """
 
     request: dict[str, Any]
@@ -125,6 +126,7 @@ class Case:
     failures: dict[str, str] = field(default_factory=dict)
     others: float = 0.0
     notes: dict[str, dict[str, float]] = field(default_factory=dict)
+    commit: str = ""
 
     @property
     def num_new(self) -> int:

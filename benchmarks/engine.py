@@ -27,7 +27,7 @@ import torch
 from contest import BUSY, Case, Competitor, ContenderFailed, compete
 from engine_contenders import FORMATS, Entry, exit_entries, shape_entries
 from model import SHAPES
-from page import run_facts
+from page import commit, run_facts
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -140,6 +140,7 @@ def run_part(options: argparse.Namespace, part: str, entries: Sequence[Entry], w
             case = compete(taking, request, options.rounds, how=lambda who, case: _wishes(by_name[who], case))
             if part.startswith("exits"):
                 add_notes(case, taking, by_name)
+            case.commit = commit()
             case.save(_result(options, part, name))
             busy = f"; other processes took {case.others:.0%}: quote no times" if case.others > BUSY else ""
             print(f"{part} {name}: {time.perf_counter() - begun:.0f} s{busy}", file=sys.stderr, flush=True)

@@ -65,6 +65,7 @@ class Results:
                     "new_tokens": case.num_new,
                     "rows": case.request["rows"],
                     "other_processes": case.others,
+                    "commit": case.commit,
                     "failures": case.failures,
                     "notes": case.notes,
                     "contenders": {
@@ -126,6 +127,9 @@ def introduction(results: Results) -> str:
         for name, case in cases.items()
         if case.others > BUSY
     }
+    commits = {case.commit for cases in results.parts.values() for case in cases.values()}
+    if len(commits) > 1:
+        text += f"\n\n**The cases are of several commits: {', '.join(sorted(commits))}.**"
     if busy:
         worst = ", ".join(f"{name} {share:.0%}" for name, share in busy.items())
         text += f"\n\n**Other processes took part of the machine's time ({worst}): do not quote these times.**"

@@ -156,6 +156,7 @@ def test_the_page_is_made_from_the_results_alone(
     config = {"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2}
     (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 1, "vocab_size": 9}))
     shape.save(tmp_path / "shape-b1.json")
+    healed.commit = "def"
     healed.save(tmp_path / "exits-mine-b1.json")
     results = engine_page.Results.read(tmp_path, {"commit": "abc"})
     assert engine_page.write(results, 0, tmp_path / "page.md") == 1
@@ -170,4 +171,5 @@ def test_the_page_is_made_from_the_results_alone(
     assert "met     mine, batch 1, lossless drafts: at least 1.2 times full depth: 1.33 times, 90% accepted" in out
     page = (tmp_path / "page.md").read_text()
     assert "| commit | abc |" in page
+    assert "The cases are of several commits: , def." in page
     assert json.loads((tmp_path / "page.json").read_text())["parts"]["exits-mine"]["b1"]["rows"] == 1
