@@ -47,6 +47,7 @@ CONTEXT = 256
 SLOTS = 32
 TEXT_TOKENS = 200_000
 """Tokens of held-out text that prompts are cut from."""
+MACHINE = Entry("machine", "machine")
 FOLDS: dict[str, Any] = {
     "strict": {"fold": {"loops": 2}},
     "sequence": {"fold": {"loops": 2, "pattern": "sequence"}},
@@ -87,17 +88,15 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--thresholds", type=float, nargs="*", default=[], help="of the gate, uncalibrated")
     parser.add_argument("--page-only", action="store_true", help="measure nothing; make the page of --work")
     parser.add_argument("--write", type=Path, help="results page to write; the JSON goes beside it")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds: at least 2 are required, because quartiles are shown (got {options.rounds})")
+    return options
 
 
 def measure(options: argparse.Namespace) -> None:
     """Measures all that the work folder lacks."""
     begun = time.perf_counter()
-    machine = options.work / "machine.json"
-    if not machine.exists():
-        asked = {"prompts": [[0]], "new": [1], "rows": 1}
-        with Started(options, [Entry("machine", "machine")]) as (competitor,):
-            machine.write_text(json.dumps(competitor.ask(asked)["extra"]))
     make_models(options)
     if "shape" in options.parts:
         prompts = Prompts(options.seed, SHAPES[options.shape]["vocab_size"])
@@ -124,7 +123,7 @@ def run_part(options: argparse.Namespace, part: str, entries: Sequence[Entry], w
     missing = [name for name in works if name in options.cases and not _result(options, part, name).exists()]
     if not missing or not entries:
         return
-    with Started(options, entries) as competitors:
+    with Started(options, [MACHINE, *entries]) as (machine, *competitors):
         by_name = {entry.name: entry for entry in entries}
         for name in missing:
             work = works[name]
@@ -137,6 +136,7 @@ def run_part(options: argparse.Namespace, part: str, entries: Sequence[Entry], w
                 "rows": work.rows,
             }
             begun = time.perf_counter()
+            measure_machine(options, machine)
             case = compete(taking, request, options.rounds, how=lambda who, case: _wishes(by_name[who], case))
             if part.startswith("exits"):
                 add_notes(case, taking, by_name)
@@ -144,6 +144,14 @@ def run_part(options: argparse.Namespace, part: str, entries: Sequence[Entry], w
             case.save(_result(options, part, name))
             busy = f"; other processes took {case.others:.0%}: quote no times" if case.others > BUSY else ""
             print(f"{part} {name}: {time.perf_counter() - begun:.0f} s{busy}", file=sys.stderr, flush=True)
+
+
+def measure_machine(options: argparse.Namespace, machine: Competitor) -> None:
+    """Measures the machine's rates and keeps the best ever seen: another process can only lower them."""
+    path = options.work / "machine.json"
+    best = json.loads(path.read_text()) if path.exists() else {}
+    found = machine.ask({"prompts": [[0]], "new": [1], "rows": 1})["extra"]
+    path.write_text(json.dumps({name: max(rate, best.get(name, 0.0)) for name, rate in found.items()}))
 
 
 def _wishes(entry: Entry, case: Case) -> Mapping[str, Any]:
