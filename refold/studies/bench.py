@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from refold.blueprint.passes import find_passes
 from refold.engine.engine import Engine
 from refold.engine.settings import Drafts, EngineSettings
 from refold.errors import RefoldError, given_or_default
@@ -209,9 +210,10 @@ def _engines(
     found = [load(name)]
     engine = found[0].engine
     assert engine is not None
-    has_exits = any(segment.is_exit for segment in engine.passes.segments)
+    passes = find_passes(engine.model.config.read_blueprint())
+    has_exits = any(segment.is_exit for segment in passes.segments)
     ways: dict[str, dict[str, Any]] = {"exits": {"exits": "calibrated"}} if has_exits else {}
-    if has_exits or engine.passes.period:
+    if has_exits or passes.period:
         ways["lossless drafts"] = {"drafts": Drafts()}
     for label, more in ways.items():
         try:
