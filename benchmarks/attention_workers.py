@@ -198,7 +198,7 @@ def make_page(results: dict[str, Any], seed: int) -> Page:
 
 
 def _break_even(seconds: dict[tuple[str, int], float]) -> str:
-    """Returns what the measured times say about this machine, and arithmetic for others."""
+    """Returns the break-even contexts: measured for this machine, computed for others."""
     low, high = CONTEXTS
     slope = (seconds["none", high] - seconds["none", low]) / (high - low)
     cost = seconds["1", low] - seconds["none", low]

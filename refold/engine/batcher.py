@@ -100,8 +100,7 @@ class DepthBatcher:
                 sequence.request.begun = time.perf_counter()
             if sequence.span is None:
                 self._spans.begin(sequence)
-        spans = self.scheduler.pick()
-        if spans:
+        if spans := self.scheduler.pick():
             self._launch(spans)
             if self._drafter is not None:
                 self._drafter.observe(self.statistics.new_tokens, len(self.scheduler.running))
@@ -138,20 +137,20 @@ class DepthBatcher:
 
     def _after(self, launch: Launch) -> bool:
         """Decides on every span behind a segment; says whether all of them go on as they are."""
-        through, asking, at_exit, unchanged = [], [], [], True
+        through, filled, at_exit, unchanged = [], [], [], True
         for index, span in enumerate(launch.spans):
             if span.sequence.span is not span:
                 unchanged = False
                 continue
             span.stream = None
             if span.is_through:
-                (through if span.asks else asking).append(index)
+                (through if span.asks else filled).append(index)
                 unchanged = False
                 continue
             behind = span.sequence.passes.segments[span.place - 1]
             if self._decides(span, behind.depths.stop):
                 at_exit.append(index)
-        for index in asking:
+        for index in filled:
             self._filled(launch.spans[index])
         if at_exit:
             unchanged &= (
@@ -203,7 +202,15 @@ class DepthBatcher:
         sequence = span.sequence
         sequence.span = None
         self._spans.publish(sequence)
+        self._pass_window(sequence)
         self._spans.begin(sequence)
+
+    def _pass_window(self, sequence: Sequence) -> None:
+        """Gives back the pages behind windows that no token reaches any more."""
+        if self._has_windows:
+            # Tokens that wait still run the deeper depths, with the windows of their own places.
+            waiting = (start for _, start in sequence.waiting.values())
+            self._pools.pass_window(sequence.row, min([sequence.num_run, *waiting]))
 
     def _exiting(self, launch: Launch, indices: list[int]) -> bool:
         """Lets rows leave at exits; says whether none did."""
@@ -231,8 +238,7 @@ class DepthBatcher:
         if self._kv == "recompute":
             for span in spans:
                 assert span.stream is not None
-                streams, start = span.sequence.waiting.get(span.place, ([], span.start))
-                span.sequence.waiting[span.place] = ([*streams, span.stream], start)
+                span.sequence.wait(span, span.stream)
             return
         clock = time.perf_counter()
         skipped = Launch(self._model, self._pools, self._rotations, spans, self.flat)
@@ -260,19 +266,15 @@ class DepthBatcher:
             self._drafter.guess(leaving)
         self.statistics.model_seconds += time.perf_counter() - clock
         for index in guessing:
-            span = launch.spans[index]
-            sequence = span.sequence
-            streams, start = sequence.waiting.get(span.place, ([], span.start))
-            sequence.waiting[span.place] = ([*streams, launch.stream(index)], start)
-            self._spans.begin(sequence)
+            launch.spans[index].sequence.wait(launch.spans[index], launch.stream(index))
+            self._spans.begin(launch.spans[index].sequence)
         return False
 
     def _predict(self, launch: Launch, indices: list[int]) -> None:
         """Takes the predictions of spans that have run all their segments."""
         for leaving in launch.asked(indices):
             clock = time.perf_counter()
-            normed = self._model.model.norm_after(leaving.depth - 1)(leaving.streams)
-            logits = self._model.project_logits(normed, leaving.depth - 1)
+            logits = self._model.logits_after(leaving.depth, leaving.streams)
             self.statistics.model_seconds += time.perf_counter() - clock
             for span in leaving.spans:
                 self._spans.publish(span.sequence)
@@ -357,10 +359,8 @@ class DepthBatcher:
                 request.listener(sequence.number, piece, ended)
         if ended:
             self._end(sequence)
-        elif self._has_windows and len(sequence.tokens) % self._settings.page_size == 0:
-            # Tokens that wait still run the deeper depths, with the windows of their own places.
-            first = min([len(sequence.tokens) - 1, *(start for _, start in sequence.waiting.values())])
-            self._pools.pass_window(sequence.row, first)
+        elif len(sequence.tokens) % self._settings.page_size == 0:
+            self._pass_window(sequence)
         return not ended
 
     def _fail(self, sequence: Sequence, reason: Literal["cancelled", "error"], error: str | None = None) -> None:
@@ -370,7 +370,7 @@ class DepthBatcher:
         self._end(sequence, error)
 
     def _end(self, sequence: Sequence, error: str | None = None) -> None:
-        """Gives back what a sequence holds and keeps its choice."""
+        """Gives back the row, pages and states of a sequence and keeps its choice."""
         if sequence.row >= 0:
             self._sampler.clear(sequence.row)
         self.scheduler.end(sequence, spoiled=error is not None)

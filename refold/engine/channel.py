@@ -30,7 +30,7 @@ FOREVER = timedelta(days=3650)
 
 
 class Message(IntEnum):
-    """What a header asks for: the first of its numbers."""
+    """The request of a message: the first number of its header."""
 
     CLOSE = 0
     OPEN = 1

@@ -88,25 +88,21 @@ class Drafter:
         Args:
             leaving: The streams there, one token each.
         """
-        stack = self._model.model
-        normed = stack.norm_after(leaving.depth - 1)(leaving.streams)
-        logits = self._model.project_logits(normed, leaving.depth - 1)
+        logits = self._model.logits_after(leaving.depth, leaving.streams)
+        tokens = logits.argmax(-1).tolist()
         sequences = [span.sequence for span in leaving.spans]
-        rows = [sequence.row for sequence in sequences]
-        if all(sequence.request.sampling.temperature == 0 for sequence in sequences) and not any(
-            sequence.request.sampling.logit_bias for sequence in sequences
-        ):
-            for sequence, token in zip(sequences, logits.argmax(-1).tolist(), strict=True):
-                sequence.drafts.append(token)
-            return
-        probabilities = self._sampler.probabilities(logits, rows)
-        places = [sequence.num_new + len(sequence.drafts) for sequence in sequences]
-        tokens = self._sampler.draw(probabilities, rows, places, RandomStream.DRAFT).tolist()
-        for index, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+        # Rows that draw keep the distribution of each guess; the others have none, whatever runs beside them.
+        drawing = [index for index, each in enumerate(sequences) if each.request.sampling.temperature > 0]
+        if drawing:
+            rows = [sequences[index].row for index in drawing]
+            places = [sequences[index].num_new + len(sequences[index].drafts) for index in drawing]
+            probabilities = self._sampler.probabilities(logits[drawing], rows)
+            drawn = self._sampler.draw(probabilities, rows, places, RandomStream.DRAFT).tolist()
+            for index, token, row in zip(drawing, drawn, probabilities, strict=True):
+                tokens[index] = token
+                sequences[index].draft_probs = [*(sequences[index].draft_probs or ()), row]
+        for sequence, token in zip(sequences, tokens, strict=True):
             sequence.drafts.append(token)
-            if sequence.draft_probs is None:
-                sequence.draft_probs = []
-            sequence.draft_probs.append(probabilities[index])
 
     def verify(self, guessed: Items[tuple[Span, Tensor]]) -> list[tuple[Span, Accepted, int]]:
         """Compares guesses with the whole stack's predictions.

@@ -26,6 +26,7 @@ from refold.engine.sequence import Sequence as Row
 from refold.engine.settings import EngineSettings, KvPolicy
 from refold.engine.sizing import make_pools, max_tokens
 from refold.engine.stops import ChoiceText
+from refold.engine.threads import set_threads
 from refold.errors import RefoldError, given_or_default
 from refold.generation.limits import end_tokens, new_tokens_room, position_limit
 from refold.generation.prompts import Messages, encode_prompt
@@ -66,14 +67,13 @@ class Engine:
         settings = given_or_default(settings, EngineSettings, "settings")
         is_folder = not isinstance(model, nn.Module)
         self.tokenizer = _find_tokenizer(model) if tokenizer is None and is_folder else tokenizer
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
+        set_threads(settings.threads)
         opened = open_model(model, device=device)
-        rule = _exit_rule(opened, settings)  # thresholds name the weights as they are stored, which packing changes
+        rule, kv = _exit_rule(opened, settings)  # thresholds name the weights as they are stored, which packing changes
         self.model, self.weights = pack(opened, settings, is_folder)
         self.settings = settings
         self._blueprint = self.model.config.read_blueprint()
-        self.kv = _kv_policy(self._blueprint, settings, rule)
+        self.kv = _kv_policy(self._blueprint, kv, rule)
         limit = position_limit(self.model)
         self.max_context = settings.max_context or limit or _UNBOUNDED
         if limit is not None and self.max_context > limit:
@@ -193,8 +193,7 @@ class Engine:
                 )
         else:
             room = new_tokens_room(len(ids), self.max_context, sampling)
-        most = self._max_tokens
-        if len(ids) + room > most:
+        if len(ids) + room > (most := self._max_tokens):
             raise RefoldError(
                 f"memory: pages for the {len(ids) + room} tokens of one prompt and its continuation are required (the "
                 f"engine's {self._pools.num_bytes:,} bytes hold {most}); raise memory, or lower max_new_tokens"
@@ -346,28 +345,29 @@ def _find_tokenizer(model: Any) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(folder) if has_tokenizer([path.name for path in folder.iterdir()]) else None
 
 
-def _exit_rule(model: Any, settings: EngineSettings) -> ExitRule | None:
-    """Returns the rule of the exits, with thresholds that hold for the model and for the keys of skipped depths."""
+def _exit_rule(model: Any, settings: EngineSettings) -> tuple[ExitRule | None, str | None]:
+    """Returns the rule of the exits, and the policy for keys of skipped depths that was asked for, if any."""
     from refold.engine.thresholds import load_thresholds
 
     if settings.exits is None or isinstance(settings.exits, ExitRule):
-        return settings.exits
+        return settings.exits, settings.kv
     thresholds = load_thresholds(model, settings.exits)
-    thresholds.require_policy(cast("KvPolicy", settings.kv or thresholds.kv))
-    return thresholds.rule()
+    wanted = cast("KvPolicy", settings.kv or thresholds.kv)
+    thresholds.require_policy(wanted)
+    return thresholds.rule(), wanted
 
 
-def _kv_policy(blueprint: Any, settings: EngineSettings, rule: ExitRule | None) -> KvPolicy:
+def _kv_policy(blueprint: Any, wanted: str | None, rule: ExitRule | None) -> KvPolicy:
     """Returns the policy for keys of skipped depths, checked against the stack."""
     if rule is None:
-        return cast("KvPolicy", settings.kv or "recompute")
+        return cast("KvPolicy", wanted or "recompute")
     first = min((index + 1 for index, depth in enumerate(blueprint.depths) if depth.exit is not None), default=0)
-    writes_later = last_writing_depth(blueprint) >= first
-    policy = cast("KvPolicy", settings.kv or ("recompute" if writes_later else "shared"))
-    if policy == "shared" and writes_later:
+    last = last_writing_depth(blueprint)
+    policy = cast("KvPolicy", wanted or ("recompute" if last >= first else "shared"))
+    if policy == "shared" and last >= first:
         raise RefoldError(
-            f"kv: no keys and states behind the first exit are required for 'shared' (depth "
-            f"{last_writing_depth(blueprint)} keeps some); use 'recompute' or 'propagate', or fold with share_kv"
+            f"kv: no keys and states behind the first exit are required for 'shared' (depth {last} keeps some); use "
+            f"'recompute' or 'propagate', or fold with share_kv"
         )
     recurrent = [index for index in recurrent_depths(blueprint) if index >= first]
     if policy == "propagate" and recurrent:

@@ -209,8 +209,10 @@ class Pools:
         return self.states.save(_listed(rows), depths)
 
     def restore_states(self, rows: int | Sequence[int], snapshot: Snapshot) -> None:
-        """Puts the saved states of rows back; `rows` may be some of the snapshot's."""
-        self.states.restore(_listed(rows), snapshot)
+        """Puts saved states back: some of the snapshot's rows, or to one row the only one of the snapshot."""
+        # A sequence that gave way meanwhile has another row than when its states were saved.
+        places = [0] if isinstance(rows, int) and len(snapshot.rows) == 1 else None
+        self.states.restore(_listed(rows), snapshot, places)
 
     def copy_out(self, row: int) -> Saved:
         """Returns a copy of a row's pages and states in the host's memory. The row keeps them until it is released."""

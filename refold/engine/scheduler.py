@@ -120,7 +120,8 @@ class Scheduler:
             sequence.saved = None
             return True
         cached = pools.attach_prefix(row, sequence.tokens) if self._settings.share_prefixes else 0
-        if not pools.reserve(row, len(sequence.tokens)):
+        # Pages for the first piece: a window's pool may be too small for a whole prompt, and need not hold it at once.
+        if not pools.reserve(row, min(len(sequence.tokens), cached + self._settings.chunk)):
             pools.release(row)
             return False
         sequence.num_run = cached

@@ -170,6 +170,11 @@ class Sequence:
             known = known + self.drafts[first : first + length - len(known)]
         return known
 
+    def wait(self, span: Span, stream: Tensor) -> None:
+        """Lets the stream of a span wait before the span's next segment, behind those that wait there already."""
+        streams, start = self.waiting.get(span.place, ([], span.start))
+        self.waiting[span.place] = ([*streams, stream], start)
+
     def keep_logprobs(self, logprob: TokenLogprob | None, alternatives: Items[TokenLogprob] | None) -> None:
         """Keeps the log-probability of a new token and its alternatives; None where they were not asked for."""
         if logprob is not None:

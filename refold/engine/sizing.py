@@ -47,7 +47,8 @@ def make_pools(model: RefoldForCausalLM, settings: EngineSettings, max_context: 
         page_size=size,
         dtype=model.dtype,
         device=device,
-        max_span=settings.chunk,
+        # Skipped tokens that wait reach back too.
+        max_span=settings.chunk + settings.max_pending,
     )
     if settings.memory is not None:
         allowed = settings.memory

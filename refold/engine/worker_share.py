@@ -58,7 +58,7 @@ class WorkerShare:
         return self.number * group.share_pages if group.num_shares > 1 else 0
 
     def changes(self, place: int, group: PageGroup, rows: np.ndarray) -> list[np.ndarray]:
-        """Returns what the worker does not yet know of the block tables of rows, and notes that it will.
+        """Returns the entries of block tables that the worker lacks, and marks them as sent.
 
         Returns:
             The number of changed entries; then their rows, blocks and pages.

@@ -48,6 +48,10 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits
 
+    def logits_after(self, num_depths: int, hidden_states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch N"]:
+        """Returns the logits of a residual stream that leaves the stack after so many depths."""
+        return self.project_logits(self.model.norm_after(num_depths - 1)(hidden_states), num_depths - 1)
+
     def _project_rows(self, hidden_states: Tensor, exit_depth: ExitAt | None) -> Tensor:
         """Returns the logits of each row, from the head of the exit at which the row left the stack."""
         if not isinstance(exit_depth, Tensor):

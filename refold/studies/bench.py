@@ -296,7 +296,7 @@ def _mean_depths(served: Sequence[Served], engine: Engine | None) -> float | Non
 
 
 def _loaded(make: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
-    """Returns what a function makes, and the bytes that it holds afterwards."""
+    """Calls a function; returns its result and the bytes by which the memory has grown."""
     before = _forget_peak(device)
     made = make()
     after = _forget_peak(device)

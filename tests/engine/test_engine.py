@@ -162,6 +162,50 @@ def test_drafts_change_no_greedy_token(load, name, source, adapt):
     assert run(model, prompts, short(14), drafts=drafts) == [greedy(model, prompt, 14) for prompt in prompts]
 
 
+@pytest.mark.parametrize("name", ["exits", "exits recurrent"])
+def test_drafts_of_greedy_rows_beside_sampled_ones_change_no_token(load, name):
+    model, prompts = load(name), make_prompts((3, 9, 14, 6))
+    engine = Engine(model, EngineSettings(**options(drafts=Drafts(tokens=4, adapt=False))))
+    requests = [
+        engine.prepare(prompt, short(18, temperature=float(index % 2), seed=index))
+        for index, prompt in enumerate(prompts)
+    ]
+    # A greedy row guesses alone at first, then beside rows that draw.
+    for request in requests:
+        engine.submit(request)
+        for _ in range(3):
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    for request in requests[::2]:
+        assert list(request.choices[0].token_ids) == greedy(model, request.prompt_ids, 18)
+
+
+@pytest.mark.parametrize("name", ["window", "window hybrid"])
+def test_a_prompt_far_longer_than_the_window_passes_through_a_small_pool(load, name):
+    model, (prompt,) = load(name), make_prompts((50,))
+    given = {"max_rows": 1, "chunk": 8, "max_pending": 1, "share_prefixes": False}
+    engine = Engine(model, EngineSettings(**options(**given)))
+    request = engine.prepare(prompt, short(6))
+    engine.submit(request)
+    for _ in range(400):
+        engine.step()
+    assert list(request.choices[0].token_ids) == greedy(model, prompt, 6)
+    assert engine.statistics().preemptions == 0
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "copy"])
+def test_drafts_of_recurrent_rows_survive_preemption(load, preemption):
+    model, prompts = load("exits recurrent"), make_prompts((9, 11, 14, 10))
+    full = Engine(model, EngineSettings(**options())).statistics().memory_bytes
+    drafts = Drafts(tokens=4, adapt=False)
+    given = {"memory": full // 20, "preemption": preemption, "max_context": 40, "drafts": drafts, "max_rows": 3}
+    engine = Engine(model, EngineSettings(**options(**given)))
+    found = [list(each.choices[0].token_ids) for each in engine.generate(prompts, short(16))]
+    assert found == [greedy(model, prompt, 16) for prompt in prompts]
+    assert engine.statistics().preemptions > 0
+
+
 @pytest.mark.parametrize("preemption", ["recompute", "copy"])
 @pytest.mark.parametrize("name", ["relaxed", "window hybrid", "first keys"])
 def test_a_pool_one_page_too_small_gives_the_same_tokens(load, name, preemption):

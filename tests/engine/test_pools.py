@@ -307,7 +307,7 @@ def test_tokens_without_pages_are_refused():
 
 
 class AnyUse(RuleBasedStateMachine):
-    """Uses pools in any order; the pages of each row hold what the row has written."""
+    """Uses pools in any order; the pages of a row keep the numbers that were written for it."""
 
     windows: tuple[int | None, ...] = (None, 6)
     recurrent: tuple[int, ...] = ()

@@ -87,6 +87,11 @@ def test_an_engine_takes_the_exits_of_the_folder_whatever_its_weights(own, model
         Engine(own, EngineSettings(exits="calibrated", kv="propagate"), device="cpu")
 
 
+def test_an_engine_serves_thresholds_with_the_keys_they_were_measured_with(own, model):
+    thresholds(model, kv="propagate").write(own)
+    assert Engine(own, EngineSettings(exits="calibrated"), device="cpu").kv == "propagate"
+
+
 def test_the_file_has_no_date_and_no_path(own, model):
     one = thresholds(model).write(own).read_bytes()
     assert thresholds(model).write(own, overwrite=True).read_bytes() == one
