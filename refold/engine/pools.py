@@ -324,6 +324,10 @@ class Pools:
         return False
 
     def _drop_blocks(self, blocks: Sequence[CachedBlock]) -> None:
+        if not blocks:
+            return
+        # A block left behind would be cached once more when its row publishes again, and then never look unused.
+        blocks = self._cache.with_descendants(blocks)
         self._cache.remove(blocks)
         for block in blocks:
             for group, page in zip(self.groups, block.pages, strict=True):

@@ -88,6 +88,20 @@ class PrefixCache:
             parent = block.number
         return added
 
+    def with_descendants(self, blocks: Sequence[CachedBlock]) -> list[CachedBlock]:
+        """Returns blocks with all that stand behind them, which nobody could find any more without them."""
+        children: dict[int, list[CachedBlock]] = {}
+        for block in self:
+            children.setdefault(block.key[0], []).append(block)
+        found = {block.number: block for block in blocks}
+        open_blocks = list(found.values())
+        while open_blocks:
+            for child in children.get(open_blocks.pop().number, ()):
+                if child.number not in found:
+                    found[child.number] = child
+                    open_blocks.append(child)
+        return list(found.values())
+
     def touch(self, chain: Sequence[CachedBlock]) -> None:
         """Makes the blocks of a prefix, from its first on, the most recently used ones."""
         for block in reversed(chain):

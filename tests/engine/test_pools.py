@@ -159,6 +159,24 @@ def test_cached_prefixes_give_way_the_oldest_and_longest_first():
     pools.check()
 
 
+def test_blocks_behind_one_that_is_given_up_are_given_up_too():
+    """Otherwise a row that publishes again caches its pages twice, and they never come back."""
+    pools = make_pools((6,), num_pages=6)
+    prompt = list(range(13))
+    assert pools.reserve(0, 12)
+    pools.publish(0, prompt, 12)
+    pools.pass_window(0, 12)  # the row gives its first block back, so that only the cache has it
+    assert pools.reserve(1, 16)
+    assert pools.cached_blocks == 0
+    pools.publish(0, prompt, 12)
+    pools.release(0)
+    pools.release(1)
+    assert pools.used_pages == 0
+    pools.drop_prefixes()
+    pools.check()
+    assert pools.free_pages == 6
+
+
 def test_prefixes_of_windows_need_only_the_pages_that_are_seen():
     pools = make_pools((None, 6))
     prompt = list(range(17))

@@ -58,14 +58,14 @@ def soak(model: Any, count: int, share: int, **given: Any) -> None:
     assert live_tensors() <= before * 1.02
 
 
-@pytest.mark.parametrize(("name", "share"), [("relaxed", 20), ("window hybrid", 6)])
+@pytest.mark.parametrize(("name", "share"), [("relaxed", 20), ("window hybrid", 8)])
 def test_a_short_soak(load, name, share):
     soak(load(name), 120, share)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("preemption", ["recompute", "copy"])
-@pytest.mark.parametrize(("name", "share"), [("relaxed", 20), ("window hybrid", 6), ("exits", 20)])
+@pytest.mark.parametrize(("name", "share"), [("relaxed", 20), ("window hybrid", 8), ("exits", 20)])
 def test_two_thousand_requests(load, name, share, preemption):
     model = load(name)
     exits = ExitRule("top1", {2: 0.2}) if name == "exits" else None
