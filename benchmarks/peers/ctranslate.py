@@ -14,15 +14,14 @@ from pathlib import Path
 import ctranslate2  # pyright: ignore[reportMissingImports]
 import numpy as np
 from ctranslate2.specs import common_spec, transformer_spec  # pyright: ignore[reportMissingImports]
-from numpy.typing import NDArray
 from protocol import Answer, Request, answer_requests
-from safetensors import safe_open
+from source_tensors import read_tensors
 
 
 def convert(folder: Path, out: Path) -> None:
     """Writes a Llama folder in CTranslate2's format, with tokens named by their numbers."""
     config = json.loads((folder / "config.json").read_text())
-    weights = _read(folder)
+    weights = read_tensors(folder)
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     spec = transformer_spec.TransformerDecoderModelSpec.from_config(
         config["num_hidden_layers"],
@@ -64,15 +63,6 @@ def convert(folder: Path, out: Path) -> None:
     part_folder.mkdir(parents=True)
     spec.save(str(part_folder))
     part_folder.rename(out)
-
-
-def _read(folder: Path) -> dict[str, NDArray[np.float32]]:
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                found[name] = np.ascontiguousarray(tensors.get_tensor(name).astype(np.float32))
-    return found
 
 
 class Translator:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, quants  # pyright: ignore[reportMissingImports]
 from numpy.typing import NDArray
-from safetensors import safe_open
+from source_tensors import read_tensors
 
 TYPES = {name: GGMLQuantizationType[name] for name in ("F32", "BF16", "Q8_0", "Q4_0")}
 FILE_TYPES = {"F32": 0, "BF16": 32, "Q8_0": 7, "Q4_0": 2}
@@ -56,7 +56,7 @@ def write_gguf(folder: Path, out: Path, kind: str) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(FILE_TYPES[kind])
     _add_vocabulary(writer, config["vocab_size"])
-    for name, weight in _read(folder).items():
+    for name, weight in read_tensors(folder).items():
         if name == "lm_head.weight" and config.get("tie_word_embeddings"):
             continue
         if name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -75,15 +75,6 @@ def write_gguf(folder: Path, out: Path, kind: str) -> None:
 
 def _rope_theta(config: dict) -> float:
     return float((config.get("rope_parameters") or config).get("rope_theta", 10_000.0))
-
-
-def _read(folder: Path) -> dict[str, NDArray[np.float32]]:
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                found[name] = np.ascontiguousarray(tensors.get_tensor(name).astype(np.float32))
-    return found
 
 
 def _interleave(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
