@@ -9,7 +9,7 @@ from refold.blueprint.owned.exits import count_exit_parameters, gate_flops, head
 from refold.blueprint.owned.kind import OwnedKind
 from refold.blueprint.owned.registry import owned_kinds
 from refold.blueprint.schema import Blueprint, depth_linears, linear_pools
-from refold.blueprint.tensors import target_tensors
+from refold.blueprint.tensors import float_tensors, target_tensors
 from refold.families.arch import Frozen
 from refold.mixers.spec import MLP, CacheCost
 
@@ -120,7 +120,7 @@ def _reached(context: int, window: int | None) -> int:
 def count_parameters(blueprint: Blueprint) -> ParameterCount:
     """Counts the parameters of a blueprint; a tied parameter counts once."""
     counted: Counter[Place] = Counter()
-    for tensor in target_tensors(blueprint):
+    for tensor in float_tensors(blueprint):
         counted[tensor.kind.place] += tensor.num_elements
     return ParameterCount(
         embedding=counted["embedding"],
@@ -129,6 +129,19 @@ def count_parameters(blueprint: Blueprint) -> ParameterCount:
         layer=counted["stack"] // blueprint.num_depths,
         exits=counted["exits"],
         non_embedding=counted["stack"] + counted["exits"] + counted["final_norm"],
+    )
+
+
+def count_weight_bytes(blueprint: Blueprint, dtype_bytes: int) -> int:
+    """Returns the bytes of all stored tensors; those of quantised weights have their own dtypes.
+
+    Args:
+        blueprint: The blueprint.
+        dtype_bytes: Bytes of one number in tensors of floats.
+    """
+    return sum(
+        tensor.num_elements * dtype_bytes if tensor.piece is None else tensor.piece.num_bytes
+        for tensor in target_tensors(blueprint)
     )
 
 
@@ -155,7 +168,7 @@ def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
     return Cost(
         parameters=counted.total,
         non_embedding_parameters=counted.non_embedding,
-        weight_bytes=counted.total * dtype_bytes,
+        weight_bytes=count_weight_bytes(blueprint, dtype_bytes),
         cache=tuple(CacheCost(size, window) for window, size in _widest_first(cached)),
         state_bytes=state,
         flops_per_token=_head_flops(blueprint)

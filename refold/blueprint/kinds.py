@@ -1,10 +1,11 @@
 """Kinds of tensors: the interface that every kind has, and the kinds that are stored once."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar, Literal
 
+from refold.blueprint.integers import Scheme, StoredPiece, find_scheme
 from refold.blueprint.origins import (
     Initialisation,
     Origin,
@@ -74,6 +75,7 @@ class TargetTensor:
         depth: Index of the depth that owns the tensor; None for tensors of a part or outside the stack.
         local: Name inside the part, such as `q_proj.weight` or `input_norm.weight`. For LoRAs and coefficients, the
             name of the linear, such as `q_proj`; for exits, the name inside the exit, such as `lora.lm_head.a`.
+        piece: For one of the tensors that hold a quantised weight, its place among them; None: a tensor of floats.
     """
 
     name: str
@@ -83,6 +85,7 @@ class TargetTensor:
     part: int | None = None
     depth: int | None = None
     local: str = ""
+    piece: StoredPiece | None = None
 
     @property
     def linear(self) -> str:
@@ -97,6 +100,30 @@ class TargetTensor:
     def groups(self) -> frozenset[str]:
         """Names of the heal groups that the tensor belongs to, such as `mixers` and `adapters`."""
         return self.kind.groups | (frozenset() if self.pool is None else {f"{self.pool}s"})
+
+    def scheme_name(self, blueprint: Blueprint) -> str | None:
+        """Returns the name of the scheme by which the weight is stored; None: it is stored as floats."""
+        if self.kind.place in ("embedding", "head"):
+            return blueprint.quantised.get(self.kind.place)
+        if not self.kind.is_quantised(blueprint, self):
+            return None
+        if self.depth is not None:
+            return blueprint.depths[self.depth].quantised.get(self.linear)
+        assert self.pool is not None
+        return blueprint.pool(self.pool)[self.part_in(blueprint)].quantised.get(self.linear)
+
+    def scheme(self, blueprint: Blueprint) -> Scheme | None:
+        """Returns the scheme by which the weight is stored; None: it is stored as floats."""
+        name = self.scheme_name(blueprint)
+        return None if name is None else find_scheme(name)
+
+    def stored_as(self, scheme: Scheme) -> "tuple[TargetTensor, ...]":
+        """Returns the tensors that hold the weight by a scheme."""
+        rows, columns = self.shape
+        return tuple(
+            replace(self, name=f"{self.name}{piece.suffix}", shape=piece.shape, piece=piece)
+            for piece in scheme.pieces(rows, columns)
+        )
 
     def part_in(self, blueprint: Blueprint) -> int:
         """Returns the index of the stored part: the tensor's own, or the one that its depth runs."""

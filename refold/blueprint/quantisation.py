@@ -1,56 +1,19 @@
-"""Weight-only quantisation schemes: width of the integers, size of the groups, and bytes of the result."""
+"""Weights that are stored as integers, or would be: which tensors they are, and their bytes."""
 
-from math import ceil
+from collections.abc import Mapping
+from typing import Literal
 
+from refold.blueprint.integers import Scheme
 from refold.blueprint.kinds import TargetTensor
 from refold.blueprint.schema import Blueprint
-from refold.blueprint.tensors import target_tensors
-from refold.errors import RefoldError
+from refold.blueprint.tensors import float_tensors
 from refold.families.arch import Frozen
-from refold.suggest import must_be_one_of
 
-SCALE_BYTES = 2  # bfloat16
-
-
-class Scheme(Frozen):
-    """A scheme that stores weights of linears as integers, packed inside a row without gaps, with one scale per group.
-
-    With a zero point (one integer of the same width per group) the range of a group need not be symmetric; without, the
-    range is symmetric about zero. Embedding, head, norms, biases and LoRAs beside a stored weight keep their dtype.
-    """
-
-    bits: int
-    group: int | None
-    """Number of neighbours in a row (inputs) that share a scale; the last group may be smaller. None: the whole row."""
-    has_zero_point: bool
-
-    def num_bytes(self, rows: int, columns: int) -> int:
-        """Returns the bytes of one weight `[rows, columns]`: integers, scales and zero points."""
-        groups = 1 if self.group is None else ceil(columns / self.group)
-        zero_points = ceil(groups * self.bits / 8) if self.has_zero_point else 0
-        return rows * (ceil(columns * self.bits / 8) + groups * SCALE_BYTES + zero_points)
-
-
-SCHEMES = {
-    "int8": Scheme(bits=8, group=None, has_zero_point=False),
-    "int4": Scheme(bits=4, group=32, has_zero_point=True),
-}
-"""All schemes by name, most precise first."""
-
-
-def find_scheme(name: str) -> Scheme:
-    """Returns the scheme with a name.
-
-    Raises:
-        RefoldError: No scheme has this name.
-    """
-    if name not in SCHEMES:
-        raise RefoldError(f"quantise: {must_be_one_of(name, tuple(SCHEMES))}")
-    return SCHEMES[name]
+OUTER = ("embedding", "head")
 
 
 def is_quantised(blueprint: Blueprint, tensor: TargetTensor) -> bool:
-    """Says whether a tensor is quantised: the weight of a linear, or a factor of it, in a part or at a depth.
+    """Says whether a scheme for linears rounds a tensor: the weight of a linear, or a factor of it.
 
     LoRA factors count as quantised weights only where the linear has no stored weight of its own.
     """
@@ -58,7 +21,7 @@ def is_quantised(blueprint: Blueprint, tensor: TargetTensor) -> bool:
 
 
 def quantised_bytes(blueprint: Blueprint, dtype_bytes: int, scheme: Scheme) -> int:
-    """Returns the weight bytes of a blueprint after quantisation.
+    """Returns the weight bytes of a blueprint after quantisation of all linears.
 
     Args:
         blueprint: The blueprint; `is_quantised` selects the tensors.
@@ -66,10 +29,70 @@ def quantised_bytes(blueprint: Blueprint, dtype_bytes: int, scheme: Scheme) -> i
         scheme: The quantisation scheme.
     """
     total = 0
-    for tensor in target_tensors(blueprint):
+    for tensor in float_tensors(blueprint):
         if is_quantised(blueprint, tensor):
             rows, columns = tensor.shape
             total += scheme.num_bytes(rows, columns)
         else:
             total += tensor.num_elements * dtype_bytes
     return total
+
+
+def with_schemes(blueprint: Blueprint, schemes: Mapping[str, str | None]) -> Blueprint:
+    """Returns a blueprint whose weights are stored by schemes.
+
+    Args:
+        blueprint: A blueprint.
+        schemes: By the name of a tensor in `float_tensors`; None, or no entry: as floats.
+    """
+    outer: dict[Literal["embedding", "head"], str] = {}
+    parts: dict[tuple[str, int], dict[str, str]] = {}
+    depths: dict[int, dict[str, str]] = {}
+    for tensor in float_tensors(blueprint):
+        scheme = schemes.get(tensor.name)
+        if scheme is None:
+            continue
+        if tensor.kind.place == "embedding" or tensor.kind.place == "head":
+            outer[tensor.kind.place] = scheme
+        elif tensor.depth is not None:
+            depths.setdefault(tensor.depth, {})[tensor.linear] = scheme
+        else:
+            assert tensor.pool is not None
+            assert tensor.part is not None
+            parts.setdefault((tensor.pool, tensor.part), {})[tensor.linear] = scheme
+    made: dict[str, tuple[Frozen, ...]] = {
+        f"{pool}s": tuple(
+            part.model_copy(update={"quantised": parts.get((pool, index), {})})
+            for index, part in enumerate(blueprint.pool(pool))
+        )
+        for pool in ("mixer", "mlp")
+    }
+    made["depths"] = tuple(
+        depth.model_copy(update={"quantised": depths.get(index, {})}) for index, depth in enumerate(blueprint.depths)
+    )
+    return blueprint.model_copy(update={**made, "quantised": outer})
+
+
+def without_schemes(blueprint: Blueprint) -> Blueprint:
+    """Returns the blueprint with all weights as floats."""
+    return with_schemes(blueprint, {})
+
+
+def holds_integers(blueprint: Blueprint) -> bool:
+    """Says whether any weight is stored as integers."""
+    holders = (*blueprint.mixers, *blueprint.mlps, *blueprint.depths, blueprint)
+    return any(holder.quantised for holder in holders)
+
+
+def describe_schemes(blueprint: Blueprint) -> str:
+    """Returns the number of weights by scheme in words, such as `42 weights int4, 1 int8, 25 tensors as floats`."""
+    counts: dict[str, int] = {}
+    num_floats = 0
+    for tensor in float_tensors(blueprint):
+        name = tensor.scheme_name(blueprint)
+        if name is None:
+            num_floats += 1
+        else:
+            counts[name] = counts.get(name, 0) + 1
+    told = [f"{count} weights {name}" for name, count in counts.items()]
+    return ", ".join((*told, f"{num_floats} tensors as floats"))

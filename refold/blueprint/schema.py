@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from refold.blueprint.former import read_part, read_stack
+from refold.blueprint.integers import SchemeName
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec, Frozen, Rope
 from refold.mixers.attention import Attention
@@ -29,6 +30,8 @@ class Part(Frozen):
     bases: dict[str, Rank] = Field(default_factory=dict)
     """Rank of each linear of which the part stores only a basis A `[rank, in]`. Each depth has its own coefficients B
     `[out, rank]` and computes B (A x) (Basis Sharing, arXiv 2410.03765)."""
+    quantised: dict[str, SchemeName] = Field(default_factory=dict)
+    """Scheme of each linear whose weight, factors or basis are stored as integers."""
 
 
 class MixerPart(Part):
@@ -107,6 +110,8 @@ class DepthSpec(Frozen):
     kv: tuple[KvRead, ...] = ()
     """Key-value heads that the depth reads from earlier depths; it computes all others itself."""
     exit: Exit | None = None
+    quantised: dict[str, SchemeName] = Field(default_factory=dict)
+    """Scheme of each linear whose coefficients, or whose LoRA that replaces a stored weight, are stored as integers."""
 
 
 class Blueprint(Frozen):
@@ -116,6 +121,8 @@ class Blueprint(Frozen):
     mixers: tuple[MixerPart, ...]
     mlps: tuple[MlpPart, ...]
     depths: tuple[DepthSpec, ...]
+    quantised: dict[Literal["embedding", "head"], SchemeName] = Field(default_factory=dict)
+    """Scheme of the embedding and of an untied head, if they are stored as integers."""
 
     @property
     def num_depths(self) -> int:
@@ -213,7 +220,22 @@ class Blueprint(Frozen):
                     )
         for index in range(self.num_depths):
             self._require_readable(index)
+        self._require_quantisable()
         return self
+
+    def _require_quantisable(self) -> None:
+        """Checks that schemes are given only for weights that are stored."""
+        for pool in POOLS:
+            for index, part in enumerate(self.pool(pool)):
+                if not part.quantised:
+                    continue
+                stored = [name for name in part_linears(self, pool, index) if part.factors.get(name) != 0]
+                _require_among(f"{pool}s[{index}].quantised", part.quantised, stored)
+        for index, depth in enumerate(self.depths):
+            if depth.quantised:
+                _require_among(f"depths[{index}].quantised", depth.quantised, depth_weights(self, index))
+        if self.arch.tied_head and "head" in self.quantised:
+            raise ValueError("quantised.head: an untied head is required (it is the embedding); remove `head`")
 
     def _require_readable(self, index: int) -> None:
         depth, num_heads = self.depths[index], self.arch.num_key_value_heads
@@ -289,6 +311,15 @@ def depth_coefficients(blueprint: Blueprint, index: int) -> dict[str, int]:
     return {name: rank for name, rank in bases.items() if name in run}
 
 
+def depth_weights(blueprint: Blueprint, index: int) -> tuple[str, ...]:
+    """Returns the linears whose weights a depth stores: coefficients, and LoRAs that replace a stored weight."""
+    depth = blueprint.depths[index]
+    mixer = {} if depth.mixer is None else blueprint.mixers[depth.mixer].factors
+    factors = {**mixer, **({} if depth.mlp is None else blueprint.mlps[depth.mlp].factors)}
+    replaced = (name for name in depth.ranks if factors.get(name) == 0)
+    return (*depth_coefficients(blueprint, index), *replaced)
+
+
 def depth_vectors(blueprint: Blueprint, index: int, pool: Pool) -> dict[str, Shape]:
     """Returns the norms and biases that a depth uses in one pool: those of its mixer, or of its MLP."""
     depth = blueprint.depths[index]
@@ -332,6 +363,12 @@ def idle_names(blueprint: Blueprint, index: int) -> frozenset[str]:
     if mixer is None or blueprint.made_heads(index):
         return frozenset()
     return blueprint.mixers[mixer].mixer.key_value_names
+
+
+def _require_among(where: str, given: Mapping[str, str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{where}: names of stored linears are required (got {name!r}); choose from {list(known)}")
 
 
 def _without(vectors: Mapping[str, Shape], owners: frozenset[str] | tuple[()]) -> dict[str, Shape]:

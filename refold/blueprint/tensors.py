@@ -10,7 +10,17 @@ from refold.mixers.spec import norm_vectors
 
 
 def target_tensors(blueprint: Blueprint) -> Iterator[TargetTensor]:
-    """Yields every tensor of the target in storage order: embedding, parts, depths, exits, final norm, head."""
+    """Yields every tensor of the target in storage order; a quantised weight as the tensors that hold its integers."""
+    for tensor in float_tensors(blueprint):
+        scheme = tensor.scheme(blueprint)
+        yield from (tensor,) if scheme is None else tensor.stored_as(scheme)
+
+
+def float_tensors(blueprint: Blueprint) -> Iterator[TargetTensor]:
+    """Yields every tensor of the target, quantised weights as one tensor each, in storage order.
+
+    The order is embedding, parts, depths, exits, final norm, head.
+    """
     arch, kinds = blueprint.arch, owned_kinds(blueprint)
     inside = [kind for kind in kinds if kind.place == "stack"]
     outside = [kind for kind in kinds if kind.place == "exits"]

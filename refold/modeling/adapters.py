@@ -35,6 +35,7 @@ def load_adapters(model: nn.Module, source: str | Path | Source) -> int:
     """
     if not isinstance(model, RefoldForCausalLM):
         raise RefoldError(f"adapters: a folded model is required (got {type(model).__name__})")
+    model.hold_integers()
     blueprint = model.config.read_blueprint()
     tensors = list(target_tensors(blueprint))
     adapters = {each.name for each in tensors if "adapters" in each.groups}
@@ -62,6 +63,7 @@ def load_adapters(model: nn.Module, source: str | Path | Source) -> int:
             found = reader.read(name)
             require_finite(found, name, str(folder), FolderError, "heal the adapters again")
             own.copy_(found.to(own.device, own.dtype))
+    model.settle_integers()
     return len(adapters)
 
 

@@ -65,6 +65,13 @@ class RefoldConfig(PreTrainedConfig):
         register()
         return super().from_dict(config_dict, **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the content of `config.json`, with `auto_map` only if this class comes from the code of a folder."""
+        found = super().to_dict()
+        if self._auto_class is None:
+            found.pop("auto_map", None)
+        return found
+
     def read_blueprint(self) -> Blueprint:
         """Returns the blueprint as a checked object."""
         if self.blueprint is None:

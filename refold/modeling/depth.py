@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from refold.blueprint.integers import find_scheme
 from refold.blueprint.owned.gain import GAIN
 from refold.blueprint.owned.vectors import VECTORS
 from refold.blueprint.schema import POOLS, Blueprint, Pool, depth_coefficients, depth_linears
@@ -16,6 +17,7 @@ from refold.families.arch import Rope
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.owned_tensors import Gain, Owned, OwnedVectors
 from refold.modeling.padding import as_given, in_order
+from refold.nn.joined import StoredAdapter
 from refold.nn.lora import Adapter, Coefficients, LinearAdapter, LoraPairs
 from refold.nn.mixers.batch import Batch, DepthInputs, SharedKeys
 from refold.nn.mixers.key_values import KeyHeads, KeyValue
@@ -23,7 +25,8 @@ from refold.nn.mixers.memory import StateView
 from refold.nn.mixers.registry import MIXERS
 from refold.nn.mixers.store import NOTHING_KEPT, Memory
 from refold.nn.part import OwnVectors, StoredPart
-from refold.nn.products import Workshop
+from refold.nn.weights import Weight, stored_weights
+from refold.nn.workshop import Workshop
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,12 @@ class Depth(GradientCheckpointingLayer):
         self.parallel = arch.residual == "parallel"
         linears = depth_linears(blueprint, index)
         pairs = {name: sizes for name, sizes in linears.items() if name in spec.ranks}
-        self.lora = LoraPairs({name: (spec.ranks[name], columns, rows) for name, (rows, columns) in pairs.items()})
+        schemes = {name: find_scheme(scheme) for name, scheme in spec.quantised.items()}
+        sizes = {name: (spec.ranks[name], columns, rows) for name, (rows, columns) in pairs.items()}
+        self.lora = LoraPairs(sizes, schemes)
         ranks = depth_coefficients(blueprint, index)
         shapes = {name: (linears[name][0], rank) for name, rank in ranks.items()}
-        self.coefficients = Coefficients(shapes, config.initializer_range)
+        self.coefficients = Coefficients(shapes, config.initializer_range, schemes)
         self.gain = nn.ModuleDict({each.pool: Gain() for each in GAIN.tensors(blueprint, index) if each.pool})
         self.prefix = nn.Parameter(torch.empty(spec.prefix, arch.hidden_size)) if spec.prefix else None
         self.view: nn.Module | None = None
@@ -108,6 +113,20 @@ class Depth(GradientCheckpointingLayer):
         found = {name: Adapter(pair, coefficients.pop(name, None)) for name, pair in pairs.items()}
         return found | {name: Adapter(None, own) for name, own in coefficients.items()}
 
+    def _stored_adapters(self) -> dict[str, StoredAdapter]:
+        """Returns LoRA pairs and coefficients by linear name, those that are stored as integers as they are."""
+        stored = stored_weights(self.lora.stored)
+        coefficients: dict[str, Weight] = {**self.coefficients.forward(), **stored_weights(self.coefficients.stored)}
+        pairs = {
+            name: tuple(stored.get(side, tensor) for side, tensor in zip(self.lora.names[name], pair, strict=True))
+            for name, pair in self.lora.forward().items()
+        }
+        names = dict.fromkeys((*pairs, *coefficients))
+        return {
+            name: StoredAdapter(cast("tuple[Weight, Weight] | None", pairs.get(name)), coefficients.get(name))
+            for name in names
+        }
+
     def own_vectors(self, pool: str) -> OwnVectors:
         """Returns the vectors this depth has for its `mixer` or `mlp`; None where the part holds them."""
         vectors = cast("nn.Module", self._modules["vectors"])._modules.get(pool)
@@ -136,7 +155,7 @@ class Depth(GradientCheckpointingLayer):
             formats: Of LoRA factors, and of coefficients of bases.
         """
         owned = self.owned()
-        adapters = cast("dict[str, Adapter]", owned.adapters)
+        adapters = self._stored_adapters()
         joined: dict[str, LinearAdapter] = {}
         vectors: list[OwnVectors] = []
         for part, own in ((parts.mixer, owned.mixer_vectors), (parts.mlp, owned.mlp_vectors)):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -21,14 +23,15 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from refold.checkpoint.companions import check_companions, has_tokenizer
+from refold.checkpoint.companions import check_companions, offers_tokenizer
 from refold.checkpoint.expected_tensors import expect_tensors
 from refold.checkpoint.finite import require_finite
-from refold.checkpoint.folded_tensors import check_folded_tensors, read_blueprint
+from refold.checkpoint.folded_tensors import check_folded_tensors, float_names, read_blueprint
 from refold.checkpoint.folder import settle
 from refold.checkpoint.headers import INDEX_NAME
 from refold.checkpoint.headers import stored_dtype as read_stored_dtype
-from refold.checkpoint.locate import FolderSource, Source, locate
+from refold.checkpoint.locate import Source, locate
+from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.source_file import parse_object, read_file
 from refold.errors import RefoldError, SourceError
 from refold.modeling.configuration import MODEL_TYPE, RefoldConfig
@@ -126,17 +129,18 @@ def _open(source: str | Path | Source) -> tuple[Source, Path, str]:
 
 
 def _check(folder: Path, ignore_tensors: Sequence[tuple[str, str]]) -> str:
-    """Checks a folder's tensors against its config, and its companion files; returns the stored dtype."""
-    here = FolderSource(folder)
+    """Checks a model's tensors against its config, and its companion files; returns the stored dtype."""
+    here = locate(folder)
     config = here.read_config()
     is_folded = config.get("model_type") == MODEL_TYPE
     expected = None if is_folded else expect_tensors(here, config)
     headers = here.headers()
     assert headers is not None
-    check_companions(folder)
+    check_companions(here.fetch_companions())
     if expected is None:
-        check_folded_tensors(here.where, read_blueprint(here.where, config), headers)
-        return read_stored_dtype(here.where, headers)
+        blueprint = read_blueprint(here.where, config)
+        check_folded_tensors(here.where, blueprint, headers)
+        return read_stored_dtype(here.where, headers, float_names(blueprint, headers))
     expected.check([IgnoredTensor(name=name, reason=reason) for name, reason in ignore_tensors])
     return read_stored_dtype(here.where, headers, expected.tensors)
 
@@ -171,19 +175,33 @@ def load_model(
         wanted = getattr(torch, stored)
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _explained(folder):
-        with _without_bars(), _loadable(folder) as path:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=wanted,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                **options,
-            )
+        with _without_bars():
+            model = (_from_folder if folder.is_dir() else _from_reader)(folder, wanted, options)
         model.config._name_or_path = model.name_or_path = str(folder)
         for name, weight in model.named_parameters():
             require_finite(weight, name, str(folder), SourceError, "take an undamaged copy of the checkpoint")
         return _place(model, dtype, target)
+
+
+def _from_folder(folder: Path, dtype: Any, options: dict[str, Any]) -> Any:
+    with _loadable(folder) as path:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False, **options
+        )
+
+
+def _from_reader(path: Path, dtype: Any, options: dict[str, Any]) -> Any:
+    """Makes a model of transformers from tensors that transformers does not read itself."""
+    source = locate(path)
+    companions = source.fetch_companions()
+    config = AutoConfig.from_pretrained(companions, local_files_only=True, trust_remote_code=False)
+    with CheckpointReader(path) as reader:
+        names = expect_tensors(source, source.read_config()).tensors
+        tensors = {name: reader.read(name, dtype) for name in names}
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    made = model.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype, **options)
+    made.generation_config = GenerationConfig.from_pretrained(companions, local_files_only=True)
+    return made
 
 
 def load_tensors(
@@ -216,8 +234,9 @@ def load_tensors(
             None, config=config, state_dict=tensors, dtype=config.dtype if wanted == "auto" else wanted
         )
         model.config._name_or_path = model.name_or_path = str(folder)
-        if (folder / GENERATION_CONFIG_NAME).exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        companions = locate(folder).fetch_companions()
+        if (companions / GENERATION_CONFIG_NAME).exists():
+            model.generation_config = GenerationConfig.from_pretrained(companions, local_files_only=True)
         return _place(model, dtype, target)
 
 
@@ -227,7 +246,10 @@ def _place(model: Any, dtype: str | torch.dtype | None, target: torch.device) ->
         _tell_replaced(model.dtype)
         model.stored_dtype = model.dtype
         model = model.float()
-    return model.to(target).eval()
+    model = model.to(target).eval()
+    if isinstance(model, RefoldForCausalLM):
+        model.settle_integers()
+    return model
 
 
 @contextlib.contextmanager
@@ -298,9 +320,10 @@ def load_tokenizer(source: str | Path | Source) -> PreTrainedTokenizerBase:
     """
     register()
     located = source if isinstance(source, Source) else locate(source)
-    folder = settle(located.fetch())
-    if not has_tokenizer([path.name for path in folder.iterdir()]):
-        raise SourceError(f"{folder}: a tokenizer is required (none there); copy the tokenizer's files into it")
+    path = settle(located.fetch())
+    folder = located.fetch_companions()
+    if not offers_tokenizer(folder):
+        raise SourceError(f"{path}: a tokenizer is required (none there); copy the tokenizer's files into it")
     check_companions(folder)
-    with _explained(folder, "its tokenizer "):
+    with _explained(path, "its tokenizer "):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

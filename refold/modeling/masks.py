@@ -104,7 +104,7 @@ def state_resets(
         begins = first_tokens(attention_mask, tokens)
         if attention_mask.shape[1] == tokens:
             # A mask of this call alone does not tell whether tokens came before; without any there is no state.
-            begins = torch.cat((torch.zeros_like(begins[:, :1]), begins[:, 1:]), dim=1)
+            begins = begins & (torch.arange(tokens, device=begins.device) > 0)
         found = begins if found is None else found | begins
     return found
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.generation import GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
 from transformers.utils.generic import can_return_tuple
 
+from refold.blueprint.integers import Scheme, find_scheme
 from refold.modeling.cache_name import CACHE_NAME, AnyCache, one_cache
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.masks import holds_documents
@@ -16,6 +17,13 @@ from refold.modeling.paging import require_pages
 from refold.modeling.pretrained import RefoldPreTrainedModel
 from refold.modeling.recurrent_cache import prepare_generation_cache
 from refold.modeling.stack import ExitAt, RefoldModel
+from refold.nn.quantised import QuantisedLinear
+
+
+def _tied_integers(scheme: Scheme, shape: tuple[int, int]) -> dict[str, str]:
+    """Returns the names of a head's integers with those of the embedding, whose memory they are."""
+    suffixes = [piece.suffix for piece in scheme.pieces(*shape)]
+    return {f"lm_head.weight{suffix}": f"model.embed_tokens.weight{suffix}" for suffix in suffixes}
 
 
 class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
@@ -28,7 +36,13 @@ class RefoldForCausalLM(RefoldPreTrainedModel, GenerationMixin):
         self.model = RefoldModel(config)
         self.vocab_size = config.vocab_size
         self.logit_softcap = config.read_blueprint().arch.logit_softcap
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        stored = config.read_blueprint().quantised
+        name = stored.get("embedding" if config.tie_word_embeddings else "head")
+        if name is not None:
+            self.lm_head = QuantisedLinear(self.lm_head, find_scheme(name))
+            if config.tie_word_embeddings:
+                self._tied_weights_keys = _tied_integers(find_scheme(name), self.lm_head.shape)
         self.post_init()
 
     def project_logits(

@@ -16,7 +16,10 @@ from refold.modeling.model import RefoldForCausalLM
 from refold.nn.lora import Coefficients, LoraPairs
 from refold.nn.norms import StackNorm
 from refold.nn.part import StoredPart
-from refold.nn.products import FLOATS, FORMATS, INTEGERS, Product, Workshop
+from refold.nn.products import FLOATS, FORMATS, INTEGERS, IntegerProduct, Product
+from refold.nn.quantised import IntegerWeight, QuantisedEmbedding
+from refold.nn.weights import weight_of
+from refold.nn.workshop import Workshop
 from refold.suggest import must_be_one_of
 
 logger = logging.getLogger("refold")
@@ -34,6 +37,8 @@ class PackSettings:
             begins three times as fast as one of bfloat16.
         keep_dense: Whether a second copy of a weight may be held: in floats beside integers, for the numbers of rows at
             which a measurement finds them faster; of a head tied to the embedding, in the layout that is fastest.
+        keep_integers: Whether weights that are stored as integers are held as they are, whatever `weights`, `head` and
+            `adapters` say; else they become floats first.
         dtype: Of activations; set by packing.
     """
 
@@ -41,6 +46,7 @@ class PackSettings:
     head: str | None = None
     adapters: str | None = None
     keep_dense: bool = False
+    keep_integers: bool = True
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
@@ -110,8 +116,9 @@ def pack_model(model: PreTrainedModel, settings: PackSettings | None = None) -> 
         raise RefoldError("pack: a model that is not packed is required (it is packed); load it again")
     formats = _settle(settings or PackSettings(), model.device)
     stack = model.model
-    workshop = Workshop(formats.dtype, model.device, formats.keep_dense)
+    workshop = Workshop(formats.dtype, model.device, formats.keep_dense, formats.keep_integers)
     model.eval().requires_grad_(False)
+    model.hold_integers()
     # Weights of linears are rounded from the numbers they have; all other tensors take the dtype of activations.
     # Copies even in the same dtype: a view of a file would keep the whole file in memory.
     _convert(model, formats.dtype, lambda module: not isinstance(module, nn.Linear | LoraPairs | Coefficients), True)
@@ -123,23 +130,29 @@ def pack_model(model: PreTrainedModel, settings: PackSettings | None = None) -> 
         if isinstance(module, StackNorm) and module.fused is None and module.weight is not None:
             module.fuse()
     stack_bytes = workshop.num_bytes
-    weight = model.lm_head.weight
-    is_tied = weight is stack.embed_tokens.weight
-    product = workshop.make("lm_head", weight, None, formats.head or formats.weights, shares=is_tied)
+    is_tied = bool(model.config.tie_word_embeddings)
+    head = weight_of(model.lm_head)
+    product = workshop.make("lm_head", head, None, formats.head or formats.weights, shares=is_tied)
+    embedding_bytes = sum(each.nbytes for each in stack.embed_tokens.parameters())
+    if isinstance(stack.embed_tokens, QuantisedEmbedding):
+        stack.embed_tokens.like = stack.embed_tokens.like.to(formats.dtype)
+        if is_tied and isinstance(product, IntegerProduct) and stack.embed_tokens.share(product):
+            embedding_bytes = 0
+    else:
+        embedding_bytes = cast("Tensor", stack.embed_tokens.weight).nbytes
     model.lm_head = cast("nn.Linear", PackedHead(product))
     _convert(model, formats.dtype, lambda module: True)
     for line in workshop.refused:
         logger.info(line)
     model.is_packed = stack.is_packed = True
-    embedding = cast("Tensor", stack.embed_tokens.weight).nbytes
-    others = sum(each.nbytes for each in model.parameters()) - embedding
-    return PackedBytes(stack_bytes, workshop.num_bytes - stack_bytes, embedding, others, formats)
+    others = sum(each.nbytes for each in model.parameters()) - embedding_bytes
+    return PackedBytes(stack_bytes, workshop.num_bytes - stack_bytes, embedding_bytes, others, formats)
 
 
 def _convert(model: nn.Module, dtype: torch.dtype, is_meant: Callable[[nn.Module], bool], copies: bool = False) -> None:
     """Gives parameters that modules hold themselves a dtype. Buffers keep theirs: frequencies need float32."""
     for module in model.modules():
-        if is_meant(module):
+        if is_meant(module) and not isinstance(module, IntegerWeight):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype, copy=copies)
 
@@ -159,4 +172,5 @@ def _settle(settings: PackSettings, device: torch.device) -> PackSettings:
         if found[name] not in INTEGERS and found[name] != floats:
             logger.warning(f"{name}: held in {floats}, the dtype of activations here, instead of {asked}")
             found[name] = floats
-    return PackSettings(found["weights"], found["head"], found["adapters"], settings.keep_dense, FLOATS[floats])
+    kept = settings.keep_dense, settings.keep_integers
+    return PackSettings(found["weights"], found["head"], found["adapters"], *kept, FLOATS[floats])

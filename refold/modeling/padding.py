@@ -72,7 +72,7 @@ def as_given(order: Int[Tensor, "B T"], ordered: Float[Tensor, "B T D"]) -> Floa
 
 def _pick(x: Tensor, order: Int[Tensor, "B T"]) -> Tensor:
     index = order.view(*order.shape, *[1] * (x.dim() - 2))
-    return x.expand(len(order), *x.shape[1:]).gather(1, index.expand(-1, -1, *x.shape[2:]))
+    return x.expand(order.shape[0], *x.shape[1:]).gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
 def _seen(real: Bool[Tensor, "B S"]) -> Bool[Tensor, "B S"]:

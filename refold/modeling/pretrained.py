@@ -16,6 +16,8 @@ from refold.nn.exits import HeadLora
 from refold.nn.mixers.attention import AttentionView
 from refold.nn.mixers.registry import MIXERS
 from refold.nn.part import StoredPart
+from refold.nn.quantised import QuantisedEmbedding, QuantisedLinear, prepare_integers, restore_integers
+from refold.nn.stored_integers import SCALE, settle_scales
 
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """Arguments of `from_pretrained` that select the place from which a config is read."""
@@ -88,7 +90,38 @@ class RefoldPreTrainedModel(PreTrainedModel):
                     f"{pretrained_model_name_or_path}: weights must be those of its blueprint "
                     f"({len(names)} {problem.replace('_', ' ')}: {shown}); convert the source again"
                 )
+        model.settle_integers()
         return (model, info) if wants_info else model
+
+    @property
+    def dtype(self) -> torch.dtype:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The dtype of the tensors of floats; scales of integers have their own."""
+        floats = ((name, each.dtype) for name, each in self.named_parameters() if each.is_floating_point())
+        return next((dtype for name, dtype in floats if not name.endswith(SCALE)), torch.get_default_dtype())
+
+    def settle_integers(self) -> None:
+        """Lets quantised linears of a loaded model choose kernels; see `refold.nn.quantised`."""
+        settle_scales(self)
+        if self.device.type in ("cpu", "cuda"):
+            prepare_integers(self)
+            self._share_head()
+
+    def hold_integers(self) -> None:
+        """Holds quantised weights as they are stored, so that they can be saved, moved and trained through."""
+        if restore_integers(self):
+            self.tie_weights()
+
+    def _share_head(self) -> None:
+        """Lets a tied embedding read the rows of the head's product, so that they are in memory once."""
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if not isinstance(embedding, QuantisedEmbedding) or not isinstance(head, QuantisedLinear):
+            return
+        if self.config.tie_word_embeddings and head.product is not None:
+            embedding.share(head.product)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.hold_integers()
+        return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Any:
         """Sets training or evaluation.
@@ -98,6 +131,7 @@ class RefoldPreTrainedModel(PreTrainedModel):
         """
         if mode:
             self._require_weights("train")
+            self.hold_integers()
         return super().train(mode)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -107,6 +141,7 @@ class RefoldPreTrainedModel(PreTrainedModel):
             RefoldError: The model is packed.
         """
         self._require_weights("save")
+        self.hold_integers()
         super().save_pretrained(*args, **kwargs)
 
     def _require_weights(self, task: str) -> None:
@@ -116,7 +151,16 @@ class RefoldPreTrainedModel(PreTrainedModel):
             )
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resizes the vocabulary as transformers does, in the blueprint and in the adapters on the head as well."""
+        """Resizes the vocabulary as transformers does, in the blueprint and in the adapters on the head as well.
+
+        Raises:
+            RefoldError: Embedding or head are stored as integers.
+        """
+        if self.config.read_blueprint().quantised:
+            raise RefoldError(
+                "resize_token_embeddings: an embedding and a head of floats are required (got integers); resize the "
+                "model before it is quantised"
+            )
         embedding: Any = super().resize_token_embeddings(*args, **kwargs)
         self.config.resize_vocabulary(embedding.num_embeddings)
         for module in self.modules():

@@ -5,8 +5,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from refold.blueprint.quantisation import Scheme, is_quantised
-from refold.blueprint.tensors import target_tensors
+from refold.blueprint.integers import Scheme
+from refold.blueprint.quantisation import describe_schemes, holds_integers, is_quantised
+from refold.blueprint.tensors import float_tensors
+from refold.errors import RefoldError
 from refold.modeling.model import RefoldForCausalLM
 from refold.nn.rounding import round_weight
 
@@ -23,6 +25,9 @@ def quantise_linears(model: PreTrainedModel, scheme: Scheme) -> list[Tensor]:
 
     Returns:
         The weights that were rounded.
+
+    Raises:
+        RefoldError: Weights of the model are stored as integers.
     """
     weights = _of_blueprint(model) if isinstance(model, RefoldForCausalLM) else _of_source(model)
     with torch.no_grad():
@@ -33,7 +38,12 @@ def quantise_linears(model: PreTrainedModel, scheme: Scheme) -> list[Tensor]:
 
 def _of_blueprint(model: RefoldForCausalLM) -> list[Tensor]:
     blueprint = model.config.read_blueprint()
-    return [model.get_parameter(each.name) for each in target_tensors(blueprint) if is_quantised(blueprint, each)]
+    if holds_integers(blueprint):
+        raise RefoldError(
+            f"quantise: weights of floats are required (got {describe_schemes(blueprint)}); omit it, the model is "
+            f"quantised already"
+        )
+    return [model.get_parameter(each.name) for each in float_tensors(blueprint) if is_quantised(blueprint, each)]
 
 
 def _of_source(model: PreTrainedModel) -> list[Tensor]:

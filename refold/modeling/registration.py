@@ -10,8 +10,8 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 CONFIG_MODULE = "transformers.models.auto.configuration_auto"
 MODEL_MODULE = "transformers.models.auto.modeling_auto"
@@ -62,7 +62,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     """Finds the module of AutoConfig as usual, and registers after the module has run."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Any, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != CONFIG_MODULE:
             return None

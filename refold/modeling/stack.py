@@ -30,6 +30,7 @@ from refold.nn.mixers.store import NOTHING_KEPT, Store
 from refold.nn.mlp import Mlp
 from refold.nn.norms import StackNorm
 from refold.nn.part import StoredPart
+from refold.nn.quantised import make_embedding
 from refold.nn.rotary import Rotary
 
 ExitAt = int | Int[Tensor, " rows"]
@@ -51,24 +52,24 @@ class Ran(NamedTuple):
 class RefoldModel(RefoldPreTrainedModel):
     """Embedding, stored parts, depths, parts of exits, and final norm."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012
+
     def __init__(self, config: RefoldConfig):
         super().__init__(config)
         blueprint = config.read_blueprint()
         arch = blueprint.arch
         self.embedding_scale = arch.embedding_scale
-        self.embed_tokens = nn.Embedding(arch.vocab_size, arch.hidden_size)
+        self.embed_tokens = make_embedding(arch.vocab_size, arch.hidden_size, blueprint.quantised.get("embedding"))
         self.mixers = nn.ModuleList(
             MIXERS[part.mixer.type].create(arch, part.mixer, blueprint.keeps_vectors("mixer", index))
             for index, part in enumerate(blueprint.mixers)
         )
         for index, mixer in enumerate(self.mixers):
             cast("StoredPart", mixer).leave_out(unused_names(blueprint, "mixer", index))
-        self.mlps = nn.ModuleList(
-            Mlp(arch, blueprint.keeps_vectors("mlp", index)) for index in range(len(blueprint.mlps))
-        )
+        num_mlps = len(blueprint.mlps)
+        self.mlps = nn.ModuleList(Mlp(arch, blueprint.keeps_vectors("mlp", index)) for index in range(num_mlps))
         for part, module in zip((*blueprint.mixers, *blueprint.mlps), (*self.mixers, *self.mlps), strict=True):
-            cast("StoredPart", module).factorise(part.factors)
-            cast("StoredPart", module).share_bases(part.bases)
+            cast("StoredPart", module).store_as(part.factors, part.bases, part.quantised)
         self.depths = nn.ModuleList(Depth(config, blueprint, index) for index in range(blueprint.num_depths))
         # Outside the depths, because heads are read outside the stack's forward, where sharded depths hold no weights.
         self.exits = nn.ModuleDict(

@@ -73,9 +73,11 @@ class BasisLinear(nn.Module):
             coefficients: `[out, rank]`; or several of those, each with the rows of the batch it belongs to, in order.
         """
         low = self.a(x)
+        # Coefficients that are stored as integers are dequantised to float32.
         if isinstance(coefficients, Tensor):
-            return nn.functional.linear(low, coefficients, self.bias)
-        return torch.cat([nn.functional.linear(low[rows], own, self.bias) for rows, own in coefficients])
+            return nn.functional.linear(low, coefficients.to(low.dtype), self.bias)
+        groups = [(rows, own.to(low.dtype)) for rows, own in coefficients]
+        return torch.cat([nn.functional.linear(low[rows], own, self.bias) for rows, own in groups])
 
     def reset(self) -> None:
         """Initialises the bias; factors are linears of their own."""

@@ -1,15 +1,30 @@
 """Linears that read one input, joined into one product, and the adapters of a depth for them."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from refold.nn.factored import BasisLinear, FactoredLinear
-from refold.nn.lora import Adapter, PackedAdapter, PackedRows
-from refold.nn.products import PlainProduct, Product, Workshop
+from refold.nn.lora import PackedAdapter, PackedRows
+from refold.nn.products import PlainProduct, Product
+from refold.nn.quantised import QuantisedLinear
+from refold.nn.weights import Weight, weight_of
+from refold.nn.workshop import Workshop
+
+
+class StoredAdapter(NamedTuple):
+    """The tensors of one depth for one linear, as they are stored.
+
+    Attributes:
+        pair: LoRA factors; None: the depth has no LoRA here.
+        coefficients: Of a basis; None: the part stores no basis.
+    """
+
+    pair: tuple[Weight, Weight] | None
+    coefficients: Weight | None
 
 
 class JoinedAdapters(PackedAdapter):
@@ -25,7 +40,7 @@ class JoinedAdapters(PackedAdapter):
     def __init__(
         self,
         linears: "JoinedLinears",
-        adapters: Mapping[str, Adapter],
+        adapters: Mapping[str, StoredAdapter],
         workshop: Workshop,
         formats: tuple[str, str],
     ):
@@ -42,15 +57,16 @@ class JoinedAdapters(PackedAdapter):
         if not pairs:
             return
         told = "+".join(pairs)
-        self._low = workshop.make(f"{told} lora_a", torch.cat([a for a, _ in pairs.values()]), None, formats[0])
-        ends = _ends([len(a) for a, _ in pairs.values()])
-        b = next(iter(pairs.values()))[1]
+        self._low = workshop.make_beside(f"{told} lora_a", [a for a, _ in pairs.values()], None, formats[0])
+        ends = _ends([a.shape[0] for a, _ in pairs.values()])
+        floats = [b for _, b in pairs.values() if isinstance(b, Tensor)]
         shape = (linears.outputs[linears.names[-1]].stop, ends[-1].stop)
-        num_zeros = shape[0] * shape[1] - sum(b.numel() for _, b in pairs.values())
-        if len(linears.names) > 1 and num_zeros <= workshop.most_zeros(formats[0]):
+        num_zeros = shape[0] * shape[1] - sum(b.numel() for b in floats)
+        are_floats = len(floats) == len(pairs)
+        if are_floats and len(linears.names) > 1 and num_zeros <= workshop.most_zeros(formats[0]):
             # One product with zeros between the B's: to begin more products takes longer than to read the zeros.
-            blocks = b.new_zeros(shape)
-            for (name, (_, b)), columns in zip(pairs.items(), ends, strict=True):
+            blocks = floats[0].new_zeros(shape)
+            for name, b, columns in zip(pairs, floats, ends, strict=True):
                 blocks[linears.outputs[name], columns] = b.detach()
             self._ups.append((None, None, workshop.make(f"{told} lora_b", blocks, None, formats[0])))
             return
@@ -100,7 +116,7 @@ class JoinedLinears:
     """
 
     def __init__(self, linears: Mapping[str, nn.Module], workshop: Workshop, format: str):
-        modules = cast("dict[str, nn.Linear | FactoredLinear | BasisLinear]", dict(linears))
+        modules = cast("dict[str, nn.Linear | QuantisedLinear | FactoredLinear | BasisLinear]", dict(linears))
         self.names = tuple(modules)
         self.key = "+".join(modules)
         self.bias_name = f"{self.key}.bias"
@@ -109,21 +125,24 @@ class JoinedLinears:
         self._bases = {name for name, each in modules.items() if isinstance(each, BasisLinear)}
         # Rank 0 stores no factor.
         self._seconds = {
-            name: None if each.b is None else workshop.make(f"{name}.b", each.b.weight, None, format)
+            name: None if each.b is None else workshop.make(f"{name}.b", weight_of(each.b), None, format)
             for name, each in modules.items()
             if isinstance(each, FactoredLinear)
         }
         self._is_plain = not self._bases and not self._seconds
-        firsts = {name: each if isinstance(each, nn.Linear) else each.a for name, each in modules.items()}
-        weights = {name: each.weight for name, each in firsts.items() if each is not None}
-        self._columns = dict(zip(weights, _ends([len(each) for each in weights.values()]), strict=True))
+        firsts = {
+            name: each if isinstance(each, nn.Linear | QuantisedLinear) else each.a for name, each in modules.items()
+        }
+        weights = {name: weight_of(each) for name, each in firsts.items() if each is not None}
+        self._columns = dict(zip(weights, _ends([each.shape[0] for each in weights.values()]), strict=True))
         biases = {name: each.bias for name, each in modules.items() if each.bias is not None}
         bias = self.join_biases(biases)
         self._bias = None if bias is None or self._is_plain else bias.to(workshop.dtype)
-        joined = [each.detach() for each in weights.values()]
-        first = torch.cat(joined) if joined else torch.zeros(0, next(iter(modules.values())).in_features)
         given = bias if self._is_plain else None
-        self._first = workshop.make(self.key, first, given, format) if joined else PlainProduct(first, None)
+        if weights:
+            self._first = workshop.make_beside(self.key, list(weights.values()), given, format)
+        else:
+            self._first = PlainProduct(torch.zeros(0, next(iter(modules.values())).in_features), None)
         self._cut: dict[tuple[int, int], Product | None] = {}
 
     def join_biases(self, biases: Mapping[str, Tensor]) -> Float[Tensor, " out"] | None:

@@ -1,14 +1,16 @@
 """Adapters: the tensors by which a depth changes a linear that it shares with other depths."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from refold.blueprint.integers import Scheme
 from refold.nn.named_tensors import NamedTensors
+from refold.nn.stored_integers import StoredIntegers, keep_scales
 
 Pair = tuple[Tensor, Tensor]
 """`(a [rank, in], b [out, rank])`."""
@@ -34,7 +36,8 @@ class Adapter(NamedTuple):
         if self.pair is None:
             return y
         a, b = self.pair
-        return y + nn.functional.linear(nn.functional.linear(x, a), b)
+        # Pairs that are stored as integers are dequantised to float32.
+        return y + nn.functional.linear(nn.functional.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
 @dataclass(frozen=True)
@@ -108,28 +111,39 @@ class LoraPairs(NamedTensors):
 
     Args:
         shapes: Linear name to rank, `in` and `out`.
+        quantised: Scheme of pairs that are stored as integers, which are those that replace a stored weight.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int, int]]):
-        super().__init__(
-            {
-                f"{name}.{side}": torch.empty(shape)
-                for name, (rank, columns, rows) in shapes.items()
-                for side, shape in (("a", (rank, columns)), ("b", (rows, rank)))
-            }
-        )
+    def __init__(self, shapes: Mapping[str, tuple[int, int, int]], quantised: Mapping[str, Scheme] | None = None):
+        factors = {
+            f"{name}.{side}": shape
+            for name, (rank, columns, rows) in shapes.items()
+            for side, shape in (("a", (rank, columns)), ("b", (rows, rank)))
+        }
+        schemes = {name: (quantised or {}).get(name.rpartition(".")[0]) for name in factors}
+        super().__init__({name: torch.empty(shape) for name, shape in factors.items() if schemes[name] is None})
         self.names = {name: (f"{name}.a", f"{name}.b") for name in shapes}
+        self.stored = StoredIntegers(
+            self, {name: (scheme, factors[name]) for name, scheme in schemes.items() if scheme is not None}
+        )
         self.reset()
 
     def reset(self) -> None:
         """Initialises all pairs without effect."""
-        for a, b in self().values():
-            nn.init.normal_(a, std=a.shape[1] ** -0.5)
-            nn.init.zeros_(b)
+        for a, b in self.names.values():
+            if a not in self.stored:
+                held = cast("dict[str, Tensor]", self._parameters)
+                nn.init.normal_(held[a], std=held[a].shape[1] ** -0.5)
+                nn.init.zeros_(held[b])
+        self.stored.reset()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        keep_scales(self, lambda: super(LoraPairs, self)._apply(fn, recurse))
+        return self
 
     def forward(self) -> dict[str, Pair]:
         """Returns the factors by linear name. Offloading moves weights to the device for calls of `forward` only."""
-        held = cast("dict[str, Tensor]", self._parameters)
+        held = {**cast("dict[str, Tensor]", self._parameters), **self.stored.dequantise()}
         return {name: (held[a], held[b]) for name, (a, b) in self.names.items()}
 
 
@@ -139,25 +153,37 @@ class Coefficients(nn.Module):
     Args:
         shapes: Linear name to `(out, rank)`.
         std: Standard deviation of initial coefficients.
+        quantised: Scheme of coefficients that are stored as integers.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int]], std: float):
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], std: float, quantised: Mapping[str, Scheme] | None = None
+    ):
         super().__init__()
-        self.std = std
+        self.std, self.names, schemes = std, tuple(shapes), quantised or {}
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            if name not in schemes:
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.stored = StoredIntegers(self, {name: (schemes[name], shapes[name]) for name in shapes if name in schemes})
 
     def reset(self) -> None:
         """Initialises all coefficients."""
-        for coefficients in self.parameters():
-            nn.init.normal_(coefficients, std=self.std)
+        for name in self.names:
+            if name not in self.stored:
+                nn.init.normal_(self.get_parameter(name), std=self.std)
+        self.stored.reset()
 
     def __len__(self) -> int:
-        return len(self._parameters)
+        return len(self.names)
 
     def __getitem__(self, name: str) -> nn.Parameter:
         return self.get_parameter(name)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        keep_scales(self, lambda: super(Coefficients, self)._apply(fn, recurse))
+        return self
+
     def forward(self) -> dict[str, Tensor]:
         """Returns all of them. Offloading moves weights to the device for calls of `forward` only."""
-        return dict(self._parameters)  # pyright: ignore[reportReturnType]
+        held = {**self._parameters, **self.stored.dequantise()}
+        return {name: held[name] for name in self.names}  # pyright: ignore[reportReturnType]

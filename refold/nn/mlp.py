@@ -11,7 +11,7 @@ from refold.families.arch import ArchSpec
 from refold.mixers.spec import MLP
 from refold.nn.packed import PackedPart
 from refold.nn.part import Lora, OwnVectors, StoredPart
-from refold.nn.products import Workshop
+from refold.nn.workshop import Workshop
 
 
 class Mlp(StoredPart):

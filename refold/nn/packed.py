@@ -7,10 +7,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from refold.nn.factored import BasisLinear, FactoredLinear
-from refold.nn.joined import JoinedAdapters, JoinedLinears
-from refold.nn.lora import Adapter, LinearAdapter, PackedAdapter
+from refold.nn.joined import JoinedAdapters, JoinedLinears, StoredAdapter
+from refold.nn.lora import LinearAdapter, PackedAdapter
 from refold.nn.norms import StackNorm
-from refold.nn.products import Workshop
+from refold.nn.quantised import QuantisedLinear
+from refold.nn.workshop import Workshop
 
 
 class PackedPart:
@@ -24,7 +25,7 @@ class PackedPart:
     """
 
     def __init__(self, part: nn.Module, inputs: Sequence[tuple[str, ...]], workshop: Workshop, format: str):
-        kinds = (nn.Linear, FactoredLinear, BasisLinear)
+        kinds = (nn.Linear, QuantisedLinear, FactoredLinear, BasisLinear)
         linears = {name: each for name, each in part.named_children() if isinstance(each, kinds)}
         groups = [tuple(name for name in group if name in linears) for group in inputs]
         grouped = {name for group in groups for name in group}
@@ -75,7 +76,7 @@ class PackedPart:
         return norm(x, vectors[f"{name}.weight"], vectors.get(f"{name}.bias"))
 
     def join_adapters(
-        self, adapters: Mapping[str, Adapter], workshop: Workshop, formats: tuple[str, str]
+        self, adapters: Mapping[str, StoredAdapter], workshop: Workshop, formats: tuple[str, str]
     ) -> dict[str, JoinedAdapters]:
         """Returns the adapters of one depth for this part, by the key of the linears they change.
 

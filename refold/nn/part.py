@@ -6,6 +6,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from refold.blueprint.integers import find_scheme
 from refold.families.arch import Norm
 from refold.mixers.spec import Fill, Shape
 from refold.nn.factored import BasisLinear, FactoredLinear
@@ -13,7 +14,8 @@ from refold.nn.fills import make_fill
 from refold.nn.lora import LinearAdapter, PackedAdapter
 from refold.nn.norms import StackNorm
 from refold.nn.packed import PackedPart
-from refold.nn.products import Workshop
+from refold.nn.quantised import QuantisedLinear
+from refold.nn.workshop import Workshop
 
 Lora = Mapping[str, LinearAdapter]
 """Linear name to the adapter of the calling depth."""
@@ -107,6 +109,12 @@ class StoredPart(nn.Module):
             parameter = self.get_parameter(name)
             parameter.data.copy_(make_fill(fill, tuple(parameter.shape)))
 
+    def store_as(self, factors: Mapping[str, int], bases: Mapping[str, int], schemes: Mapping[str, str]) -> None:
+        """Gives linears the form in which they are stored: factors, bases, and integers of any of these."""
+        self.factorise(factors)
+        self.share_bases(bases)
+        self.quantise(schemes)
+
     def factorise(self, ranks: Mapping[str, int]) -> None:
         """Stores some linears as two factors of the given rank; at rank 0 only depths' updates and the bias remain."""
         for name, rank in ranks.items():
@@ -116,6 +124,16 @@ class StoredPart(nn.Module):
         """Stores only a basis of the given rank for some linears; the coefficients arrive with each call."""
         for name, rank in ranks.items():
             self.add_module(name, BasisLinear(self.get_submodule(name), rank))  # pyright: ignore[reportArgumentType]
+
+    def quantise(self, schemes: Mapping[str, str]) -> None:
+        """Stores the weight, the factors or the basis of some linears as integers, each by the scheme of a name."""
+        for name, named in schemes.items():
+            linear, scheme = self.get_submodule(name), find_scheme(named)
+            if isinstance(linear, nn.Linear):
+                self.add_module(name, QuantisedLinear(linear, scheme))
+                continue
+            for side, factor in list(linear.named_children()):
+                linear.add_module(side, QuantisedLinear(factor, scheme))  # pyright: ignore[reportArgumentType]
 
     def leave_out(self, names: Iterable[str]) -> None:
         """Removes linears and norms that none of the depths that run this part uses."""

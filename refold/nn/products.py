@@ -5,12 +5,13 @@ import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from refold.blueprint.quantisation import SCHEMES
+from refold.blueprint.integers import SCHEMES, Scheme
 from refold.nn.rounding import Rounded, round_weight
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -22,6 +23,8 @@ ROWS_OF_LAYOUT = 64
 256 that is at most a tenth slower than a layout for that number."""
 FEW_ELEMENTS = 49_152
 """A float32 weight of fewer elements goes to the BLAS as it is: oneDNN takes 10 microseconds longer to begin."""
+UNPACKED_COLUMNS = 512
+"""Columns that are read from a kernel's layout at once."""
 NEVER = 1 << 62
 """More rows than a call has."""
 
@@ -84,6 +87,34 @@ class LaidOutProduct(Product):
         return LaidOutProduct(self._weight.to_dense()[outputs], _cut(self._bias, outputs))
 
 
+class SideBySide(Product):
+    """Products that read one input, their outputs side by side.
+
+    Args:
+        products: In order.
+    """
+
+    def __init__(self, products: Sequence[Product]):
+        self._products = list(products)
+        self.shape = (sum(each.shape[0] for each in products), products[0].shape[1])
+        self.num_bytes = sum(each.num_bytes for each in products)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([each(x) for each in self._products], dim=1)
+
+    def cut(self, outputs: slice) -> Product | None:
+        found, begin = [], 0
+        for each in self._products:
+            first, last = max(outputs.start - begin, 0), min(outputs.stop - begin, each.shape[0])
+            if first < last:
+                some = each if last - first == each.shape[0] else each.cut(slice(first, last))
+                if some is None:
+                    return None
+                found.append(some)
+            begin += each.shape[0]
+        return found[0] if len(found) == 1 else SideBySide(found)
+
+
 class IntegerProduct(Product):
     """The product of a weight held as integers, whose kernel reads activations in bfloat16.
 
@@ -99,10 +130,21 @@ class IntegerProduct(Product):
         self._bias, self._many, self._many_rows = bias, many, many_rows
         self.num_bytes = self.pack(weight) + (0 if many is None else many.num_bytes)
 
+    keeps_rows: ClassVar[bool] = False
+    """Whether `rows` can read some rows of the weight."""
+
     @classmethod
     @abstractmethod
-    def refusal(cls, rows: int, columns: int) -> str | None:
+    def refusal(cls, rows: int, columns: int, scheme: Scheme) -> str | None:
         """Returns the rule that a shape breaks; None: the kernel takes it."""
+
+    @abstractmethod
+    def unpack(self) -> Rounded:
+        """Returns the integers that the product was made of."""
+
+    def rows(self, places: Tensor) -> Float[Tensor, "some in"]:
+        """Returns some rows of the weight in float32."""
+        raise NotImplementedError
 
     @classmethod
     @abstractmethod
@@ -144,8 +186,10 @@ class IntegerProduct(Product):
 class Int8Product(IntegerProduct):
     """Integers of 8 bits with one scale for each output."""
 
+    keeps_rows = True
+
     @classmethod
-    def refusal(cls, rows: int, columns: int) -> str | None:
+    def refusal(cls, rows: int, columns: int, scheme: Scheme) -> str | None:
         # The kernel reads 16 columns at a time, past the end of the weight where they are no multiple of 16.
         return None if columns % 16 == 0 else "its inputs are no multiple of 16"
 
@@ -161,6 +205,13 @@ class Int8Product(IntegerProduct):
     def run(self, x: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(x, self._integers, self._scales)
 
+    def unpack(self) -> Rounded:
+        scale = self._scales.float().view(-1, 1, 1)
+        return Rounded(self._integers.float().unsqueeze(1), scale, torch.zeros_like(scale), self.shape[1])
+
+    def rows(self, places: Tensor) -> Tensor:
+        return self._integers[places].float() * self._scales[places].float().unsqueeze(1)
+
     def keep_some(self, outputs: slice) -> bool:
         self._integers, self._scales = self._integers[outputs], self._scales[outputs]
         return True
@@ -169,14 +220,12 @@ class Int8Product(IntegerProduct):
 class Int4Product(IntegerProduct):
     """Integers of 4 bits with a scale and a zero for each group of inputs: `scale * (integer - 8) + zero`.
 
-    The zero, `scale * (8 - zero_point)`, is rounded to bfloat16.
+    The zero, `scale * (8 - zero_point)`, is rounded to bfloat16; with the zero point 8 of symmetric groups it is 0.
     """
 
-    group = SCHEMES["int4"].group or 0
-
     @classmethod
-    def refusal(cls, rows: int, columns: int) -> str | None:
-        return f"its inputs are no multiple of {cls.group}" if columns % cls.group else None
+    def refusal(cls, rows: int, columns: int, scheme: Scheme) -> str | None:
+        return f"its inputs are no multiple of {scheme.group}" if columns % (scheme.group or columns) else None
 
     @classmethod
     def read(cls, weight: Rounded) -> Tensor:
@@ -184,6 +233,7 @@ class Int4Product(IntegerProduct):
         return (weight.scale * (weight.integers - 8) + zero).flatten(1)
 
     def pack(self, weight: Rounded) -> int:
+        self.group = weight.integers.shape[2]
         # The kernel takes outputs by sixteens.
         self._extra = -self.shape[0] % 16
         integers = nn.functional.pad(weight.integers.flatten(1).to(torch.int32), (0, 0, 0, self._extra))
@@ -196,6 +246,23 @@ class Int4Product(IntegerProduct):
     def run(self, x: Tensor) -> Tensor:
         y = self._run(x, self._integers, self.group, self._scales)
         return y[:, : self.shape[0]] if self._extra else y
+
+    def unpack(self) -> Rounded:
+        rows, columns = self.shape
+        # The layout depends on the processor, so the kernel itself reads the integers: as the columns of the product
+        # with the identity, with scales of 1 and zeros of 0.
+        plain = torch.zeros_like(self._scales)
+        plain[..., 0] = 1
+        integers = torch.empty(rows, columns, device=self._scales.device)
+        for first in range(0, columns, UNPACKED_COLUMNS):
+            last = min(first + UNPACKED_COLUMNS, columns)
+            chosen = torch.zeros(last - first, columns, dtype=torch.bfloat16, device=self._scales.device)
+            chosen[torch.arange(last - first), torch.arange(first, last)] = 1
+            integers[:, first:last] = self._run(chosen, self._integers, self.group, plain)[:, :rows].T + 8
+        scale, zero = (each.unsqueeze(-1) for each in self._scales[:, :rows].transpose(0, 1).float().unbind(-1))
+        # The zero is rounded to bfloat16, by less than a thirtieth of a step.
+        zero_point = (8 - zero / scale).round()
+        return Rounded(integers.view(rows, -1, self.group), scale, zero_point, columns)
 
     def keep_some(self, outputs: slice) -> bool:
         # The kernel's order is its own inside blocks of 64 outputs; a last block may be smaller.
@@ -217,81 +284,18 @@ def _cut(bias: Tensor | None, outputs: slice) -> Tensor | None:
     return None if bias is None else bias[outputs]
 
 
-INTEGERS: dict[str, type[IntegerProduct]] = {"int8": Int8Product, "int4": Int4Product}
+INTEGERS: dict[str, type[IntegerProduct]] = {"int8": Int8Product, "int4": Int4Product, "int4z": Int4Product}
 """Formats that are schemes, with their kernels."""
+INT4_GROUPS = (32, 64, 128, 256)
 
 
-class Workshop:
-    """Prepares weights for products, all with the same settings.
-
-    Args:
-        dtype: Dtype of activations, and of weights that are no integers.
-        device: Of the weights.
-        keep_dense: Whether a second copy of a weight in `dtype` may be held where it is faster for many rows.
-
-    Attributes:
-        refused: Line by line, which weights are held in another format than asked for, and why.
-        num_bytes: Of all weights that were prepared.
-    """
-
-    def __init__(self, dtype: torch.dtype, device: torch.device, keep_dense: bool = False):
-        self.dtype, self.keep_dense = dtype, keep_dense
-        self.refused: list[str] = []
-        self.num_bytes = 0
-        self._lays_out = device.type == "cpu" and can_lay_out(dtype)
-
-    def make(
-        self,
-        name: str,
-        weight: Float[Tensor, "out in"],
-        bias: Tensor | None,
-        format: str,
-        *,
-        shares: bool = False,
-    ) -> Product:
-        """Returns the product of a weight.
-
-        Args:
-            name: Of the weight, for `refused`.
-            weight: In floats.
-            bias: `[out]`; None: there is none.
-            format: To hold the weight in.
-            shares: Whether the weight stays in memory for another use, so that a copy costs memory.
-        """
-        bias = None if bias is None else bias.detach().to(self.dtype)
-        product = self._choose(name, weight, bias, format, shares)
-        self.num_bytes += 0 if shares and isinstance(product, PlainProduct) else product.num_bytes
-        return product
-
-    def _choose(self, name: str, weight: Tensor, bias: Tensor | None, format: str, shares: bool) -> Product:
-        kernel = INTEGERS.get(format)
-        if kernel is not None:
-            reason = kernel.refusal(*weight.shape)
-            if reason is None:
-                return self._make_integers(kernel, weight, bias, format)
-            self.refused.append(f"{name} {tuple(weight.shape)} is held in {self.dtype}, not in {format}: {reason}")
-        weight = weight.detach().to(self.dtype)
-        is_small = self.dtype == torch.float32 and weight.numel() < FEW_ELEMENTS
-        if not self._lays_out or is_small or (shares and not self.keep_dense):
-            return PlainProduct(weight, bias)
-        return LaidOutProduct(weight, bias)
-
-    def most_zeros(self, format: str) -> int:
-        """Returns the number of zeros that a product reads while two further small products of a format would begin."""
-        if format in INTEGERS:
-            return 200_000
-        return 500_000 if self.dtype == torch.bfloat16 else 0
-
-    def _make_integers(self, kernel: type[IntegerProduct], weight: Tensor, bias: Tensor | None, format: str) -> Product:
-        rounded = round_weight(weight.detach(), SCHEMES[format])
-        if not self.keep_dense:
-            return kernel(rounded, bias)
-        rows = count_rows(kernel, tuple(weight.shape), self.dtype, torch.get_num_threads())
-        if rows == NEVER:
-            return kernel(rounded, bias)
-        floats = kernel.read(rounded).to(self.dtype)
-        many = LaidOutProduct(floats, bias) if self._lays_out else PlainProduct(floats, bias)
-        return kernel(rounded, bias, many, rows)
+def find_kernel(scheme: Scheme, device: torch.device) -> type[IntegerProduct] | None:
+    """Returns the kernel that multiplies weights of a scheme on a device; None: there is none."""
+    if device.type != "cpu":
+        return None
+    if scheme.bits == 8 and scheme.group is None and not scheme.has_zero_point:
+        return Int8Product
+    return Int4Product if scheme.bits == 4 and scheme.group in INT4_GROUPS else None
 
 
 @functools.cache

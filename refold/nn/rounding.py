@@ -1,12 +1,14 @@
-"""Rounding of a weight to the integers of a weight-only quantisation scheme."""
+"""Rounding of a weight to the integers of a weight-only quantisation scheme, and the tensors that store the result."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from refold.blueprint.quantisation import Scheme
+from refold.blueprint.integers import Scheme
+from refold.nn.bits import pack_bits, unpack_bits
 
 
 class Rounded(NamedTuple):
@@ -17,7 +19,8 @@ class Rounded(NamedTuple):
     Attributes:
         integers: `[out, groups, group]`, whole numbers in float32.
         scale: `[out, groups, 1]`, float32 numbers that bfloat16 holds exactly.
-        zero_point: `[out, groups, 1]`, whole numbers in float32; zeros in a symmetric scheme.
+        zero_point: `[out, groups, 1]`, whole numbers in float32. In a scheme without zero points it is 0 for whole
+            rows, whose integers are signed, and the middle of the unsigned integers for groups.
         columns: Length of a row of the weight.
     """
 
@@ -29,32 +32,164 @@ class Rounded(NamedTuple):
     def dequantise(self) -> Float[Tensor, "out in"]:
         """Returns the weight that the integers stand for, in float32."""
         weight = self.scale * (self.integers - self.zero_point)
-        return weight.view(len(weight), -1)[:, : self.columns]
+        return weight.reshape(len(weight), -1)[:, : self.columns]
+
+    def store(self, scheme: Scheme) -> dict[str, Tensor]:
+        """Returns the tensors that hold the weight, by the suffix of their names (`Scheme.pieces`)."""
+        rows = len(self.integers)
+        integers = self.integers.flatten(1)[:, : self.columns] + _offset(scheme)
+        found = {
+            "_packed": pack_bits(integers.to(torch.uint8), scheme.bits),
+            "_scale": self.scale[..., 0].to(torch.bfloat16),
+            "_shape": torch.tensor([rows, self.columns], device=integers.device),
+        }
+        if scheme.has_zero_point:
+            points = self.zero_point[..., 0].T.to(torch.uint8)
+            found["_zero_point"] = pack_bits(points.contiguous(), scheme.bits).T.contiguous()
+        return found
 
 
-def round_weight(weight: Float[Tensor, "out in"], scheme: Scheme) -> Rounded:
-    """Rounds a weight to the nearest integers of a scheme; no text calibrates the rounding.
+def read_stored(
+    pieces: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int], points: Tensor | None = None
+) -> Rounded:
+    """Returns the integers of a weight from the tensors that hold it.
+
+    Args:
+        pieces: By suffix, as `Rounded.store` returns them; the shape is not read.
+        scheme: The scheme of the weight.
+        shape: `(out, in)`.
+        points: Zero points `[out, groups]` where they are unpacked already.
+    """
+    rows, columns = shape
+    integers = unpack_bits(pieces["_packed"], scheme.bits, columns).float() - _offset(scheme)
+    scale = pieces["_scale"].float().unsqueeze(-1)
+    if scheme.has_zero_point:
+        found = unpack_bits(pieces["_zero_point"].T.contiguous(), scheme.bits, rows).T if points is None else points
+        zero_point = found.float().contiguous().unsqueeze(-1)
+    else:
+        zero_point = torch.full_like(scale, _middle(scheme))
+    group = scheme.group or columns
+    missing = -columns % group
+    if missing:
+        filled = zero_point[:, -1].expand(rows, missing)
+        integers = torch.cat((integers, filled), dim=1)
+    return Rounded(integers.view(rows, -1, group), scale, zero_point, columns)
+
+
+def integer_range(scheme: Scheme) -> tuple[int, int]:
+    """Returns the smallest and the largest integer of a scheme."""
+    if scheme.has_zero_point or scheme.group is not None:
+        return 0, 2**scheme.bits - 1
+    most = 2 ** (scheme.bits - 1) - 1
+    return -most, most
+
+
+def _middle(scheme: Scheme) -> int:
+    """Returns the zero point of all groups of a scheme without zero points; whole rows have signed integers."""
+    return 0 if scheme.group is None else 2 ** (scheme.bits - 1)
+
+
+def _offset(scheme: Scheme) -> int:
+    """Returns the number that makes the integers of a scheme unsigned."""
+    return 2 ** (scheme.bits - 1) if scheme.group is None and not scheme.has_zero_point else 0
+
+
+def round_weight(
+    weight: Float[Tensor, "out in"], scheme: Scheme, importance: Float[Tensor, " in"] | None = None
+) -> Rounded:
+    """Rounds a weight to the nearest integers of a scheme.
 
     Scales are rounded to bfloat16, which has float32's range, before integers are chosen.
+
+    Args:
+        weight: The weight.
+        scheme: Bits, group and zero point.
+        importance: Weight of each input's squared error, by which the range of each group is chosen, see
+            `choose_ranges`; None: a range is that of the group's numbers.
     """
+    step = max(1, ROUNDED_ELEMENTS // weight.shape[1])
+    blocks = [_round_rows(rows, scheme, importance) for rows in weight.split(step)]
+    integers, scales, points = (torch.cat(column) for column in zip(*blocks, strict=True))
+    return Rounded(integers, scales, points, weight.shape[1])
+
+
+ROUNDED_ELEMENTS = 1 << 24
+"""Numbers of a weight that are rounded at once; copies take several times their memory."""
+
+
+def _round_rows(rows: Tensor, scheme: Scheme, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    padded = by_groups(rows, scheme)
+    scale, zero_point = choose_ranges(padded, scheme, None if importance is None else importance.expand_as(rows))
+    return round_to(padded, scale, zero_point, scheme), scale, zero_point
+
+
+def by_groups(weight: Float[Tensor, "out in"], scheme: Scheme) -> Float[Tensor, "out groups group"]:
+    """Returns the numbers in float32 by groups, the last one filled up with zeros, which lie in every group's range."""
     rows, columns = weight.shape
     group = scheme.group or columns
-    # Zeros change no group's range: zero lies in every range.
-    padded = nn.functional.pad(weight.float(), (0, -columns % group)).view(rows, -1, group)
-    if scheme.has_zero_point:
-        least, most = 0, 2**scheme.bits - 1
-        low, high = padded.amin(-1, keepdim=True).clamp(max=0), padded.amax(-1, keepdim=True).clamp(min=0)
-        scale = _as_stored((high - low) / most)
-        zero_point = (-low / scale).round().clamp(least, most)
-    else:
-        most = 2 ** (scheme.bits - 1) - 1
-        least = -most
-        scale = _as_stored(padded.abs().amax(-1, keepdim=True) / most)
-        zero_point = torch.zeros_like(scale)
-    integers = ((padded / scale).round() + zero_point).clamp(least, most)
-    return Rounded(integers, scale, zero_point, columns)
+    return nn.functional.pad(weight.float(), (0, -columns % group)).view(rows, -1, group)
+
+
+def round_to(values: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
+    """Returns the nearest integers of a scheme, for scales and zero points that are chosen."""
+    least, most = integer_range(scheme)
+    return ((values / scale).round() + zero_point).clamp(least, most)
+
+
+SHRINKS = {8: 8, 4: 24}
+"""Number of ranges that are tried for a group, by bits."""
+SMALLEST_SHRINK = {8: 0.9, 4: 0.55}
+"""Smallest tried range by bits, as a share of the whole range."""
+
+
+def choose_ranges(
+    padded: Float[Tensor, "out groups group"], scheme: Scheme, importance: Float[Tensor, "out in"] | None = None
+) -> tuple[Float[Tensor, "out groups 1"], Float[Tensor, "out groups 1"]]:
+    """Chooses the scale and the zero point of each group.
+
+    With importance the range of the group's numbers is shrunk in steps, and the range with the least sum of
+    `importance * error^2` is taken: a few clipped numbers cost less than a coarse grid for all others.
+
+    Args:
+        padded: From `by_groups`.
+        scheme: Bits, group and zero point.
+        importance: Of each number; None: the whole range is taken.
+    """
+    least, most = integer_range(scheme)
+    low, high = padded.amin(-1, keepdim=True).clamp(max=0), padded.amax(-1, keepdim=True).clamp(min=0)
+    # Without a zero point the farthest number gets the smallest integer, whatever its sign is: -8 of -8..7.
+    middle = _middle(scheme)
+    reach = least - middle
+    farthest = torch.where(high > -low, high, low) if scheme.group else -torch.maximum(high, -low)
+
+    def grid(share: float) -> tuple[Tensor, Tensor]:
+        if not scheme.has_zero_point:
+            scale = _as_stored(share * farthest / reach)
+            return scale, torch.full_like(scale, middle)
+        scale = _as_stored(share * (high - low) / most)
+        return scale, (-share * low / scale).round().clamp(least, most)
+
+    scale, zero_point = grid(1.0)
+    if importance is None:
+        return scale, zero_point
+    heavy = by_groups(importance, scheme)
+
+    def error(scale: Tensor, zero_point: Tensor) -> Tensor:
+        found = scale * (round_to(padded, scale, zero_point, scheme) - zero_point)
+        return ((found - padded).square_().mul_(heavy)).sum(-1, keepdim=True)
+
+    best, smallest = error(scale, zero_point), SMALLEST_SHRINK.get(scheme.bits, 0.4)
+    steps = SHRINKS.get(scheme.bits, 24)
+    for step in range(1, steps + 1):
+        tried = grid(1.0 - step * (1.0 - smallest) / steps)
+        cost = error(*tried)
+        better = cost < best
+        best = torch.where(better, cost, best)
+        scale = torch.where(better, tried[0], scale)
+        zero_point = torch.where(better, tried[1], zero_point)
+    return scale, zero_point
 
 
 def _as_stored(scale: Tensor) -> Tensor:
     scale = scale.bfloat16().float()
-    return torch.where(scale > 0, scale, 1.0)
+    return torch.where(scale != 0, scale, 1.0)

@@ -41,6 +41,10 @@ def run_paged(model: Any, prompts: list[list[int]]) -> list[list[int]]:
         ("relaxed", "llama", "eager"),
         ("low rank", "llama", "sdpa"),
         ("basis", "llama", "sdpa"),
+        ("strict", "mistral-window", "eager"),
+        ("relaxed", "gemma3_text", "sdpa"),
+        ("relaxed", "qwen3-window", "sdpa"),
+        ("relaxed", "gpt_neox", "sdpa"),
     ],
 )
 def test_continuous_batching_generates_what_generate_does(load, tokens, name, variant, attn):

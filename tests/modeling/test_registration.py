@@ -40,3 +40,9 @@ def test_a_config_names_no_code_for_libraries_that_ask(fold):
 def test_importing_refold_imports_neither_torch_nor_transformers():
     found = run("import refold, sys; print([name for name in ('torch', 'transformers') if name in sys.modules])")
     assert found == "[]"
+
+
+def test_auto_model_loads_the_stack_of_a_model_with_an_untied_head(fold):
+    script = "import sys, refold\nfrom transformers import AutoModel\n"
+    script += "print(type(AutoModel.from_pretrained(sys.argv[1])).__name__)"
+    assert run(script, str(fold("llama"))) == "RefoldModel"

@@ -1,4 +1,4 @@
-"""Stacks with recurrent states compile into one graph, and export into one that serves rows of any length."""
+"""Stacks with recurrent states compile into one graph."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from refold.modeling.model import RefoldForCausalLM
 from refold.planning.build import build_blueprint
 from refold.recipe.recipe import Recipe
 
-how, mixers, wants_mask = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "padded"
+mixers, wants_mask = json.loads(sys.argv[1]), sys.argv[2] == "padded"
 torch._dynamo.config.fail_on_recompile_limit_hit = True
 arch = read_arch({"model_type": "llama", "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24,
                   "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2})
@@ -55,15 +55,6 @@ def check(given, expected, traced, plain):
     compare(gradients(given, traced), gradients(expected, plain))
 
 
-def export(model):
-    plain, length = Logits(model), torch.export.Dim("length", min=4, max=4096)
-    given = (tokens, mask) if wants_mask else (tokens,)
-    traced = torch.export.export(plain, given, dynamic_shapes=[{1: length} for _ in given]).module()
-    for width in (9, 5, 12):
-        cut = [torch.cat((each, torch.ones_like(each)), dim=1)[:, :width] for each in given]
-        check(traced(*cut), plain(*cut), traced, plain)
-
-
 def compile_whole(model):
     assert model._can_compile_fullgraph
     plain = Logits(model)
@@ -85,7 +76,7 @@ for mixer in mixers:
     torch.manual_seed(0)
     torch._dynamo.reset()
     config = RefoldConfig(blueprint=blueprint.model_dump(mode="json"), initializer_range=0.3)
-    {"export": export, "compile": compile_whole}[how](RefoldForCausalLM(config).eval())
+    compile_whole(RefoldForCausalLM(config).eval())
     print(mixer["type"], "done", flush=True)
 """
 MIXERS = {
@@ -99,8 +90,8 @@ MIXERS = {
 }
 
 
-def trace(how: str, rows: str, *mixers: str) -> None:
-    command = [sys.executable, "-c", SCRIPT, how, f"[{', '.join(mixers)}]", rows]
+def trace(rows: str, *mixers: str) -> None:
+    command = [sys.executable, "-c", SCRIPT, f"[{', '.join(mixers)}]", rows]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("done") == len(mixers)
@@ -108,15 +99,13 @@ def trace(how: str, rows: str, *mixers: str) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["retention", "gated_deltanet"])
-@pytest.mark.parametrize("how", ["export", "compile"])
-def test_a_hybrid_traces_with_gradients(how: str, kind: str) -> None:
-    trace(how, "whole", f'{{"type": "{kind}"}}')
+def test_a_hybrid_traces_with_gradients(kind: str) -> None:
+    trace("whole", f'{{"type": "{kind}"}}')
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("rows", ["whole", "padded"])
 @pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
-@pytest.mark.parametrize("how", ["export", "compile"])
-def test_every_recurrent_mixer_traces_with_gradients(how: str, mixer: str, rows: str) -> None:
-    trace(how, rows, mixer)
+def test_every_recurrent_mixer_traces_with_gradients(mixer: str, rows: str) -> None:
+    trace(rows, mixer)

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from refold.blueprint.quantisation import SCHEMES
-from refold.nn import products
-from refold.nn.products import FORMATS, INTEGERS, NEVER, IntegerProduct, Workshop, count_rows
+from refold.blueprint.integers import SCHEMES
+from refold.nn import workshop as preparation
+from refold.nn.products import FORMATS, INTEGERS, NEVER, IntegerProduct, count_rows
 from refold.nn.rounding import round_weight
+from refold.nn.workshop import Workshop
 
-TOLERANCE = {"float32": 1e-6, "bfloat16": 6e-3, "int8": 6e-3, "int4": 6e-3}
+TOLERANCE = {"float32": 1e-6, "bfloat16": 6e-3, "int8": 6e-3, "int4": 6e-3, "int4z": 6e-3}
 
 
 def draw(*shape: int) -> Tensor:
@@ -90,7 +91,7 @@ def test_float_activations_run_through_integer_kernels():
 
 
 def test_many_rows_run_in_floats_of_the_same_numbers(monkeypatch):
-    monkeypatch.setattr(products, "count_rows", lambda *_: 4)
+    monkeypatch.setattr(preparation, "count_rows", lambda *_: 4)
     weight, bias = draw(64, 64), draw(64)
     maker = workshop("int4", keep_dense=True)
     product = maker.make("weight", weight, bias, "int4")

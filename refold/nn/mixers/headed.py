@@ -15,8 +15,8 @@ from refold.nn.mixers.memory import StateView
 from refold.nn.mixers.recurrent import HeadReads, StateMixer
 from refold.nn.packed import PackedPart
 from refold.nn.part import Lora, OwnVectors
-from refold.nn.products import Workshop
 from refold.nn.rotary import rotate
+from refold.nn.workshop import Workshop
 from refold.ops.convolution import convolve
 
 ACTIVATIONS = {"none": lambda x: x, "silu": nn.functional.silu, "sigmoid": torch.sigmoid}

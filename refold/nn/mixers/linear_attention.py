@@ -178,7 +178,9 @@ class LinearAttentionMixer(StateMixer, AttentionMixer):
         # Slots without a token of the document that continues get the number -1, which no token has.
         past_numbers = torch.where(is_real.squeeze(-1) > 0, 0, -1)
         all_numbers = torch.cat((past_numbers, numbers), dim=1)
-        seen = all_numbers[:, 1:].unfold(1, self.window, 1) == numbers.unsqueeze(-1)
+        # A copy, because an exported graph would compare the strides of a view with those of `numbers`.
+        near_numbers = all_numbers[:, 1:].unfold(1, self.window, 1).contiguous()
+        seen = near_numbers == numbers.unsqueeze(-1)
         share = self._share(vectors).view(1, 1, -1, 1)
         pieces: list[Tensor] = []
         for rows in cut(tokens, TOKENS_AT_ONCE):

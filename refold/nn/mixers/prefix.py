@@ -41,7 +41,7 @@ def put_before(
             f"{type(mask).__name__}); load the model with attn_implementation='sdpa'"
         )
     mask = nn.functional.pad(mask[..., :num_keys], (length, 0), value=mask.dtype == torch.bool)
-    batch = len(key)
+    batch = key.shape[0]
     key, value = (
         torch.cat((own.to(states.dtype).expand(batch, -1, -1, -1), states), dim=2)
         for own, states in zip(prefix, (key, value), strict=True)
