@@ -70,6 +70,11 @@ def has_tokenizer(names: Collection[str]) -> bool:
     return any(needed <= set(names) for needed in _VOCABULARIES)
 
 
+def offers_tokenizer(folder: Path) -> bool:
+    """Tells whether a folder holds a tokenizer's vocabulary."""
+    return has_tokenizer([path.name for path in folder.iterdir()])
+
+
 def check_companions(folder: Path) -> list[str]:
     """Checks that a model's companions may be read and published, and returns their names.
 

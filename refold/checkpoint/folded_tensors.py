@@ -13,6 +13,8 @@ from refold.errors import FolderError
 from refold.suggest import shorten
 
 MAX_NAMED = 5
+PIECE_DTYPES = {"int32": "I32", "int64": "I64", "bfloat16": "BF16"}
+"""Safetensors names of the dtypes of tensors that hold quantised weights."""
 
 
 def read_blueprint(where: str, config: Mapping[str, Any]) -> Blueprint:
@@ -32,6 +34,13 @@ def read_blueprint(where: str, config: Mapping[str, Any]) -> Blueprint:
         ) from None
 
 
+def float_names(blueprint: Blueprint, headers: CheckpointHeaders) -> frozenset[str]:
+    """Returns the names, as they are stored, of all tensors of floats; those that hold integers are left out."""
+    names = current_names(blueprint, headers.tensors)
+    tensors = (tensor for tensor in target_tensors(blueprint) if tensor.piece is None)
+    return frozenset(names[tensor.name] for tensor in tensors if tensor.name in names)
+
+
 def check_folded_tensors(where: str, blueprint: Blueprint, headers: CheckpointHeaders) -> None:
     """Checks that a folded model's folder holds every tensor of its blueprint, in its shape.
 
@@ -43,6 +52,8 @@ def check_folded_tensors(where: str, blueprint: Blueprint, headers: CheckpointHe
         stored = headers.tensors.get(names.get(tensor.name, ""))
         if stored is None:
             faults.append(f"{tensor.name} is missing")
+        elif tensor.piece is not None and stored.dtype != PIECE_DTYPES[tensor.piece.dtype]:
+            faults.append(f"{tensor.name} has dtype {stored.dtype}, not {PIECE_DTYPES[tensor.piece.dtype]}")
         elif tuple(stored.shape) != tuple(tensor.shape):
             faults.append(f"{tensor.name} has shape {list(stored.shape)}, not {shorten(list(tensor.shape))}")
         # A damaged blueprint may have millions of depths; the first few names are enough.

@@ -183,6 +183,21 @@ def settle(folder: str | Path) -> Path:
     return folder
 
 
+def require_elsewhere(destination: str | Path, model: Path) -> None:
+    """Checks that a destination is not the place of the model that is read.
+
+    Args:
+        destination: The folder or file to write.
+        model: The folder or file of the model.
+
+    Raises:
+        FolderError: It is, so that the model would be lost.
+    """
+    place = model.resolve()
+    if _real(destination) in ({place, place.parent} if place.is_file() else {place}):
+        raise FolderError(f"{destination}: another place than the model's is required (it would replace the model)")
+
+
 def _real(destination: str | Path) -> Path:
     return Path(os.path.realpath(Path(destination).expanduser()))
 
@@ -274,8 +289,10 @@ def _as_folder_error(where: Path, error: BaseException) -> BaseException:
     if not isinstance(error, OSError):
         return error
     if error.errno in _FULL:
+        # Parents that were made for the folder are gone again.
+        existing = next(parent for parent in where.parents if parent.exists())
         with contextlib.suppress(OSError):
-            free = shutil.disk_usage(where.parent).free
+            free = shutil.disk_usage(existing).free
             return FolderError(
                 f"{where}: disk full ({error.strerror}; free: {free} bytes); make room or choose another"
             )

@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from refold.checkpoint.gguf.block_types import QUANTISED
 from refold.checkpoint.source_file import open_file, parse_object, read_file
 from refold.errors import SourceError
 from refold.suggest import did_you_mean, must_be_one_of
@@ -35,7 +36,7 @@ _PICKLES = ("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One stored tensor: safetensors dtype name, shape, and its bytes `start..end` from the beginning of `file`."""
+    """One stored tensor: its format's name of the dtype, shape, and bytes `start..end` from the beginning of `file`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -294,6 +295,8 @@ def _require_no_weights(where: str, names: Collection[str], config_only: bool) -
 
 STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Torch name of each dtype that weights may have, by its safetensors name."""
+DEQUANTISED = "bfloat16"
+"""Dtype that the numbers of quantised tensors are stored in by default, after they were dequantised in float32."""
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -311,13 +314,34 @@ def stored_dtype(where: str, headers: CheckpointHeaders, names: Collection[str] 
     sizes: Counter[str] = Counter()
     for name, info in headers.tensors.items():
         if names is None or name in names:
-            if info.dtype not in STORED_DTYPES:
+            if info.dtype not in STORED_DTYPES and info.dtype not in QUANTISED:
                 raise SourceError(
                     f"{where}: {name}: dtype must be one of {', '.join(STORED_DTYPES)} (got {info.dtype}); "
                     f"dequantise it first, or take the original"
                 )
-            sizes[STORED_DTYPES[info.dtype]] += info.num_elements
+            sizes[STORED_DTYPES.get(info.dtype, DEQUANTISED)] += info.num_elements
     return sizes.most_common(1)[0][0] if sizes else "bfloat16"
+
+
+def describe_quantised(headers: CheckpointHeaders, dtype: str) -> str | None:
+    """Describes the types of a checkpoint with quantised tensors; None if it has none.
+
+    Args:
+        headers: Headers of its tensors.
+        dtype: Torch name of the dtype that the dequantised numbers are stored in.
+    """
+    if not any(info.dtype in QUANTISED for info in headers.tensors.values()):
+        return None
+    counts = Counter(info.dtype for info in headers.tensors.values())
+    types = ", ".join(
+        f"{count} {'tensors' if index == 0 else ''} {name}".replace("  ", " ")
+        for index, (name, count) in enumerate(counts.most_common())
+    )
+    plain = headers.num_parameters * DTYPE_BYTES[dtype]
+    return (
+        f"quantised source: {types}; {headers.num_bytes:,} bytes as stored, {plain:,} bytes dequantised to {dtype}, in "
+        f"which the folded model is stored"
+    )
 
 
 def config_dtype(config: Mapping[str, Any]) -> str:

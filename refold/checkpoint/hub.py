@@ -7,7 +7,7 @@ from pathlib import Path
 
 from refold.checkpoint.companions import is_companion
 from refold.checkpoint.headers import INDEX_NAME, header_length, read_header_bytes
-from refold.checkpoint.locate import CONFIG_NAME, Source
+from refold.checkpoint.locate import CONFIG_NAME, TransformersSource
 from refold.checkpoint.manifest import EXITS_NAME
 from refold.checkpoint.source_file import open_file
 from refold.errors import SourceError
@@ -17,7 +17,7 @@ _NUM_CONNECTIONS = 8
 _COMPARED_BYTES, _NUM_COMPARED = 4096, 8
 
 
-class HubSource(Source):
+class HubSource(TransformersSource):
     """A repository of the Hugging Face hub, resolved to a commit when it is made.
 
     Without a network, or with `HF_HUB_OFFLINE`, the local cache is used.

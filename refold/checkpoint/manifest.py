@@ -71,12 +71,22 @@ def check(folder: Path) -> None:
         )
 
 
-def verify(folder: Path, progress: Callable[[int], None] | None = None) -> tuple[str, ...]:
+def listed_files(folder: Path) -> list[str]:
+    """Returns the names of the files of a folder of refold: those of its manifest, the manifest and `exits.json`.
+
+    Raises:
+        FolderError: The manifest is missing or damaged.
+    """
+    return sorted([*_read_files(folder), *(name for name in _LATER if (folder / name).is_file())])
+
+
+def verify(folder: Path, progress: Callable[[int], None] | None = None, allow_edited: bool = False) -> tuple[str, ...]:
     """Checks every file's bytes against the manifest.
 
     Args:
         folder: A folder written by refold.
         progress: Called with the number of bytes hashed since the last call.
+        allow_edited: Whether the model card may differ.
 
     Returns:
         Harmless files that the manifest does not list.
@@ -92,6 +102,8 @@ def verify(folder: Path, progress: Callable[[int], None] | None = None) -> tuple
     for name, entry in files.items():
         if name not in faults and hash_file(folder / name, progress) != entry["sha256"]:
             faults[name] = "content differs from its sha256"
+    for name in _EDITABLE if allow_edited else ():
+        faults.pop(name, None)
     if faults:
         listed = ", ".join(f"{name} ({fault})" for name, fault in faults.items())
         raise FolderError(

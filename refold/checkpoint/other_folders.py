@@ -4,10 +4,6 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-GGUF = (
-    "a GGUF file, whose weights are quantised for llama.cpp; give the transformers folder or hub id that it was made "
-    "from"
-)
 _MAX_SUBFOLDERS = 200
 
 
@@ -25,7 +21,7 @@ def explain_missing_config(names: Collection[str], path: Path | None = None) -> 
             f"save_pretrained(), and give that folder"
         )
     if "gguf" in endings:
-        return f"got {GGUF.replace(';', ');', 1)}"
+        return "got GGUF files, which are read from a disk); download one and give its path"
     if "summary.json" in names and "folded" in names:
         return f"got a folder of `refold run`); give the model in it: {(path or Path()) / 'folded' / 'model'}"
     if "measurements.json" in names:

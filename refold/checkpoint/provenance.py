@@ -100,7 +100,7 @@ def teacher(folder: Path) -> Source:
     place = found.source.get("path")
     if place is None:
         place = "@".join(part for part in (found.source["id"], found.source.get("revision")) if part)
-    elif not Path(place).is_dir():
+    elif not Path(place).exists():
         raise SourceError(f"{folder}: its source {place} is required (missing); put it back or name the teacher")
     source = locate(place)
     fingerprint = found.source.get("fingerprint") or {}

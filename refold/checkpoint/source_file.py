@@ -40,6 +40,17 @@ def read_file(path: Path) -> bytes:
             raise SourceError(f"{path}: cannot be read ({error.strerror}); check the file") from None
 
 
+def read_range(path: Path, start: int, size: int) -> bytes:
+    """Returns `size` bytes of a plain file from position `start`.
+
+    Raises:
+        SourceError: As `open_file`.
+    """
+    with open_file(path) as file:
+        file.seek(start)
+        return file.read(size)
+
+
 def parse_object(
     raw: bytes, where: str, mend: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> dict[str, Any]:

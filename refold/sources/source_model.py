@@ -6,7 +6,7 @@ from pathlib import Path
 
 from refold.blueprint.source_tensors import SourcePiece, SourceTensor
 from refold.checkpoint.expected_tensors import ExpectedTensors, expect_tensors
-from refold.checkpoint.headers import DTYPE_BYTES, CheckpointHeaders, config_dtype, stored_dtype
+from refold.checkpoint.headers import DTYPE_BYTES, CheckpointHeaders, config_dtype, describe_quantised, stored_dtype
 from refold.checkpoint.locate import Source, is_same_source, locate
 from refold.errors import SourceError
 from refold.families.arch import ArchSpec, Family, Frozen
@@ -46,8 +46,9 @@ class SourceModel:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes for the plan about tensors that contradict the config."""
-        return self.tensors.notes
+        """Notes for the plan: tensors that contradict the config, and the types of a quantised source."""
+        quantised = None if self.headers is None else describe_quantised(self.headers, self.dtype)
+        return (*self.tensors.notes, *(() if quantised is None else (quantised,)))
 
     @property
     def dtype_bytes(self) -> int:

@@ -64,7 +64,7 @@ def test_what_is_no_folder_and_no_id_never_asks_the_hub(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SourceError, match=r"a folder or hub id org/name\[@revision\] is required \(no such folder\)"):
+    with pytest.raises(SourceError, match=r"a GGUF file or hub id org/name\[@revision\] is required \(no such folder"):
         locate(text)
 
 
@@ -75,8 +75,15 @@ def test_a_path_object_never_asks_the_hub(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_files_and_nothing_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").touch()
+    with pytest.raises(
+        SourceError, match=r"x\.bin: a model folder is required \(got a file\); give the folder it lies in"
+    ):
+        locate(str(tmp_path / "x.bin"))
+    with pytest.raises(SourceError, match=r"x\.gguf: a folder, a GGUF file or hub id .* \(no such folder or file\)"):
+        locate("x.gguf")
     (tmp_path / "x.gguf").touch()
-    with pytest.raises(SourceError, match=r"x\.gguf: a model folder is required \(got a GGUF file"):
+    with pytest.raises(SourceError, match=r"x\.gguf: truncated"):
         locate(str(tmp_path / "x.gguf"))
     with pytest.raises(SourceError, match=r"source: a folder or a hub id .* is required .got nothing"):
         locate("")

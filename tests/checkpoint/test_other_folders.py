@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from refold.checkpoint.locate import locate
+from refold.checkpoint.other_folders import explain_missing_config
 from refold.errors import SourceError
 
 
@@ -16,7 +17,6 @@ from refold.errors import SourceError
             ("adapter_config.json", "adapter_model.safetensors"),
             r"got an adapter of PEFT for org/base\); load",
         ),
-        (("model-Q4_K_M.gguf",), r"got a GGUF file, .*\); give the transformers folder or hub id"),
         (("summary.json", "folded/model/x"), r"got a folder of `refold run`\); give the model in it: .*folded/model$"),
         (("measurements.json", "index.html"), r"got measurements of `refold analyse`\); .*--measurements"),
         (("model_index.json", "unet/config.json"), r"got a pipeline of diffusers\)"),
@@ -36,6 +36,10 @@ def test_what_is_no_model_folder_is_named(files: tuple[str, ...], says: str, tmp
         (tmp_path / name).write_text(json.dumps({"base_model_name_or_path": "org/base"}))
     with pytest.raises(SourceError, match=rf"config.json is required \({says}"):
         locate(tmp_path).read_config()
+
+
+def test_gguf_files_of_the_hub_are_to_be_downloaded() -> None:
+    assert explain_missing_config(["a.Q4_0.gguf"]).endswith("read from a disk); download one and give its path")
 
 
 @pytest.mark.parametrize("broken", ["", "[]", "{}", '{"base_model_name_or_path": 3}', "[" * 100_000])
