@@ -8,15 +8,18 @@ from pathlib import Path
 
 import torch
 
+from refold.blueprint.cost import cost, count_weight_bytes
+from refold.blueprint.quantisation import with_schemes
 from refold.blueprint.tensors import target_tensors
 from refold.calibration.layers import SourceLayers
 from refold.checkpoint import provenance
 from refold.checkpoint.card import read_licence, write_card
 from refold.checkpoint.companions import check_companions, copy_companions
-from refold.checkpoint.folder import AtomicFolder
+from refold.checkpoint.folder import AtomicFolder, require_elsewhere
 from refold.checkpoint.locate import PLAN_NAME, Source, locate
 from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.writer import ShardedWriter, count_bytes
+from refold.conversion.integer_weights import write_integers
 from refold.conversion.map_fitter import MapFitter, mapped_layers
 from refold.conversion.measured import (
     Measured,
@@ -38,7 +41,8 @@ from refold.modeling.configuration import RefoldConfig
 from refold.modeling.load import choose_device
 from refold.planning.approximation import Approximation, require_text, stored_maps
 from refold.planning.notes import Note
-from refold.planning.plan import Draft, Plan, StackPlan, plan_model, read_influence
+from refold.planning.plan import CostPair, Draft, Plan, StackPlan, plan_model, read_influence
+from refold.planning.schemes import choose_schemes
 from refold.recipe.load import RecipeLike, load_recipe
 from refold.sources.measurements import stored_moments
 from refold.sources.pieces import PieceReader
@@ -108,10 +112,12 @@ def convert(
     loaded, options = load_recipe(recipe, overrides), given_or_default(options, ConvertOptions, "options")
     model = read_source_model(located)
     plan = plan_model(model, loaded, options.allow_larger, read_influence(model, measurements))
-    if calibration is not None and not (stored_maps(plan.blueprint, plan.starts) or reads_text(plan)):
+    if calibration is not None and not (
+        stored_maps(plan.blueprint, plan.starts) or reads_text(plan) or plan.recipe.rounds_by_text
+    ):
         raise RecipeError(
             "calibration: this recipe does not use calibration text; remove --calibration, or set relax.weight, "
-            "factor.weight or drop.block.by, or use a mixer of type linear_attention"
+            "factor.weight or drop.block.by, or use quantise or a mixer of type linear_attention"
         )
     text = None if calibration is None else open_text(calibration, limit=CALIBRATION_BYTES)
     moments = stored_moments(measurements) if text is None and plan.recipe.weight == "activations" else None
@@ -146,30 +152,41 @@ def carry_out(
     """
     options = given_or_default(options, ConvertOptions, "options")
     device = str(choose_device(options.device))
+    wanted, draft = draft, draft.with_floats()
     _require_inputs(draft, source, calibration is not None, moments is not None)
-    folder, progress = source.fetch(), Progress(options.progress)
-    check_companions(folder)
+    path, progress = source.fetch(), Progress(options.progress)
+    require_elsewhere(destination, path)
+    check_companions(source.fetch_companions())
     expect_measurements(draft, calibration is not None, progress)
     _expect_fits(draft, progress)
+    needed = count_bytes(_specs(draft))
+    if wanted.recipe.quantises:
+        needed += count_weight_bytes(wanted.blueprint, _dtype(wanted).itemsize)
+        steps = len(_specs(draft)) + 2 * draft.blueprint.num_depths * wanted.recipe.rounds_by_text
+        progress.expect("round", steps)
     with (
-        AtomicFolder(destination, options.overwrite, needed_bytes=count_bytes(_specs(draft))) as out,
-        CheckpointReader(folder) if _has_weights(source) else nullcontext() as reader,
+        AtomicFolder(destination, options.overwrite, needed) as out,
+        CheckpointReader(path) if _has_weights(source) else nullcontext() as reader,
     ):
         scratch = out.path / SCRATCH_NAME
         scratch.mkdir()
-        model = read_source_model(locate(folder))
+        model = read_source_model(locate(path))
         layers = SourceLayers(model, PieceReader(model, reader), device)
         measured = measure_plan(draft, layers, calibration, scratch, moments, progress)
         _expect_fits(measured.plan, progress)
         builder, approximation = _fit(measured, calibration, scratch, progress)
-        _write(measured.plan, builder, out, progress)
+        if wanted.recipe.quantises:
+            plan = _write_rounded(measured, wanted, builder, out, calibration, progress)
+        else:
+            plan = measured.plan
+            _write(plan, builder, out, progress)
         shutil.rmtree(scratch)
         found = {
             "kept_energy": builder.kept_energy,
             "approximation": approximation,
-            "notes": (*measured.plan.notes, *_calibration_notes(draft, calibration)),
+            "notes": (*plan.notes, *_calibration_notes(wanted, calibration)),
         }
-        return _record(measured.plan.model_copy(update=found), source, folder, out.path, options.command)
+        return _record(plan.model_copy(update=found), source, out.path, options.command)
 
 
 def _has_weights(source: Source) -> bool:
@@ -211,6 +228,32 @@ def _fit(
     return builder, maps.approximation
 
 
+def _write_rounded(
+    measured: Measured,
+    wanted: Draft,
+    builder: TargetBuilder,
+    out: AtomicFolder,
+    calibration: DataSource | None,
+    progress: Progress,
+) -> Plan:
+    """Writes the tensors as floats beside the model, then the model with rounded weights; returns its plan."""
+    floats = AtomicFolder(out.path / SCRATCH_NAME / "floats")
+    section, blueprint = wanted.recipe.quantise, measured.plan.blueprint
+    assert section is not None
+    schemes = choose_schemes(blueprint, section)
+    with floats:
+        _write(measured.plan, builder, floats, progress)
+    text = None
+    if calibration is not None and wanted.recipe.rounds_by_text:
+        text = pack_text(measured.layers.model, calibration, wanted.recipe)
+    with CheckpointReader(floats.destination, blueprint) as reader:
+        tell = progress.of("round")
+        write_integers(reader, blueprint, schemes, out, text, measured.layers.device, lambda done, _: tell(done))
+    made = with_schemes(blueprint, schemes)
+    costs = CostPair(source=wanted.cost.source, target=cost(made, _dtype(wanted).itemsize))
+    return measured.plan.model_copy(update={"recipe": wanted.recipe, "blueprint": made, "cost": costs})
+
+
 def _write(plan: Plan, builder: TargetBuilder, out: AtomicFolder, progress: Progress) -> None:
     """Writes the tensors of the target one by one."""
     tell = progress.of("write")
@@ -221,17 +264,16 @@ def _write(plan: Plan, builder: TargetBuilder, out: AtomicFolder, progress: Prog
     out.hashes.update(writer.hashes)
 
 
-def _record(plan: Plan, source: Source, folder: Path, target: Path, command: str) -> Plan:
+def _record(plan: Plan, source: Source, target: Path, command: str) -> Plan:
     """Writes all files beside the weights, and returns the plan with a note if the source has no tokenizer.
 
     Args:
         plan: The settled plan, with measured errors.
         source: The source as the caller named it.
-        folder: The files of the source.
         target: The folder to write.
         command: Command line, for the provenance.
     """
-    if not copy_companions(folder, target).has_tokenizer:
+    if not copy_companions(source.fetch_companions(), target).has_tokenizer:
         notes = (*plan.notes, Note(text="the source has no tokenizer: none was copied"))
         plan = plan.model_copy(update={"notes": notes})
     make_config(plan, source).save_pretrained(target)
@@ -244,13 +286,14 @@ def _record(plan: Plan, source: Source, folder: Path, target: Path, command: str
         command=command,
     )
     provenance.write(target, [stage])
-    _write_card(plan, source, folder, target)
+    _write_card(plan, source, target)
     return plan
 
 
 def _calibration_notes(draft: Draft, text: DataSource | None) -> list[Note]:
     """Returns notes on the calibration text: its name, and the risk of text of one kind."""
-    if text is None or not (stored_maps(draft.blueprint, draft.starts) or reads_text(draft)):
+    is_used = stored_maps(draft.blueprint, draft.starts) or reads_text(draft) or draft.recipe.rounds_by_text
+    if text is None or not is_used:
         return []
     price = describe_one_kind(text, "calibration")
     return [Note(text=f"calibration text: {text.name}"), *([] if price is None else [Note(text=price)])]
@@ -277,10 +320,11 @@ def make_config(plan: StackPlan, source: Source) -> RefoldConfig:
     )
 
 
-def _write_card(plan: Plan, source: Source, folder: Path, target: Path) -> None:
-    base = source.hub_id or folder.name
+def _write_card(plan: Plan, source: Source, target: Path) -> None:
+    base = source.name
     facts = {row.quantity.replace("_", " "): f"{row.target:,} (source {row.source:,})" for row in plan.summary()}
     kept = plan.kept_energy.values()
     if kept:
         facts["kept residual energy"] = f"{min(kept):.1%} to {max(kept):.1%} over {len(kept)} matrices"
-    write_card(target, base, f"{base}, folded", facts, [note.text for note in plan.notes], read_licence(folder))
+    licence = read_licence(source.fetch_companions())
+    write_card(target, base, f"{base}, folded", facts, [note.text for note in plan.notes], licence)

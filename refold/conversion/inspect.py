@@ -8,7 +8,7 @@ from refold.blueprint.cost import cost
 from refold.blueprint.passes import describe_passes
 from refold.blueprint.schema import Blueprint
 from refold.checkpoint import provenance
-from refold.checkpoint.folded_tensors import check_folded_tensors, read_blueprint
+from refold.checkpoint.folded_tensors import check_folded_tensors, float_names, read_blueprint
 from refold.checkpoint.folder import settle
 from refold.checkpoint.headers import DTYPE_BYTES, read_headers, stored_dtype
 from refold.checkpoint.locate import PLAN_NAME, locate
@@ -67,7 +67,7 @@ def inspect(folder: str | Path, *, verify: bool = False) -> Inspection:
     if verify:
         verify_files(path)
         num_files = len(json.loads((path / "manifest.json").read_text())["files"])
-    dtype = stored_dtype(str(path), headers)
+    dtype = stored_dtype(str(path), headers, float_names(blueprint, headers))
     plan = read_plan(path / PLAN_NAME) if (path / PLAN_NAME).exists() else None
     size = DTYPE_BYTES[dtype]
     costs = CostPair(source=cost(identity_blueprint(blueprint.arch), size), target=cost(blueprint, size))

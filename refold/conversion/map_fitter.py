@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refold.blueprint.tensors import target_tensors
+from refold.blueprint.tensors import float_tensors
 from refold.calibration.calibration import CalibrationText, draw_streams, pack_calibration
 from refold.calibration.layers import AttentionSample, SourceLayer, SourceLayers
 from refold.conversion.target_tensors import fresh_tensor, tensor_seed
@@ -303,6 +303,6 @@ class MapFitter:
         wanted = {f"{stored.prefix}{name}" for name in stored.names}
         return {
             tensor.local: fresh_tensor(tensor, tensor.fill(blueprint), seed).to(self._dtype)
-            for tensor in target_tensors(blueprint)
+            for tensor in float_tensors(blueprint)
             if tensor.name in wanted
         }

@@ -21,7 +21,13 @@ from refold.errors import FolderError, RecipeError
 from refold.modeling.load import choose_device, load_tokenizer
 from refold.planning.allocation import Choice, allocate, keep_energy
 from refold.planning.build import identity_blueprint
-from refold.planning.factors import linear_budget, lora_parameters, stored_linears, stored_parameters
+from refold.planning.factors import (
+    linear_budget,
+    lora_parameters,
+    stored_linears,
+    stored_parameters,
+    with_multiples,
+)
 from refold.planning.plan import Draft, Plan, StackPlan, plan_model, replan
 from refold.recipe.load import RecipeLike, load_recipe
 from refold.recipe.recipe import RankEnergy, RankShare, Recipe
@@ -146,7 +152,8 @@ def _measure_ranks(draft: Draft, layers: SourceLayers, store: MomentStore | None
         linears = measure_linears(
             measured_groups(draft), draft.recipe.weight, is_joint, layers.pieces, store, layers.device, progress
         )
-    return replan(draft, layers.model, _choose(draft, linears)).settle()
+    chosen = with_multiples(_choose(draft, linears), draft.recipe)
+    return replan(draft, layers.model, chosen).settle()
 
 
 def keep_moments(source: str | Path, recipe: RecipeLike, text: DataSource, folder: Path, device: str = "cpu") -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from refold.blueprint.kinds import TargetTensor
 from refold.blueprint.schema import Blueprint, Pool, depth_linears, part_linears
-from refold.blueprint.tensors import target_tensors
+from refold.blueprint.tensors import float_tensors
 from refold.calibration.curves import LinearSources, linear_sources
-from refold.calibration.layers import SourceLayer, SourceLayers, reach_input
+from refold.calibration.layers import SourceLayer, SourceLayers, Watch, reach_input
 from refold.calibration.weighting import Drift, aimed_weight, drift_between
 from refold.checkpoint.tensor_file import write_tensors
 from refold.conversion.starts.group import LinearGroup
@@ -23,6 +23,7 @@ from refold.data.packing import PackedSequence
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.depth import KeyValues
 from refold.modeling.stack import RefoldModel
+from refold.nn.factored import BasisLinear, FactoredLinear
 from refold.nn.rotary import Rotary
 from refold.planning.plan import Plan
 
@@ -76,16 +77,43 @@ class TargetStack:
             rows: One of `rows`.
             hidden_states: Residual stream of these rows before the depth.
         """
-        spec = self._blueprint.depths[depth]
-        parts = [] if spec.mixer is None else [self._model.mixers[spec.mixer]]
-        parts += [] if spec.mlp is None else [self._model.mlps[spec.mlp]]
-        found = next(part.get_submodule(linear) for part in parts if hasattr(part, linear))
+        found = next(part.get_submodule(linear) for part in self._parts(depth) if hasattr(part, linear))
         return reach_input(found, lambda: self._run(depth, rows, hidden_states))
 
     @torch.no_grad()
-    def run(self, depth: int, hidden_states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Returns the residual stream after a depth."""
-        return torch.cat([self._run(depth, rows, hidden_states[rows]).cpu() for rows in self.rows])
+    def run(
+        self, depth: int, hidden_states: Float[Tensor, "B T D"], watch: Watch | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Returns the residual stream after a depth.
+
+        Args:
+            depth: Index of the depth.
+            hidden_states: The residual stream before it.
+            watch: Called with the depth, the name and the inputs of each linear, some sequences at a time.
+        """
+        hooks = [] if watch is None else self._watch(depth, watch)
+        try:
+            return torch.cat([self._run(depth, rows, hidden_states[rows]).cpu() for rows in self.rows])
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _watch(self, depth: int, watch: Watch) -> list[torch.utils.hooks.RemovableHandle]:
+        def tell(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            return lambda module, inputs: watch(depth, name, inputs[0])
+
+        kinds = (nn.Linear, FactoredLinear, BasisLinear)
+        return [
+            module.register_forward_pre_hook(tell(name))
+            for part in self._parts(depth)
+            for name, module in part.named_children()
+            if isinstance(module, kinds)
+        ]
+
+    def _parts(self, depth: int) -> list[nn.Module]:
+        spec = self._blueprint.depths[depth]
+        parts = [] if spec.mixer is None else [self._model.mixers[spec.mixer]]
+        return [*parts, *([] if spec.mlp is None else [self._model.mlps[spec.mlp]])]
 
     def _run(self, depth: int, rows: slice, hidden_states: Tensor) -> Tensor:
         states = hidden_states.to(self._device)
@@ -98,6 +126,18 @@ class TargetStack:
     def _place(self, name: str) -> tuple[nn.Module, str]:
         owner, _, kind = name.removeprefix("model.").rpartition(".")
         return self._model.get_submodule(owner), kind
+
+
+def depth_tensors(blueprint: Blueprint, index: int) -> list[TargetTensor]:
+    """Returns the tensors that a depth runs: its own and those of its stored parts."""
+    depth = blueprint.depths[index]
+    return [
+        tensor
+        for tensor in float_tensors(blueprint)
+        if tensor.kind.place == "stack"
+        and (tensor.depth == index or (tensor.pool and tensor.part == getattr(depth, tensor.pool)))
+        and (tensor.depth is not None or tensor.part is not None)
+    ]
 
 
 class FittedTensors(Mapping[str, Tensor]):
@@ -187,7 +227,7 @@ class SequentialFitter:
         for index in range(blueprint.num_depths):
             layer = self._layers.load(blueprint.depths[index].source)
             place = _Place(index, layer, source, folded, sequences.position_ids)
-            tensors = self._tensors_of(index)
+            tensors = depth_tensors(blueprint, index)
             for tensor in tensors:
                 if not tensor.kind.is_fitted:
                     stack.put(tensor.name, self._builder.make(tensor))
@@ -200,17 +240,6 @@ class SequentialFitter:
             folded = stack.run(index, folded)
             stack.take_out(tensor.name for tensor in tensors)
             progress(index + 1)
-
-    def _tensors_of(self, index: int) -> list[TargetTensor]:
-        """Returns the tensors that a depth runs: its own and those of its stored parts."""
-        depth = self._plan.blueprint.depths[index]
-        return [
-            tensor
-            for tensor in target_tensors(self._plan.blueprint)
-            if tensor.kind.place == "stack"
-            and (tensor.depth == index or (tensor.pool and tensor.part == getattr(depth, tensor.pool)))
-            and (tensor.depth is not None or tensor.part is not None)
-        ]
 
     def _stages(self, index: int) -> Iterator[tuple[str, ...]]:
         """Yields the linears of a depth that are fitted together, first those of new mixers, which have no moments."""

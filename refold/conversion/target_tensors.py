@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from refold.blueprint.kinds import TargetTensor
-from refold.blueprint.tensors import target_tensors
+from refold.blueprint.tensors import float_tensors
 from refold.calibration.curves import LinearSources, linear_sources, read_weightings
 from refold.calibration.moments import MomentStore
 from refold.conversion.starts.group import FittedBasis, LinearGroup, Member
@@ -72,7 +72,7 @@ class TargetBuilder:
     def build(self) -> Iterator[tuple[str, Tensor]]:
         """Yields name and value of every tensor once, in the dtype of the folded model."""
         fitted: set[str] = set()
-        for tensor in target_tensors(self._plan.blueprint):
+        for tensor in float_tensors(self._plan.blueprint):
             if tensor.name in fitted:
                 continue
             group = None if tensor.name in self._fitted else self._group_of(tensor)

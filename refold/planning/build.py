@@ -8,6 +8,7 @@ from typing import NamedTuple
 from refold.blueprint.cost import ParameterCount, count_parameters
 from refold.blueprint.origins import Initialisation
 from refold.blueprint.owned.registry import owned_kinds
+from refold.blueprint.quantisation import describe_schemes, with_schemes
 from refold.blueprint.schema import (
     POOLS,
     Blueprint,
@@ -24,13 +25,14 @@ from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
 from refold.mixers.spec import MLP
 from refold.planning.drops import describe_dropped, dropped_blocks, dropped_parts
-from refold.planning.factors import factorise_evenly, linear_budget
+from refold.planning.factors import factorise_evenly, linear_budget, with_multiples
 from refold.planning.fold import FoldedStack, describe_alignment, fold_layers, tied_sources
 from refold.planning.key_sharing import Reads, choose_reads, describe_reads
 from refold.planning.mixers import ChosenMixer, choose_mixers, describe_lost_norms
 from refold.planning.notes import Note, Notes, advise, describe_reach, notes
 from refold.planning.relax import LinearShapes, choose_ranks, with_prefixes
 from refold.planning.rules import require_rules
+from refold.planning.schemes import choose_schemes
 from refold.recipe.recipe import ExitPlacement, Fold, RankEnergy, Recipe
 from refold.sources.measurements import Influence
 
@@ -158,6 +160,12 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
     elif recipe.measures_ranks:
         line = f"{UNMEASURED_RANKS} {'the largest' if isinstance(lora and lora.rank, RankEnergy) else 'even'} ranks"
         said = (*said, Note(kind="pending", text=line))
+    blueprint = with_multiples(blueprint, recipe)
+    if recipe.quantise is not None and recipe.quantises:
+        blueprint = with_schemes(blueprint, choose_schemes(blueprint, recipe.quantise))
+        said = (*said, Note(text=f"quantise: {describe_schemes(blueprint)}"))
+    elif recipe.quantise is not None:
+        said = (*said, Note(text="quantise: after healing; convert writes floats"))
     starts = Initialisation(
         weights=recipe.weights,
         lora=lora.init if relaxed and lora else None,

@@ -1,11 +1,11 @@
 """Factors of stored linears: their even ranks under a parameter budget, and the parameters they take."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from refold.blueprint.schema import POOLS, Blueprint, Pool, depth_linears, part_linears, users_of
 from refold.errors import RecipeError
 from refold.planning.allocation import with_ranks
-from refold.recipe.recipe import Factor
+from refold.recipe.recipe import Factor, Recipe
 
 StoredLinears = tuple[Pool, int, str, tuple[int, int]]
 """Pool, part, linear and its `(out, in)`."""
@@ -102,3 +102,31 @@ def factorise_evenly(blueprint: Blueprint, source: Blueprint, factor: Factor) ->
     kept = f"factor.parameters: {factor.parameters:g} keeps {min(share, 1):.1%} of every "
     note = f"{kept}weight: tied linears share a basis" if bases else f"{kept}stored linear as two factors"
     return with_ranks(blueprint, {}, factors, bases), note
+
+
+def with_multiples(blueprint: Blueprint, recipe: Recipe) -> Blueprint:
+    """Returns the blueprint with ranks in the multiples of a recipe; ranks below a multiple, and full ranks, stay."""
+    factors = 1 if recipe.factor is None else recipe.factor.multiple
+    loras = 1 if recipe.lora is None else recipe.lora.multiple
+    if factors == loras == 1:
+        return blueprint
+
+    def lower(ranks: Mapping[str, int], multiple: int, full: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+        return {
+            name: rank if rank < multiple or rank == min(full[name]) else rank // multiple * multiple
+            for name, rank in ranks.items()
+        }
+
+    made: dict[str, tuple[object, ...]] = {}
+    for pool in POOLS:
+        parts = []
+        for index, part in enumerate(blueprint.pool(pool)):
+            shapes = part_linears(blueprint, pool, index)
+            ranks = {name: lower(getattr(part, name), factors, shapes) for name in ("factors", "bases")}
+            parts.append(part.model_copy(update=ranks))
+        made[f"{pool}s"] = tuple(parts)
+    made["depths"] = tuple(
+        depth.model_copy(update={"ranks": lower(depth.ranks, loras, depth_linears(blueprint, index))})
+        for index, depth in enumerate(blueprint.depths)
+    )
+    return blueprint.model_copy(update=made)

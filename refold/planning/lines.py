@@ -9,7 +9,7 @@ from refold.blueprint.kinds import TargetTensor
 from refold.blueprint.origins import Initialisation, Origin, carried_tensor
 from refold.blueprint.schema import Blueprint, idle_names
 from refold.blueprint.source_tensors import SourceTensor, locate_piece
-from refold.blueprint.tensors import target_tensors
+from refold.blueprint.tensors import float_tensors
 from refold.families.arch import Family, Frozen
 from refold.planning.approximation import LEARNED
 
@@ -65,7 +65,7 @@ def plan_lines(
     """
     lines = _Lines()
     used: set[tuple[str, int | None]] = set()
-    for tensor in target_tensors(blueprint):
+    for tensor in float_tensors(blueprint):
         made = tensor.origin(blueprint, starts)
         if made.how != "fresh":
             used |= {(made.canonical, layer) for layer in made.layers or (None,)}

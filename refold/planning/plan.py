@@ -9,6 +9,7 @@ from pydantic import Field
 
 from refold.blueprint.cost import Cost, cost
 from refold.blueprint.origins import Initialisation
+from refold.blueprint.quantisation import without_schemes
 from refold.blueprint.schema import Blueprint, depth_factors, depth_linears
 from refold.checkpoint.locate import Source
 from refold.errors import RecipeError, RefoldError
@@ -104,6 +105,11 @@ class Draft(StackPlan):
     def pending(self) -> Notes:
         """The notes that name a missing measurement; empty: the draft can be settled as it is."""
         return tuple(note for note in self.notes if note.kind == "pending")
+
+    def with_floats(self) -> "Draft":
+        """Returns the draft without quantisation."""
+        recipe = self.recipe.model_copy(update={"quantise": None})
+        return self.model_copy(update={"recipe": recipe, "blueprint": without_schemes(self.blueprint)})
 
     def settle(self) -> Plan:
         """Returns the plan with the same blueprint: even ranks and drops stay, and their notes become facts."""

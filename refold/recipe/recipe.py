@@ -9,6 +9,7 @@ from refold.fields import Amount, Count, LayerIndex, Real, Section, refuse_repea
 from refold.mixers.placement import AnyEntry
 from refold.recipe.drop import Drop, LayerList
 from refold.recipe.heal import HealStage, read_heal
+from refold.recipe.quantise import Quantise
 from refold.recipe.share_kv import ShareKv
 from refold.recipe.tying import TYING_INITS
 from refold.suggest import did_you_mean, must_be_one_of, shorten
@@ -135,6 +136,9 @@ class LoraRelax(Section):
     linear; 0: no LoRA."""
     at: Literal["tied", "all"] = "tied"
     """Linears that get LoRAs: those that several depths use (`tied`), or all, so that only adapters can be trained."""
+    multiple: Count = 1
+    """Ranks above this number are rounded down to a multiple of it, except full ranks. Formats with blocks of 32 inputs
+    want multiples of 32."""
     init: Literal["svd", "zero", "joint"] | None = None
     """Initialisation of LoRAs. `svd`: the truncated SVD of the tying error. `zero`: no effect. `joint`: fitted together
     with the stored weights. Default: `zero` if the stored layers are initialised `stepwise` or fresh, else `svd`."""
@@ -163,6 +167,9 @@ class Factor(Section):
     """Division of the budget. `even`: every stored linear keeps the same share of its parameters. `measured`: the ranks
     that lower the error most, or the whole matrix if that is better. With `relax.rank: {split: measured}` also each
     tied linear is tested: if tying does not pay, its depths get their own factors."""
+    multiple: Count = 1
+    """Ranks above this number are rounded down to a multiple of it. Formats with blocks of 32 inputs want multiples of
+    32."""
     weight: ErrorMetric | None = None
     """Error metric: `none`, the weights; `activations`, the outputs on calibration text; `fisher`, the effect on the
     loss. Default: as `relax.weight`, else `activations`."""
@@ -258,6 +265,8 @@ class Recipe(Section):
     """Places early exits in the stack."""
     ignore_tensors: tuple[IgnoredTensor, ...] = ()
     """Source tensors that are ignored on purpose, each with the reason."""
+    quantise: Quantise | None = None
+    """Stores weights as integers."""
     heal: Annotated[tuple[HealStage, ...], BeforeValidator(read_heal)] = ()
     """Training stages after conversion, in order; or a protocol, such as `{protocol: distil, tokens: 20M}`."""
 
@@ -305,6 +314,16 @@ class Recipe(Section):
     def needs_text(self) -> bool:
         """Whether linears are fitted to calibration text."""
         return self.weights == "source" and self.weight != "none"
+
+    @property
+    def quantises(self) -> bool:
+        """Whether a conversion rounds weights; with healing stages they are rounded after the last one."""
+        return self.quantise is not None and not self.heal
+
+    @property
+    def rounds_by_text(self) -> bool:
+        """Whether a conversion rounds weights with error feedback, if there is text."""
+        return self.quantises and self.quantise is not None and self.quantise.rounding != "plain"
 
     @property
     def fits_in_sequence(self) -> bool:

@@ -19,7 +19,7 @@ def test_built_ins_load_and_describe_themselves():
     described = built_in_recipes()
     folds = {"recursive", "relaxed", "joint", "pruned", "scratch"}
     mixers = {"retnet", "striped-mamba", "mamba2", "gla", "gated-deltanet", "linear-attention", "hybrid"}
-    assert set(described) == folds | mixers | {"lowrank", "compact"}
+    assert set(described) == folds | mixers | {"lowrank", "compact", "recursive-gguf", "pruned-gguf"}
     assert all(described.values())
 
 
