@@ -10,8 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from refold.blueprint.passes import Passes, find_passes, last_writing_depth, recurrent_depths
-from refold.checkpoint.companions import has_tokenizer
-from refold.checkpoint.folder import settle
+from refold.checkpoint.companions import offers_tokenizer
 from refold.checkpoint.locate import Source, locate
 from refold.data.tokens import require_known_tokens
 from refold.engine.batcher import DepthBatcher
@@ -341,8 +340,8 @@ def _listed(prompts: Any) -> list[AnyPrompt]:
 
 def _find_tokenizer(model: Any) -> PreTrainedTokenizerBase | None:
     """Returns the tokenizer of a folder or hub id; None if it has none."""
-    folder = settle((model if isinstance(model, Source) else locate(model)).fetch())
-    return load_tokenizer(folder) if has_tokenizer([path.name for path in folder.iterdir()]) else None
+    source = model if isinstance(model, Source) else locate(model)
+    return load_tokenizer(source) if offers_tokenizer(source.fetch_companions()) else None
 
 
 def _exit_rule(model: Any, settings: EngineSettings) -> tuple[ExitRule | None, str | None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from refold.blueprint.quantisation import holds_integers
 from refold.checkpoint.locate import locate
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import make_config
@@ -17,6 +18,7 @@ from refold.modeling.configuration import MODEL_TYPE
 from refold.modeling.load import ModelLike, load_model, load_tensors, open_source
 from refold.modeling.model import RefoldForCausalLM
 from refold.modeling.packed_weights import PackedBytes, PackSettings, pack_model
+from refold.nn.products import FLOATS
 from refold.planning.plan import plan_model
 from refold.recipe.load import load_recipe
 from refold.sources.pieces import PieceReader
@@ -84,12 +86,15 @@ def pack(
         raise RefoldError(f"weights: a model that is not packed is required for {wanted!r}; give its folder")
     if not is_own:
         opened = copy.deepcopy(opened)
+    are_floats_wanted = wanted in FLOATS
     if wanted == "auto":
-        # Half precision of the other kind has no packed products of its own.
-        wanted = "float32" if opened.dtype == torch.float32 else "bfloat16"
+        # Half precision of the other kind has no packed products of its own. Kernels of integers read bfloat16.
+        has_integers = holds_integers(opened.config.read_blueprint())
+        wanted = "float32" if opened.dtype == torch.float32 and not has_integers else "bfloat16"
     # The head decides on the token, so it never gets fewer than 8 bits.
     head = "int8" if wanted in ("int8", "int4") else None
-    return opened, pack_model(opened, PackSettings(weights=wanted, head=head, keep_dense=settings.keep_dense))
+    formats = PackSettings(wanted, head, keep_dense=settings.keep_dense, keep_integers=not are_floats_wanted)
+    return opened, pack_model(opened, formats)
 
 
 def _open_source(

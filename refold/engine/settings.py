@@ -93,7 +93,7 @@ class EngineSettings:
 
     Attributes:
         weights: Form of the weights in memory: `float32`, `bfloat16`, `int8`, `int4`; `auto`: as stored, or float32
-            where that is slow.
+            where that is slow. Weights that are stored as integers stay as they are, except with a dtype.
         memory: Bytes for keys, values and states; None: what `max_rows` full contexts need, at most half of the free
             memory.
         page_size: Tokens of a page.

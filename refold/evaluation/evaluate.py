@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from refold.blueprint.quantisation import find_scheme
+from refold.blueprint.integers import find_scheme
 from refold.checkpoint.manifest import hash_file
 from refold.checkpoint.provenance import Stage
 from refold.data.corpus import MOST_BYTES_PER_TOKEN, Data, open_text

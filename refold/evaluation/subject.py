@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from refold.checkpoint.companions import has_tokenizer
+from refold.blueprint.cost import count_parameters, count_weight_bytes
+from refold.blueprint.quantisation import holds_integers
+from refold.checkpoint.companions import offers_tokenizer
 from refold.checkpoint.locate import Source
 from refold.checkpoint.provenance import describe_source
 from refold.errors import RefoldError, SourceError
 from refold.evaluation.result import ModelFacts
 from refold.modeling.load import ModelLike, load_model, load_tokenizer, open_source, stored_dtype
+from refold.modeling.model import RefoldForCausalLM
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ def open_subject(
                     f"call model.to({name}=...) before"
                 )
         return Subject(model, tokenizer, _facts(model, str(model.config._name_or_path or type(model).__name__), None))
-    located, folder = open_source(model)
-    if tokenizer is None and has_tokenizer([path.name for path in folder.iterdir()]):
+    located, _ = open_source(model)
+    if tokenizer is None and offers_tokenizer(located.fetch_companions()):
         tokenizer = load_tokenizer(located)
     loaded = load_model(located, dtype=dtype, device=device)
     return Subject(loaded, tokenizer, _facts(loaded, located.hub_id or str(located.where), located))
@@ -90,14 +93,25 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _facts(model: PreTrainedModel, name: str, located: Source | None) -> ModelFacts:
+def _count(model: PreTrainedModel, stored: torch.dtype) -> tuple[int, int]:
+    """Returns the number of parameters and their bytes as they are stored."""
+    if isinstance(model, RefoldForCausalLM):
+        blueprint = model.config.read_blueprint()
+        if holds_integers(blueprint):
+            return count_parameters(blueprint).total, count_weight_bytes(blueprint, stored.itemsize)
     parameters = list(model.parameters())
+    numbers = sum(each.numel() for each in parameters)
+    return numbers, sum(each.numel() * min(each.element_size(), stored.itemsize) for each in parameters)
+
+
+def _facts(model: PreTrainedModel, name: str, located: Source | None) -> ModelFacts:
     stored = stored_dtype(model)
+    parameters, weight_bytes = _count(model, stored)
     return ModelFacts(
         name=name,
         model_type=model.config.model_type,
-        parameters=sum(each.numel() for each in parameters),
-        weight_bytes=sum(each.numel() * min(each.element_size(), stored.itemsize) for each in parameters),
+        parameters=parameters,
+        weight_bytes=weight_bytes,
         dtype=str(stored).removeprefix("torch."),
         computed_in=str(model.dtype).removeprefix("torch."),
         source={} if located is None else describe_source(located),

@@ -17,6 +17,8 @@ from refold.modeling.model import RefoldForCausalLM
 from refold.recipe.heal import GROUPS, KIND_GROUPS, HealStage
 from refold.suggest import did_you_mean
 
+PACKED = "_packed"
+
 
 class WeightGroups:
     """Finds parameters of a model by group, name or pattern.
@@ -24,12 +26,19 @@ class WeightGroups:
     Args:
         student: a folded model, or a source, which has only the groups that need no blueprint.
         folder: folder of the model; its `plan.json` tells which tensors were transferred.
+
+    Attributes:
+        names: all parameters.
+        integers: those that hold weights stored as integers, which cannot train.
     """
 
     def __init__(self, student: nn.Module, folder: Path | None):
         self.names = tuple(name for name, _ in student.named_parameters())
+        self.integers: frozenset[str] = frozenset()
         if isinstance(student, RefoldForCausalLM):
-            self._groups = _of_blueprint(student.config.read_blueprint(), _read_starts(folder))
+            blueprint = student.config.read_blueprint()
+            self._groups = _of_blueprint(blueprint, _read_starts(folder))
+            self.integers = frozenset(each.name for each in target_tensors(blueprint) if each.piece is not None)
         else:
             self._groups = _of_source(student)
 
@@ -77,6 +86,14 @@ class Trainable:
 
     def __init__(self, stage: HealStage, groups: WeightGroups):
         self.trained = groups.union(stage.train, "train") - groups.union(stage.freeze, "freeze")
+        integers = sorted(self.trained & groups.integers)
+        if integers:
+            weights = sorted({name.rpartition("_")[0] for name in integers if name.endswith(PACKED)})
+            shown = ", ".join(weights[:3]) + (", ..." if len(weights) > 3 else "")
+            raise HealError(
+                f"train: weights of floats are required ({len(weights)} are stored as integers: {shown}); train "
+                f"adapters or vectors, or heal the model before it is quantised"
+            )
         self.frozen_first: frozenset[str] = frozenset()
         if stage.thaw is not None:
             self.frozen_first = groups.union(stage.thaw.groups, "thaw.groups") & self.trained

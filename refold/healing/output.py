@@ -15,13 +15,19 @@ from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import CONFIG_NAME, PLAN_NAME, Source
 from refold.checkpoint.writer import ShardedWriter, TensorSpecs
 from refold.healing.log import LOG_NAME
+from refold.modeling.model import RefoldForCausalLM
 from refold.recipe.heal import HealStage
 
 _ROW = re.compile(r"^\| ([^|]+) \| ([^|]*) \|$", re.MULTILINE)
 
 
 def tensor_specs(student: nn.Module) -> TensorSpecs:
-    """Returns name, shape and dtype of every parameter; tied parameters occur once, under their first name."""
+    """Returns name, shape and dtype of every parameter; tied parameters occur once, under their first name.
+
+    Quantised weights are held as they are stored from then on, not as a kernel reads them.
+    """
+    if isinstance(student, RefoldForCausalLM):
+        student.hold_integers()
     return {name: (tuple(value.shape), value.dtype) for name, value in student.named_parameters()}
 
 
@@ -51,7 +57,7 @@ def write_healed(
     Raises:
         FolderError: the folder cannot be written.
     """
-    folder = model.fetch()
+    folder = model.fetch_companions()
     with ShardedWriter(out.path, specs) as writer, torch.no_grad():
         for name, value in weights.items():
             writer.write(name, value.to(specs[name][1]))

@@ -1,6 +1,5 @@
 """A prepared healing run: decided stages with data, objectives and schedules, teacher and held-out text."""
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refold.checkpoint import provenance
-from refold.checkpoint.companions import has_tokenizer
+from refold.checkpoint.companions import offers_tokenizer
 from refold.checkpoint.locate import Source, locate
-from refold.checkpoint.manifest import content_hash
 from refold.data.corpus import Data, open_text
 from refold.data.training_data import TrainingData, open_training_data
 from refold.errors import HealError, SourceError
@@ -243,20 +241,19 @@ def _find_teacher(model: Source, wish: str | Path | Source | None) -> Source:
 
 def _require_same_tokens(tokenizer: PreTrainedTokenizerBase, teacher: Source) -> None:
     """Refuses a teacher whose tokenizer differs from the student's; a teacher without a tokenizer is accepted."""
-    folder = teacher.fetch()
-    if not has_tokenizer([path.name for path in folder.iterdir()]):
+    if not offers_tokenizer(teacher.fetch_companions()):
         return
     mine, other = tokenizer.get_vocab(), load_tokenizer(teacher).get_vocab()
     different = sorted(token for token in mine.keys() | other.keys() if mine.get(token) != other.get(token))
     if different:
         raise SourceError(
-            f"{folder}: a teacher with the student's tokenizer is required ({len(different):,} tokens differ, such as "
-            f"{different[0]!r}); choose one of the same family"
+            f"{teacher.where}: a teacher with the student's tokenizer is required ({len(different):,} tokens differ, "
+            f"such as {different[0]!r}); choose one of the same family"
         )
 
 
 def _hash_weights(model: Source) -> str:
-    headers = model.headers()
-    assert headers is not None
-    folder = model.fetch()
-    return hashlib.sha256("".join(content_hash(folder / name) for name in sorted(headers.files)).encode()).hexdigest()
+    # On the hub a commit has no hash of its files before they are here.
+    found = locate(model.fetch()).hash_files()
+    assert found is not None
+    return found

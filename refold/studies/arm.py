@@ -9,6 +9,7 @@ from refold.checkpoint.folder import settle
 from refold.checkpoint.locate import Source
 from refold.checkpoint.manifest import check, is_refold_folder
 from refold.conversion.convert import ConvertOptions, carry_out
+from refold.conversion.quantise import QuantiseOptions, quantise
 from refold.data.readers import DataSource
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.reference import Reference
@@ -18,6 +19,7 @@ from refold.healing.heal import heal
 from refold.healing.run import HealOptions
 from refold.planning.plan import Draft
 from refold.recipe.heal import HealStage
+from refold.recipe.quantise import Quantise
 
 Say = Callable[[str], None]
 """Function that prints a line when a part begins."""
@@ -95,6 +97,22 @@ class RunArm:
             self.show.say(f"{self.folder.name}: healing for {sum(stage.tokens for stage in self.stages):,} tokens")
             options = HealOptions(device=self.device, command=self.command)
             heal(start, target, self.train, self.stages, options=options)
+        return target
+
+    def quantise(self, model: Path, section: Quantise) -> Path:
+        """Stores a healed model's weights as integers, if this was not done before, and returns the folder."""
+        target = self.folder / "quantised"
+        if not _is_finished(target):
+            self.show.say(f"{self.folder.name}: rounding")
+            with self.show.progress(f"{self.folder.name}: rounding", "steps") as report:
+                quantise(
+                    model,
+                    target,
+                    section.to,
+                    keep=section.keep,
+                    data=None if section.rounding == "plain" else self.train,
+                    options=QuantiseOptions(section.rounding, command=self.command, progress=report),
+                )
         return target
 
     def evaluate(self, model: str | Path | Source, name: str, quantise: str | None = None) -> Evaluation:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refold.blueprint.quantisation import SCHEMES, quantised_bytes
+from refold.blueprint.integers import SCHEMES
+from refold.blueprint.quantisation import quantised_bytes
 from refold.checkpoint.locate import Source
 from refold.errors import RecipeError
 from refold.planning.build import identity_blueprint

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from refold.blueprint.quantisation import holds_integers
 from refold.checkpoint.atomic_file import is_unfinished, write_json
 from refold.checkpoint.locate import PLAN_NAME
 from refold.checkpoint.lock import FolderLock
@@ -101,7 +102,7 @@ def run(
     """Plans, converts, heals and evaluates a model and its baselines. The same call resumes an unfinished run.
 
     The run folder holds `folded/` and a folder for each baseline, each with `converted/`, `model/` (healed) and its
-    evaluations, and `summary.json`.
+    evaluations, and `summary.json`. A recipe with `quantise` adds `folded/quantised/`, which is evaluated as healed.
 
     Args:
         source: Folder or hub id.
@@ -147,6 +148,9 @@ def run(
         unhealed = folded.evaluate(converted, "unhealed")
         healed_model = folded.heal(converted)
         assert isinstance(healed_model, Path)
+        section = job.plan.recipe.quantise
+        if section is not None and job.stages and not holds_integers(made.blueprint):
+            healed_model = folded.quantise(healed_model, section)
         healed = folded.evaluate(healed_model, "healed") if job.stages else unhealed
         rivals = {name: _measure_baseline(arm(name), job.model, made) for name in job.baselines}
         found = {name: evaluation for name, evaluation in rivals.items() if evaluation is not None}

@@ -11,7 +11,8 @@ import torch
 from tokenizers import Regex, Tokenizer, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from refold.blueprint.quantisation import SCHEMES, quantised_bytes
+from refold.blueprint.integers import SCHEMES
+from refold.blueprint.quantisation import quantised_bytes
 from refold.conversion.convert import convert
 from refold.data.mixture import Mixture
 from refold.data.readers import from_documents
@@ -392,7 +393,7 @@ def test_int8_is_nearer_than_int4(source, sentences):
 
 def test_what_cannot_be_quantised_is_refused(source, sentences):
     data = from_documents(sentences)
-    with pytest.raises(RefoldError, match=r"quantise: must be one of int8, int4 \(got 'int2'\)"):
+    with pytest.raises(RefoldError, match=r"quantise: must be one of int8, int4, int4z \(got 'int2'\)"):
         evaluate(source, data, EvaluationSettings(quantise="int2", device="cpu"))
     model = load_model(source, device="cpu")
     with pytest.raises(
