@@ -16,9 +16,10 @@ from refold.blueprint.schema import Blueprint
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import ConvertOptions, convert
 from refold.errors import ExportError
-from refold.exporting import dense, merging
-from refold.exporting.dense import count_dense_bytes, dense_arch, kept_depths
+from refold.exporting import stack_weights
 from refold.exporting.export import export
+from refold.exporting.stock import dense_folder
+from refold.exporting.unrolled import count_dense_bytes, dense_arch, kept_depths
 from refold.mixers.retention import Retention
 from refold.modeling.load import load_model
 
@@ -148,7 +149,7 @@ def test_the_export_loads_without_refold_and_gives_the_native_logits(case: str, 
     assert _error(stock_logits[case], _native_logits(folded(case))) < 2e-5
 
 
-def _without_lora(self: merging.DepthWeights, merge: Merge, dtype: torch.dtype):
+def _without_lora(self: stack_weights.StackWeights, merge: Merge, dtype: torch.dtype):
     for name in (name for pair in merge.products for name in pair):
         self._reader.read(name)
     assert merge.stored is not None
@@ -156,47 +157,47 @@ def _without_lora(self: merging.DepthWeights, merge: Merge, dtype: torch.dtype):
 
 
 def test_control_without_loras_the_logits_differ(folded, tmp_path, monkeypatch):
-    monkeypatch.setattr(merging.DepthWeights, "_merged", _without_lora)
+    monkeypatch.setattr(stack_weights.StackWeights, "_merged", _without_lora)
     folder = folded("relaxed-biases")
     assert _error(_stock_logits(export(folder, tmp_path / "out")), _native_logits(folder)) > 2e-3
 
 
 def test_control_with_coefficients_of_another_depth_the_logits_differ(folded, tmp_path, monkeypatch):
-    merged = merging.DepthWeights._merged
+    merged = stack_weights.StackWeights._merged
 
-    def exchanged(self: merging.DepthWeights, merge: Merge, dtype: torch.dtype):
+    def exchanged(self: stack_weights.StackWeights, merge: Merge, dtype: torch.dtype):
         others = {f"depths.{at}.coefficients": f"depths.{(at + 2) % 4}.coefficients" for at in range(4)}
         found = tuple((a, next(b.replace(*each) for each in others.items() if each[0] in b)) for a, b in merge.products)
         return merged(self, replace(merge, products=found), dtype)
 
-    monkeypatch.setattr(merging.DepthWeights, "_merged", exchanged)
+    monkeypatch.setattr(stack_weights.StackWeights, "_merged", exchanged)
     folder = folded("shared-bases")
     assert _error(_stock_logits(export(folder, tmp_path / "out")), _native_logits(folder)) > 2e-3
 
 
 def test_control_with_query_key_value_one_after_the_other_the_logits_differ(folded, tmp_path, monkeypatch):
-    monkeypatch.setattr(dense, "pack_pieces", lambda layout, pieces, head_dim: torch.cat(tuple(pieces)))
+    monkeypatch.setattr(dense_folder, "pack_pieces", lambda layout, pieces, head_dim: torch.cat(tuple(pieces)))
     folder = folded("neox-parallel")
     assert _error(_stock_logits(export(folder, tmp_path / "out")), _native_logits(folder)) > 2e-3
 
 
 def test_control_with_tied_instead_of_own_vectors_the_logits_differ(folded, tmp_path, monkeypatch):
-    read = merging.DepthWeights.read
+    read = stack_weights.StackWeights.read
 
-    def from_first_depth(self: merging.DepthWeights, canonical: str, depth: int | None, dtype: torch.dtype):
+    def from_first_depth(self: stack_weights.StackWeights, canonical: str, depth: int | None, dtype: torch.dtype):
         value = read(self, canonical, depth, dtype)
         return value if depth is None or value.ndim > 1 else read(self, canonical, 0, dtype)
 
-    monkeypatch.setattr(merging.DepthWeights, "read", from_first_depth)
+    monkeypatch.setattr(stack_weights.StackWeights, "read", from_first_depth)
     folder = folded("own-vectors")
     assert _error(_stock_logits(export(folder, tmp_path / "out")), _native_logits(folder)) > 2e-3
 
 
 def test_control_with_a_dropped_part_that_still_writes_the_logits_differ(folded, tmp_path, monkeypatch):
-    def ones(self: merging.DepthWeights, canonical: str, dtype: torch.dtype):
+    def ones(self: stack_weights.StackWeights, canonical: str, dtype: torch.dtype):
         return torch.ones(self._shapes[canonical], dtype=dtype)
 
-    monkeypatch.setattr(merging.DepthWeights, "_neutral", ones)
+    monkeypatch.setattr(stack_weights.StackWeights, "_neutral", ones)
     folder = folded("no-mlp")
     assert _error(_stock_logits(export(folder, tmp_path / "out")), _native_logits(folder)) > 2e-3
 
@@ -252,7 +253,9 @@ def test_windows_a_family_cannot_express_are_refused(folded, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["blueprint"]["depths"][1]["window"] = None
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ExportError, match=r"mistral: all layers must have one window and one rope .*; keep the folder"):
+    with pytest.raises(
+        ExportError, match=r"mistral: all layers must have one window and one rope .*; see `refold export --list`"
+    ):
         export(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -261,7 +264,7 @@ def test_mixers_other_than_attention_are_refused_by_name(folded):
     blueprint = Blueprint.model_validate(_blueprint(folded("strict")))
     retention = blueprint.mixers[1].model_copy(update={"mixer": Retention()})
     mixed = blueprint.model_copy(update={"mixers": (blueprint.mixers[0], retention)})
-    with pytest.raises(ExportError, match=r"required by llama \(got depth 1: retention, depth 3: retention\); keep"):
+    with pytest.raises(ExportError, match=r"required by llama \(got depths 1, 3: retention\); keep"):
         dense_arch(mixed)
 
 
@@ -289,13 +292,13 @@ def test_a_tensor_without_a_place_is_refused(folded, tmp_path):
 
 def test_few_matrices_are_in_memory_at_a_time(folded, tmp_path, monkeypatch):
     sizes: list[int] = []
-    pack = dense.pack_pieces
+    pack = dense_folder.pack_pieces
 
     def counted(layout, pieces, head_dim):
         sizes.append(sum(piece.numel() for piece in pieces))
         return pack(layout, pieces, head_dim)
 
-    monkeypatch.setattr(dense, "pack_pieces", counted)
+    monkeypatch.setattr(dense_folder, "pack_pieces", counted)
     folder = folded("neox-parallel")
     export(folder, tmp_path / "out")
     with CheckpointReader(tmp_path / "out") as reader:

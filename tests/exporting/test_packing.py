@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from refold.checkpoint.expected_tensors import ExpectedTensors
 from refold.checkpoint.locate import locate
 from refold.checkpoint.reader import CheckpointReader
-from refold.exporting.dense import pack_pieces
+from refold.exporting.stock.dense_folder import pack_pieces
 from refold.families.arch import Layout, TensorRule
 from refold.families.registry import find_family, read_arch
 from refold.sources.pieces import PieceReader

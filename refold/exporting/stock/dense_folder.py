@@ -1,7 +1,6 @@
 """Export as a stock checkpoint of the source's family: loops unrolled, adapters merged, tensors packed."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -9,18 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refold.blueprint.integers import Scheme, find_scheme
 from refold.blueprint.owned.registry import OWNED
-from refold.blueprint.schema import Blueprint, DepthSpec
+from refold.blueprint.schema import Blueprint
 from refold.blueprint.source_tensors import SourceTensor, source_tensors
 from refold.blueprint.tensors import target_tensors
-from refold.checkpoint.card import STOCK_USAGE
 from refold.checkpoint.locate import CONFIG_NAME
-from refold.checkpoint.writer import ShardedWriter
+from refold.checkpoint.writer import ShardedWriter, TensorSpecs
 from refold.errors import ExportError, SourceError
-from refold.exporting.merging import DepthWeights
-from refold.exporting.target import ExportJob, ExportTarget
-from refold.families.arch import ArchSpec, Family, Layer, Layout
+from refold.exporting.compressed import choose_linears, quantization_config
+from refold.exporting.stack_weights import StackWeights
+from refold.exporting.target import ExportJob
+from refold.exporting.unrolled import dense_arch, kept_depths
+from refold.families.arch import ArchSpec, Family, Layout
 from refold.families.registry import find_family
+from refold.nn.rounding import Rounded, round_weight
 
 
 def pack_pieces(layout: Layout, pieces: Sequence[Tensor], head_dim: int) -> Tensor:
@@ -43,7 +45,7 @@ def pack_pieces(layout: Layout, pieces: Sequence[Tensor], head_dim: int) -> Tens
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def write(job: ExportJob) -> tuple[str, ...]:
+def write_dense(job: ExportJob) -> tuple[str, ...]:
     """Writes weights and `config.json`; a few matrices are in memory at a time.
 
     Depths without parts are dropped. Stock layers always have a mixer and an MLP, so a missing part becomes one whose
@@ -61,10 +63,21 @@ def write(job: ExportJob) -> tuple[str, ...]:
     arch = dense_arch(blueprint)
     config = _config(job, arch, family)
     tensors = source_tensors(arch, family)
-    weights = DepthWeights(blueprint, job.reader)
-    with ShardedWriter(job.out.path, {name: (each.shape, job.dtype) for name, each in tensors.items()}) as writer:
+    schemes = choose_linears(tensors, job.options)
+    if schemes:
+        config["quantization_config"] = quantization_config(schemes, tensors)
+    weights, num_copied = StackWeights(blueprint, job.reader), 0
+    with ShardedWriter(job.out.path, _specs(tensors, schemes, job.dtype)) as writer:
         for name, tensor in tensors.items():
             depth = None if tensor.layer is None else kept[tensor.layer]
+            if name in schemes:
+                assert depth is not None
+                scheme = find_scheme(schemes[name])
+                rounded, is_copy = _round(tensor, weights, depth, scheme, arch.head_dim)
+                num_copied += is_copy
+                for suffix, value in rounded.store(scheme).items():
+                    writer.write(f"{name}{suffix}", value.to(job.dtype) if suffix == "_scale" else value)
+                continue
             pieces = [weights.read(piece, depth, job.dtype) for piece in tensor.rule.pieces]
             writer.write(name, pack_pieces(tensor.rule.layout, pieces, arch.head_dim))
     exits = {tensor.name for tensor in target_tensors(blueprint) if tensor.kind.place == "exits"}
@@ -76,58 +89,41 @@ def write(job: ExportJob) -> tuple[str, ...]:
         )
     job.out.hashes.update(writer.hashes)
     (job.out.path / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    return _notes(blueprint, arch, tensors)
+    notes = _notes(blueprint, arch, tensors)
+    if schemes:
+        told = f"{len(schemes)} linears as integers, {num_copied} of them as the model stores them"
+        notes = (*notes, f"{told}; loading needs the package compressed-tensors")
+    return notes
 
 
-def kept_depths(blueprint: Blueprint) -> tuple[int, ...]:
-    """Returns the depths that have a part, in order: the layers of the export."""
-    return tuple(
-        index for index, depth in enumerate(blueprint.depths) if depth.mixer is not None or depth.mlp is not None
-    )
+def _specs(tensors: Mapping[str, SourceTensor], schemes: Mapping[str, str], dtype: torch.dtype) -> TensorSpecs:
+    """Returns name, shape and dtype of all tensors of the folder."""
+    found: dict[str, tuple[Sequence[int], torch.dtype]] = {}
+    for name, each in tensors.items():
+        if name not in schemes:
+            found[name] = (each.shape, dtype)
+            continue
+        rows, columns = each.shape
+        for piece in find_scheme(schemes[name]).pieces(rows, columns):
+            own = dtype if piece.suffix == "_scale" else getattr(torch, piece.dtype)
+            found[f"{name}{piece.suffix}"] = (piece.shape, own)
+    return found
 
 
-def dense_arch(blueprint: Blueprint) -> ArchSpec:
-    """Returns the architecture of the unrolled stack.
-
-    Raises:
-        ExportError: No depth has a part; or a depth has another mixer than attention, reads keys and values of another
-            depth, or owns tensors that no stock model has, such as a prefix.
-    """
-    foreign = {
-        index: blueprint.mixers[depth.mixer].mixer.type
-        for index, depth in enumerate(blueprint.depths)
-        if depth.mixer is not None and not blueprint.mixers[depth.mixer].mixer.is_native
-    }
-    family = blueprint.arch.family
-    if foreign:
-        named = ", ".join(f"depth {index}: {name}" for index, name in foreign.items())
-        raise ExportError(f"export: attention at every depth is required by {family} (got {named}); keep the folder")
-    reader = next((index for index, depth in enumerate(blueprint.depths) if depth.kv), None)
-    if reader is not None:
-        raise ExportError(
-            f"export: keys and values of its own at every depth are required by {family} (depth {reader} reads those "
-            f"of depth {blueprint.depths[reader].kv[0].depth}); keep the folder"
-        )
-    for required, fact in (found for kind in OWNED if (found := kind.obstacle(blueprint)) is not None):
-        raise ExportError(f"export: {required} is required by {family} ({fact}); keep the folder")
-    depths = [blueprint.depths[index] for index in kept_depths(blueprint)]
-    if not depths:
-        raise ExportError(f"export: a depth with a mixer or an MLP is required by {family} (all are dropped)")
-    # A depth without attention takes window and rope of a depth with attention.
-    mixing = next((depth for depth in depths if depth.mixer is not None), depths[0])
-    layers = tuple(_layer(depth if depth.mixer is not None else mixing) for depth in depths)
-    return blueprint.arch.model_copy(update={"layers": layers})
-
-
-def count_dense_bytes(blueprint: Blueprint, number_bytes: int) -> int:
-    """Returns the bytes of weights of the unrolled stack."""
-    arch = dense_arch(blueprint)
-    tensors = source_tensors(arch, find_family(arch.family)).values()
-    return number_bytes * sum(math.prod(each.shape) for each in tensors)
-
-
-def _layer(depth: DepthSpec) -> Layer:
-    return Layer(window=depth.window, rope=depth.rope)
+def _round(
+    tensor: SourceTensor, weights: StackWeights, depth: int, scheme: Scheme, head_dim: int
+) -> tuple[Rounded, bool]:
+    """Returns the integers of a linear, and whether they are those that the model stores."""
+    layout, pieces = tensor.rule.layout, tensor.rule.pieces
+    stored = [weights.read_rounded(piece, depth, scheme) for piece in pieces]
+    found = [each for each in stored if each is not None]
+    if len(found) == len(pieces):
+        columns = zip(*(each[:3] for each in found), strict=True)
+        integers, scale, zero_point = (pack_pieces(layout, column, head_dim) for column in columns)
+        return Rounded(integers, scale, zero_point, found[0].columns), True
+    floats = [weights.read(piece, depth, torch.float32) for piece in pieces]
+    weight = pack_pieces(layout, floats, head_dim)
+    return round_weight(weight, scheme, torch.ones(weight.shape[1])), False
 
 
 def _config(job: ExportJob, arch: ArchSpec, family: Family) -> dict[str, Any]:
@@ -162,13 +158,3 @@ def _notes(blueprint: Blueprint, arch: ArchSpec, tensors: Mapping[str, SourceTen
                 f"because {arch.family} layers always have both: exact, but nothing is saved there"
             )
     return (*notes, *(lost for kind in OWNED for lost in kind.lost(blueprint)))
-
-
-TARGET = ExportTarget(
-    name="dense",
-    url="https://huggingface.co/docs/transformers/model_doc/auto",
-    summary="stock transformers folder of the source's family, loops unrolled and LoRAs merged: loads without refold",
-    usage=STOCK_USAGE,
-    count_bytes=count_dense_bytes,
-    write=write,
-)

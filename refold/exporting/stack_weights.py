@@ -3,14 +3,18 @@
 import torch
 from torch import Tensor
 
+from refold.blueprint.integers import Scheme
 from refold.blueprint.owned.merge import Merge
 from refold.blueprint.owned.registry import merge_at
 from refold.blueprint.schema import Blueprint, Pool
 from refold.blueprint.source_tensors import canonical_tensors
-from refold.checkpoint.reader import CheckpointReader
+from refold.exporting.integer_blocks import IntegerBlocks, to_blocks
+from refold.exporting.opened import IntegerSource, TensorSource
+from refold.exporting.stored_schemes import StoredSchemes, holds
+from refold.nn.rounding import Rounded
 
 
-class DepthWeights:
+class StackWeights:
     """Reads the effective value of canonical tensors, such as `mixer.q_proj.weight`, at a depth of a folded model.
 
     Args:
@@ -18,9 +22,14 @@ class DepthWeights:
         reader: Reader of its tensors.
     """
 
-    def __init__(self, blueprint: Blueprint, reader: CheckpointReader):
+    def __init__(self, blueprint: Blueprint, reader: TensorSource):
         self._blueprint, self._reader = blueprint, reader
-        self._shapes = canonical_tensors(blueprint.arch)
+        self._shapes, self._schemes = canonical_tensors(blueprint.arch), StoredSchemes(blueprint)
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """The blueprint whose weights are read."""
+        return self._blueprint
 
     def read(self, canonical: str, depth: int | None, dtype: torch.dtype) -> Tensor:
         """Returns one tensor in `dtype`, merged in float32 (or stored float64) and cast once.
@@ -44,6 +53,41 @@ class DepthWeights:
         if merge.stored is not None and not merge.products and merge.scale is None:
             return self._reader.read(merge.stored, dtype)
         return self._merged(merge, dtype)
+
+    def read_blocks(self, canonical: str, depth: int | None, bits: int) -> IntegerBlocks | None:
+        """Returns the stored integers of a weight in blocks of 32, if the depth does not change the weight.
+
+        Args:
+            canonical: Canonical name, see `read`.
+            depth: The depth; None outside the layers.
+            bits: Width of the integers of a block.
+
+        Returns:
+            The blocks; None: the weight is stored otherwise, is a merge of several tensors, or does not fit blocks.
+
+        Raises:
+            SourceError: A file is damaged.
+        """
+        found = self._schemes.find(canonical, depth)
+        if found is None or not found.is_whole or found.scheme is None or not holds(bits, found.scheme):
+            return None
+        return to_blocks(self._reader.read_rounded(found.name)) if isinstance(self._reader, IntegerSource) else None
+
+    def read_rounded(self, canonical: str, depth: int, scheme: Scheme) -> Rounded | None:
+        """Returns the integers of a weight at a depth that is stored by a scheme and that the depth does not change.
+
+        Args:
+            canonical: Canonical name of a weight in a layer.
+            depth: The depth.
+            scheme: The scheme.
+
+        Returns:
+            The integers; None: the weight is stored otherwise, or is a merge of several tensors.
+        """
+        found, reader = self._schemes.find(canonical, depth), self._reader
+        if found is None or not found.is_whole or found.scheme != scheme or not isinstance(reader, IntegerSource):
+            return None
+        return reader.read_rounded(found.name)
 
     def _merged(self, merge: Merge, dtype: torch.dtype) -> Tensor:
         wide, found = torch.promote_types(dtype, torch.float32), None

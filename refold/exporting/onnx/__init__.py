@@ -1,0 +1,1 @@
+"""Writes a model as one ONNX graph, built operator by operator from the blueprint."""

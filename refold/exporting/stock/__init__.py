@@ -1,0 +1,1 @@
+"""Writers of folders that transformers, or engines with its layout, load."""

@@ -1,0 +1,1 @@
+"""Export targets as data: one torch-free file each."""
