@@ -9,9 +9,10 @@ import pytest
 import refold
 
 PUBLIC = {
-    "analyse", "plan", "convert", "inspect", "heal", "evaluate", "calibrate", "generate", "export", "run", "bench",
+    "analyse", "plan", "convert", "inspect", "heal", "quantise", "evaluate", "calibrate", "generate", "export",
+    "run", "bench",
     "Recipe", "HealStage", "HealOptions", "RunSettings", "RunOptions", "BenchSettings", "AnalysisSettings", "Reference",
-    "CalibrateOptions", "ConvertOptions", "EvaluationSettings", "Sampling",
+    "CalibrateOptions", "ConvertOptions", "EvaluationSettings", "QuantiseOptions", "Sampling",
     "linear_names", "load_adapters", "load_model", "load_tokenizer", "RefoldError", "Mixture", "from_documents",
     "register_objective", "Engine", "EngineSettings", "Drafts", "StreamingEngine",
     "__version__",

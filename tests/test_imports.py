@@ -19,7 +19,7 @@ LAYERS = (
     {"calibration"},
     {"data", "scoring"},
     {"planning"},
-    {"sources"},
+    {"sources", "plugins"},
     {"modeling"},
     {"checkpoint"},
     {"nn"},

@@ -17,6 +17,8 @@ from refold.cli import (
     heal,
     inspect,
     plan,
+    push,
+    quantise,
     recipes,
     run,
     worker,
@@ -64,6 +66,7 @@ for command in (
     recipes,
     convert,
     heal,
+    quantise,
     evaluate,
     calibrate,
     run,
@@ -72,5 +75,6 @@ for command in (
     bench,
     worker,
     export,
+    push,
 ):
     app.command(command.__name__.rsplit(".", 1)[-1])(command.command)

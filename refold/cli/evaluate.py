@@ -15,7 +15,7 @@ def command(
     batch_size: options.BatchSize = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
-    quantise: options.Quantise = None,
+    quantise: options.QuantiseOption = None,
     out: options.JsonFile = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,

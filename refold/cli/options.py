@@ -75,11 +75,25 @@ def bias(text: str | tuple[int, float]) -> tuple[int, float]:
     return whole(0)(token), real(number)
 
 
+def kept(text: str | tuple[str, str]) -> tuple[str, str]:
+    """Parses `PART=FORMAT`.
+
+    Raises:
+        typer.BadParameter: The text is something else.
+    """
+    if isinstance(text, tuple):
+        return text
+    part, sign, form = text.partition("=")
+    if not sign or not part or not form:
+        raise typer.BadParameter(f"must be PART=FORMAT such as embeddings=q8_0 (got {shorten(text)})")
+    return part, form
+
+
 SourceOption = Annotated[
     str, typer.Argument(help="Folder of a transformers checkpoint, or hub id `org/name` or `org/name@revision`.")
 ]
 Model = Annotated[str, typer.Argument(help="A folded model's folder; a source's folder or hub id works too.")]
-FoldedModel = Annotated[str, typer.Argument(help="Folder, or hub id, of a folded model; a source needs no export.")]
+FoldedModel = Annotated[str, typer.Argument(help="Folder, or hub id, of a folded model.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write. It is complete afterwards, or does not exist.")]
 RecipeOption = Annotated[
     str | None, typer.Option("--recipe", "-r", help="Built-in name (see `refold recipes`) or YAML file.")
@@ -158,6 +172,15 @@ EvalTokens = Annotated[
 ]
 
 
+# Of `export` and `quantise`.
+Keep = Annotated[
+    list[Any] | None,
+    typer.Option(
+        parser=kept,
+        metavar="PART=FORMAT",
+        help="Format of embeddings, head, or tensors by name, if another. Repeatable.",
+    ),
+]
 # Of `analyse`.
 AnalysisTokens = Annotated[
     int,
@@ -184,7 +207,7 @@ BatchSize = Annotated[
     int | None,
     typer.Option(parser=whole(1), metavar="N", help="Windows at a time. Default: as many as have 4,096 tokens."),
 ]
-Quantise = Annotated[
+QuantiseOption = Annotated[
     str | None, typer.Option(help="int8 or int4: round the weights of linears, and count their bytes so.")
 ]
 JsonFile = Annotated[Path | None, typer.Option("--out", help="Also write the result to this file as JSON.")]
