@@ -28,9 +28,7 @@ from contest import BUSY, Case, Competitor, ContenderFailed, compete
 from engine_contenders import FORMATS, Entry, exit_entries, shape_entries
 from model import SHAPES
 from page import commit, run_facts
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from random_source import make_source
 from transformers.utils import logging
 
 from refold.conversion.convert import ConvertOptions, convert
@@ -234,13 +232,7 @@ def make_models(options: argparse.Namespace) -> None:
     """Makes the source, its folds and the files of the peers, where they are missing."""
     source = options.work / "source"
     if not (source / "config.json").exists():
-        torch.manual_seed(options.seed)
-        shape = {**SHAPES[options.shape], "max_position_embeddings": CONTEXT}
-        config = LlamaConfig(**shape, initializer_range=0.1, dtype="float32", bos_token_id=1, eos_token_id=2)
-        LlamaForCausalLM(config).save_pretrained(source)
-        # Prompts are token ids; a folder without a tokenizer is not a whole model.
-        words = WordLevel({f"token{index}": index for index in range(shape["vocab_size"])}, unk_token="token0")
-        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(source)
+        make_source(source, SHAPES[options.shape], options.seed, CONTEXT)
     for name, recipe in FOLDS.items():
         if not (options.work / name).exists():
             convert(source, options.work / name, recipe, options=ConvertOptions(allow_larger=True))

@@ -28,7 +28,8 @@ from page import Page
 from starts_page import Found, Row, draw, render
 
 from refold.blueprint.cost import count_parameters
-from refold.blueprint.quantisation import SCHEMES, quantised_bytes
+from refold.blueprint.integers import SCHEMES
+from refold.blueprint.quantisation import quantised_bytes
 from refold.blueprint.schema import Blueprint
 from refold.conversion.convert import carry_out
 from refold.conversion.measured import keep_moments
