@@ -36,6 +36,7 @@ SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("share_kv.from at a distance", share_kv.Back),
     ("share_kv as a list", share_kv.ShareEntry),
     ("exits", recipe.ExitPlacement),
+    ("quantise", recipe.Quantise),
     ("ignore_tensors[]", recipe.IgnoredTensor),
     ("heal[]", heal_stage.HealStage),
     ("heal[].objective", objectives.StageObjectives),
