@@ -132,6 +132,8 @@ class IntegerProduct(Product):
 
     keeps_rows: ClassVar[bool] = False
     """Whether `rows` can read some rows of the weight."""
+    unpacks_by_products: ClassVar[bool] = False
+    """Whether `unpack` runs the kernel, with as many rows as the weight has inputs."""
 
     @classmethod
     @abstractmethod
@@ -163,8 +165,9 @@ class IntegerProduct(Product):
         if len(x) >= self._many_rows:
             assert self._many is not None
             return self._many(x)
-        if x.data_ptr() % 32 or x.stride(0) % 16:
+        if x.data_ptr() % 32 or x.stride(0) % 16 or not x.is_contiguous():
             # The kernels load 16 activations at once, from addresses that are multiples of their size; others crash.
+            # That of int4 refuses columns of a wider tensor.
             x = x.clone(memory_format=torch.contiguous_format)
         y = self.run(x) if x.dtype == torch.bfloat16 else self.run(x.to(torch.bfloat16)).to(x.dtype)
         return y if self._bias is None else y.add_(self._bias)
@@ -222,6 +225,8 @@ class Int4Product(IntegerProduct):
 
     The zero, `scale * (8 - zero_point)`, is rounded to bfloat16; with the zero point 8 of symmetric groups it is 0.
     """
+
+    unpacks_by_products = True
 
     @classmethod
     def refusal(cls, rows: int, columns: int, scheme: Scheme) -> str | None:

@@ -126,7 +126,8 @@ class QuantisedLinear(IntegerWeight):
     """y = W x + bias with W stored as integers.
 
     Where gradients flow to x, W is dequantised, in the backward pass again. Without gradients `prepare` may choose a
-    kernel for few rows, which rounds activations to bfloat16; for many rows W is dequantised.
+    kernel for few rows, which rounds activations to bfloat16; for many rows W is dequantised, unless that costs more
+    than the kernel.
 
     Args:
         linear: The linear whose place it takes; its bias is taken over.
@@ -160,6 +161,9 @@ class QuantisedLinear(IntegerWeight):
         self._most_rows = most_rows(kernel, self.scheme, self.shape, self.dtype, threads)  # pyright: ignore[reportArgumentType]
         if self._most_rows:
             self.take(kernel(self.rounded(), None))
+            if kernel.unpacks_by_products and self.dtype != torch.float32:
+                # Reading the weight back costs a product with as many rows as it has inputs.
+                self._most_rows = max(self._most_rows, self.in_features)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if torch.is_grad_enabled() and x.requires_grad:

@@ -126,3 +126,11 @@ def test_a_weight_that_others_use_is_not_copied_unless_allowed():
     copied = workshop("float32", keep_dense=True)
     copied.make("lm_head", weight, None, "float32", shares=True)
     assert copied.num_bytes == weight.nbytes
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_columns_of_a_wider_tensor_are_multiplied(name: str) -> None:
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    product = INTEGERS[name](round_weight(weight, SCHEMES[name]), None)
+    wide = torch.randn(5, 192, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    assert product(wide[:, 64:128]).equal(product(wide[:, 64:128].contiguous()))

@@ -10,7 +10,7 @@ from torch import nn
 
 from refold.blueprint.integers import SCHEMES, Scheme
 from refold.nn import quantised
-from refold.nn.products import Int8Product
+from refold.nn.products import Int4Product, Int8Product
 from refold.nn.quantised import QuantisedEmbedding, QuantisedLinear
 from refold.nn.rounding import Rounded, read_stored, round_weight
 
@@ -147,3 +147,18 @@ def test_a_pickled_weight_is_held_as_it_is_stored(name: str, prefers_kernels: No
     assert torch.equal(copied(x), linear(x))
     copied.restore()
     assert torch.equal(copied.weight, weight)
+
+
+@pytest.mark.parametrize(("dtype", "unpacks"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_many_rows_do_not_unpack_a_weight_where_that_costs_more(monkeypatch, dtype: torch.dtype, unpacks: bool) -> None:
+    monkeypatch.setattr(quantised, "most_rows", lambda *_: 1)
+    linear, calls = make_linear(SCHEMES["int4"], dtype=dtype), []
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    unpack = Int4Product.unpack
+    monkeypatch.setattr(Int4Product, "unpack", lambda self: calls.append(1) or unpack(self))
+    with torch.no_grad():
+        wanted = linear(x)
+        linear.prepare()
+        found = linear(x)
+    assert bool(calls) == unpacks
+    assert (found - wanted).abs().max() <= 2e-2 * wanted.abs().max()
