@@ -6,14 +6,13 @@
 Every contender has a process of its own and two threads; one runs at a time, in turn. A second run with the same
 `--work` goes on where the first was interrupted, and `--page-only` makes the page anew. An environment for a peer:
 
-    python -m venv PEER && PEER/bin/pip install xllamacpp gguf numpy safetensors
+    python -m venv PEER && PEER/bin/pip install xllamacpp
     python -m venv PEER && PEER/bin/pip install ctranslate2 numpy safetensors
 """
 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +33,7 @@ from transformers.utils import logging
 from refold.conversion.convert import ConvertOptions, convert
 from refold.data.corpus import open_text
 from refold.data.tokens import tokenise
+from refold.exporting.export import export
 from refold.modeling.load import load_tokenizer
 from refold.studies.workload import Prompts, Workload, equal_lengths, mixed_lengths
 
@@ -46,6 +46,12 @@ SLOTS = 32
 TEXT_TOKENS = 200_000
 """Tokens of held-out text that prompts are cut from."""
 MACHINE = Entry("machine", "machine")
+GGUF_NUMBERS: dict[str, dict[str, Any]] = {
+    "F32": {"dtype": "float32"},
+    "BF16": {"dtype": "bfloat16"},
+    "Q8_0": {"quantise": "q8_0"},
+    "Q4_0": {"quantise": "q4_0"},
+}
 FOLDS: dict[str, Any] = {
     "strict": {"fold": {"loops": 2}},
     "sequence": {"fold": {"loops": 2, "pattern": "sequence"}},
@@ -70,7 +76,7 @@ def read_options() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("engine-run"), help="folder of models and results")
-    parser.add_argument("--llama", type=Path, help="interpreter with xllamacpp and gguf")
+    parser.add_argument("--llama", type=Path, help="interpreter with xllamacpp")
     parser.add_argument("--ctranslate", type=Path, help="interpreter with ctranslate2")
     parser.add_argument("--exits", type=Path, nargs="*", default=[], help="healed models with exits")
     parser.add_argument("--data", type=Path, help="held-out text for prompts of the healed models")
@@ -239,8 +245,7 @@ def make_models(options: argparse.Namespace) -> None:
     for kind in FORMATS if options.llama else ():
         file = options.work / f"{kind}.gguf"
         if not file.exists():
-            script = [str(options.llama), str(PEERS / "gguf_file.py"), str(source), str(file), kind]
-            subprocess.run(script, check=True)
+            export(source, file, "gguf", **GGUF_NUMBERS[kind])
 
 
 def _read_text(folder: Path, data: Path | None) -> list[int]:
