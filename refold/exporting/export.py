@@ -104,7 +104,7 @@ def _write_single(
     options: ExportOptions,
     how: tuple[bool, str, Callable[[str], object]],
 ) -> Path:
-    """Writes one file; what a folder says in its card and provenance stands in the file."""
+    """Writes one file, which holds the provenance itself; there is no card."""
     overwrite, command, report = how
     require_free(path, f"{target.suffix} file of refold", target.is_own_file, overwrite)
     needed = target.count_bytes(model.blueprint, options)

@@ -31,9 +31,9 @@ class Obstacle(NamedTuple):
     """A property of a model that a format cannot hold."""
 
     required: str
-    """What the format requires, such as `attention at every depth`."""
+    """The requirement of the format, such as `attention at every depth`."""
     got: str
-    """What the model has instead, with the depth."""
+    """The property of the model, with the depth."""
     change: str
     """The change in the recipe that would mend it, such as `fold.uneven=drop`."""
 
@@ -44,7 +44,7 @@ class Verdict:
 
     Attributes:
         status: See `Status`.
-        reasons: Sentences: what is repeated, what is lost, or what is impossible.
+        reasons: Sentences about repeated weights, lost parts, or obstacles.
         changes: Changes in the recipe with which the target would hold the model, or keep its size.
     """
 

@@ -83,7 +83,7 @@ class IntegerWeight(nn.Module):
         self.stored.write("weight", weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what is pickled: the weight as it is stored, because a kernel's layout depends on the processor."""
+        """Returns the state for pickle: the weight as stored, because a kernel's layout depends on the processor."""
         if self.product is None:
             return self.__dict__
         plain = IntegerWeight(self.shape, self.scheme)

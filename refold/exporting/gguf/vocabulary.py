@@ -45,7 +45,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], vocab_size: int) ->
         vocab_size: Number of rows of the embedding.
 
     Raises:
-        ExportError: llama.cpp cannot do what the tokenizer does, so that it would read texts in another way.
+        ExportError: llama.cpp has no equal tokenizer, so it would split texts into other tokens.
         SourceError: A file is damaged.
     """
     path = folder / "tokenizer.json"
@@ -145,7 +145,7 @@ def _kind(index: int, by_id: Mapping[int, str], added: Mapping[int, Any], model:
 
 
 def _special_ids(settings: Mapping[str, Any], config: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, int]:
-    """Returns the id by kind of special token: what the tokenizer names, else what the config does."""
+    """Returns the id by kind of special token: from the tokenizer, or from the config where the tokenizer has none."""
     found = {}
     for name in SPECIAL:
         token = settings.get(f"{name}_token")

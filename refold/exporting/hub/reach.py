@@ -18,7 +18,7 @@ _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 
 class Reach:
-    """Finds what is needed, from some classes on.
+    """Finds the definitions that some classes need.
 
     A definition is needed if needed code names it. A method, or another member of a class that holds no data, is needed
     if needed code names it as an attribute of anything or in a string, or if it replaces a member of a class of another

@@ -62,7 +62,7 @@ class BatchValues:
         return self._once("last", make)
 
     def bias(self, window: int | None) -> str:
-        """What is added to scores `[B, 1, T, S]`: 0 at keys that a token sees, a very low number at others."""
+        """The mask added to scores `[B, 1, T, S]`: 0 at keys that a token sees, a very low number at others."""
         return self._once(("bias", window), lambda: self._make_bias(window))
 
     def present(self) -> str:

@@ -67,7 +67,7 @@ def genai_config(job: ExportJob, graph: str) -> dict[str, Any]:
 def _session_entries(job: ExportJob) -> dict[str, str]:
     """Returns further entries of a session.
 
-    ONNX Runtime prepares a copy of a float weight for each operator that reads it, which takes back what tying saves.
+    ONNX Runtime prepares a copy of a float weight for each operator that reads it, so tying would save no memory.
     Rounded matrices are only fast if they are prepared, and their copies are small.
     """
     blueprint = job.blueprint
