@@ -36,7 +36,7 @@ test: $(STAMPS)/dev
 
 test-long: $(STAMPS)/dev
 	$(RUN_PYTHON) scripts/fetch_transformers_tests.py
-	$(TEST) -m long
+	$(TEST) -m long --hypothesis-profile=random
 
 # llama.cpp and ONNX Runtime GenAI for `make test`: 400 MB.
 engines: $(ENGINES)/llama/.made $(ENGINES)/genai/.made

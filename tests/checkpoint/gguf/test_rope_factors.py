@@ -56,8 +56,9 @@ def test_numbers_that_give_the_same_factors_are_found(
     factors = factors_of(theta, head_dim, scaling)
     found = find_llama3_scaling(factors, theta)
     if found is None:
-        # Other bounds than the published ones are not always told by few pairs; the file is then refused by name.
-        assert (low, ratio) != (1.0, 4.0)
+        # Few pairs do not always determine other bounds than the published ones, nor the factor where no pair is
+        # scaled by the whole of it; the file is then refused by name.
+        assert (low, ratio) != (1.0, 4.0) or max(factors) < factor * (1 - 1e-4)
         return
     if not found:
         assert max(factors) < 1.001
