@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "refold"
 LAYERS = (
     {"cli"},
-    {"studies"},
+    {"studies", "fitting"},
     {"serve"},
     {"engine"},
     {"analysis", "conversion", "healing", "evaluation", "generation", "exporting", "report"},

@@ -1,0 +1,1 @@
+"""Fits a source into a budget: measures what each choice costs, chooses, looks, and writes a recipe."""
