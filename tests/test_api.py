@@ -10,7 +10,7 @@ import refold
 
 PUBLIC = {
     "analyse", "plan", "convert", "inspect", "heal", "quantise", "evaluate", "calibrate", "generate", "export",
-    "run", "bench",
+    "run", "bench", "fit", "sweep", "parse_budget", "FitOptions",
     "Recipe", "HealStage", "HealOptions", "RunSettings", "RunOptions", "BenchSettings", "AnalysisSettings", "Reference",
     "CalibrateOptions", "ConvertOptions", "EvaluationSettings", "QuantiseOptions", "Sampling",
     "linear_names", "load_adapters", "load_model", "load_tokenizer", "RefoldError", "Mixture", "from_documents",

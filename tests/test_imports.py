@@ -12,11 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[1] / "refold"
 LAYERS = (
     {"cli"},
-    {"studies", "fitting"},
+    {"fitting"},
+    {"studies"},
     {"serve"},
     {"engine"},
     {"analysis", "conversion", "healing", "evaluation", "generation", "exporting", "report"},
-    {"calibration"},
+    {"calibration", "vocabulary"},
     {"data", "scoring"},
     {"planning"},
     {"sources", "plugins"},
@@ -28,7 +29,7 @@ LAYERS = (
     {"mixers"},
     {"families"},
 )
-EVERYWHERE = {"errors", "fields", "suggest", "version", "protocols", "recipes", "shipped"}
+EVERYWHERE = {"errors", "fields", "progress", "suggest", "version", "protocols", "recipes", "shipped"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
@@ -61,7 +62,7 @@ def test_a_stage_may_not_import_its_neighbour() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["recipes"], ["plan", "--help"], ["plan", str(ROOT / "shipped" / "stdlib-5m")]],
+    [["--help"], ["recipes"], ["plan", "--help"], ["fit", "--help"], ["plan", str(ROOT / "shipped" / "stdlib-5m")]],
     ids=lambda arguments: arguments[0] + str(len(arguments)),
 )
 def test_planning_leaves_torch_and_transformers_out(arguments: list[str]) -> None:

@@ -152,7 +152,7 @@ def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
         blueprint: The blueprint.
         dtype_bytes: Bytes of one weight and of one cached number.
     """
-    counted, arch, kinds = count_parameters(blueprint), blueprint.arch, owned_kinds(blueprint)
+    counted, kinds = count_parameters(blueprint), owned_kinds(blueprint)
     cached: Counter[int | None] = Counter()
     looked_back: Counter[int | None] = Counter()
     state = 0
@@ -160,7 +160,7 @@ def cost(blueprint: Blueprint, dtype_bytes: int) -> Cost:
         if depth.mixer is None:
             continue
         made = len(blueprint.made_heads(index))
-        mixer = blueprint.mixers[depth.mixer].mixer
+        mixer, arch = blueprint.mixers[depth.mixer].mixer, blueprint.part_arch("mixer", depth.mixer)
         cached[depth.window] += dtype_bytes * mixer.cache_elements_per_token(arch) * made // arch.num_key_value_heads
         looked_back[depth.window] += mixer.flops_per_context_token(arch)
         state += STATE_BYTES * mixer.state_elements(arch) + dtype_bytes * mixer.kept_elements(arch)
@@ -202,9 +202,9 @@ def _depth_flops(blueprint: Blueprint, index: int, kinds: Sequence[OwnedKind]) -
     depth, flops = blueprint.depths[index], _linear_flops(blueprint, index)
     flops += sum(kind.flops(blueprint, index) for kind in kinds)
     if depth.mixer is not None:
-        flops += blueprint.mixers[depth.mixer].mixer.flops_per_token(blueprint.arch)
+        flops += blueprint.mixers[depth.mixer].mixer.flops_per_token(blueprint.part_arch("mixer", depth.mixer))
     if depth.mlp is not None:
-        flops += MLP.flops_per_token(blueprint.arch)
+        flops += MLP.flops_per_token(blueprint.part_arch("mlp", depth.mlp))
     return flops
 
 

@@ -16,6 +16,7 @@ from refold.blueprint.origins import (
     is_relaxed,
     tied_layers,
 )
+from refold.blueprint.part_sizes import LAST_LINEARS, kept_units
 from refold.blueprint.schema import Blueprint, Pool
 from refold.families.arch import ArchSpec
 from refold.mixers.spec import Fill, Shape
@@ -155,7 +156,7 @@ def norm_fill(arch: ArchSpec, local: str) -> Fill:
 def vector_fill(blueprint: Blueprint, pool: Pool, part: int, local: str) -> Fill:
     """Returns the initial values of a fresh vector of a part, whether the part or a depth stores the vector."""
     if pool == "mixer":
-        asked = blueprint.mixers[part].mixer.fills(blueprint.arch).get(local)
+        asked = blueprint.mixers[part].mixer.fills(blueprint.part_arch("mixer", part)).get(local)
         if asked is not None:
             return asked
     return norm_fill(blueprint.arch, local)
@@ -249,7 +250,14 @@ class LinearTensor(LinearKind):
         return averaged(*found)
 
     def explain(self, made: Origin, blueprint: Blueprint, starts: Initialisation, tensor: TargetTensor) -> str | None:
-        return f"stored weight and LoRAs fitted together{describe_weighting(starts)}" if made.how == "joint" else None
+        if made.how == "joint":
+            return f"stored weight and LoRAs fitted together{describe_weighting(starts)}"
+        assert tensor.pool is not None
+        kept = kept_units(blueprint, tensor.pool, tensor.part_in(blueprint))
+        if not kept or made.how == "fresh":
+            return None
+        is_refitted = tensor.linear == LAST_LINEARS[tensor.pool] and starts.weight != "none"
+        return f"refitted to the kept {kept}{describe_weighting(starts)}" if is_refitted else f"of the kept {kept}"
 
 
 class FactorTensor(LinearKind):

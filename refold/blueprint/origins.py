@@ -1,5 +1,6 @@
 """Origins of tensors: how a target is initialised, and the source layers that each of its tensors is made from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,40 @@ Kronecker-factored Fisher matrix of arXiv 1503.05671)."""
 
 Align = Literal["none", "permutation", "rotation", "both"]
 """Symmetries by which tied layers are aligned: `permutation` of neurons and heads, `rotation` of each head's values."""
+
+
+class Replacement(Frozen):
+    """A linear map in place of a run of dropped parts, folded into the weights of the part before them."""
+
+    pool: Pool
+    """Pool of the part before the run."""
+    layer: int
+    """Source layer of the part before the run."""
+    gone: tuple[tuple[int, Pool], ...]
+    """Source layer and pool of each dropped part, in the order of the stack."""
+
+    into: Literal["o_proj", "down_proj", "output_norm"]
+    """The output projection of the part before the run, whose weight and bias take the map; or the norm behind that
+    projection, which takes one factor for each channel."""
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether the map has one factor for each channel."""
+        return self.into == "output_norm"
+
+    def describe(self) -> str:
+        """Returns the map in words, such as `attention of layer 4, folded into down_proj of layer 3`."""
+        owner = f"{'attention' if self.pool == 'mixer' else 'MLP'} of " if self.is_diagonal else ""
+        return f"{self.name(self.gone)}, folded into {self.into} of {owner}layer {self.layer}"
+
+    @staticmethod
+    def name(places: tuple[tuple[int, Pool], ...]) -> str:
+        """Returns parts in words, such as `attention of layer 4, the MLP of layer 4`."""
+        return ", ".join(f"{'attention' if pool == 'mixer' else 'the MLP'} of layer {layer}" for layer, pool in places)
+
+
+OUTPUT_PROJECTIONS: Mapping[Pool, Literal["o_proj", "down_proj"]] = {"mixer": "o_proj", "mlp": "down_proj"}
+"""The last linear of attention and of an MLP of a source."""
 
 
 class Initialisation(Frozen):
@@ -33,6 +68,8 @@ class Initialisation(Frozen):
     """`norm`: the mean of tied linears is scaled to the mean of their Frobenius norms."""
     transfers: tuple[tuple[str, ...] | None, ...] = ()
     """For each stored mixer the names of the linears taken over from its sources; None, or no entry: all."""
+    replacements: tuple[Replacement, ...] = ()
+    """Linear maps in place of dropped parts, fitted to calibration text."""
     seed: int = 0
 
     def transfers_of(self, part: int) -> tuple[str, ...] | None:
@@ -72,7 +109,7 @@ def carried_tensor(blueprint: Blueprint, starts: Initialisation, part: int, loca
         part: Index of the stored mixer.
         local: The tensor's name in the mixer.
     """
-    found = blueprint.mixers[part].mixer.carried(blueprint.arch).get(local)
+    found = blueprint.mixers[part].mixer.carried(blueprint.part_arch("mixer", part)).get(local)
     if found is None or found.misfit:
         return None
     transfers = starts.transfers_of(part)
@@ -99,6 +136,12 @@ def carry_over(
 def averaged(carried: Carried, sources: tuple[int, ...]) -> Origin:
     """Returns the origin `averaged` for several source layers, and `copied` for a single one."""
     return Origin("copied" if len(sources) == 1 else "averaged", carried.canonical, sources, carried.repeat)
+
+
+def is_mapped(starts: Initialisation, made: Origin) -> bool:
+    """Says whether a linear map in place of dropped parts changes the source tensor that a tensor is made from."""
+    pool, _, owner = made.canonical.rpartition(".")[0].partition(".")
+    return any((each.pool, each.into) == (pool, owner) and made.layers == (each.layer,) for each in starts.replacements)
 
 
 def is_relaxed(blueprint: Blueprint, pool: Pool, part: int, linear: str) -> bool:

@@ -7,8 +7,9 @@ from pydantic import Field, model_validator
 
 from refold.blueprint.former import read_part, read_stack
 from refold.blueprint.integers import SchemeName
+from refold.blueprint.part_sizes import narrow_heads, narrow_mlp, require_all_heads, require_sizes
 from refold.errors import RecipeError
-from refold.families.arch import ArchSpec, Frozen, Rope
+from refold.families.arch import ArchSpec, Frozen, Rope, Size
 from refold.mixers.attention import Attention
 from refold.mixers.registry import AnyMixer
 from refold.mixers.spec import MLP, PartSpec, Shape
@@ -33,12 +34,21 @@ class Part(Frozen):
     quantised: dict[str, SchemeName] = Field(default_factory=dict)
     """Scheme of each linear whose weight, factors or basis are stored as integers."""
 
+    def narrow(self, arch: ArchSpec) -> ArchSpec:
+        """Returns an architecture with the sizes of the part, which may be narrower."""
+        return arch
+
 
 class MixerPart(Part):
     """A stored token mixer with its norms."""
 
     mixer: AnyMixer = Attention()
     """The mixer, with options resolved against the source."""
+    num_key_value_heads: Size | None = None
+    """Number of key-value heads, each with all query heads that read it; None: as in the source."""
+
+    def narrow(self, arch: ArchSpec) -> ArchSpec:
+        return narrow_heads(arch, self.num_key_value_heads)
 
     @model_validator(mode="before")
     @classmethod
@@ -48,6 +58,12 @@ class MixerPart(Part):
 
 class MlpPart(Part):
     """A stored MLP with its norms."""
+
+    intermediate_size: Size | None = None
+    """Number of neurons; None: as in the source."""
+
+    def narrow(self, arch: ArchSpec) -> ArchSpec:
+        return narrow_mlp(arch, self.intermediate_size)
 
 
 class Exit(Frozen):
@@ -132,6 +148,10 @@ class Blueprint(Frozen):
         """Returns the stored mixers, or the stored MLPs."""
         return self.mixers if pool == "mixer" else self.mlps
 
+    def part_arch(self, pool: Pool, part: int | None) -> ArchSpec:
+        """Returns the source's architecture with the sizes of a stored part, which may be narrower."""
+        return self.arch if part is None else self.pool(pool)[part].narrow(self.arch)
+
     def users(self, pool: Pool, part: int) -> tuple[int, ...]:
         """Returns the depths that use a stored part, in the order of execution."""
         return tuple(index for index, depth in enumerate(self.depths) if getattr(depth, pool) == part)
@@ -145,7 +165,7 @@ class Blueprint(Frozen):
         depth = self.depths[index]
         if depth.mixer is None:
             return ()
-        every = range(self.arch.num_key_value_heads)
+        every = range(self.part_arch("mixer", depth.mixer).num_key_value_heads)
         wanted = set(every) - {head for read in depth.kv for head in read.heads}
         wanted |= {head for later in self.depths for read in later.kv if read.depth == index for head in read.heads}
         return tuple(head for head in every if head in wanted)
@@ -220,6 +240,7 @@ class Blueprint(Frozen):
                     )
         for index in range(self.num_depths):
             self._require_readable(index)
+        require_sizes(self)
         self._require_quantisable()
         return self
 
@@ -248,6 +269,7 @@ class Blueprint(Frozen):
             other = self.depths[read.depth]
             if depth.mixer is None or other.mixer is None:
                 raise ValueError(f"{where}: a mixer here and at depth {read.depth} is required (one is dropped)")
+            require_all_heads(where, [self.mixers[each].num_key_value_heads for each in (depth.mixer, other.mixer)])
             if (depth.window, depth.rope) != (other.window, other.rope):
                 raise ValueError(f"{where}: the window and rotary embedding of depth {read.depth} are required")
             if max(read.heads) >= num_heads:
@@ -265,13 +287,13 @@ def part_linears(blueprint: Blueprint, pool: Pool, part: int) -> Linears:
     """Returns the linears of a stored part that at least one of its depths runs."""
     spec = part_spec(blueprint, pool, part)
     unused = unused_names(blueprint, pool, part)
-    return {name: shape for name, shape in spec.linears(blueprint.arch).items() if name not in unused}
+    return {name: shape for name, shape in spec.linears(blueprint.part_arch(pool, part)).items() if name not in unused}
 
 
 def part_vectors(blueprint: Blueprint, pool: Pool, part: int) -> dict[str, Shape]:
     """Returns the norms and biases of a part that at least one depth uses, whether the part or a depth stores them."""
     spec = part_spec(blueprint, pool, part)
-    return _without(spec.vectors(blueprint.arch), unused_names(blueprint, pool, part))
+    return _without(spec.vectors(blueprint.part_arch(pool, part)), unused_names(blueprint, pool, part))
 
 
 def depth_linears(blueprint: Blueprint, index: int) -> Linears:
@@ -281,9 +303,10 @@ def depth_linears(blueprint: Blueprint, index: int) -> Linears:
     if depth.mixer is not None:
         spec = part_spec(blueprint, "mixer", depth.mixer)
         idle = idle_names(blueprint, index)
-        found |= {name: shape for name, shape in spec.linears(blueprint.arch).items() if name not in idle}
+        arch = blueprint.part_arch("mixer", depth.mixer)
+        found |= {name: shape for name, shape in spec.linears(arch).items() if name not in idle}
     if depth.mlp is not None:
-        found |= MLP.linears(blueprint.arch)
+        found |= MLP.linears(blueprint.part_arch("mlp", depth.mlp))
     return found
 
 
@@ -327,7 +350,8 @@ def depth_vectors(blueprint: Blueprint, index: int, pool: Pool) -> dict[str, Sha
     if part is None:
         return {}
     spec = part_spec(blueprint, pool, part)
-    return _without(spec.vectors(blueprint.arch), idle_names(blueprint, index) if pool == "mixer" else ())
+    vectors = spec.vectors(blueprint.part_arch(pool, part))
+    return _without(vectors, idle_names(blueprint, index) if pool == "mixer" else ())
 
 
 def unused_names(blueprint: Blueprint, pool: Pool, part: int) -> frozenset[str]:

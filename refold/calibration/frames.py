@@ -1,6 +1,7 @@
 """Permutations and rotations that align tied layers, and the assignment problem behind them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -163,11 +164,11 @@ class FramedMoments(MomentStore):
     """
 
     def __init__(self, store: MomentStore, frames: dict[int, LayerFrame]):
-        super().__init__(store.folder)
+        super().__init__(store.folder, store.shrinkage)
         self._frames = frames
 
-    def read(self, layer: int, linear: str) -> Moments:
-        found, frame = super().read(layer, linear), self._frames.get(layer)
+    def read_folds(self, layer: int, linear: str, shares: Sequence[float | int] | None = None) -> Moments:
+        found, frame = super().read_folds(layer, linear, shares), self._frames.get(layer)
         if frame is None:
             return found
         outputs = found.outputs

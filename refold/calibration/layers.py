@@ -31,6 +31,10 @@ gradients of its outputs `[B, T, out]`, on the layer's device."""
 WatchPart = Callable[[int, Pool, Tensor, Tensor], None]
 """Called with a layer's index, a pool, the residual stream `[B, T, D]` that its part reads, and the part's update."""
 
+WatchPartBack = Callable[[int, Pool, Tensor, Tensor, Tensor], None]
+"""Called as `WatchPart`, and with the gradient `[B, T, D]` with respect to the update, which is the gradient with
+respect to the residual stream after the part."""
+
 
 class AttentionSample(NamedTuple):
     """Attention of one source layer on some sequences, in float32.
@@ -136,6 +140,7 @@ class SourceLayer:
         gradient: Float[Tensor, "B T D"],
         watch: Watch,
         watch_gradient: Watch,
+        watch_part: WatchPartBack | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Returns the gradient of the loss with respect to the residual stream before the layer; weights get none.
 
@@ -145,9 +150,11 @@ class SourceLayer:
             gradient: Gradient with respect to the residual stream after the layer.
             watch: Called with the inputs of every linear.
             watch_gradient: Called with the gradients with respect to the outputs of every linear.
+            watch_part: Called with input, update and gradient of attention and MLP, some sequences at a time.
         """
         hooks = self._watch(watch)
         hooks += self._watch_gradients(watch_gradient, hooks)
+        hooks += [] if watch_part is None else self._watch_parts_back(watch_part, hooks)
         found, first = [], 0
         try:
             for states, batch in self._pieces(hidden_states, positions):
@@ -206,8 +213,29 @@ class SourceLayer:
                 self.index, pool, inputs[0], output[0] if isinstance(output, tuple) else output
             )
 
+        return [part.register_forward_hook(tell(pool)) for pool, part in self._parts()]
+
+    def _watch_parts_back(
+        self, watch: WatchPartBack, hooks: list[torch.utils.hooks.RemovableHandle]
+    ) -> list[torch.utils.hooks.RemovableHandle]:
+        """Registers hooks on updates and adds them to `hooks`, as `_watch_gradients` does."""
+
+        def tell(pool: Pool) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+                stream, update = inputs[0], output[0] if isinstance(output, tuple) else output
+                hooks.append(
+                    update.register_hook(
+                        lambda gradient: watch(self.index, pool, stream.detach(), update.detach(), gradient)
+                    )
+                )
+
+            return hook
+
+        return [part.register_forward_hook(tell(pool)) for pool, part in self._parts()]
+
+    def _parts(self) -> list[tuple[Pool, nn.Module]]:
         pools: tuple[tuple[Pool, nn.ModuleList], ...] = (("mixer", self._model.mixers), ("mlp", self._model.mlps))
-        return [part.register_forward_hook(tell(pool)) for pool, parts in pools for part in parts]
+        return [(pool, part) for pool, parts in pools for part in parts]
 
     def _watch_gradients(
         self, watch: Watch, hooks: list[torch.utils.hooks.RemovableHandle]
@@ -248,8 +276,8 @@ class SourceLayers:
         return table[input_ids].float() * self.arch.embedding_scale
 
     def load(self, index: int, pools: Sequence[Pool] = POOLS) -> SourceLayer:
-        """Loads one layer; with `pools=("mixer",)` the layer has only its attention."""
-        blueprint = _lone_layer(self.arch, index, has_mlp="mlp" in pools)
+        """Loads one layer; with `pools=("mixer",)` the layer has only its attention, with `("mlp",)` only its MLP."""
+        blueprint = _lone_layer(self.arch, index, pools)
         # The meta device takes no memory for the unused embedding and no time for weights that are replaced at once.
         with torch.device("meta"):
             model = RefoldModel(RefoldConfig(blueprint=blueprint.model_dump(mode="json"))).eval()
@@ -292,8 +320,8 @@ class SourceLayers:
                 hidden_states = layer.run(hidden_states, sequences.position_ids, watch)
 
 
-def _lone_layer(arch: ArchSpec, index: int, has_mlp: bool) -> Blueprint:
+def _lone_layer(arch: ArchSpec, index: int, pools: Sequence[Pool]) -> Blueprint:
     alone = identity_blueprint(arch.model_copy(update={"layers": (arch.layers[index],), "vocab_size": 1}))
-    if has_mlp:
-        return alone
-    return alone.model_copy(update={"mlps": (), "depths": (alone.depths[0].model_copy(update={"mlp": None}),)})
+    gone = [pool for pool in POOLS if pool not in pools]
+    depth = alone.depths[0].model_copy(update=dict.fromkeys(gone))
+    return alone.model_copy(update={**{f"{pool}s": () for pool in gone}, "depths": (depth,)})

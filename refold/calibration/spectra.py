@@ -9,7 +9,7 @@ from refold.calibration.similarity import linears_of
 from refold.calibration.weighting import Weighting
 from refold.families.arch import ArchSpec
 from refold.planning.fold import fold_layers
-from refold.recipe.recipe import Fold
+from refold.recipe.fold import Fold
 from refold.sources.measurements import LinearSpectrum, TyingSpectra
 from refold.sources.pieces import PieceReader
 

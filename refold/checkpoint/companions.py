@@ -9,6 +9,8 @@ from pathlib import Path, PurePosixPath
 from refold.checkpoint.source_file import open_file, parse_object, read_file
 from refold.errors import SourceError
 
+KEPT_TOKENS_NAME = "kept_tokens.json"
+"""The file of a cut vocabulary: the source's id of each token."""
 _TOKENIZER_FILES = {
     "tokenizer.json",
     "tokenizer.model",
@@ -32,13 +34,14 @@ _VOCABULARIES = (
     {"sentencepiece.bpe.model"},
     {"tekken.json"},
 )
-_OTHER_FILES = {"chat_template.jinja", "chat_template.json", "generation_config.json"}
+_OTHER_FILES = {"chat_template.jinja", "chat_template.json", "generation_config.json", KEPT_TOKENS_NAME}
 _OBJECTS = {
     "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.json",
+    KEPT_TOKENS_NAME,
 }
 _TEMPLATE_FOLDER = "additional_chat_templates"
 _LICENCES = ("licen[cs]e*", "notice*", "copying*", "use_policy*")

@@ -13,6 +13,7 @@ from refold.cli import (
     demo,
     evaluate,
     export,
+    fit,
     generate,
     heal,
     inspect,
@@ -61,6 +62,7 @@ def _root(
 
 for command in (
     demo,
+    fit,
     analyse,
     plan,
     recipes,

@@ -1,7 +1,7 @@
 """`refold evaluate`: scores of a model on text, and its agreement with another model."""
 
 from refold.cli import options
-from refold.cli.show import print_json, progress
+from refold.cli.show import note, print_json, progress
 
 
 def command(
@@ -34,5 +34,7 @@ def command(
         found = evaluate(model, texts, settings, against=against, progress=report)
     # Printed first, so that a disk that is full by now loses no result.
     print_json(found) if json else print_evaluation(found)
+    for line in found.notes:
+        note(line)
     if out is not None:
         found.write(out, overwrite)

@@ -37,6 +37,12 @@ def print_evaluation(found: Evaluation) -> None:
         )
         print(f"\ndifference {with_error(other.difference, other.difference_error, '+')} bits per byte", end=", ")
         print(f"same likeliest token {other.agreement:.2%}, KL {other.kl:.4f} nats per token")
+        if other.kept_tokens is not None:
+            print(
+                f"the likeliest token and KL are over the {other.kept_tokens:,} tokens that {found.model.name} keeps; ",
+                end="",
+            )
+            print(f"the other figures of {other.model.name} are those of its own tokens and whole vocabulary")
     if found.kinds:
         print()
         _print_kinds(found)

@@ -1,7 +1,7 @@
 """Tables that describe a folded model."""
 
 from refold.blueprint.owned.registry import OWNED
-from refold.blueprint.schema import Blueprint, DepthSpec
+from refold.blueprint.schema import Blueprint, DepthSpec, Pool
 from refold.cli.plan_tables import print_approximation
 from refold.cli.show import format_bytes, format_count, print_table
 from refold.conversion.inspect import Inspection
@@ -10,7 +10,9 @@ from refold.conversion.inspect import Inspection
 def print_inspection(found: Inspection) -> None:
     """Prints the cost of model and source, the stack depth by depth, kept energy and history."""
     source, target = found.cost.source, found.cost.target
+    size, source_size = found.blueprint.arch.vocab_size, found.source_vocabulary
     rows = [
+        *(() if source_size is None else (("tokens", f"{source_size:,}", f"{size:,}"),)),
         ("parameters", format_count(source.parameters), format_count(target.parameters)),
         ("weight bytes", format_bytes(source.weight_bytes), format_bytes(target.weight_bytes)),
         *(
@@ -29,8 +31,8 @@ def print_inspection(found: Inspection) -> None:
             (
                 str(index),
                 str(depth.source),
-                _part(depth.mixer),
-                _part(depth.mlp),
+                _part(found.blueprint, "mixer", depth.mixer),
+                _part(found.blueprint, "mlp", depth.mlp),
                 _owned(found.blueprint, index, "rank"),
                 _owned(found.blueprint, index, "vectors"),
                 f"{min(kept):.1%}" if kept else "-",
@@ -69,5 +71,10 @@ def _keys(depth: DepthSpec, num_heads: int) -> str:
     return ", ".join([*(("own",) if read < num_heads else ()), *(each.describe(num_heads) for each in depth.kv)])
 
 
-def _part(index: int | None) -> str:
-    return "dropped" if index is None else str(index)
+def _part(blueprint: Blueprint, pool: Pool, index: int | None) -> str:
+    """Returns the index of a stored part, and its number of key-value heads or neurons if it is narrower."""
+    if index is None:
+        return "dropped"
+    size = "num_key_value_heads" if pool == "mixer" else "intermediate_size"
+    count = getattr(blueprint.pool(pool)[index], size)
+    return str(index) if count is None else f"{index} ({count} {'heads' if pool == 'mixer' else 'neurons'})"

@@ -181,6 +181,15 @@ Keep = Annotated[
         help="Format of embeddings, head, or tensors by name, if another. Repeatable.",
     ),
 ]
+# Of `quantise`.
+Layers = Annotated[
+    list[Any] | None,
+    typer.Option(
+        parser=kept,
+        metavar="LINEAR=FORMATS",
+        help="Format of a linear in each layer of the source, such as q_proj=int4,int3,float. Repeatable.",
+    ),
+]
 # Of `analyse`.
 AnalysisTokens = Annotated[
     int,

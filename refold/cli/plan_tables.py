@@ -4,8 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from refold.blueprint.cost import Cost
+from refold.blueprint.floor import find_floor
 from refold.cli.show import format_bytes, format_count, print_table, print_text
+from refold.families.arch import ArchSpec
 from refold.planning.approximation import Approximation
+from refold.planning.build import identity_blueprint
 from refold.planning.lines import MemoryNeeds, compare_memory
 from refold.planning.plan import PlannedRecipe, StackPlan
 
@@ -45,7 +48,7 @@ def print_plan(made: StackPlan, context: int, lines: bool) -> None:
     depths, blueprint = made.blueprint.num_depths, made.blueprint
     print(f"\n{depths} depths run {len(blueprint.mixers)} stored mixers and {len(blueprint.mlps)} stored MLPs")
     if made.cost.source.parameters > SMALL_SHARE * made.cost.source.non_embedding_parameters:
-        print_text(_floor(made.cost.source), "- ")
+        print_text(_floor(made.blueprint.arch), "- ")
     for said in made.notes:
         print_text(said.text, "- ")
     if lines:
@@ -98,7 +101,7 @@ def print_all(planned: Sequence[PlannedRecipe], context: int) -> None:
         columns = ("recipe", "bytes", "of source", f"cache at {context:,}", "FLOPs per token", "less memory", "text")
         print_table(columns, rows)
         print()
-        print_text(_floor(source))
+        print_text(_floor(next(iter(plans.values())).blueprint.arch))
         print_text("less memory: context from which weights, cache and state together take less than the source's")
         print_text("text: `yes` requires calibration text (--calibration), `helps` is better with some")
         print_text(_healing(plans))
@@ -122,13 +125,14 @@ def _less_memory(memory: MemoryNeeds) -> str:
     return f"from {memory.smaller_from:,}" if memory.smaller_from else "always"
 
 
-def _floor(source: Cost) -> str:
-    """Returns the line about the share of embedding and head, which no recipe makes smaller."""
-    embeddings = source.parameters - source.non_embedding_parameters
-    share = embeddings / source.parameters
+def _floor(arch: ArchSpec) -> str:
+    """Returns the line about the bytes that no change of the layers lowers, and the share of embedding and head."""
+    floor = find_floor(identity_blueprint(arch))
+    integers = ", ".join(f"{format_bytes(count)} as {name}" for name, count in floor.outer_bytes.items())
     return (
-        f"embedding and head are {share:.0%} of the source's parameters ({format_count(embeddings)}): no recipe makes "
-        f"them smaller"
+        f"floor of the bytes: embedding and head are {floor.outer_share:.0%} of the source's parameters "
+        f"({format_count(floor.outer_parameters)}): no fold, rank or drop makes them smaller, integers do "
+        f"({integers}); norms and biases stay floats ({format_bytes(floor.kept_bytes)})"
     )
 
 

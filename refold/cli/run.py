@@ -26,7 +26,7 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Plan, convert, heal and evaluate, and compare with a depth-pruned model and the quantised source."""
-    from refold.studies.arm import Show
+    from refold.progress import Show
     from refold.studies.baselines import read_baselines
     from refold.studies.forecast import forecast
     from refold.studies.job import RunOptions, RunSettings, read_job

@@ -49,14 +49,16 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 def _column_widths(columns: Sequence[str], cells: Sequence[Sequence[str]], is_number: Sequence[bool]) -> list[int]:
     """Returns widths that fit the terminal, but at least the widths that break no word."""
+    from rich.cells import cell_len
+
     widths, least, whole_cells = [], [], []
     for name, column, number in zip(columns, cells, is_number, strict=True):
         # A number and its unit stay on one line.
-        whole = [cell for cell in column if number and len(cell) <= MAX_NUMBER_WIDTH]
-        longest = max(map(len, (*name.split(), *" ".join(column).split(), *whole)), default=1)
-        widths.append(max(map(len, (name, *column))) or 1)
+        whole = [cell for cell in column if number and cell_len(cell) <= MAX_NUMBER_WIDTH]
+        longest = max(map(cell_len, (*name.split(), *" ".join(column).split(), *whole)), default=1)
+        widths.append(max(map(cell_len, (name, *column))) or 1)
         least.append(min(longest, MAX_WORD_WIDTH, widths[-1]))
-        whole_cells.append(max(least[-1], *map(len, column), 1))
+        whole_cells.append(max(least[-1], *map(cell_len, column), 1))
     # Names of columns are broken before cells. In each step the column with most spare width becomes narrower.
     for floor in (whole_cells, least):
         while sum(widths) + 2 * (len(widths) - 1) > console_width() and any(map(int.__gt__, widths, floor)):

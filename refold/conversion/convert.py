@@ -1,7 +1,7 @@
 """Conversion of a source into a new model folder: measure, fit, write, record; tensors are streamed."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from refold.blueprint.tensors import target_tensors
 from refold.calibration.layers import SourceLayers
 from refold.checkpoint import provenance
 from refold.checkpoint.card import read_licence, write_card
-from refold.checkpoint.companions import check_companions, copy_companions
+from refold.checkpoint.companions import check_companions
 from refold.checkpoint.folder import AtomicFolder, require_elsewhere
 from refold.checkpoint.locate import PLAN_NAME, Source, locate
 from refold.checkpoint.reader import CheckpointReader
@@ -25,20 +25,23 @@ from refold.conversion.measured import (
     Measured,
     expect_measurements,
     measure_plan,
+    pack_folds,
     pack_text,
     reads_text,
     reads_weights,
     require_calibration,
 )
 from refold.conversion.progress import Progress, StepReport
+from refold.conversion.rounding_pass import RoundingText
 from refold.conversion.sequential import FittedTensors, SequentialFitter
 from refold.conversion.target_tensors import TargetBuilder
-from refold.data.corpus import Data, open_text
+from refold.conversion.vocabulary import find_kept, with_kept, write_companions
+from refold.data.corpus import Data, name_parts, open_text
 from refold.data.mixture import describe_one_kind
 from refold.data.readers import DataSource
 from refold.errors import RecipeError, SourceError, given_or_default
 from refold.modeling.configuration import RefoldConfig
-from refold.modeling.load import choose_device
+from refold.modeling.load import choose_device, load_tokenizer
 from refold.planning.approximation import Approximation, require_text, stored_maps
 from refold.planning.notes import Note
 from refold.planning.plan import CostPair, Draft, Plan, StackPlan, plan_model, read_influence
@@ -47,6 +50,9 @@ from refold.recipe.load import RecipeLike, load_recipe
 from refold.sources.measurements import stored_moments
 from refold.sources.pieces import PieceReader
 from refold.sources.source_model import read_source_model
+from refold.vocabulary.kept_tokens import KeptTokens
+from refold.vocabulary.rows import KeptPieces
+from refold.vocabulary.tokenizer_folder import map_ids
 
 SCRATCH_NAME = "measured"
 """Folder for moments and fitted tensors inside the unfinished model folder, so that a kill leaves nothing behind."""
@@ -112,12 +118,11 @@ def convert(
     loaded, options = load_recipe(recipe, overrides), given_or_default(options, ConvertOptions, "options")
     model = read_source_model(located)
     plan = plan_model(model, loaded, options.allow_larger, read_influence(model, measurements))
-    if calibration is not None and not (
-        stored_maps(plan.blueprint, plan.starts) or reads_text(plan) or plan.recipe.rounds_by_text
-    ):
+    if calibration is not None and not _uses_text(plan):
         raise RecipeError(
             "calibration: this recipe does not use calibration text; remove --calibration, or set relax.weight, "
-            "factor.weight or drop.block.by, or use quantise or a mixer of type linear_attention"
+            "factor.weight, width.weight, drop.block.by or drop.block.replace, or use quantise, vocabulary or a mixer "
+            "of type linear_attention"
         )
     text = None if calibration is None else open_text(calibration, limit=CALIBRATION_BYTES)
     moments = stored_moments(measurements) if text is None and plan.recipe.weight == "activations" else None
@@ -173,10 +178,15 @@ def carry_out(
         model = read_source_model(locate(path))
         layers = SourceLayers(model, PieceReader(model, reader), device)
         measured = measure_plan(draft, layers, calibration, scratch, moments, progress)
+        kept = find_kept(measured.plan, model, calibration)
+        if kept is not None:
+            measured = measured._replace(plan=with_kept(measured.plan, kept, _dtype(measured.plan).itemsize))
+            progress.of("vocabulary")(1)
         _expect_fits(measured.plan, progress)
-        builder, approximation = _fit(measured, calibration, scratch, progress)
+        builder, approximation = _fit(measured, kept, calibration, scratch, progress)
         if wanted.recipe.quantises:
-            plan = _write_rounded(measured, wanted, builder, out, calibration, progress)
+            text = _pack_for_rounding(measured, wanted, kept, calibration, scratch)
+            plan = _write_rounded(measured, wanted, builder, out, text, progress)
         else:
             plan = measured.plan
             _write(plan, builder, out, progress)
@@ -186,7 +196,9 @@ def carry_out(
             "approximation": approximation,
             "notes": (*plan.notes, *_calibration_notes(wanted, calibration)),
         }
-        return _record(plan.model_copy(update=found), source, out.path, options.command)
+        is_used = calibration is not None and _uses_text(wanted)
+        texts = name_parts(calibration) if calibration is not None and is_used else {}
+        return _record(plan.model_copy(update=found), source, kept, out.path, options.command, texts)
 
 
 def _has_weights(source: Source) -> bool:
@@ -213,14 +225,15 @@ def _expect_fits(plan: StackPlan, progress: Progress) -> None:
 
 
 def _fit(
-    measured: Measured, text: DataSource | None, scratch: Path, progress: Progress
+    measured: Measured, kept: KeptTokens | None, text: DataSource | None, scratch: Path, progress: Progress
 ) -> tuple[TargetBuilder, dict[str, Approximation]]:
     """Fits feature maps, then linears in sequence; returns the builder of the target and the error of each map."""
-    plan, layers, store = measured
+    plan, layers, pieces, store = measured
     maps = MapFitter(plan, layers.model, layers.pieces, layers.device)
     maps.run(text, progress.of("maps"))
     fitted = FittedTensors(scratch, maps.tensors)
-    builder = TargetBuilder(plan, layers.pieces, _dtype(plan), layers.device, fitted, store)
+    pieces = pieces if kept is None else KeptPieces(pieces, kept)
+    builder = TargetBuilder(plan, pieces, _dtype(plan), layers.device, fitted, store)
     if plan.recipe.fits_in_sequence:
         assert text is not None
         packed = pack_text(layers.model, text, plan.recipe)
@@ -228,12 +241,28 @@ def _fit(
     return builder, maps.approximation
 
 
+def _pack_for_rounding(
+    measured: Measured, wanted: Draft, kept: KeptTokens | None, calibration: DataSource | None, scratch: Path
+) -> RoundingText | None:
+    """Packs text for rounding with feedback, in the tokens of the target; None if weights are rounded without text."""
+    if calibration is None or not wanted.recipe.rounds_by_text:
+        return None
+    model, tokenizer = measured.layers.model, None
+    if kept is not None:
+        folder = scratch / "tokenizer"
+        folder.mkdir()
+        write_companions(model.source, folder, kept, make_config(measured.plan, model.source, kept))
+        tokenizer = load_tokenizer(folder)
+    packed, folds = pack_folds(model, calibration, wanted.recipe, tokenizer)
+    return RoundingText(packed, wanted.recipe.shrinkage, folds)
+
+
 def _write_rounded(
     measured: Measured,
     wanted: Draft,
     builder: TargetBuilder,
     out: AtomicFolder,
-    calibration: DataSource | None,
+    text: RoundingText | None,
     progress: Progress,
 ) -> Plan:
     """Writes the tensors as floats beside the model, then the model with rounded weights; returns its plan."""
@@ -243,9 +272,6 @@ def _write_rounded(
     schemes = choose_schemes(blueprint, section)
     with floats:
         _write(measured.plan, builder, floats, progress)
-    text = None
-    if calibration is not None and wanted.recipe.rounds_by_text:
-        text = pack_text(measured.layers.model, calibration, wanted.recipe)
     with CheckpointReader(floats.destination, blueprint) as reader:
         tell = progress.of("round")
         write_integers(reader, blueprint, schemes, out, text, measured.layers.device, lambda done, _: tell(done))
@@ -264,25 +290,29 @@ def _write(plan: Plan, builder: TargetBuilder, out: AtomicFolder, progress: Prog
     out.hashes.update(writer.hashes)
 
 
-def _record(plan: Plan, source: Source, target: Path, command: str) -> Plan:
+def _record(
+    plan: Plan, source: Source, kept: KeptTokens | None, target: Path, command: str, texts: Mapping[str, float | None]
+) -> Plan:
     """Writes all files beside the weights, and returns the plan with a note if the source has no tokenizer.
 
     Args:
         plan: The settled plan, with measured errors.
         source: The source as the caller named it.
+        kept: The kept tokens; None: all.
         target: The folder to write.
         command: Command line, for the provenance.
+        texts: Share of each kind of calibration text, by name.
     """
-    if not copy_companions(source.fetch_companions(), target).has_tokenizer:
+    if not write_companions(source, target, kept, make_config(plan, source, kept)).has_tokenizer:
         notes = (*plan.notes, Note(text="the source has no tokenizer: none was copied"))
         plan = plan.model_copy(update={"notes": notes})
-    make_config(plan, source).save_pretrained(target)
     (target / PLAN_NAME).write_text(plan.model_dump_json(indent=2) + "\n")
     stage = provenance.Stage(
         stage="convert",
         source=provenance.describe_source(source),
         recipe=plan.recipe.model_dump(mode="json", exclude_none=True),
         seed=plan.starts.seed,
+        text=dict(texts),
         command=command,
     )
     provenance.write(target, [stage])
@@ -290,32 +320,42 @@ def _record(plan: Plan, source: Source, target: Path, command: str) -> Plan:
     return plan
 
 
+def _uses_text(plan: StackPlan) -> bool:
+    return bool(stored_maps(plan.blueprint, plan.starts)) or reads_text(plan) or plan.recipe.rounds_by_text
+
+
 def _calibration_notes(draft: Draft, text: DataSource | None) -> list[Note]:
     """Returns notes on the calibration text: its name, and the risk of text of one kind."""
-    is_used = stored_maps(draft.blueprint, draft.starts) or reads_text(draft) or draft.recipe.rounds_by_text
-    if text is None or not is_used:
+    if text is None or not _uses_text(draft):
         return []
     price = describe_one_kind(text, "calibration")
     return [Note(text=f"calibration text: {text.name}"), *([] if price is None else [Note(text=price)])]
 
 
 def _dtype(plan: StackPlan) -> torch.dtype:
-    return getattr(torch, plan.source.dtype)
+    return getattr(torch, plan.dtype)
 
 
 def _specs(plan: StackPlan) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {tensor.name: (tensor.shape, _dtype(plan)) for tensor in target_tensors(plan.blueprint)}
 
 
-def make_config(plan: StackPlan, source: Source) -> RefoldConfig:
-    """Returns the config of the folded model, with the special tokens of the source's config."""
+def make_config(plan: StackPlan, source: Source, kept: KeptTokens | None = None) -> RefoldConfig:
+    """Returns the config of the folded model, with the special tokens of the source's config.
+
+    Args:
+        plan: The plan.
+        source: The source.
+        kept: The kept tokens, whose new ids the config then has; None: all.
+    """
     raw = source.read_config()
     # A model for several kinds of input may name its special tokens in the config of its text part.
     raw = {**(raw.get("text_config") or {}), **raw}
+    raw = raw if kept is None else map_ids(raw, kept.numbers)
     return RefoldConfig(
         blueprint=plan.blueprint.model_dump(mode="json"),
         architectures=["RefoldForCausalLM"],
-        dtype=plan.source.dtype,
+        dtype=plan.dtype,
         **{name: raw[name] for name in PASSED_ON if raw.get(name) is not None},
     )
 

@@ -13,12 +13,14 @@ from refold.checkpoint.folder import settle
 from refold.checkpoint.headers import DTYPE_BYTES, read_headers, stored_dtype
 from refold.checkpoint.locate import PLAN_NAME, locate
 from refold.checkpoint.manifest import verify as verify_files
+from refold.conversion.vocabulary import source_arch
 from refold.errors import FolderError
 from refold.families.arch import Frozen
 from refold.planning.approximation import Approximation
 from refold.planning.build import identity_blueprint
 from refold.planning.lines import MemoryNeeds, compare_memory
 from refold.planning.plan import CostPair, read_plan
+from refold.vocabulary.kept_tokens import read_kept_tokens
 
 
 class Inspection(Frozen):
@@ -40,6 +42,8 @@ class Inspection(Frozen):
     passes: tuple[str, ...]
     """Segments of the stack as the engine launches them."""
     notes: tuple[str, ...]
+    source_vocabulary: int | None = None
+    """Size of the source's vocabulary, of which the model keeps only some tokens; None: it keeps all."""
 
 
 def inspect(folder: str | Path, *, verify: bool = False) -> Inspection:
@@ -70,7 +74,10 @@ def inspect(folder: str | Path, *, verify: bool = False) -> Inspection:
     dtype = stored_dtype(str(path), headers, float_names(blueprint, headers))
     plan = read_plan(path / PLAN_NAME) if (path / PLAN_NAME).exists() else None
     size = DTYPE_BYTES[dtype]
-    costs = CostPair(source=cost(identity_blueprint(blueprint.arch), size), target=cost(blueprint, size))
+    kept = read_kept_tokens(path)
+    costs = CostPair(
+        source=cost(identity_blueprint(source_arch(blueprint.arch, kept)), size), target=cost(blueprint, size)
+    )
     return Inspection(
         path=str(path),
         blueprint=blueprint,
@@ -83,4 +90,5 @@ def inspect(folder: str | Path, *, verify: bool = False) -> Inspection:
         approximation=dict(plan.approximation) if plan is not None else {},
         passes=describe_passes(blueprint),
         notes=tuple(note.text for note in plan.notes) if plan is not None else (),
+        source_vocabulary=None if kept is None or kept.size == kept.source_size else kept.source_size,
     )

@@ -193,7 +193,7 @@ class MapFitter:
         self._plan, self._source, self._device = plan, model, device
         self._layers = SourceLayers(model, pieces, device)
         self._settings = settings or FitSettings()
-        self._dtype = getattr(torch, plan.source.dtype)
+        self._dtype = getattr(torch, plan.dtype)
         self._length = min(self._settings.sequence_length, model.arch.max_position_embeddings)
         self._maps = stored_maps(plan.blueprint, plan.starts)
         self._wanted = mapped_layers(self._maps)
@@ -235,7 +235,7 @@ class MapFitter:
             num_fit=self._settings.fit_sequences if is_fitted else 0,
             num_held_out=self._settings.held_out_sequences,
             seed=self._plan.starts.seed,
-            vocab_size=self._plan.blueprint.arch.vocab_size,
+            vocab_size=self._source.arch.vocab_size,
         )
 
     def _walk(self, packed: CalibrationText | None) -> Iterator[tuple[SourceLayer, Streams, Streams]]:
@@ -244,7 +244,7 @@ class MapFitter:
             for index in self._wanted:
                 yield self._layers.load(index, ("mixer",)), None, None
             return
-        parts = [part for part in packed if part is not None]
+        parts = [part for part in (packed.fit, packed.held_out) if part is not None]
         joined = PackedSequence(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
         num_fit = 0 if packed.fit is None else len(packed.fit.input_ids)
         for layer, streams in self._layers.walk(joined, self._wanted[-1] + 1):

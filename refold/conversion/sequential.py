@@ -266,7 +266,10 @@ class SequentialFitter:
         seen = _compare_inputs(stage[0], place, stack) if groups[0].is_native else None
         for group in groups:
             given = self._builder.linear_group(group)
-            self._fit(group, given if seen is None else _aim(given, place.depth, seen), place.depth)
+            if seen is not None:
+                strength = self._builder.strength(group, place.depth)
+                given = _aim(given, place.depth, seen, strength)
+            self._fit(group, given, place.depth)
 
     def _fit(self, group: LinearSources, given: LinearGroup, depth: int) -> None:
         name = stored_name(group)
@@ -317,10 +320,10 @@ def _compare_inputs(linear: str, place: _Place, stack: TargetStack) -> tuple[Dri
     return found[0][0], found[1][0]
 
 
-def _aim(given: LinearGroup, depth: int, seen: tuple[Drift, Drift]) -> LinearGroup:
+def _aim(given: LinearGroup, depth: int, seen: tuple[Drift, Drift], strength: float) -> LinearGroup:
     """Sets the target of one depth to the weight that gives the source's outputs on the depth's inputs.
 
-    Errors at this depth are weighted by the same inputs.
+    Errors at this depth are weighted by the same inputs, their moment shrunk by the strength.
     """
     assert given.weightings is not None
     member = given.members[depth]
@@ -331,5 +334,5 @@ def _aim(given: LinearGroup, depth: int, seen: tuple[Drift, Drift]) -> LinearGro
         given,
         members=members,
         sources=tuple(each.weight for each in members.values()) if is_shared else given.sources,
-        weightings=given.weightings.with_inputs(depth, (seen[0] + seen[1]).moment()),
+        weightings=given.weightings.with_inputs(depth, (seen[0] + seen[1]).moment(strength)),
     )

@@ -118,6 +118,12 @@ class TargetBuilder:
         # A weighted mean counts as a fit, if the stored weight is made from all layers that are tied to it.
         return relaxed or is_factored or (is_tied and len(group.sources) == len(group.users))
 
+    def strength(self, group: LinearSources, depth: int) -> float:
+        """Returns the strength by which moments of a stored linear's inputs at a depth shrink."""
+        if self._store is None or self._store.shrinkage is None:
+            return 0.0
+        return self._store.shrinkage.of(group.users[depth], group.linear)
+
     def linear_group(self, group: LinearSources) -> LinearGroup:
         """Reads the weights and moments that a stored linear is fitted from."""
         blueprint, starts = self._plan.blueprint, self._plan.starts

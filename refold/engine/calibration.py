@@ -1,9 +1,9 @@
 """Calibration of early exits: thresholds that keep the likeliest token of the full depth for nearly all tokens."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from refold.blueprint.passes import last_writing_depth
 from refold.data.corpus import Data, open_text
 from refold.data.encoder import TextEncoder
+from refold.data.mixture import Interleave, MixedSource
 from refold.data.readers import DataSource
 from refold.data.tokens import require_known_tokens
 from refold.engine.confidence import MEASURES, Measure, compares_exits, reads_gate
@@ -88,7 +89,8 @@ class Calibrated(NamedTuple):
 
     Attributes:
         thresholds: The thresholds.
-        notes: Sentences about exits at which no token may leave, and about thresholds that the live check tightened.
+        notes: Sentences about exits at which no token may leave, about thresholds that the live check tightened, and
+            about text of one kind.
     """
 
     thresholds: Thresholds
@@ -113,7 +115,7 @@ def calibrate(
 
     Args:
         model: Folder, hub id, or a loaded model, with exits.
-        data: Held-out text of many independent documents, as for `refold.evaluate`.
+        data: Held-out text of many independent documents; kinds of text may have weights, their shares of documents.
         options: Tolerance, measure, amount of text.
         tokenizer: Tokenizer of a loaded model; None: the folder's own.
         make_runner: Makes the runner of the live check.
@@ -131,7 +133,8 @@ def calibrate(
     kv = _choose_kv(folded, options.kv)
     positions = getattr(folded.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     context = min(options.context or DEFAULT_CONTEXT, positions)
-    documents = read_documents(open_text(data), require_tokenizer(subject), options, context)
+    source = open_text(data)
+    documents = read_documents(source, require_tokenizer(subject), options, context)
     require_known_tokens("data", np.concatenate(documents), folded.vocab_size)
     num_live = min(options.live_documents, len(documents) // _LIVE_SHARE)
     live, measured = documents[:num_live], documents[num_live:]
@@ -164,7 +167,7 @@ def calibrate(
         corpus=_hash_documents(documents),
         model=model_fingerprint(folded),
     )
-    return Calibrated(found, notes)
+    return Calibrated(found, (*notes, *_describe_text(source)))
 
 
 def read_documents(
@@ -172,14 +175,15 @@ def read_documents(
 ) -> Documents:
     """Returns the first `context` tokens of documents in a random order.
 
-    The order is that of `options.seed`, and the number is limited by `options.documents`, with `options.live_documents`
-    more, and `options.tokens`.
+    Parts of a mixture take turns by their weights, so that each has its share of the documents; the first part that has
+    no more documents ends them. The order is that of `options.seed`, and the number is limited by `options.documents`,
+    with `options.live_documents` more, and `options.tokens`.
 
     Raises:
         DataError: There is no text.
     """
     encoder, found, room = TextEncoder(tokenizer), list[np.ndarray](), options.tokens
-    texts = islice(source.documents(options.seed), options.documents + options.live_documents)
+    texts = islice(_documents(source, options.seed), options.documents + options.live_documents)
     while (room is None or room > 0) and (some := list(islice(texts, _ENCODED_AT_ONCE))):
         for document in encoder.encode(some, context):
             ids = document.ids[: context if room is None else min(context, room)].astype(np.int64)
@@ -188,6 +192,28 @@ def read_documents(
     if not found:
         raise DataError(f"data: at least one document that is not empty is required (got none in {source.name})")
     return found
+
+
+def _documents(source: DataSource, seed: int) -> Iterator[str]:
+    if not isinstance(source, MixedSource) or source.weights is None:
+        yield from source.documents(seed)
+        return
+    interleave, parts = Interleave(source.weights), [part.documents(seed) for part in source.parts]
+    for place in count():
+        document = next(parts[interleave.locate(place)[0]], None)
+        if document is None:
+            return
+        yield document
+
+
+def _describe_text(source: DataSource) -> tuple[str, ...]:
+    """Returns the note about text that may be of one kind."""
+    if isinstance(source, MixedSource):
+        return ()
+    return (
+        f"calibration text comes from {source.name} alone: the tolerance is kept on text of its kind only; give every "
+        f"kind that will be served with its weight: A=0.5 and B=0.5",
+    )
 
 
 def _require_exits(model: PreTrainedModel, name: str) -> RefoldForCausalLM:

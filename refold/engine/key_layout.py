@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from refold.blueprint.part_sizes import head_counts
 from refold.blueprint.schema import Blueprint
 from refold.engine.pages import PoolSettings, paged_depths
 from refold.errors import RefoldError
@@ -126,7 +127,7 @@ def make_layout(
         num_shares: Number of equal shares of the pages, of which the layout has one.
     """
     arch = blueprint.arch
-    heads = range(arch.num_key_value_heads) if heads is None else heads
+    heads = range(max(head_counts(blueprint), default=0)) if heads is None else heads
     paged = paged_depths(blueprint)
     places = {window: place for place, window in enumerate(paged)}
     attending = {
@@ -161,6 +162,7 @@ def made_slice(blueprint: Blueprint, index: int, heads: range) -> slice:
 def _find_sources(blueprint: Blueprint, index: int, heads: range) -> HeadSources:
     """Returns the planes of some heads of a depth; heads are counted from the first of them."""
     found = KeyHeads(blueprint, index)
+    heads = range(heads.start, min(heads.stop, len(found.picks)))
     depths = (index, *found.sources)
     picks = [(place, blueprint.made_heads(depths[place])[at]) for place, at in found.picks[heads.start : heads.stop]]
     kept = {

@@ -110,5 +110,5 @@ def _open_source(
     plan = plan_model(model, load_recipe({"ignore_tensors": ignored}), allow_larger=True).settle()
     config = make_config(plan, source)
     with CheckpointReader(folder) as reader:
-        builder = TargetBuilder(plan, PieceReader(model, reader), getattr(torch, plan.source.dtype))
+        builder = TargetBuilder(plan, PieceReader(model, reader), getattr(torch, plan.dtype))
         return load_tensors(config, dict(builder.build()), folder, dtype=dtype, device=device)

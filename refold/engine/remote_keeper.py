@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from refold.blueprint.part_sizes import head_counts
 from refold.blueprint.schema import Blueprint
 from refold.engine.channel import (
     MODEL,
@@ -65,7 +66,7 @@ class RemoteKeeper(PageKeeper):
         self._blueprint, self._slots = blueprint, list(range(SLOTS))
         self._depths = [list(depths) for depths in paged_depths(blueprint).values()]
         self.shares: list[WorkerShare] = []
-        num_heads = blueprint.arch.num_key_value_heads
+        num_heads = max(head_counts(blueprint))
         try:
             for number, address in enumerate(addresses):
                 heads = range(num_heads)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from refold.blueprint.part_sizes import head_counts
 from refold.blueprint.schema import Blueprint
 from refold.engine.pages import PageGroup, PoolSettings, fit_pages, paged_depths, pool_bytes
 from refold.engine.pools import Pools
@@ -79,9 +80,15 @@ def make_remote_pools(blueprint: Blueprint, sizes: PoolSettings, workers: Attent
     Raises:
         RefoldError: The stack or the sizes cannot be split among so many, or a worker cannot be reached.
     """
-    num_heads, count = blueprint.arch.num_key_value_heads, workers.count
+    heads, count = head_counts(blueprint), workers.count
     if not paged_depths(blueprint):
         raise RefoldError("attention_workers: a stack with attention is required (all mixers of this one keep states)")
+    num_heads = max(heads)
+    if workers.split == "heads" and len(heads) > 1:
+        raise RefoldError(
+            f"attention_workers: the same number of key-value heads at every depth is required to split them (got "
+            f"{', '.join(map(str, heads))}); split by rows"
+        )
     if workers.split == "heads" and count > num_heads:
         raise RefoldError(
             f"attention_workers: at most one for each of the {num_heads} key-value heads is possible (got {count}); "

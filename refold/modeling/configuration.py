@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from refold.blueprint.part_sizes import widest_arch
 from refold.blueprint.schema import Blueprint, DepthSpec
 from refold.errors import RecipeError
 from refold.modeling.registration import register, register_model_if_loaded
@@ -85,7 +86,7 @@ class RefoldConfig(PreTrainedConfig):
         self.blueprint, self.vocab_size = resized.model_dump(mode="json"), vocab_size
 
     def _derive(self, blueprint: Blueprint) -> None:
-        arch = blueprint.arch
+        arch = widest_arch(blueprint)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
             setattr(self, name, getattr(arch, name))
         self.head_dim, self.max_position_embeddings = arch.head_dim, arch.max_position_embeddings

@@ -86,7 +86,7 @@ class Depth(GradientCheckpointingLayer):
         owned: dict[str, nn.Module] = {}
         if spec.mixer is not None:
             mixer = blueprint.mixers[spec.mixer].mixer
-            self.view = MIXERS[mixer.type].view(config, arch, index, spec.window)
+            self.view = MIXERS[mixer.type].view(config, blueprint.part_arch("mixer", spec.mixer), index, spec.window)
         if spec.vectors == "own":
             for pool in (each for each in POOLS if getattr(spec, each) is not None):
                 tensors = [each for each in VECTORS.tensors(blueprint, index) if each.pool == pool]

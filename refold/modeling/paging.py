@@ -1,5 +1,6 @@
 """Checks that a stack fits the paged cache of transformers' continuous batching, which holds keys and values."""
 
+from refold.blueprint.part_sizes import head_counts
 from refold.errors import RefoldError
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.masks import LAYER_TYPES
@@ -10,7 +11,7 @@ def require_pages(config: RefoldConfig) -> None:
 
     Raises:
         RefoldError: A depth keeps a recurrent state, or caches nothing, or some heads alone, or its attention has a
-            soft-cap, a prefix or keys of other depths.
+            soft-cap, a prefix or keys of other depths; or depths have different numbers of heads.
     """
     blueprint = config.read_blueprint()
     reasons = {
@@ -26,6 +27,12 @@ def require_pages(config: RefoldConfig) -> None:
                 f"generate_batch: depths that cache keys and values of all their heads are required (depth {depths[0]} "
                 f"{reason}, which is not supported yet); use generate"
             )
+    heads = head_counts(blueprint)
+    if len(heads) > 1:
+        raise RefoldError(
+            f"generate_batch: the same number of key-value heads at every depth is required (got "
+            f"{', '.join(map(str, heads))}, which is not supported yet); use generate"
+        )
     if blueprint.arch.attention_softcap is not None:
         raise RefoldError(
             f"generate_batch: attention without a soft-cap is required (got {blueprint.arch.attention_softcap}, which "

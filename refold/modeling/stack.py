@@ -57,17 +57,17 @@ class RefoldModel(RefoldPreTrainedModel):
     def __init__(self, config: RefoldConfig):
         super().__init__(config)
         blueprint = config.read_blueprint()
-        arch = blueprint.arch
+        arch, sizes = blueprint.arch, blueprint.part_arch
         self.embedding_scale = arch.embedding_scale
         self.embed_tokens = make_embedding(arch.vocab_size, arch.hidden_size, blueprint.quantised.get("embedding"))
         self.mixers = nn.ModuleList(
-            MIXERS[part.mixer.type].create(arch, part.mixer, blueprint.keeps_vectors("mixer", index))
+            MIXERS[part.mixer.type].create(sizes("mixer", index), part.mixer, blueprint.keeps_vectors("mixer", index))
             for index, part in enumerate(blueprint.mixers)
         )
         for index, mixer in enumerate(self.mixers):
             cast("StoredPart", mixer).leave_out(unused_names(blueprint, "mixer", index))
-        num_mlps = len(blueprint.mlps)
-        self.mlps = nn.ModuleList(Mlp(arch, blueprint.keeps_vectors("mlp", index)) for index in range(num_mlps))
+        keeps = [blueprint.keeps_vectors("mlp", index) for index in range(len(blueprint.mlps))]
+        self.mlps = nn.ModuleList(Mlp(sizes("mlp", index), each) for index, each in enumerate(keeps))
         for part, module in zip((*blueprint.mixers, *blueprint.mlps), (*self.mixers, *self.mlps), strict=True):
             cast("StoredPart", module).store_as(part.factors, part.bases, part.quantised)
         self.depths = nn.ModuleList(Depth(config, blueprint, index) for index in range(blueprint.num_depths))

@@ -25,17 +25,22 @@ from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
 from refold.mixers.spec import MLP
 from refold.planning.drops import describe_dropped, dropped_blocks, dropped_parts
-from refold.planning.factors import factorise_evenly, linear_budget, with_multiples
-from refold.planning.fold import FoldedStack, describe_alignment, fold_layers, tied_sources
+from refold.planning.factors import factorise_evenly, factorise_listed, linear_budget, with_multiples
+from refold.planning.fold import UNTIED, FoldedStack, describe_alignment, fold_layers, listed_ties, tied_sources
 from refold.planning.key_sharing import Reads, choose_reads, describe_reads
 from refold.planning.mixers import ChosenMixer, choose_mixers, describe_lost_norms
 from refold.planning.notes import Note, Notes, advise, describe_reach, notes
 from refold.planning.relax import LinearShapes, choose_ranks, with_prefixes
+from refold.planning.replacements import choose_replacements, describe_replacements
 from refold.planning.rules import require_rules
 from refold.planning.schemes import choose_schemes
-from refold.recipe.recipe import ExitPlacement, Fold, RankEnergy, Recipe
+from refold.planning.widths import Widths, choose_widths, describe_widths, with_widths
+from refold.recipe.fold import Fold
+from refold.recipe.recipe import ExitPlacement, RankEnergy, Recipe
 from refold.sources.measurements import Influence
 
+UNMEASURED_WIDTHS = "width.split: widths are measured during conversion; this plan assumes even widths"
+UNCOUNTED_TOKENS = "vocabulary: tokens are chosen during conversion"
 UNMEASURED_RANKS = "ranks are measured during conversion; this plan assumes"
 
 
@@ -81,17 +86,20 @@ def identity_blueprint(arch: ArchSpec) -> Blueprint:
     )
 
 
-def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None = None) -> Built:
+def build_blueprint(
+    arch: ArchSpec, recipe: Recipe, influence: Influence | None = None, widths: Widths | None = None
+) -> Built:
     """Builds the blueprint of a recipe.
 
     The steps: drop whole layers; divide the rest into prelude, tied block and coda; drop attention and MLPs; choose
-    mixers and shared keys and values; choose ranks; place exits. The stack has one depth for each source layer, in
-    their order; a dropped layer is a depth without mixer and MLP.
+    mixers and shared keys and values; narrow parts; choose ranks; place exits. The stack has one depth for each source
+    layer, in their order; a dropped layer is a depth without mixer and MLP.
 
     Args:
         arch: The source.
         recipe: The recipe; defaults that depend on other fields are filled in here.
         influence: Measured influence of the source's layers; None: not measured.
+        widths: Measured widths; None: those of the recipe, shares evenly.
 
     Raises:
         RecipeError: The recipe does not fit the architecture.
@@ -102,17 +110,21 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
     counted = count_parameters(identity)
     blocks = _dropped_blocks(arch, recipe, counted, influence)
     layers = tuple(layer for layer in range(arch.num_layers) if layer not in blocks)
-    stack = fold_layers(recipe.fold, layers) if recipe.fold else FoldedStack((), (), 0)
+    stack = fold_layers(recipe.fold, layers) if recipe.fold and recipe.fold.loops else UNTIED
     layers = tuple(layer for layer in layers if layer not in stack.dropped)
     sizes: dict[Pool, int] = {pool: _part_parameters(identity, pool) for pool in POOLS}
     dropped: Mapping[Pool, frozenset[int]] = dict.fromkeys(POOLS, frozenset())
     if recipe.drop is not None:
         dropped = dropped_parts(recipe.drop, layers, arch.num_layers, sizes, counted.final_norm, influence)
     using = {pool: tuple(layer for layer in layers if layer not in dropped[pool]) for pool in POOLS}
+    undecided = recipe.drop is not None and bool(recipe.drop.by_influence) and influence is None
+    stacks: dict[Pool, FoldedStack] = {
+        pool: _ties(recipe.fold, pool, stack, using[pool], arch.num_layers, not undecided) for pool in POOLS
+    }
     chosen = choose_mixers(recipe, arch)
     pools: dict[Pool, _StoredPool] = {
-        "mixer": _store("mixer", arch, recipe, stack, using["mixer"], lambda layer: chosen[layer].signature),
-        "mlp": _store("mlp", arch, recipe, stack, using["mlp"], lambda layer: chosen[layer].has_fresh_mlp),
+        "mixer": _store("mixer", arch, recipe, stacks["mixer"], using["mixer"], lambda layer: chosen[layer].signature),
+        "mlp": _store("mlp", arch, recipe, stacks["mlp"], using["mlp"], lambda layer: chosen[layer].has_fresh_mlp),
     }
     stored = [chosen[users[0]] for users in pools["mixer"].users]
     attending = [mixer if pools["mixer"].part_of(layer) is not None else None for layer, mixer in enumerate(chosen)]
@@ -129,12 +141,13 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
         ),
         depths=tuple(_depth(recipe, layer, pools, chosen[layer], reads) for layer in range(arch.num_layers)),
     )
+    if recipe.width is not None:
+        blueprint = with_widths(blueprint, choose_widths(recipe.width, arch) if widths is None else widths)
     ranks, rank_notes = _ranks(recipe, blueprint, pools, chosen, counted.non_embedding)
     blueprint = with_prefixes(_with_ranks(blueprint, ranks), recipe.relax)
     if recipe.exits is not None:
         blueprint = _with_exits(blueprint, recipe.exits, recipe.fold, stack)
     relaxed, lora, kinds = any(depth.ranks for depth in blueprint.depths), recipe.lora, owned_kinds(blueprint)
-    undecided = recipe.drop is not None and bool(recipe.drop.by_influence) and influence is None
     said = (
         *notes(
             describe_dropped(recipe.drop, influence, blocks, dropped) if recipe.drop else (),
@@ -144,6 +157,8 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
         *notes(describe_reach(blueprint)),
         *notes(describe_lost_norms(arch, chosen)),
         *notes(describe_reads(reads, arch.num_key_value_heads) if reads else ()),
+        *notes(describe_widths(blueprint), "pending" if recipe.measures_widths and widths is None else "fact"),
+        *notes([UNMEASURED_WIDTHS] if recipe.measures_widths and widths is None else (), "pending"),
         *notes(rank_notes, "ranks"),
         *notes(note for kind in kinds if kind.place == "stack" for note in kind.notes(blueprint)),
         *notes(describe_alignment(blueprint, recipe.fold.align) if recipe.fold else ()),
@@ -152,7 +167,11 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
     if recipe.fits_in_sequence:
         order = "calibration.order: linears are fitted from the first depth to the last, also those otherwise copied"
         said = (*said, Note(text=order))
-    if recipe.factor is not None:
+    if recipe.factor is not None and recipe.factor.parameters is None:
+        blueprint, line = factorise_listed(blueprint, recipe.factor)
+        said = (*said, Note(text=line))
+    elif recipe.factor is not None:
+        assert recipe.factor.parameters is not None
         blueprint, line = factorise_evenly(blueprint, identity, recipe.factor)
         budget = linear_budget(identity, recipe.factor.parameters)
         measured = f"{UNMEASURED_RANKS} even ranks; linears and LoRAs will have {budget:,} parameters"
@@ -166,6 +185,13 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
         said = (*said, Note(text=f"quantise: {describe_schemes(blueprint)}"))
     elif recipe.quantise is not None:
         said = (*said, Note(text="quantise: after healing; convert writes floats"))
+    replacements = ()
+    if recipe.drop is not None and recipe.replaces and not undecided:
+        replacements = choose_replacements(recipe.drop, blueprint, blocks, dropped)
+        said = (*said, *notes(describe_replacements(replacements)))
+    if recipe.vocabulary is not None:
+        line = f"{UNCOUNTED_TOKENS} ({recipe.vocabulary.describe()}); this plan assumes all {arch.vocab_size:,}"
+        said = (*said, Note(kind="pending", text=line))
     starts = Initialisation(
         weights=recipe.weights,
         lora=lora.init if relaxed and lora else None,
@@ -174,6 +200,7 @@ def build_blueprint(arch: ArchSpec, recipe: Recipe, influence: Influence | None 
         align=recipe.fold.align if recipe.fold else "none",
         scale=recipe.fold.scale if recipe.fold else "none",
         transfers=tuple(mixer.transfers for mixer in stored) if recipe.mixers else (),
+        replacements=replacements,
         seed=recipe.seed,
     )
     return Built(blueprint, starts, (*said, *notes(advise(recipe, relaxed))))
@@ -192,6 +219,15 @@ def _part_parameters(identity: Blueprint, pool: Pool) -> int:
     return sum(math.prod(shape) for shape in (*linears.values(), *vectors.values()))
 
 
+def _ties(
+    fold: Fold | None, pool: Pool, block: FoldedStack, using: Sequence[int], num_layers: int, is_final: bool
+) -> FoldedStack:
+    """Returns the ties of one pool."""
+    if fold is None or fold.groups is None:
+        return block if fold is not None and pool in fold.tie else UNTIED
+    return listed_ties(fold, pool, using, num_layers, is_final)
+
+
 def _store(
     pool: Pool,
     arch: ArchSpec,
@@ -202,8 +238,7 @@ def _store(
 ) -> _StoredPool:
     """Assigns layers to stored parts. Tied layers with different signatures get one part for each signature."""
     parts: dict[Hashable, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-    tied = recipe.fold is not None and pool in recipe.fold.tie
-    places = dict(zip(stack.block, stack.stored, strict=True)) if tied else {}
+    places = dict(zip(stack.block, stack.stored, strict=True))
     # Parts are stored in the order of their first use.
     for layer in using:
         stored, kind = places.get(layer), signature(layer)
@@ -228,18 +263,19 @@ def _ranks(
     chosen: Sequence[ChosenMixer],
     non_embedding: int,
 ) -> tuple[list[dict[str, int]], tuple[str, ...]]:
-    relax, arch = recipe.lora, blueprint.arch
+    relax = recipe.lora
     if relax is None:
         return [{} for _ in chosen], ()
 
     def linears(pool: Pool, layer: int) -> LinearShapes:
+        arch = blueprint.part_arch(pool, pools[pool].part_of(layer))
         if pool == "mlp":
             return MLP.linears(arch)
         idle = idle_names(blueprint, layer)
         found = chosen[layer].mixer.linears(arch)
         return {name: shape for name, shape in found.items() if name not in idle}
 
-    every = range(arch.num_layers)
+    every = range(blueprint.arch.num_layers)
 
     def relaxes(pool: Pool, layer: int) -> bool:
         return pools[pool].ties(layer) or (relax.at == "all" and pools[pool].part_of(layer) is not None)
@@ -280,7 +316,7 @@ def _with_ranks(blueprint: Blueprint, ranks: Sequence[dict[str, int]]) -> Bluepr
 def _with_exits(blueprint: Blueprint, exits: ExitPlacement, fold: Fold | None, stack: FoldedStack) -> Blueprint:
     last = blueprint.num_depths - 1
     if exits.at == "loops":
-        if fold is None or fold.loops == 1 or fold.pattern == "sequence":
+        if fold is None or fold.loops in (None, 1) or fold.pattern == "sequence":
             raise RecipeError(
                 "exits.at: loops needs a block that runs as a whole two or more times (fold.loops above 1 and pattern "
                 "cycle or cycle_reversed); list the depths instead"

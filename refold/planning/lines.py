@@ -6,7 +6,7 @@ from typing import Literal
 
 from refold.blueprint.cost import Cost, smaller_from
 from refold.blueprint.kinds import TargetTensor
-from refold.blueprint.origins import Initialisation, Origin, carried_tensor
+from refold.blueprint.origins import Initialisation, Origin, carried_tensor, is_mapped
 from refold.blueprint.schema import Blueprint, idle_names
 from refold.blueprint.source_tensors import SourceTensor, locate_piece
 from refold.blueprint.tensors import float_tensors
@@ -14,8 +14,9 @@ from refold.families.arch import Family, Frozen
 from refold.planning.approximation import LEARNED
 
 LineKind = Literal[
-    "copied", "averaged", "split", "repeated", "fresh", "factorised", "joint", "dropped", "ignored"
+    "copied", "averaged", "split", "repeated", "fresh", "factorised", "joint", "mapped", "dropped", "ignored"
 ]  # fmt: skip
+MAPPED = "times the linear map in place of dropped parts"
 _INDEX = re.compile(r"\.\d+\.")
 
 
@@ -70,6 +71,8 @@ def plan_lines(
         if made.how != "fresh":
             used |= {(made.canonical, layer) for layer in made.layers or (None,)}
         how, reason = _explain(made, tensor, blueprint, starts, family)
+        if is_mapped(starts, made):
+            how, reason = ("mapped" if how == "copied" else how), "; ".join(filter(None, (reason, MAPPED)))
         lines.add(_INDEX.sub(".*.", tensor.kind.line_name(tensor)), how, reason, made.layers)
     for tensor in expected.values():
         if not any((piece, tensor.layer) in used for piece in tensor.rule.pieces):

@@ -53,7 +53,7 @@ def advise(recipe: Recipe, relaxed: bool) -> tuple[str, ...]:
         relaxed: Whether the target has LoRAs.
     """
     fold, relax = recipe.fold, recipe.lora
-    if fold is None or fold.loops == 1 or recipe.weights == "fresh" or recipe.shares_bases:
+    if fold is None or fold.loops in (None, 1) or recipe.weights == "fresh" or recipe.shares_bases:
         return ()
     init = fold.init if isinstance(fold.init, str) else ""
     if not relaxed or relax is None:

@@ -11,6 +11,7 @@ from refold.blueprint.cost import Cost, cost
 from refold.blueprint.origins import Initialisation
 from refold.blueprint.quantisation import without_schemes
 from refold.blueprint.schema import Blueprint, depth_factors, depth_linears
+from refold.checkpoint.headers import DTYPE_BYTES
 from refold.checkpoint.locate import Source
 from refold.errors import RecipeError, RefoldError
 from refold.families.arch import Frozen
@@ -18,6 +19,7 @@ from refold.planning.approximation import Approximation, stored_maps
 from refold.planning.build import build_blueprint, identity_blueprint
 from refold.planning.lines import PlanLine, plan_lines
 from refold.planning.notes import NoteKind, Notes, notes
+from refold.planning.widths import Widths
 from refold.recipe.load import RecipeLike, built_in_recipes, load_recipe
 from refold.recipe.recipe import Recipe, ResolvedRecipe
 from refold.sources.measurements import Influence, read_measurements
@@ -74,9 +76,17 @@ class StackPlan(Frozen):
         ]
 
     @property
+    def dtype(self) -> str:
+        """Torch name of the dtype of the target's floats."""
+        return self.recipe.dtype or self.source.dtype
+
+    @property
     def calibration(self) -> Literal["required", "useful", "unused"]:
-        """Use of calibration text. `required`: linears are fitted to it; `useful`: drops or feature maps can use it."""
-        if self.recipe.needs_text:
+        """Use of calibration text.
+
+        `required`: linears are fitted to it, or tokens are counted in it; `useful`: drops or feature maps can use it.
+        """
+        if self.recipe.needs_text or self.recipe.replaces or self.recipe.counts_tokens:
             return "required"
         has_use = self.recipe.measures_influence or stored_maps(self.blueprint, self.starts)
         return "useful" if has_use else "unused"
@@ -173,12 +183,16 @@ def plan_all(source: str | Path | Source, measurements: str | Path | None = None
 
 
 def plan_model(
-    model: SourceModel, recipe: Recipe, allow_larger: bool = False, influence: Influence | None = None
+    model: SourceModel,
+    recipe: Recipe,
+    allow_larger: bool = False,
+    influence: Influence | None = None,
+    widths: Widths | None = None,
 ) -> Draft:
-    """Plans a conversion of a source model, optionally with measured influence; see `plan`."""
+    """Plans a conversion of a source model, optionally with measured influence and widths; see `plan`."""
     recipe = recipe.resolved()
     influence = influence if recipe.measures_influence else None
-    blueprint, starts, said = build_blueprint(model.arch, recipe, influence)
+    blueprint, starts, said = build_blueprint(model.arch, recipe, influence, widths)
     said = (*notes(model.notes), *said)
     return _assemble(model, recipe, blueprint, starts, said, allow_larger=allow_larger, influence=influence)
 
@@ -211,8 +225,9 @@ def _assemble(
     if any(part.mixer.softmax_fit is not None for part in blueprint.mixers):
         # Raises if a feature map has to be fitted but its queries or keys are fresh.
         stored_maps(blueprint, starts)
+    dtype_bytes = model.dtype_bytes if recipe.dtype is None else DTYPE_BYTES[recipe.dtype]
     costs = CostPair(
-        source=cost(identity_blueprint(model.arch), model.dtype_bytes), target=cost(blueprint, model.dtype_bytes)
+        source=cost(identity_blueprint(model.arch), model.dtype_bytes), target=cost(blueprint, dtype_bytes)
     )
     if not allow_larger:
         _require_smaller(costs, model.arch.max_position_embeddings)
@@ -284,7 +299,10 @@ def _equals_source(blueprint: Blueprint, starts: Initialisation, index: int) -> 
     mixer = blueprint.mixers[depth.mixer]
     if mixer.mixer.is_recurrent or depth.window != blueprint.arch.layers[depth.source].window:
         return False
-    stored = (mixer.sources, blueprint.mlps[depth.mlp].sources)
+    mlp = blueprint.mlps[depth.mlp]
+    if mixer.num_key_value_heads is not None or mlp.intermediate_size is not None:
+        return False
+    stored = (mixer.sources, mlp.sources)
     if not depth_factors(blueprint, index) and all(sources == (depth.source,) for sources in stored):
         return True
     full = all(depth.ranks.get(name) == min(shape) for name, shape in depth_linears(blueprint, index).items())

@@ -72,8 +72,8 @@ def _shares_budget(recipe: ResolvedRecipe) -> bool:
     return share is not None and factor is not None and factor.split == share.split == "measured"
 
 
-def _error_metrics(recipe: ResolvedRecipe) -> list[str]:
-    sections = (recipe.factor, recipe.lora)
+def _error_metrics(recipe: ResolvedRecipe, with_width: bool = False) -> list[str]:
+    sections = (recipe.factor, recipe.lora, recipe.width if with_width else None)
     return sorted({each.weight for each in sections if each is not None and each.weight is not None})
 
 
@@ -105,6 +105,10 @@ def _averaging(recipe: ResolvedRecipe) -> tuple[str, str]:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule(
+        lambda recipe, arch: recipe.replaces and recipe.weights == "fresh",
+        lambda recipe, arch: "drop: replace must be none where weights are fresh (got linear); remove it",
+    ),
     Rule(
         lambda recipe, arch: recipe.shares_bases and recipe.fold is not None and _fold_init(recipe) not in _MEANS,
         lambda recipe, arch: (
@@ -179,6 +183,26 @@ RULES: tuple[Rule, ...] = (
         lambda recipe, arch: (
             f"factor.weight: must equal relax.weight (got {' and '.join(_error_metrics(recipe))}); remove one of them"
         ),
+    ),
+    Rule(
+        lambda recipe, arch: len(_error_metrics(recipe, with_width=True)) > 1,
+        lambda recipe, arch: (
+            f"width.weight: must equal factor.weight and relax.weight (got "
+            f"{' and '.join(_error_metrics(recipe, with_width=True))}); remove one of them"
+        ),
+    ),
+    Rule(
+        lambda recipe, arch: recipe.width is not None and recipe.fits_in_sequence,
+        lambda recipe, arch: (
+            "calibration.order: must be at_once beside width, whose kept neurons and heads are fitted to their inputs "
+            "in the source (got sequential); remove one of them"
+        ),
+    ),
+    Rule(
+        lambda recipe, arch: (
+            recipe.width is not None and recipe.width.split == "measured" and recipe.weights == "fresh"
+        ),
+        lambda recipe, arch: "width.split: must be even where weights are fresh (got measured); remove it",
     ),
     Rule(
         lambda recipe, arch: _measures_lora_ranks(recipe) and recipe.lora is not None and recipe.lora.at == "all",

@@ -1,5 +1,6 @@
 """The stacks that plugins for engines hold, and the reasons against all others; torch-free."""
 
+from refold.blueprint.part_sizes import head_counts, neuron_counts, widest_arch
 from refold.blueprint.schema import Blueprint
 from refold.errors import RefoldError
 
@@ -13,11 +14,18 @@ def require_servable(blueprint: Blueprint, engine: str = "vllm") -> None:
 
     Raises:
         RefoldError: A depth has a mixer with a state or a prefix; the rotary embedding depends on the length of the
-            text; for vLLM, a depth reads some heads of another depth; for SGLang, attention has a soft-cap.
+            text; depths have different numbers of heads; for vLLM, a depth reads some heads of another depth, or
+            MLPs have different numbers of neurons; for SGLang, attention has a soft-cap.
     """
     if engine == "sglang" and blueprint.arch.attention_softcap is not None:
         got = f"{blueprint.arch.attention_softcap}"
         _refuse(engine, "attention without a soft-cap", got, "serve it with vLLM or refold")
+    sizes = {"key-value heads": head_counts(blueprint)}
+    if engine == "vllm":
+        sizes["neurons"] = neuron_counts(blueprint)
+    for what, counts in sizes.items():
+        if len(counts) > 1:
+            _refuse(engine, f"the same number of {what} at every depth", ", ".join(map(str, counts)))
     for index, depth in enumerate(blueprint.depths):
         if depth.mixer is None:
             continue
@@ -43,7 +51,7 @@ def require_split(blueprint: Blueprint, num_shares: int) -> None:
     Raises:
         RefoldError: A size is not divisible, or a norm covers all heads.
     """
-    arch = blueprint.arch
+    arch = widest_arch(blueprint)
     where = "tensor_parallel_size"
     if arch.num_attention_heads % num_shares:
         raise RefoldError(

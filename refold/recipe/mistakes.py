@@ -38,9 +38,14 @@ def describe_mistakes(error: ValidationError, model: type[BaseModel]) -> list[st
         error: The error that pydantic raised.
         model: The validated model, which defines the legal keys.
     """
-    found = error.errors(include_url=False)
+    found = [item for item in error.errors(include_url=False) if not _has_only_wrong_entries(item)]
     lines = [f"{_path(item)}: {_explain(item, model)}" for item in found[:MAX_MISTAKES]]
     return [*lines, f"... and {len(found) - MAX_MISTAKES} more"] if len(found) > MAX_MISTAKES else lines
+
+
+def _has_only_wrong_entries(item: ErrorDetails) -> bool:
+    """Tells whether a list is called too short because each of its entries is wrong; they have lines of their own."""
+    return item["type"] == "too_short" and bool(item["input"])
 
 
 def _location(item: ErrorDetails) -> tuple[int | str, ...]:

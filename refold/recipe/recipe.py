@@ -2,31 +2,20 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from refold.blueprint.origins import Align, ErrorMetric
-from refold.fields import Amount, Count, LayerIndex, Real, Section, refuse_repeats
+from refold.blueprint.origins import ErrorMetric
+from refold.fields import Amount, Count, LayerIndex, Real, Section
 from refold.mixers.placement import AnyEntry
 from refold.recipe.drop import Drop, LayerList
+from refold.recipe.fold import Fold, list_or_name
 from refold.recipe.heal import HealStage, read_heal
+from refold.recipe.low_rank import Factor, Split
 from refold.recipe.quantise import Quantise
 from refold.recipe.share_kv import ShareKv
-from refold.recipe.tying import TYING_INITS
-from refold.suggest import did_you_mean, must_be_one_of, shorten
-
-
-def _known_init(name: str) -> str:
-    if name not in TYING_INITS:
-        raise ValueError(
-            f"must be one of {', '.join(TYING_INITS)} or a list of source layers (got {shorten(name)})"
-            f"{did_you_mean(name, TYING_INITS)}"
-        )
-    return name
-
-
-# Error messages drop tags in angle brackets, which only name the branch of a union.
-def _list_or_name(value: Any) -> str:
-    return "<list>" if isinstance(value, (list, tuple)) else "<name>"
+from refold.recipe.vocabulary import VocabularyTrim
+from refold.recipe.width import Width
+from refold.suggest import must_be_one_of
 
 
 def _kind_of_rank(value: Any) -> str:
@@ -51,52 +40,15 @@ def _kind_of_relax(value: Any) -> str:
     return f"<{value.get('type', 'lora') if isinstance(value, dict) else getattr(value, 'type', 'lora')}>"
 
 
+def _kind_of_shrinkage(value: Any) -> str:
+    return "<name>" if isinstance(value, str) else "<number>"
+
+
 RELAXATIONS = ("lora", "prefix")
-ListedInit = Annotated[tuple[LayerIndex, ...], Field(min_length=1)]
-FoldInit = Annotated[
-    Annotated[str, AfterValidator(_known_init), Tag("<name>")] | Annotated[ListedInit, Tag("<list>")],
-    Discriminator(_list_or_name),
-]
 RankChoice = Annotated[int, Field(strict=True, ge=0)]
 OneRank = Annotated[
     Annotated[RankChoice, Tag("<number>")] | Annotated[Literal["full"], Tag("<full>")], Discriminator(_kind_of_one_rank)
 ]
-
-
-class Fold(Section):
-    """Ties layers into a block that runs several times."""
-
-    loops: Count
-    """Number of times that the block runs."""
-    pattern: Literal["cycle", "sequence", "cycle_reversed"] = "cycle"
-    """Order in which the K stored layers run: 1..K again and again (`cycle`); each one `loops` times in a row
-    (`sequence`); or forwards in even and backwards in odd loops, counted from 0 (`cycle_reversed`)."""
-    init: FoldInit | None = None
-    """Initialisation of the stored layers: `stepwise`, `average`, `lower`, `upper`, `random`, or a list with one source
-    layer for each stored layer of the block. Default: `average` if `relax.init` is `svd` or `joint`, else
-    `stepwise`."""
-    tie: Annotated[tuple[Literal["mixer", "mlp"], ...], Field(min_length=1), AfterValidator(refuse_repeats)] = (
-        "mixer",
-        "mlp",
-    )
-    """Parts that are tied. A part that is not in the list stays untied: one stored part for each layer."""
-    align: Align = "none"
-    """Alignment of layers before they are averaged, so that similar weights meet: `permutation` reorders MLP neurons
-    and attention heads, `rotation` rotates the values of each head, `both` does both. Alignment does not change the
-    outputs of a layer. It requires `init: average`."""
-    scale: Literal["none", "norm"] = "none"
-    """`norm`: the mean of tied linears is scaled to the mean of their Frobenius norms, because averaging different
-    matrices shrinks the norm. It requires `init: average`, and no LoRAs or LoRAs with `init: zero`."""
-    prelude: LayerIndex = 0
-    """Number of untied layers kept before the block."""
-    coda: LayerIndex = 0
-    """Number of untied layers kept after the block."""
-    uneven: Literal["error", "drop", "prelude"] = "error"
-    """Handling of a block whose number of layers is not a multiple of `loops`: an error (`error`), dropping the surplus
-    layers, evenly spaced (`drop`), or adding them to the prelude (`prelude`)."""
-
-
-Split = Literal["even", "measured"]
 
 
 class RankShare(Section):
@@ -148,31 +100,10 @@ class LoraRelax(Section):
     """`own`: each depth scales the output of its mixer and of its MLP by one number each, 1 at first."""
     weight: ErrorMetric | None = None
     """Error metric of `svd` and `joint`: `none`, the weights, as in the paper; `activations`, the outputs on
-    calibration text; `fisher`, the effect on the loss there. Default: as `factor.weight`, else `none`."""
+    calibration text; `fisher`, the effect on the loss there. Default: as `factor.weight` or `width.weight`, and
+    `activations` beside `factor` or `width`, else `none`."""
     svd: Literal["auto", "exact"] = "auto"
     """`auto` chooses the fastest method that is accurate enough; `exact` forces LAPACK's full decomposition."""
-
-
-class Factor(Section):
-    """Stores linears as two factors of lower rank, as SVD-LLM does (arXiv 2403.07378), with or without a fold."""
-
-    parameters: Annotated[Real, Field(gt=0)]
-    """Budget for all linear weights of the target, LoRAs included, as a share of the source's linear weights, such as
-    0.6."""
-    share: Literal["none", "basis"] = "none"
-    """`basis`: for linears that `fold` ties, one input-side factor A is stored, and each depth has its own output-side
-    factor B, `y = B (A x)` (Basis Sharing, arXiv 2410.03765). Each depth then has its own norms and biases too, unless
-    `relax.vectors` says otherwise. Untied linears are stored as two factors."""
-    split: Split = "even"
-    """Division of the budget. `even`: every stored linear keeps the same share of its parameters. `measured`: the ranks
-    that lower the error most, or the whole matrix if that is better. With `relax.rank: {split: measured}` also each
-    tied linear is tested: if tying does not pay, its depths get their own factors."""
-    multiple: Count = 1
-    """Ranks above this number are rounded down to a multiple of it. Formats with blocks of 32 inputs want multiples of
-    32."""
-    weight: ErrorMetric | None = None
-    """Error metric: `none`, the weights; `activations`, the outputs on calibration text; `fisher`, the effect on the
-    loss. Default: as `relax.weight`, else `activations`."""
 
 
 class Calibration(Section):
@@ -186,6 +117,14 @@ class Calibration(Section):
     """`at_once`: each linear is fitted to its inputs in the source. `sequential`: linears are fitted from the first
     depth to the last, each to its inputs in the model folded so far, with the outputs in the source as the target, as
     GPTQ quantises (arXiv 2210.17323). Linears that would be copied are fitted too."""
+    shrink: Annotated[
+        Annotated[Literal["none", "auto"], Tag("<name>")]
+        | Annotated[Annotated[Real, Field(ge=0, le=1)], Tag("<number>")],
+        Discriminator(_kind_of_shrinkage),
+    ] = "none"
+    """Strength s by which fits shrink towards fits without text, which helps on kinds of text that the calibration text
+    lacks: the second moments C of inputs and gradients become (1 - s) C + s tr(C)/n I. `none`: 0. `auto`: chosen for
+    each linear by cross-checking: fits to one half of the text, or to all kinds but one, are measured on the rest."""
 
 
 class PrefixRelax(Section):
@@ -215,7 +154,7 @@ class ExitPlacement(Section):
 
     at: Annotated[
         Annotated[Literal["loops"], Tag("<name>")] | Annotated[LayerList, Tag("<list>")],
-        Discriminator(_list_or_name),
+        Discriminator(list_or_name),
     ] = "loops"
     """Places of exits: after each loop (`loops`), or after the listed depths (counted from 0). The last depth cannot be
     listed, because it ends in the final norm and the head."""
@@ -246,8 +185,10 @@ class Recipe(Section):
     """`fresh`: the same architecture with new weights, the from-scratch control."""
     seed: LayerIndex = 0
     """Seed of all fresh weights."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Dtype of all stored floats. Default: the source's."""
     fold: Fold | None = None
-    """Ties layers into a block that runs several times."""
+    """Ties layers: a block that runs several times, or listed groups."""
     relax: Relax | None = None
     """Relaxes the tie by LoRAs or prefixes for each depth."""
     factor: Factor | None = None
@@ -256,6 +197,8 @@ class Recipe(Section):
     """The amount of calibration text, and the order in which linears are fitted to it."""
     drop: Drop | None = None
     """Drops layers, token mixers or MLPs."""
+    width: Width | None = None
+    """Drops neurons of MLPs and key-value heads inside of layers."""
     mixers: tuple[AnyEntry, ...] = ()
     """Replaces the attention of some depths by mixers of linear cost."""
     share_kv: ShareKv | None = None
@@ -267,6 +210,8 @@ class Recipe(Section):
     """Source tensors that are ignored on purpose, each with the reason."""
     quantise: Quantise | None = None
     """Stores weights as integers."""
+    vocabulary: VocabularyTrim | None = None
+    """Drops tokens that a text never uses, with their rows of embedding and head."""
     heal: Annotated[tuple[HealStage, ...], BeforeValidator(read_heal)] = ()
     """Training stages after conversion, in order; or a protocol, such as `{protocol: distil, tokens: 20M}`."""
 
@@ -298,10 +243,18 @@ class Recipe(Section):
     @property
     def weight(self) -> ErrorMetric:
         """The error metric of fitted linears."""
-        given: list[ErrorMetric] = [
-            each.weight for each in (self.factor, self.lora) if each is not None and each.weight is not None
-        ]
-        return given[0] if given else ("activations" if self.factor is not None else "none")
+        given: list[ErrorMetric] = [each.weight for each in self._fits if each is not None and each.weight is not None]
+        is_weighted = self.factor is not None or self.width is not None
+        return given[0] if given else ("activations" if is_weighted else "none")
+
+    @property
+    def _fits(self) -> tuple[Factor | LoraRelax | Width | None, ...]:
+        return self.factor, self.lora, self.width
+
+    @property
+    def measures_widths(self) -> bool:
+        """Whether the widths of parts are measured on the source."""
+        return self.weights == "source" and self.width is not None and self.width.split == "measured"
 
     @property
     def measures_ranks(self) -> bool:
@@ -314,6 +267,16 @@ class Recipe(Section):
     def needs_text(self) -> bool:
         """Whether linears are fitted to calibration text."""
         return self.weights == "source" and self.weight != "none"
+
+    @property
+    def replaces(self) -> bool:
+        """Whether linear maps, solved on calibration text, stand in for dropped parts."""
+        return self.drop is not None and self.drop.replaces
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the kept tokens are counted in calibration text."""
+        return self.vocabulary is not None and self.vocabulary.counts_text
 
     @property
     def quantises(self) -> bool:
@@ -329,6 +292,14 @@ class Recipe(Section):
     def fits_in_sequence(self) -> bool:
         """Whether linears are fitted in sequence, each to its inputs in the model folded so far."""
         return self.calibration.order == "sequential"
+
+    @property
+    def shrinkage(self) -> float | None:
+        """The strength by which moments shrink; None: it is chosen by cross-checking."""
+        given = self.calibration.shrink
+        if isinstance(given, str):
+            return None if given == "auto" else 0.0
+        return float(given)
 
     @property
     def measures_influence(self) -> bool:

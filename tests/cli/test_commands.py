@@ -57,8 +57,8 @@ def test_flags_are_these() -> None:
         (["evaluate", "SOURCE", "--data", "/nowhere"], "required"),
         (["evaluate", "SOURCE", "--data", "LATIN"], "UTF-8"),
         (
-            ["evaluate", "SOURCE", "--data", "LATIN", "--quantise", "int3"],
-            "must be one of int8, int4, int4z (got 'int3')",
+            ["evaluate", "SOURCE", "--data", "LATIN", "--quantise", "int7"],
+            "must be int8, or int2 to int6 with z for zero points and g64 or g128",
         ),
         (["heal", "SOURCE", "OUT", "--data", "LATIN", "--tokens", "many"], "many"),
         (["evaluate", "SOURCE", "--data", "LATIN", "--out", "CONFIG"], "it exists"),
@@ -316,7 +316,7 @@ def test_recipes_side_by_side_are_readable(
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     assert max(map(len, lines)) <= columns
-    table = [line.split() for line in lines if re.match(r"\S+ +[\d.]+ [kMG]B", line)]
+    table = [line.split() for line in lines if re.match(r"[\w-]+ +[\d.]+ [kMG]B", line)]
     names = [row[0] for row in table]
     assert names[0] == "source"
     assert set(names[1:]) == set(built_in_recipes())  # No name is broken.
@@ -326,7 +326,8 @@ def test_recipes_side_by_side_are_readable(
     texts = {row[0]: row[-1] for row in table}
     assert (texts["lowrank"], texts["pruned"], texts["recursive"]) == ("yes", "helps", "-")
     said = " ".join(printed.split())
-    assert "embedding and head are 8% of the source's parameters" in said
+    assert "floor of the bytes: embedding and head are 8% of the source's parameters" in said
+    assert re.search(r"integers do \([\d.]+ kB as int8, [\d.]+ kB as int4\); norms and biases stay floats", said)
     assert "all of them need healing" in said
     assert "needs healing" not in said
 

@@ -30,3 +30,13 @@ def test_the_stack_says_at_which_ranks_bases_are_shared(make_source, tmp_path, c
     bases = {**made.blueprint.mixers[2].bases, **made.blueprint.mlps[2].bases}.values()
     told = [[cell.strip() for cell in row if cell.strip()][4] for row in rows]
     assert told == ["-", "-", *[f"3, basis {min(bases)}..{max(bases)}"] * 2]
+
+
+def test_narrower_parts_show_their_sizes(make_source, tmp_path, capsys):
+    recipe = {"width": {"mlp": [48, 32, 48, 48], "heads": [2, 1, 2, 2], "weight": "none"}}
+    convert(make_source("llama"), tmp_path / "out", recipe)
+    print_inspection(inspect(tmp_path / "out"))
+    printed = capsys.readouterr().out
+    assert "1 (1 heads)" in printed
+    assert "1 (32 neurons)" in printed
+    assert "0 (" not in printed

@@ -56,7 +56,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_says_what_to_type(
     number: signal.Signals, shipped: Path, tmp_path: Path
 ) -> None:
     # Waits when the weights are being written into the hidden folder beside the destination.
-    script = PAUSED.format(module="refold.conversion.convert", name="copy_companions")
+    script = PAUSED.format(module="refold.conversion.vocabulary", name="copy_companions")
     arguments = ["convert", str(shipped), str(tmp_path / "out folder"), "-r", "recursive"]
     status, lines = interrupt(script, arguments, number)
     assert status == 128 + number

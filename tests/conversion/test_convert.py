@@ -332,3 +332,10 @@ def test_pairs_of_a_bfloat16_source_correct_the_rounding_of_the_stored_weight(
     # Pairs are rounded too, which no start can correct.
     errors = [float((each - wanted).square().mean()) for each in found]
     assert errors[0] < 0.9 * errors[1]
+
+
+def test_a_recipe_chooses_the_dtype_of_floats(source, tmp_path):
+    made = convert(source, tmp_path / "folded", {"dtype": "bfloat16"})
+    assert made.cost.target.weight_bytes * 2 == made.cost.source.weight_bytes
+    assert {value.dtype for value in tensors_of(tmp_path / "folded").values()} == {torch.bfloat16}
+    assert load_model(tmp_path / "folded", dtype=None).config.dtype == torch.bfloat16

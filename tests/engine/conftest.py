@@ -25,6 +25,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "prefix": ("llama", {"fold": FOLD, "relax": {"type": "prefix", "length": 3}}),
     "first keys": ("llama", {"fold": FOLD, "share_kv": {"from": "first_loop"}}),
     "dropped": ("qwen3", {"drop": {"attention": {"layers": [1, 3]}, "mlp": {"layers": [2]}}}),
+    "narrow": ("llama-mha-bias", {"width": {"mlp": [48, 32, 16, 40], "heads": [1, 2, 4, 3], "weight": "none"}}),
     "window": ("mistral-window", {"fold": FOLD}),
     "hybrid": ("llama", {"mixers": [{"type": "gated_deltanet", **MIXER}]}),
     "window hybrid": ("mistral-window", {"fold": FOLD, "mixers": [{"type": "mamba2", "depths": [1, 3]}]}),

@@ -1,13 +1,17 @@
 """Calibration of exits: tables and passes against token-by-token runs, choices, the live check, refusals."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
 
 from refold.conversion.convert import ConvertOptions, convert
+from refold.data.corpus import open_text
+from refold.data.mixture import Mixture
 from refold.data.readers import from_documents
-from refold.engine.calibration import CalibrateOptions, calibrate, read_documents
+from refold.engine.calibration import Calibrated, CalibrateOptions, calibrate, read_documents
 from refold.engine.confidence import confidence
 from refold.engine.exit_table import fill_table, run_skipping
 from refold.engine.exits import ExitRule
@@ -103,7 +107,10 @@ def run(made, texts, **fields):
     runner = fields.pop("make_runner")
     loaded = {name: value for name, value in fields.items() if name not in ("device",)}
     chosen = CalibrateOptions(**{"tolerance": 0.2, "context": 32, "documents": 60, **NO_LIVE, **loaded})
-    return calibrate(model, texts, chosen, tokenizer=tokenizer, make_runner=runner)
+    found = calibrate(model, texts, chosen, tokenizer=tokenizer, make_runner=runner)
+    # The last note is about text of one kind, here always the same.
+    assert found.notes[-1].startswith("calibration text comes from documents in memory alone")
+    return Calibrated(found.thresholds, found.notes[:-1])
 
 
 @pytest.mark.parametrize("measure", ["top1", "margin", "entropy", "gate", "agreement"])
@@ -292,6 +299,21 @@ def test_documents_are_cut_limited_and_drawn_from_the_whole_text(three):
     assert [list(ids) for ids in found] != [list(ids) for ids in in_order]
     limited = read_documents(source, tokenizer, options(tokens=20), 8)
     assert sum(map(len, limited)) == 20
+
+
+def test_documents_of_a_mixture_come_by_weight_and_have_no_note(three):
+    model, tokenizer = three
+    kinds = [words(60), ["x y z " * 8] * 5]
+    mixture = open_text(Mixture([(kinds[0], 3), (kinds[1], 1)]))
+    found = read_documents(mixture, tokenizer, options(documents=12), 8)
+    # All documents of the second kind are equal, and no other two.
+    assert Counter(map(tuple, found)).most_common(2)[0][1] == 3
+    assert len(set(map(tuple, found))) == 10
+    # The shares stay true where a part has no more documents.
+    assert len(read_documents(mixture, tokenizer, options(documents=100), 8)) <= 4 * 5 + 3
+    chosen = options(documents=12, measure="top1", device=None)
+    found = calibrate(model, mixture, chosen, tokenizer=tokenizer)
+    assert not any(note.startswith("calibration text comes") for note in found.notes)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from refold.errors import RefoldError
 from refold.generation.sampling import Sampling
 from tests.engine.conftest import greedy, make_prompts, options
 
-NAMES = ("strict", "relaxed", "window", "first keys", "gains", "prefix", "hybrid", "exits")
-"""Tied, with LoRA, windowed, with shared keys, soft-capped, with prefixes, with states beside keys, with exits."""
+NAMES = ("strict", "relaxed", "window", "first keys", "gains", "prefix", "hybrid", "exits", "narrow")
+"""Tied, with LoRA, windowed, with shared keys, soft-capped, with prefixes, with states beside keys, with exits, with
+layers of different widths."""
 BOUND = 30.0
 """Seconds within which a lost worker must be noticed."""
 
@@ -52,7 +53,7 @@ def run(model: Any, prompts: list[list[int]], **given: Any) -> list[list[int]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_are_those_of_generate(load, workers, name, count, split, overlap):
     model, prompts = load(name), make_prompts((1, 5, 9, 17, 23))
-    if count > model.config.read_blueprint().arch.num_key_value_heads:
+    if name == "narrow" or count > model.config.read_blueprint().arch.num_key_value_heads:
         split = "rows"
     found = run(model, prompts, attention_workers=over(workers, count, split, overlap=overlap))
     assert found == [greedy(model, prompt, 8) for prompt in prompts]
@@ -208,6 +209,12 @@ def test_workers_end_when_the_process_that_started_them_is_killed():
     while is_alive(pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_different_numbers_of_heads_are_not_split_by_heads(load, workers):
+    settings = EngineSettings(**options(attention_workers=over(workers, 2, "heads")))
+    with pytest.raises(RefoldError, match=r"the same number of key-value heads .* \(got 1, 2, 3, 4\); split by rows"):
+        Engine(load("narrow"), settings)
 
 
 def test_a_worker_of_another_engine_is_refused(load, workers):

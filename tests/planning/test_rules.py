@@ -9,6 +9,10 @@ from refold.recipe.load import load_recipe
 FOLD = {"loops": 2}
 BROKEN = [
     (
+        {"weights": "fresh", "drop": {"block": {"layers": [2], "replace": "linear"}}},
+        r"drop: replace must be none where weights are fresh \(got linear\); remove it",
+    ),
+    (
         {"fold": {**FOLD, "init": "lower"}, "factor": {"parameters": 0.5, "share": "basis"}},
         r"fold\.init: must be average",
     ),
@@ -83,6 +87,18 @@ BROKEN = [
         },
         r"relax\.init: must be joint or svd where relax\.rank is measured",
     ),
+    (
+        {"width": {"mlp": 0.5, "weight": "fisher"}, "factor": {"parameters": 0.5, "weight": "activations"}},
+        r"width\.weight: must equal factor\.weight and relax\.weight \(got activations and fisher\)",
+    ),
+    (
+        {"width": {"mlp": 0.5}, "calibration": {"order": "sequential"}},
+        r"calibration\.order: must be at_once beside width",
+    ),
+    (
+        {"weights": "fresh", "width": {"mlp": 0.5, "split": "measured"}},
+        r"width\.split: must be even where weights are fresh",
+    ),
 ]
 
 
@@ -100,6 +116,6 @@ def test_every_rule_has_a_recipe_that_breaks_it(make_arch):
     assert unbroken == []
 
 
-@pytest.mark.parametrize("name", ["recursive", "relaxed", "joint", "lowrank", "compact", "pruned"])
+@pytest.mark.parametrize("name", ["recursive", "relaxed", "joint", "lowrank", "compact", "pruned", "narrow"])
 def test_built_in_recipes_break_no_rule(make_arch, name):
     require_rules(load_recipe(name).resolved(), make_arch(4))

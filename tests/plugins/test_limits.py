@@ -19,6 +19,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "dropped": {"drop": {"attention": {"layers": [1]}, "mlp": {"layers": [2]}}},
     "shared keys": {"fold": FOLD, "share_kv": {"from": "first_loop"}},
     "exits": {"fold": FOLD, "exits": {"at": [1]}},
+    "narrower": {"width": {"mlp": 0.5, "heads": 0.5}},
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mixer": (
@@ -32,6 +33,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "some heads": (
         {"share_kv": {"from": {"back": 2}, "heads": [0]}},
         r"vllm: keys and values of one depth is required \(got depth 2 reads heads \[0\] of depth 0",
+    ),
+    "own heads": (
+        {"width": {"heads": [1, 2, 2, 1, 2, 2, 2, 2]}},
+        r"vllm: the same number of key-value heads at every depth is required \(got 1, 2\); serve it with refold's",
+    ),
+    "own neurons": (
+        {"width": {"mlp": [64, 32, 64, 64, 80, 80, 80, 80]}},
+        r"vllm: the same number of neurons at every depth is required \(got 32, 64, 80\)",
     ),
 }
 
@@ -54,6 +63,12 @@ def test_other_stacks_are_refused_by_name(make: Callable[..., Blueprint], name: 
     recipe, message = REFUSED[name]
     with pytest.raises(RefoldError, match=message):
         require_servable(make(recipe))
+
+
+def test_a_narrower_stack_is_split_by_its_own_sizes(make: Callable[..., Blueprint]) -> None:
+    require_split(make({}), 2)
+    with pytest.raises(RefoldError, match=r"a divisor of the MLP's width 35 is required \(got 2\)"):
+        require_split(make({"width": {"mlp": [35] * 8}}), 2)
 
 
 def test_rotary_embeddings_that_depend_on_the_text_are_refused(make: Callable[..., Blueprint]) -> None:

@@ -19,7 +19,7 @@ def test_built_ins_load_and_describe_themselves():
     described = built_in_recipes()
     folds = {"recursive", "relaxed", "joint", "pruned", "scratch"}
     mixers = {"retnet", "striped-mamba", "mamba2", "gla", "gated-deltanet", "linear-attention", "hybrid"}
-    assert set(described) == folds | mixers | {"lowrank", "compact", "recursive-gguf", "pruned-gguf"}
+    assert set(described) == folds | mixers | {"lowrank", "compact", "narrow", "recursive-gguf", "pruned-gguf"}
     assert all(described.values())
 
 
@@ -73,9 +73,9 @@ MISTAKES = [
     ({"folds": {"loops": 2}}, r"recipe: .*folds: unknown key; did you mean 'fold'\?"),
     (
         {"serving": []},
-        r"serving: unknown key; must be one of calibration, description, drop, exits, factor, fold, heal",
+        r"serving: unknown key; must be one of calibration, description, drop, dtype, exits, factor, fold, heal",
     ),
-    ({"fold": {}}, r"fold\.loops: required \(not there\)"),
+    ({"fold": {}}, r"fold: exactly one of loops, groups is required \(got none\)"),
     ({"fold": 3}, r"fold: must be a mapping \(got 3\)"),
     ({"fold": {"loops": 0}}, r"fold\.loops: must be at least 1 \(got 0\)"),
     ({"fold": {"loops": "2"}}, r"fold\.loops: must be a whole number \(got '2'\)"),
@@ -155,14 +155,22 @@ def test_a_mistake_is_named_with_its_key_path(sections, message):
         load_recipe(sections)
 
 
+def test_a_list_of_wrong_entries_is_not_called_empty():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe({"factor": {"ranks": {"q_proj": [0, 0]}}})
+    assert "q_proj[1]: must be at least 1 (got 0)" in str(caught.value)
+    assert "empty" not in str(caught.value)
+    with pytest.raises(RecipeError, match="q_proj: must not be empty"):
+        load_recipe({"factor": {"ranks": {"q_proj": []}}})
+
+
 def test_all_mistakes_are_reported_at_once():
     with pytest.raises(RecipeError) as caught:
         load_recipe({"fold": {"loop": 2, "init": "x"}, "heal": [{}]}, ["seed=-1"])
     lines = str(caught.value).splitlines()
-    assert lines[0] == "recipe: 5 mistakes"
+    assert lines[0] == "recipe: 4 mistakes"
     assert [line.strip().split(":")[0] for line in lines[1:]] == [
         "seed",
-        "fold.loops",
         "fold.init",
         "fold.loop",
         "heal[0].tokens",

@@ -49,13 +49,15 @@ class DepthPrefix(OwnedKind):
         depth = blueprint.depths[index]
         if depth.mixer is None:
             return 0
-        return depth.prefix * blueprint.mixers[depth.mixer].mixer.flops_per_context_token(blueprint.arch)
+        arch = blueprint.part_arch("mixer", depth.mixer)
+        return depth.prefix * blueprint.mixers[depth.mixer].mixer.flops_per_context_token(arch)
 
     def kept_elements(self, blueprint: Blueprint, index: int) -> int:
         depth = blueprint.depths[index]
         if depth.mixer is None:
             return 0
-        return depth.prefix * blueprint.mixers[depth.mixer].mixer.cache_elements_per_token(blueprint.arch)
+        arch = blueprint.part_arch("mixer", depth.mixer)
+        return depth.prefix * blueprint.mixers[depth.mixer].mixer.cache_elements_per_token(arch)
 
     def obstacle(self, blueprint: Blueprint) -> tuple[str, str] | None:
         index = next((index for index, depth in enumerate(blueprint.depths) if depth.prefix), None)

@@ -17,6 +17,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from refold.blueprint.former import former_patterns
+from refold.blueprint.part_sizes import widest_arch
 from refold.blueprint.schema import Blueprint, Pool, depth_coefficients, depth_linears
 from refold.errors import FolderError, RefoldError
 from refold.modeling.depth import Depth
@@ -98,7 +99,7 @@ class ServedStack(nn.Module):
         super().__init__()
         config = vllm_config.model_config.hf_config
         blueprint: Blueprint = config.read_blueprint()
-        arch, size = blueprint.arch, get_tensor_model_parallel_world_size()
+        arch, size = widest_arch(blueprint), get_tensor_model_parallel_world_size()
         _check(blueprint, vllm_config, size)
         self.places, quantisation = TensorPlaces(), vllm_config.quant_config
         self.shares = Shares(arch, get_tensor_model_parallel_rank(), size)
