@@ -13,6 +13,8 @@ from refold.healing.teacher_store import StoreContents, TeacherPass, TeacherStor
 from refold.healing.team import Team
 from refold.modeling.load import load_model
 from refold.recipe.heal import HealStage
+from refold.vocabulary.kept_tokens import KeptTokens
+from refold.vocabulary.rows import cut_model
 
 TrainTeacher = Callable[[Source, Path, HealStage], None]
 """Function that trains a source for a stage and writes it into a folder."""
@@ -23,13 +25,23 @@ class Teachers:
 
     Args:
         source: source of the student, or the teacher named by the user; None if no stage has a teacher.
+        kept: the tokens that the student keeps of the teacher's vocabulary, to which the teacher is cut; None: all.
         work: work folder, for trained teachers and stored predictions.
         team: the processes of the run.
         train: trains a teacher.
         tell: called with each line for the user.
     """
 
-    def __init__(self, source: Source | None, work: Path, team: Team, train: TrainTeacher, tell: Callable[[str], None]):
+    def __init__(
+        self,
+        source: Source | None,
+        kept: KeptTokens | None,
+        work: Path,
+        team: Team,
+        train: TrainTeacher,
+        tell: Callable[[str], None],
+    ):
+        self._kept = kept
         self._source, self._work, self._team, self._train, self._tell = source, work, team, train, tell
         self._loaded: tuple[tuple[object, ...], PreTrainedModel] | None = None
 
@@ -67,6 +79,7 @@ class Teachers:
                 plain |= {"thaw": None, "rates": {}, "teacher_tokens": None}
                 self._train(self._source, where, HealStage.model_validate({**stage.stage.model_dump(), **plain}))
         model = load_model(where, device=self._team.device, attn_implementation=attention)
+        model = model if self._kept is None else cut_model(model, self._kept)
         if attention is None and stage.autocast is not None and self._team.device.type == "cpu":
             attend_in_float32(model)
         self._loaded = (key, model)
@@ -88,7 +101,7 @@ class Teachers:
             num_sequences=schedule.num_sequences,
             context=spec.context,
             k=top_k,
-            vocab_size=self._source.read_config()["vocab_size"],
+            vocab_size=self._source.read_config()["vocab_size"] if self._kept is None else self._kept.size,
         )
         folder = self._work / "teacher-predictions"
         teacher_pass = TeacherPass(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from refold.conversion.convert import convert
 from refold.errors import ExportError
 from refold.exporting.export import export
 from refold.exporting.gguf.pre_tokenizers import LLAMA3_PATTERN, QWEN2_PATTERN, TEKKEN_PATTERN
@@ -105,6 +106,17 @@ def test_llama_cpp_cuts_texts_as_the_tokenizers_of_large_models_do(name, make_ti
     if not folder or not (Path(folder) / name).is_dir():
         pytest.skip(f"{name} is required in the folder that REFOLD_REAL_MODELS names")
     _check([make_tiny(Path(folder) / name)], llama, make_job, tmp_path)
+
+
+def test_llama_cpp_cuts_texts_as_cut_tokenizers_do(material, make_tiny, llama, make_job, tmp_path):
+    folders = []
+    for index, tokenizer in enumerate((SHIPPED, material / "models" / "stories260K")):
+        # The other texts have tokens that are dropped.
+        recipe = {"vocabulary": {"multiple": 1}}
+        plan = convert(make_tiny(tokenizer), tmp_path / f"cut-{index}", recipe, calibration=[TEXTS[0]])
+        assert plan.cost.target.weight_bytes < plan.cost.source.weight_bytes
+        folders.append(tmp_path / f"cut-{index}")
+    _check(folders, llama, make_job, tmp_path)
 
 
 def test_merges_that_scores_cannot_express_are_refused(material, make_tiny, tmp_path):
