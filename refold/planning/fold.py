@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from refold.blueprint.origins import Align
 from refold.blueprint.schema import Blueprint, Pool
 from refold.errors import RecipeError
-from refold.recipe.recipe import Fold
+from refold.recipe.fold import Fold
 from refold.recipe.tying import TYING_INITS, TiedBlock, TyingInit, evenly_spaced, explicit
 
 # For each pattern: the stored layer at place `place` of a block of `num_stored` stored layers that runs `loops` times.
@@ -53,16 +53,21 @@ class FoldedStack:
         )
 
 
+UNTIED = FoldedStack((), (), 0)
+"""A stack in which no layers are tied."""
+
+
 def fold_layers(fold: Fold, layers: Sequence[int]) -> FoldedStack:
     """Divides layers into prelude, block and coda.
 
     Args:
-        fold: The recipe's `fold`.
+        fold: The recipe's `fold`, with `loops`.
         layers: Source layers that are not dropped, in their order.
 
     Raises:
         RecipeError: The block is smaller than `loops`, or `loops` does not divide it and `uneven` is `error`.
     """
+    assert fold.loops is not None
     size = len(layers) - fold.prelude - fold.coda
     surplus = size % fold.loops
     if size < fold.loops:
@@ -91,6 +96,36 @@ def fold_layers(fold: Fold, layers: Sequence[int]) -> FoldedStack:
     return FoldedStack(block, stored, num_stored, frozenset(dropped), notes)
 
 
+def listed_ties(fold: Fold, pool: Pool, kept: Sequence[int], num_layers: int, is_final: bool) -> FoldedStack:
+    """Returns the listed ties of one pool.
+
+    Args:
+        fold: The recipe's `fold`, with `groups`.
+        pool: The pool.
+        kept: Source layers that run their mixer (or MLP).
+        num_layers: Number of source layers.
+        is_final: Whether it is decided which parts are dropped; otherwise a tied part may be among them.
+
+    Raises:
+        RecipeError: A layer is out of range, or its part is dropped.
+    """
+    assert fold.groups is not None
+    groups: list[tuple[int, ...]] = []
+    for index, group in enumerate(fold.groups):
+        if pool not in group.tie:
+            continue
+        for layer in group.layers:
+            where = f"fold.groups[{index}].layers: layer {layer}"
+            if layer >= num_layers:
+                raise RecipeError(f"{where} is out of range ({num_layers} source layers: 0..{num_layers - 1})")
+            if is_final and layer not in kept:
+                raise RecipeError(f"{where} must keep its {pool} (got one that is dropped); remove the layer")
+        groups.append(group.layers)
+    groups.sort()
+    places = sorted((layer, stored) for stored, layers in enumerate(groups) for layer in layers if layer in kept)
+    return FoldedStack(tuple(layer for layer, _ in places), tuple(stored for _, stored in places), len(groups))
+
+
 def tied_sources(fold: Fold, stack: FoldedStack, users: Sequence[int], num_layers: int) -> tuple[tuple[int, ...], ...]:
     """Returns for each stored layer of the block the source layers that it is computed from, in one pool.
 
@@ -98,7 +133,7 @@ def tied_sources(fold: Fold, stack: FoldedStack, users: Sequence[int], num_layer
 
     Args:
         fold: The recipe's `fold`, with `init` resolved.
-        stack: The result of `fold_layers`.
+        stack: The result of `fold_layers` or `listed_ties`.
         users: Source layers that run their mixer (or MLP).
         num_layers: Number of source layers.
 
@@ -107,7 +142,14 @@ def tied_sources(fold: Fold, stack: FoldedStack, users: Sequence[int], num_layer
     """
     groups = stack.groups(users)
     init = _find_init(fold, stack.num_stored, num_layers)
-    sources = init.sources(TiedBlock(stack.block, groups))
+    blocks = [TiedBlock(stack.block, groups)]
+    if fold.groups is not None:
+        # Each listed group is a block with one stored layer.
+        blocks = [TiedBlock(group, (group,)) for group in groups if group]
+    sources = tuple(made for block in blocks for made in init.sources(block))
+    if len(sources) < len(groups):
+        found = iter(sources)
+        sources = tuple(next(found) if group else () for group in groups)
     if init.name in ("explicit", "random"):
         return sources
     return tuple(group if len(group) == 1 else made for group, made in zip(groups, sources, strict=True))

@@ -2,12 +2,17 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from refold.fields import Amount, LayerIndex, Real, Section, refuse_repeats
+from refold.recipe.fold import list_or_name
 
 LayerList = Annotated[tuple[LayerIndex, ...], Field(min_length=1), AfterValidator(refuse_repeats)]
 DropBy = Literal["even", "similarity", "auto"]
+Replace = Annotated[
+    Annotated[Literal["none", "linear"], Tag("<name>")] | Annotated[LayerList, Tag("<list>")],
+    Discriminator(list_or_name),
+]
 
 
 class Dropping(Section):
@@ -22,18 +27,36 @@ class Dropping(Section):
     parts that change the residual stream least are dropped, measured by `refold analyse` or on calibration text
     (LLM-Drop, arXiv 2406.15786; ShortGPT, arXiv 2403.03853). `auto`: `similarity` if there are measurements or text,
     else `even`."""
+    replace: Replace = "none"
+    """`linear`: a linear map in place of the dropped parts, solved on calibration text and folded into the output
+    projection of the part before them (ReplaceMe, arXiv 2505.02819), so that it adds no weights. Where an output norm
+    stands behind that projection, the map is one factor for each channel and goes into the norm. Parts that are dropped
+    beside each other share one map, also those that are dropped with `none`. Beside `layers`, a list of some of them:
+    only these are replaced."""
 
     @property
     def is_listed(self) -> bool:
         """Whether the recipe lists the layers."""
         return False
 
+    def replaces(self, layer: int) -> bool:
+        """Returns whether a linear map stands in for the part of a layer, if the part is dropped."""
+        return self.replace == "linear" or (isinstance(self.replace, tuple) and layer in self.replace)
+
     @model_validator(mode="after")
     def _one_amount(self) -> "Dropping":
-        amounts = [name for name in type(self).model_fields if name != "by"]
+        amounts = [name for name in type(self).model_fields if name not in ("by", "replace")]
         given = [name for name in amounts if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"exactly one of {', '.join(amounts)} is required (got {', '.join(given) or 'none'})")
+        if isinstance(self.replace, tuple):
+            listed = getattr(self, "layers", None) or ()
+            other = next((layer for layer in self.replace if layer not in listed), None)
+            if other is not None:
+                raise ValueError(
+                    f"replace: layers that `layers` lists are required (got {other}); list it there too, or write "
+                    f"replace: linear for all dropped parts"
+                )
         return self
 
 
@@ -85,5 +108,14 @@ class Drop(Section):
     @property
     def by_influence(self) -> frozenset[DropBy]:
         """The rules of the section that need a measurement: `similarity`, `auto`, or both."""
+        return frozenset(each.by for each in self._sections if not each.is_listed and each.by != "even")
+
+    @property
+    def replaces(self) -> bool:
+        """Whether linear maps stand in for any dropped parts."""
+        return any(each.replace != "none" for each in self._sections)
+
+    @property
+    def _sections(self) -> tuple[Dropping, ...]:
         every: tuple[Dropping | None, ...] = (self.block, self.attention, self.mlp, self.sublayers)
-        return frozenset(each.by for each in every if each and not each.is_listed and each.by != "even")
+        return tuple(each for each in every if each is not None)
