@@ -24,10 +24,17 @@ HELD_OUT_SHARE = 0.2
 
 
 class CalibrationText(NamedTuple):
-    """Packed text for fits, None without a fit, and other text for measurements."""
+    """Packed text for fits, None without a fit, and other text for measurements.
+
+    Attributes:
+        fit: Sequences for fits.
+        held_out: Sequences for measurements.
+        kinds: For each sequence of `held_out` the part of a mixture with weights that it is from; empty: one part.
+    """
 
     fit: PackedSequence | None
     held_out: PackedSequence
+    kinds: tuple[int, ...] = ()
 
 
 def draw_streams(arch: ArchSpec, rows: int, tokens: int, seed: int) -> Float[Tensor, "B T D"]:
@@ -115,6 +122,7 @@ def _pack_mixture(
     return CalibrationText(
         fit=_deal(fits, interleave, num_fit) if num_fit else None,
         held_out=_deal([None if each is None else each.held_out for each in packed], interleave, num_held_out),
+        kinds=tuple(interleave.locate(place)[0] for place in range(num_held_out)),
     )
 
 

@@ -24,6 +24,39 @@ class Moments(NamedTuple):
     inputs: Float[Tensor, "in in"]
     outputs: Float[Tensor, "out out"] | None = None
 
+    def shrink(self, strength: float) -> "Moments":
+        """Returns both moments shrunk by the same strength."""
+        return Moments(shrunk(self.inputs, strength), None if self.outputs is None else shrunk(self.outputs, strength))
+
+    def to(self, device: str) -> "Moments":
+        """Returns the moments on a device."""
+        return Moments(self.inputs.to(device), None if self.outputs is None else self.outputs.to(device))
+
+    def error(self, change: Float[Tensor, "out in"]) -> float:
+        """Returns the expected error of a changed weight, in float64.
+
+        With gradients 0.5 tr(G D C D^T): the estimated change of the loss, in nats for each token. Without them
+        tr(D C D^T): the mean squared error of the outputs.
+        """
+        wide = change.double()
+        by_inputs = wide @ self.inputs.double()
+        if self.outputs is None:
+            return float((by_inputs * wide).sum())
+        return 0.5 * float((by_inputs * (self.outputs.double() @ wide)).sum())
+
+
+def shrunk(moment: Float[Tensor, "*F n n"], strength: float) -> Float[Tensor, "*F n n"]:
+    """Returns (1 - s) C + s tr(C)/n I for a moment C and a strength s from 0 to 1.
+
+    A linear shrinkage of a covariance towards a multiple of the identity (Ledoit and Wolf 2004), which keeps the trace.
+    With s = 1 a fit is that of the weights alone, with s = 0 that of this text alone.
+    """
+    if not strength:
+        return moment
+    mean = moment.diagonal(dim1=-2, dim2=-1).double().mean(dim=-1).to(moment.dtype)
+    eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    return (1 - strength) * moment + strength * mean[..., None, None] * eye
+
 
 class Weighting:
     """The norm |T E S|^2 of an error E `[out, in]`, with S S^T = C and T^T T = G.
@@ -122,9 +155,9 @@ class Drift(NamedTuple):
     def __add__(self, other: "Drift") -> "Drift":  # pyright: ignore[reportIncompatibleMethodOverride]
         return Drift(self.inputs + other.inputs, self.drift + other.drift, self.tokens + other.tokens)
 
-    def moment(self) -> Float[Tensor, "in in"]:
-        """Returns E[x x^T] with its ridge."""
-        return ridged(self.inputs / self.tokens, INPUT_RIDGE)
+    def moment(self, strength: float = 0.0) -> Float[Tensor, "in in"]:
+        """Returns E[x x^T] with its ridge, shrunk by a strength."""
+        return ridged(shrunk(self.inputs / self.tokens, strength), INPUT_RIDGE)
 
     def correction(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Returns the M with the least E|W x_source - (W + M) x|^2 + |M R|^2, where R R^T is the ridge, in float64."""

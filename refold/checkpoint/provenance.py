@@ -37,6 +37,7 @@ class Stage:
         recipe: The recipe, or its section, as plain data.
         seed: Seed of all random numbers of the stage.
         tokens: Training tokens; 0 for stages that do not train.
+        text: Share of each kind of text that the stage fitted the model to, by name; None: no weights were given.
         command: The command line as typed.
         versions: Versions of refold, python, torch and transformers when the stage is made.
         time: Local time with offset, likewise.
@@ -47,6 +48,7 @@ class Stage:
     recipe: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
     tokens: int = 0
+    text: dict[str, float | None] = field(default_factory=dict)
     command: str = ""
     versions: dict[str, str] = field(default_factory=_versions)
     time: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
@@ -74,6 +76,16 @@ def read(folder: Path) -> list[Stage]:
         return []
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"{path}: a list of stages is required ({str(error)[:80]}); copy the folder again") from None
+
+
+def fitted_texts(folder: Path) -> tuple[str, ...]:
+    """Returns the names of all texts that a folder's model was calibrated or healed on, each once.
+
+    Raises:
+        FolderError: The provenance exists and is not readable.
+    """
+    texts = (stage.text for stage in read(folder) if isinstance(stage.text, dict))
+    return tuple(dict.fromkeys(name for text in texts for name in text))
 
 
 def append(before: Path | Sequence[Stage], stage: Stage) -> list[Stage]:

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +27,7 @@ MOST_KINDS = 16
 MOST_BYTES_PER_TOKEN = 16
 """Bytes that are read from a generator for each token asked for; well above the mean of any language."""
 
-_PATH_END = re.compile(r"\.\w{1,7}(\?field=\S+)?(=[\d.]+)?$")
+_PATH_END = re.compile(r"\.\w{1,7}(\?(field|name)=\S+)?(=[\d.]+)?$")
 _LONGEST_NAME = 255
 
 
@@ -95,12 +96,30 @@ def describe_training(data: Data, form: Form = "text") -> tuple[str, ...]:
     entry = given[0][0][0]
     if len(given) > 1 or len(given[0][0]) > 1:
         return ()
-    if isinstance(entry, Location):
-        name = str(entry.place) if isinstance(entry.place, Path) else f"hf://{entry.place.name}"
-    else:
-        name = str(entry) if isinstance(entry, Path) else getattr(entry, "name", None) or "the data given"
-    line = describe_one_kind(entry if isinstance(entry, MixedSource) else name, "healing")
+    line = describe_one_kind(entry if isinstance(entry, MixedSource) else _name(entry), "healing")
     return () if line is None else (line,)
+
+
+def name_parts(data: Data, form: Form = "text") -> dict[str, float | None]:
+    """Returns the share of each part of data by the part's name, without reading a document; None: no weights.
+
+    Raises:
+        DataError: Data is missing or weights are wrong, as for `open_text`.
+    """
+    given = weighted_parts(data, form)
+    if len(given) == 1:
+        entries = given[0][0]
+        parts = entries[0].parts if isinstance(entries[0], MixedSource) else entries
+        return {_name(part): None for part in parts}
+    total = sum(weight for _, weight in given)
+    return {", ".join(map(_name, entries)): weight / total for entries, weight in given}
+
+
+def _name(entry: Any) -> str:
+    if isinstance(entry, Location):
+        place = str(entry.place) if isinstance(entry.place, Path) else f"hf://{entry.place.name}"
+        return entry.name or place
+    return str(entry) if isinstance(entry, Path) else getattr(entry, "name", None) or "the data given"
 
 
 def open_together(entries: Sequence[Any], form: Form, limit: int) -> DataSource | DocumentStream:
@@ -176,10 +195,12 @@ def _open_together(
             wholes += opened
             parts += opened
         else:
-            paths = [cast("str | Path", entry.place if isinstance(entry, Location) else entry) for entry in group]
-            whole, each = open_paths(paths, field=field or None, form=form)
-            wholes.append(whole)
-            parts += each
+            members = list(group)
+            places = [entry.place if isinstance(entry, Location) else entry for entry in members]
+            whole, each = open_paths(cast("list[str | Path]", places), field=field or None, form=form)
+            names = {str(place): _name(entry) for place, entry in zip(places, members, strict=True)}
+            wholes.append(replace(whole, name=", ".join(names[str(place)] for place in places)))
+            parts += [replace(part, name=names[part.name]) for part in each]
     if len(wholes) == 1:
         return wholes[0], parts
     sources: list[DataSource] = []
@@ -206,7 +227,8 @@ def _open(entry: Any, form: Form) -> DataSource | DocumentStream:
         return entry
     if isinstance(entry, Location):
         assert isinstance(entry.place, HubName)
-        return open_hub(entry.place, Field.of(entry.field, form))
+        found = open_hub(entry.place, Field.of(entry.field, form))
+        return replace(found, name=entry.name) if entry.name and isinstance(found, DataSource) else found
     field = Field.of(None, form)
     # An object of these libraries exists only if its library is imported already.
     datasets, pandas = sys.modules.get("datasets"), sys.modules.get("pandas")

@@ -20,6 +20,7 @@ _HUB = re.compile(
     r"(?P<scheme>[a-z-]+)://(?P<name>[^@:#?/]+/[^@:#?/]+)"
     r"(@(?P<revision>[^:#?]+))?(:(?P<config>[^#?]+))?(#(?P<split>[^?]+))?"
 )
+_OPTIONS = ("field", "name")
 _SCHEMES = {"hf": False, "hf-stream": True}
 
 
@@ -50,15 +51,19 @@ class Location:
         place: A path or a hub data set.
         field: Field of the document; None: the default field.
         weight: Weight in a mixture; None: not given.
+        name: Name of the kind of text in results and messages; None: the place.
     """
 
     place: Path | HubName
     field: str | None = None
     weight: float | None = None
+    name: str | None = None
 
 
 def parse_location(text: str, field: str | None = None) -> Location:
-    """Parses `PATH` or `hf://org/name[@revision][:config][#split]`, each with `?field=NAME` and `=WEIGHT` if wanted.
+    """Parses `PATH` or `hf://org/name[@revision][:config][#split]`, each with options and `=WEIGHT` if wanted.
+
+    Options are `?field=NAME`, the field of the document, `?name=NAME`, the name in results, or `?field=A&name=B`.
 
     Args:
         text: The string as the user wrote it.
@@ -74,10 +79,11 @@ def parse_location(text: str, field: str | None = None) -> Location:
         bare = parse_location(head, field)
         if bare.weight is not None and not exists(head):
             raise DataError(f"{text}: one weight is required (got two)")
-        return Location(bare.place, bare.field, float(tail))
+        return replace(bare, weight=float(tail))
     place, sign, options = text.partition("?")
-    field = _field(text, options) if sign else field
-    return Location(_hub_name(place) if "://" in place else Path(place), field)
+    given = _read_options(text, options) if sign else {}
+    found = _hub_name(place) if "://" in place else Path(place)
+    return Location(found, given.get("field", field), name=given.get("name"))
 
 
 def exists(text: str) -> bool:
@@ -88,12 +94,18 @@ def exists(text: str) -> bool:
         return False
 
 
-def _field(text: str, options: str) -> str:
-    key, _, value = options.partition("=")
-    if key != "field" or not value:
-        hint = did_you_mean(key, ["field"]) if key != "field" else ""
-        raise DataError(f"{text}: `?field=NAME` is required behind a question mark (got '?{options}'){hint}")
-    return value
+def _read_options(text: str, options: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for option in options.split("&"):
+        key, _, value = option.partition("=")
+        if key not in _OPTIONS or not value or key in found:
+            hint = did_you_mean(key, _OPTIONS) if key not in _OPTIONS else ""
+            raise DataError(
+                f"{text}: `?field=NAME`, `?name=NAME` or both joined by & are required behind a question mark (got "
+                f"'?{options}'){hint}"
+            )
+        found[key] = value
+    return found
 
 
 def _hub_name(text: str) -> HubName:

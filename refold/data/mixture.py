@@ -152,6 +152,12 @@ ONE_KIND = {
 """Measured loss on other kinds of text, for each use of the text; the table is in `docs/how-to/data.md`."""
 
 
+OTHER_KINDS = (
+    "SmolLM2-135M, low rank at 74% of the bytes: 0.61 nats per token on books as in calibration, 1.83 elsewhere"
+)
+"""The same loss in short, for evaluations."""
+
+
 def describe_one_kind(source: DataSource[Any] | str, use: str) -> str | None:
     """Returns the note about text that may be of one kind, or None for a source of several parts.
 

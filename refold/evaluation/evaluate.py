@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -14,11 +15,13 @@ from refold.blueprint.integers import find_scheme
 from refold.checkpoint.manifest import hash_file
 from refold.checkpoint.provenance import Stage
 from refold.data.corpus import MOST_BYTES_PER_TOKEN, Data, open_text
-from refold.data.mixture import MixedSource
+from refold.data.mixture import OTHER_KINDS, MixedSource
 from refold.data.readers import DataSource
+from refold.data.split import whole_name
 from refold.data.spool import SPOOL_BYTES
 from refold.data.tokens import TokenisedDocuments, join_tokenised, require_known_tokens, scored_bytes, tokenise
 from refold.errors import DataError, RefoldError, given_or_default
+from refold.evaluation.cut_reference import CutReference, cut_reference
 from refold.evaluation.document_sums import DocumentCounts, ratio_error
 from refold.evaluation.reference import Reference
 from refold.evaluation.result import (
@@ -96,6 +99,31 @@ def read_text(source: DataSource, tokenizer: PreTrainedTokenizerBase, max_tokens
     return ReadText(join_tokenised(parts), kinds)
 
 
+def describe_domain(fitted_to: Sequence[str], source: DataSource) -> tuple[str, ...]:
+    """Returns a line if a model that was fitted to text is evaluated on no text that is surely of another kind.
+
+    Kinds of text are told apart by the names of data sources: the line is for a single source, and for several that the
+    model was fitted to.
+
+    Args:
+        fitted_to: Names of the texts that the model was fitted to.
+        source: The evaluated text.
+    """
+    parts = source.parts if isinstance(source, MixedSource) else (source,)
+    names = [whole_name(part.name) for part in parts]
+    if not fitted_to or (len(parts) > 1 and not set(names) <= set(map(whole_name, fitted_to))):
+        return ()
+    return (
+        f"the model was fitted to {_list(fitted_to)} and is evaluated on {_list(names)} alone: a loss on other kinds "
+        f"of text does not show, and it can be three times as large ({OTHER_KINDS}); give text of another kind as a "
+        f"second --data",
+    )
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join(dict.fromkeys(names))
+
+
 def quantise_subject(subject: Subject, name: str) -> Subject:
     """Rounds the weights of a subject's linears in place; their bytes then are those of integers with scales.
 
@@ -137,7 +165,8 @@ def evaluate(
         settings: Windows, amount of text, dtype, device, quantisation.
         tokenizer: Tokenizer of a loaded model; None: the folder's own.
         against: Another model with the same vocabulary, usually the source; both run on the same windows. A
-            `Reference`, which has its own dtype and device, runs once for any number of evaluations.
+            `Reference`, which has its own dtype and device, runs once for any number of evaluations. A model with a cut
+            vocabulary is compared with its source too, see `Comparison.kept_tokens`.
         progress: Called with the number of windows done and of all windows.
 
     Raises:
@@ -159,7 +188,13 @@ def evaluate(
         require_known_tokens(source.name, text.documents.tokens, _num_embeddings(subject.model))
         sizes = scored_bytes(text.documents, vocabulary)
     scored = WindowPass(subject.model, other, text.documents.num_documents, watch)
+    own = None
+    if isinstance(other, CutReference):
+        with watch.measure("against", subject.model.device):
+            own = other.own_sums(source, text.documents, text.kinds, windows)
     scored.run(text.documents, *windows, progress)
+    if own is not None:
+        scored.against_sums = own
     _require_finite(subject.facts, scored.sums.total().nll)
     sizes = scored.sums.without_unscored(sizes)
     return Evaluation(
@@ -172,6 +207,7 @@ def evaluate(
         exits=_exits(scored, int(sizes.sum())),
         kinds=tuple(_kind(name, scored, sizes, rows, other is not None) for name, rows in text.kinds.items()),
         against=None if other is None else _comparison(scored, other, sizes),
+        notes=describe_domain(subject.facts.fitted_to, source),
         **_record_run(subject.model.device, watch, scored.sums.total().num_tokens),
     )
 
@@ -197,7 +233,7 @@ def _open_models(
     tokenizer: PreTrainedTokenizerBase | None,
     against: ModelLike | Reference | None,
     settings: EvaluationSettings,
-) -> tuple[Subject, Reference | None]:
+) -> tuple[Subject, Reference | CutReference | None]:
     """Loads the evaluated model and the model it is compared with, and checks that the two are comparable."""
     subject = open_subject(model, tokenizer, dtype=settings.dtype, device=settings.device)
     if settings.quantise is not None:
@@ -206,11 +242,10 @@ def _open_models(
         return subject, None
     if not isinstance(against, Reference):
         against = Reference(against, dtype=settings.dtype, device=subject.model.device, remember=0)
-    against.check(subject)
-    return subject, against
+    return subject, cut_reference(against, subject)
 
 
-def _positions(subject: Subject, other: Reference | None) -> dict[str, int | None]:
+def _positions(subject: Subject, other: Reference | CutReference | None) -> dict[str, int | None]:
     """Returns the number of positions of each model by its name; None: no limit."""
     found = {subject.facts.name: getattr(subject.model.config, "max_position_embeddings", None)}
     return found if other is None else {**found, other.facts.name: other.positions}
@@ -290,7 +325,7 @@ def _kind(name: str, scored: WindowPass, sizes: DocumentCounts, documents: slice
     return found.model_copy(update=comparison)
 
 
-def _comparison(scored: WindowPass, other: Reference, sizes: DocumentCounts) -> Comparison:
+def _comparison(scored: WindowPass, other: Reference | CutReference, sizes: DocumentCounts) -> Comparison:
     total, theirs = scored.sums.total(), scored.against_sums.total()
     _require_finite(other.facts, theirs.nll)
     num_bytes = int(sizes.sum())
@@ -304,6 +339,7 @@ def _comparison(scored: WindowPass, other: Reference, sizes: DocumentCounts) -> 
         difference_error=ratio_error((scored.sums.nll - scored.against_sums.nll) / math.log(2), sizes),
         agreement=total.agreement,
         kl=total.mean_kl,
+        kept_tokens=other.num_kept if isinstance(other, CutReference) else None,
     )
 
 

@@ -1,14 +1,13 @@
 """A reference model that several models are compared with and that runs only once."""
 
 import hashlib
-from collections.abc import Mapping
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refold.errors import RefoldError, SourceError
 from refold.evaluation.result import ModelFacts
@@ -28,7 +27,7 @@ class _ReferenceFacts(NamedTuple):
     device: torch.device
     vocab_size: int
     positions: int | None
-    tokens: Mapping[str, int] | None
+    tokenizer: PreTrainedTokenizerBase | None
 
 
 class Reference:
@@ -73,6 +72,21 @@ class Reference:
         """Number of positions of the model; None: no limit."""
         return self._known.positions
 
+    @property
+    def device(self) -> torch.device:
+        """The device that computes."""
+        return self._known.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head."""
+        return self._known.vocab_size
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer; None if it has none."""
+        return self._known.tokenizer
+
     def predict(self, input_ids: Int64[Tensor, "B T"]) -> Predictions:
         """Returns the model's predictions for windows, on its device; known windows do not run again."""
         device = self._known.device
@@ -99,14 +113,12 @@ class Reference:
             SourceError: The vocabularies differ.
             RefoldError: The devices differ.
         """
-        devices = str(subject.model.device), str(self._known.device)
-        if devices[0] != devices[1]:
-            raise RefoldError(f"against: both models on one device are required (got {devices[0]} and {devices[1]})")
+        self.check_device(subject)
         sizes = head_of(subject.model).vocab_size, self._known.vocab_size
         got = f"{sizes[0]} and {sizes[1]} tokens"
         if sizes[0] == sizes[1]:
             tokens = None if subject.tokenizer is None else subject.tokenizer.get_vocab()
-            known = self._known.tokens
+            known = None if self.tokenizer is None else self.tokenizer.get_vocab()
             if known is None or tokens is None or tokens == known:
                 return
             got = f"{len(tokens.items() ^ known.items())} entries that only one has"
@@ -114,6 +126,16 @@ class Reference:
             f"against: the vocabulary of {subject.facts.name} is required (got {got}); compare models that share a "
             f"tokenizer"
         )
+
+    def check_device(self, subject: Subject) -> None:
+        """Checks that a model has the same device.
+
+        Raises:
+            RefoldError: The devices differ.
+        """
+        devices = str(subject.model.device), str(self._known.device)
+        if devices[0] != devices[1]:
+            raise RefoldError(f"against: both models on one device are required (got {devices[0]} and {devices[1]})")
 
     @cached_property
     def _known(self) -> _ReferenceFacts:
@@ -123,7 +145,7 @@ class Reference:
             device=subject.model.device,
             vocab_size=head_of(subject.model).vocab_size,
             positions=getattr(subject.model.config, "max_position_embeddings", None),
-            tokens=None if subject.tokenizer is None else subject.tokenizer.get_vocab(),
+            tokenizer=subject.tokenizer,
         )
 
     def _find_head(self) -> Head:

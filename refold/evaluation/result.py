@@ -33,6 +33,8 @@ class ModelFacts(_Record):
     """Scheme that the weights of linears were rounded to; `weight_bytes` then counts integers and scales."""
     source: dict[str, Any] = {}
     """`path` or `id`, `revision` and `fingerprint`; empty for a model in memory."""
+    fitted_to: tuple[str, ...] = ()
+    """Names of the texts that the model was calibrated or healed on, by its provenance."""
 
 
 class DataFile(_Record):
@@ -77,6 +79,10 @@ class Comparison(_Record):
     """Share of scored tokens where both models have the same likeliest token."""
     kl: float
     """`KL(other || evaluated)`, nats per scored token."""
+    kept_tokens: int | None = None
+    """Size of the evaluated model's vocabulary if it is a part of the other's. Agreement and KL are then over the kept
+    tokens, the other model's probabilities renormalised, on the evaluated model's tokens of the text; the other model's
+    bits per byte, perplexity and accuracy are those of its own tokens and whole vocabulary. None: one vocabulary."""
 
 
 class KindScores(_Record):
@@ -159,6 +165,8 @@ class Evaluation(_Record):
     kinds: tuple[KindScores, ...] = ()
     """Scores of each of several data sources; the figures above are over all of them."""
     against: Comparison | None = None
+    notes: tuple[str, ...] = ()
+    """Lines on the choice of the text, such as an evaluation on the calibration text's kind alone."""
     seconds: Seconds
     tokens_per_second: float
     """Scored tokens divided by the seconds of forward passes and scores."""

@@ -11,11 +11,12 @@ from refold.blueprint.cost import count_parameters, count_weight_bytes
 from refold.blueprint.quantisation import holds_integers
 from refold.checkpoint.companions import offers_tokenizer
 from refold.checkpoint.locate import Source
-from refold.checkpoint.provenance import describe_source
+from refold.checkpoint.provenance import describe_source, fitted_texts
 from refold.errors import RefoldError, SourceError
 from refold.evaluation.result import ModelFacts
 from refold.modeling.load import ModelLike, load_model, load_tokenizer, open_source, stored_dtype
 from refold.modeling.model import RefoldForCausalLM
+from refold.vocabulary.kept_tokens import KeptTokens, read_kept_tokens
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Subject:
         model: The model, on its device, in training or evaluation mode.
         tokenizer: The tokenizer; None if the folder has none or the caller gave none.
         facts: Facts about the model for the result.
+        kept: The tokens that the model keeps of its source's vocabulary; None: all, or a model in memory.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     facts: ModelFacts
+    kept: KeptTokens | None = None
 
 
 def open_subject(
@@ -62,10 +65,12 @@ def open_subject(
                 )
         return Subject(model, tokenizer, _facts(model, str(model.config._name_or_path or type(model).__name__), None))
     located, _ = open_source(model)
-    if tokenizer is None and offers_tokenizer(located.fetch_companions()):
+    companions = located.fetch_companions()
+    if tokenizer is None and offers_tokenizer(companions):
         tokenizer = load_tokenizer(located)
     loaded = load_model(located, dtype=dtype, device=device)
-    return Subject(loaded, tokenizer, _facts(loaded, located.hub_id or str(located.where), located))
+    facts = _facts(loaded, located.hub_id or str(located.where), located)
+    return Subject(loaded, tokenizer, facts, read_kept_tokens(companions))
 
 
 def require_tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
@@ -115,4 +120,5 @@ def _facts(model: PreTrainedModel, name: str, located: Source | None) -> ModelFa
         dtype=str(stored).removeprefix("torch."),
         computed_in=str(model.dtype).removeprefix("torch."),
         source={} if located is None else describe_source(located),
+        fitted_to=() if located is None else fitted_texts(located.fetch_companions()),
     )

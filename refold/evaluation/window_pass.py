@@ -14,6 +14,7 @@ from refold.data.packing import IGNORED
 from refold.data.tokens import TokenisedDocuments
 from refold.data.windows import window_batches, window_spans
 from refold.errors import DataError
+from refold.evaluation.cut_reference import CutReference
 from refold.evaluation.document_sums import DocumentSums
 from refold.evaluation.reference import Reference
 from refold.evaluation.subject import evaluating
@@ -70,7 +71,9 @@ class WindowPass:
             depth have the same likeliest token.
     """
 
-    def __init__(self, model: PreTrainedModel, against: Reference | None, num_documents: int, watch: Stopwatch):
+    def __init__(
+        self, model: PreTrainedModel, against: Reference | CutReference | None, num_documents: int, watch: Stopwatch
+    ):
         self._model, self._against, self._watch = model, against, watch
         exits = {}
         if isinstance(model, RefoldForCausalLM):

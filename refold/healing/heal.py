@@ -11,7 +11,7 @@ from refold.checkpoint import provenance
 from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.locate import Source
 from refold.checkpoint.writer import count_bytes
-from refold.data.corpus import Data, describe_training
+from refold.data.corpus import Data, describe_training, name_parts
 from refold.errors import given_or_default
 from refold.healing.choices import Choices
 from refold.healing.log import LOG_NAME
@@ -143,7 +143,7 @@ def heal(
         run.train()
         result = replace(_result(run, folder.destination), notes=notes)
         if team.is_first:
-            lines = [_provenance(located, stage, options) for stage in run.done]
+            lines = [_provenance(located, stage, data, options) for stage in run.done]
             facts = describe(run.done, result.losses)
             write_healed(folder, located, run.weights, specs, lines, facts, work / LOG_NAME)
     team.first(lambda: shutil.rmtree(work, ignore_errors=True))
@@ -164,13 +164,14 @@ def _drop_if_untouched(work: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _provenance(model: Source, stage: HealStage, options: HealOptions) -> provenance.Stage:
+def _provenance(model: Source, stage: HealStage, data: Data, options: HealOptions) -> provenance.Stage:
     return provenance.Stage(
         stage="heal",
         source=provenance.describe_source(model),
         recipe=stage.model_dump(mode="json", exclude_none=True),
         seed=stage.seed,
         tokens=stage.tokens,
+        text=name_parts(data, stage.data),
         command=options.command,
     )
 

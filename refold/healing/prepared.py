@@ -27,6 +27,7 @@ from refold.modeling.configuration import MODEL_TYPE
 from refold.modeling.load import load_tokenizer
 from refold.recipe.heal import HealStage
 from refold.scoring.predict import head_of
+from refold.vocabulary.kept_tokens import KeptTokens, read_kept_tokens
 
 CPU_BYTES = 1 << 30
 """Memory for activations on a CPU. More does not use the cores better, and only misses the caches more often."""
@@ -100,12 +101,14 @@ class PreparedRun:
     Attributes:
         stages: the stages in order.
         teacher: the teacher's model; None if no stage needs a teacher.
+        kept: the tokens that the student keeps of the teacher's vocabulary; None: all.
         held_out: text whose bits per byte are measured at intervals; None: no text.
         identity: everything that affects the result, see `Checkpoints`.
     """
 
     stages: tuple[PreparedStage, ...]
     teacher: Source | None
+    kept: KeptTokens | None
     held_out: HeldOut | None
     identity: dict[str, Any]
 
@@ -176,10 +179,10 @@ def prepare(
         settings = {**each.stage.model_dump(mode="json"), "data": each.data.identity}
         identity |= {f"{where}{key}": value for key, value in settings.items()}
     identity["model weights"] = _hash_weights(model)
-    found = None
+    found, kept = None, None
     if any(each.wants_teacher for each in prepared):
         found = _find_teacher(model, teacher)
-        _require_same_tokens(tokenizer, found)
+        kept = _match_tokens(model, tokenizer, found)
         # All weights are hashed, so the fingerprint's sample of weights is not needed.
         known = {key: value for key, value in found.fingerprint().items() if key in ("config_sha256", "index_sha256")}
         identity["teacher"] = {**known, "weights": _hash_weights(found)}
@@ -193,7 +196,7 @@ def prepare(
         assert context is not None
         identity["held_out"] = source.identity
         measured = HeldOut(source, tokenizer, context, work / "tokens")
-    return PreparedRun(tuple(prepared), found, measured, identity)
+    return PreparedRun(tuple(prepared), found, kept, measured, identity)
 
 
 def _decide(stage: HealStage, student: PreTrainedModel, device: torch.device) -> HealStage:
@@ -239,17 +242,28 @@ def _find_teacher(model: Source, wish: str | Path | Source | None) -> Source:
     return model
 
 
-def _require_same_tokens(tokenizer: PreTrainedTokenizerBase, teacher: Source) -> None:
-    """Refuses a teacher whose tokenizer differs from the student's; a teacher without a tokenizer is accepted."""
+def _match_tokens(model: Source, tokenizer: PreTrainedTokenizerBase, teacher: Source) -> KeptTokens | None:
+    """Returns the tokens that a student keeps of the teacher's vocabulary; None if both have the same vocabulary.
+
+    A teacher without a tokenizer is accepted.
+
+    Raises:
+        SourceError: The teacher has other tokens.
+    """
+    kept = read_kept_tokens(model.fetch_companions())
     if not offers_tokenizer(teacher.fetch_companions()):
-        return
+        size = teacher.read_config().get("vocab_size")
+        return kept if kept is not None and kept.size < kept.source_size == size else None
     mine, other = tokenizer.get_vocab(), load_tokenizer(teacher).get_vocab()
     different = sorted(token for token in mine.keys() | other.keys() if mine.get(token) != other.get(token))
-    if different:
-        raise SourceError(
-            f"{teacher.where}: a teacher with the student's tokenizer is required ({len(different):,} tokens differ, "
-            f"such as {different[0]!r}); choose one of the same family"
-        )
+    if not different:
+        return None
+    if kept is not None and kept.is_cut_of(mine, other):
+        return kept
+    raise SourceError(
+        f"{teacher.where}: a teacher with the student's tokenizer is required ({len(different):,} tokens differ, "
+        f"such as {different[0]!r}); choose one of the same family"
+    )
 
 
 def _hash_weights(model: Source) -> str:

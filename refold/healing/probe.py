@@ -21,6 +21,7 @@ from refold.healing.prepared import HeldOutData, prepare
 from refold.healing.run import HealOptions, Run
 from refold.healing.team import Team
 from refold.modeling.load import choose_device, load_model, open_source
+from refold.progress import describe_duration
 from refold.recipe.heal import HealStage
 
 NUM_STEPS = 10
@@ -140,10 +141,3 @@ def _peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def describe_duration(hours: float) -> str:
-    """Returns a duration in words: `40 seconds`, `12 minutes` or `3.5 hours`."""
-    if hours < 1 / 60:
-        return f"{hours * 3600:.0f} seconds"
-    return f"{hours * 60:.0f} minutes" if hours < 2 else f"{hours:.1f} hours"

@@ -107,7 +107,7 @@ class Run:
         self._display = Display(prepared.tokens, options.quiet or not team.is_first)
         identity = {**prepared.identity, "sweep": options.sweep}
         self._checkpoints = Checkpoints(work / CHECKPOINTS_NAME, identity, self._display.tell)
-        self._teachers = Teachers(prepared.teacher, work, team, train_teacher, self._display.tell)
+        self._teachers = Teachers(prepared.teacher, prepared.kept, work, team, train_teacher, self._display.tell)
         self._training = TrainingModel(student)
         self._choices = Choices(work, team)
 

@@ -11,7 +11,7 @@ import pandas
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from refold.data.corpus import Data, describe_training, open_text
+from refold.data.corpus import Data, describe_training, name_parts, open_text
 from refold.data.location import Location, parse_location
 from refold.data.mixture import MixedSource, Mixture
 from refold.data.readers import from_documents, open_data
@@ -221,6 +221,24 @@ def test_one_kind_of_text_has_a_line_with_its_price(tmp_path: Path):
     for data in ([path, path], [f"{path}=1", f"{path}=2"], Mixture([(TEXTS, 1), (OTHERS, 1)]), open_text([path, path])):
         assert describe_training(data) == ()
     assert describe_training(path, "chat") == ()
+
+
+def test_parts_have_the_names_given(tmp_path: Path):
+    paths = [_jsonl(tmp_path / f"{name}.jsonl", TEXTS) for name in "abc"]
+    mixed = open_text([f"{paths[0]}?name=books", str(paths[1]), paths[2]])
+    assert isinstance(mixed, MixedSource)
+    assert [part.name for part in mixed.parts] == ["books", str(paths[1]), str(paths[2])]
+    assert mixed.name == f"books, {paths[1]}, {paths[2]}"
+    assert mixed.identity == open_text(paths).identity
+    weighted = open_text([f"{paths[0]}?name=books=3", f"{paths[1]}?name=docs=1"])
+    assert weighted.name == "75% books, 25% docs"
+    assert open_text(f"{paths[0]}?name=books").name == "books"
+    shares = {"books": 0.75, "docs": 0.25}
+    assert name_parts([f"{paths[0]}?name=books=3", f"{paths[1]}?name=docs=1"]) == shares
+    assert name_parts(weighted) == shares
+    assert name_parts([f"{paths[0]}?name=books", paths[1]]) == {"books": None, str(paths[1]): None}
+    assert name_parts(mixed) == {"books": None, str(paths[1]): None, str(paths[2]): None}
+    assert name_parts(iter(TEXTS)) == {"the data given": None}
 
 
 def test_a_location_takes_the_field_asked_for_unless_it_names_its_own(tmp_path: Path):

@@ -16,6 +16,8 @@ from refold.errors import DataError
         ("a.jsonl=-1", Location(Path("a.jsonl"), weight=-1.0)),
         ("a.jsonl?field=body", Location(Path("a.jsonl"), "body")),
         ("a.jsonl?field=body=.5", Location(Path("a.jsonl"), "body", 0.5)),
+        ("a.jsonl?name=books", Location(Path("a.jsonl"), name="books")),
+        ("a.jsonl?name=books&field=body=.5", Location(Path("a.jsonl"), "body", 0.5, "books")),
         ("hf://org/name", Location(HubName("org/name", None, None, "train", False))),
         ("hf-stream://org/name=3", Location(HubName("org/name", None, None, "train", True), weight=3.0)),
         (
@@ -46,9 +48,10 @@ def test_what_exists_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         ("hf://org/name@#x", r"a data set of the hub as hf://org/name"),
         (
             "a.jsonl?feld=x",
-            r"`\?field=NAME` is required behind a question mark \(got '\?feld=x'\); did you mean 'field'",
+            r"`\?field=NAME`, .* are required behind a question mark \(got '\?feld=x'\); did you mean 'field'",
         ),
-        ("a.jsonl?field=", r"`\?field=NAME` is required behind a question mark \(got '\?field='\)"),
+        ("a.jsonl?field=", r"`\?field=NAME`, .* are required behind a question mark \(got '\?field='\)"),
+        ("a.jsonl?name=a&name=b", r"`\?name=NAME` or both joined by & are required .* \(got '\?name=a&name=b'\)"),
         ("a.jsonl=0.5=0.5", r"one weight is required \(got two\)"),
     ],
 )

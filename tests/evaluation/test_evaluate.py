@@ -1,4 +1,5 @@
 import hashlib
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -11,13 +12,14 @@ import torch
 from tokenizers import Regex, Tokenizer, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from refold.blueprint.integers import SCHEMES
+from refold.blueprint.integers import COMMON_SCHEMES, SCHEMES
 from refold.blueprint.quantisation import quantised_bytes
-from refold.conversion.convert import convert
-from refold.data.mixture import Mixture
+from refold.conversion.convert import ConvertOptions, convert
+from refold.data.mixture import MixedSource, Mixture
 from refold.data.readers import from_documents
+from refold.data.split import split
 from refold.errors import DataError, RefoldError, SourceError
-from refold.evaluation.evaluate import evaluate
+from refold.evaluation.evaluate import describe_domain, evaluate
 from refold.evaluation.result import Evaluation, read_evaluation
 from refold.evaluation.settings import DEFAULT_CONTEXT, EvaluationSettings
 from refold.modeling import load
@@ -360,7 +362,7 @@ def test_a_loaded_model_is_not_moved(source, sentences, option):
         evaluate(model, from_documents(sentences), EvaluationSettings(**option), tokenizer=load_tokenizer(source))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [*COMMON_SCHEMES, "int3g128", "int2"])
 def test_quantised_linears_are_scored_and_their_bytes_counted(source, folded, sentences, scheme: str):
     data = from_documents(sentences)
     for folder in (source, folded):
@@ -386,15 +388,15 @@ def test_int8_is_nearer_than_int4(source, sentences):
     data = from_documents(sentences)
     found = [
         evaluate(source, data, EvaluationSettings(quantise=scheme, device="cpu"), against=source).against
-        for scheme in SCHEMES
+        for scheme in COMMON_SCHEMES
     ]
     assert found[0].kl < 0.2 * found[1].kl  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def test_what_cannot_be_quantised_is_refused(source, sentences):
     data = from_documents(sentences)
-    with pytest.raises(RefoldError, match=r"quantise: must be one of int8, int4, int4z \(got 'int2'\)"):
-        evaluate(source, data, EvaluationSettings(quantise="int2", device="cpu"))
+    with pytest.raises(RefoldError, match=r"quantise: must be int8, or int2 to int6 .* \(got 'int7'\)"):
+        evaluate(source, data, EvaluationSettings(quantise="int7", device="cpu"))
     model = load_model(source, device="cpu")
     with pytest.raises(
         RefoldError, match=r"quantise: a model's folder is required \(got a loaded model, whose weights"
@@ -500,6 +502,50 @@ def test_weights_are_refused_where_nothing_is_mixed(source: Path, sentences):
     mixture = Mixture([(list(sentences), 1), (["Another kind of text here."], 2)])
     with pytest.raises(DataError, match=r"files without weights are required for an evaluation.*drop `=WEIGHT`"):
         evaluate(source, mixture, EvaluationSettings(device="cpu"))
+
+
+def test_a_model_evaluated_on_its_calibration_text_alone_has_a_line(source: Path, sentences, tmp_path: Path):
+    for name in ("books", "docs", "other"):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join([*sentences, name] * 6))
+    texts = {name: f"{tmp_path / name}.txt?name={name}" for name in ("books", "docs", "other")}
+    recipe = {"factor": {"parameters": 0.7}, "calibration": {"tokens": 128, "context": 16}}
+    data = [f"{texts['books']}=3", f"{texts['docs']}=1"]
+    convert(source, tmp_path / "low", recipe, options=ConvertOptions(allow_larger=True), calibration=data)
+    settings = EvaluationSettings(max_tokens=60, context=16, device="cpu")
+
+    def notes(model: Path, *names: str) -> tuple[str, ...]:
+        found = evaluate(model, [texts[name] for name in names], settings)
+        assert [kind.name for kind in found.kinds] == ([*names] if len(names) > 1 else [])
+        assert found.model.fitted_to == (() if model == source else ("books", "docs"))
+        return found.notes
+
+    for names in (("books", "docs"), ("books",), ("other",)):
+        (line,) = notes(tmp_path / "low", *names)
+        told = f"the model was fitted to books and docs and is evaluated on {' and '.join(names)} alone"
+        assert line.startswith(told)
+        assert "give text of another kind as a second --data" in line
+        assert "\n" not in line
+    assert notes(tmp_path / "low", "books", "other") == ()
+    assert notes(source, "books") == ()
+    stage = json.loads((tmp_path / "low" / "provenance.json").read_text())["stages"][0]
+    assert stage["text"] == {"books": 0.75, "docs": 0.25}
+
+
+def test_the_sides_of_a_split_are_of_one_kind(sentences):
+    texts = [f"{number} {sentence}" for number in range(8) for sentence in sentences]
+    train, held_out = split(from_documents(texts, name="books"), every=3)
+    assert train.name != held_out.name
+    assert len(describe_domain([train.name], held_out)) == 1
+    both = MixedSource.of_whole(held_out, [held_out, from_documents(["Other text."], name="other")])
+    assert describe_domain([train.name], both) == ()
+
+
+def test_results_of_older_versions_are_read(source: Path, sentences, tmp_path: Path):
+    found = evaluate(source, from_documents(sentences[:2]), EvaluationSettings(device="cpu", context=16))
+    older = json.loads(found.model_dump_json())
+    del older["notes"], older["model"]["fitted_to"]
+    (tmp_path / "older.json").write_text(json.dumps(older))
+    assert read_evaluation(tmp_path / "older.json") == found
 
 
 def test_an_evaluation_of_kinds_is_read_back(source: Path, sentences, tmp_path: Path):
