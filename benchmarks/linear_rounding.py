@@ -23,7 +23,7 @@ from refold.calibration.calibration import pack_calibration
 from refold.checkpoint.folded_tensors import read_blueprint
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import ConvertOptions, convert
-from refold.conversion.rounding_pass import RoundingPass
+from refold.conversion.rounding_pass import RoundingPass, RoundingText
 from refold.conversion.sequential import FittedTensors
 from refold.data.corpus import open_text
 from refold.data.packing import PackedSequence
@@ -82,7 +82,7 @@ def measure(given: argparse.Namespace, scratch: Path) -> list[dict]:
             place.mkdir()
             found = RoundingPass(blueprint, dict.fromkeys(linears, scheme), reader, FittedTensors(place))
             with torch.inference_mode():
-                return {name: rounded.dequantise() for name, rounded in found.run(text)}
+                return {name: rounded.dequantise() for name, rounded in found.run(RoundingText(text))}
 
         rows: list[dict] = []
         exact: list[Tensor] = []

@@ -13,9 +13,8 @@ from refold.checkpoint.folder import AtomicFolder
 from refold.checkpoint.reader import CheckpointReader
 from refold.checkpoint.writer import ShardedWriter
 from refold.conversion.progress import StepReport
-from refold.conversion.rounding_pass import RoundingPass
+from refold.conversion.rounding_pass import RoundingPass, RoundingText, read_balanced
 from refold.conversion.sequential import FittedTensors
-from refold.data.packing import PackedSequence
 from refold.nn.rounding import Rounded, round_weight
 
 SCRATCH = "rounding"
@@ -27,7 +26,7 @@ def write_integers(
     blueprint: Blueprint,
     schemes: Mapping[str, str],
     out: AtomicFolder,
-    text: PackedSequence | None,
+    text: RoundingText | None,
     device: str = "cpu",
     progress: StepReport | None = None,
 ) -> None:
@@ -69,7 +68,7 @@ def write_integers(
             if tensor.name not in schemes:
                 writer.write(tensor.name, reader.read(tensor.name))
             elif tensor.name not in written:
-                value = reader.read(tensor.name, torch.float32)
+                value = read_balanced(tensor.name, schemes, lambda name: reader.read(name, torch.float32))
                 scheme = find_scheme(schemes[tensor.name])
                 rounded = round_weight(value, scheme, torch.ones(value.shape[1]))
                 _write(writer, tensor.name, rounded, schemes[tensor.name])

@@ -1,13 +1,14 @@
 """Storing the weights of a model as integers: a new folder with the same model, each linear rounded."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from refold.blueprint.cost import count_weight_bytes
 from refold.blueprint.quantisation import describe_schemes, holds_integers, with_schemes
 from refold.blueprint.schema import Blueprint
 from refold.calibration.calibration import pack_calibration
+from refold.calibration.shrinkage import number_folds
 from refold.checkpoint import provenance
 from refold.checkpoint.card import read_licence, write_card
 from refold.checkpoint.companions import copy_companions
@@ -19,8 +20,10 @@ from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import CALIBRATION_BYTES, ConvertOptions, convert
 from refold.conversion.integer_weights import write_integers
 from refold.conversion.progress import StepReport
-from refold.data.corpus import Data, open_text
-from refold.data.packing import PackedSequence
+from refold.conversion.rounding_pass import RoundingText
+from refold.data.corpus import Data, name_parts, open_text
+from refold.data.mixture import describe_one_kind
+from refold.data.readers import DataSource
 from refold.errors import RecipeError, given_or_default
 from refold.modeling.configuration import MODEL_TYPE, RefoldConfig
 from refold.modeling.load import choose_device, load_tokenizer
@@ -33,25 +36,30 @@ from refold.recipe.recipe import Calibration
 
 @dataclass(frozen=True)
 class QuantiseOptions:
-    """Settings of a quantisation that do not change its scheme.
+    """Further settings of a quantisation.
 
     Attributes:
         rounding: `plain`, `feedback`, or `auto`: feedback where there is text.
         context: Tokens of each sequence; at most the model's context.
+        shrink: Strength by which rounding with feedback shrinks towards rounding without text: `none`, `auto` or a
+            number, as `calibration.shrink` in a recipe.
         seed: Seed of the choice of text.
         overwrite: Replace a folder that refold wrote.
         device: Device that rounds.
         command: Command line, for the provenance.
         progress: Called with the steps done and the steps in all.
+        layers: Formats by linear, one for each layer of the source; they win over `keep`.
     """
 
     rounding: Rounding = "auto"
     context: int = Calibration().context
+    shrink: str | float | int = "none"
     seed: int = 0
     overwrite: bool = False
     device: str = "cpu"
     command: str = ""
     progress: StepReport | None = None
+    layers: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,12 +71,14 @@ class Quantised:
         rounding: `plain` or `feedback`.
         float_bytes: Bytes of all weights before.
         weight_bytes: Bytes of all weights after.
+        notes: Lines about the calibration text, such as the price of text of one kind.
     """
 
     blueprint: Blueprint
     rounding: str
     float_bytes: int
     weight_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -101,7 +111,7 @@ def quantise(
     Args:
         model: Folder or hub id of a folded model, or of a source, which is converted by the empty recipe.
         destination: The folder to write; it is complete afterwards, or does not exist.
-        to: Scheme of the linears: `int8` or `int4`.
+        to: Scheme of the linears, such as `int8`, `int4` or `int3g64`.
         keep: Other formats by name: `embeddings`, `head`, `mixer`, `mlp` or a linear; a scheme or `float`.
         data: Calibration text for rounding with error feedback; see `refold.data.corpus`.
         tokens: Number of calibration tokens.
@@ -117,12 +127,15 @@ def quantise(
         FolderError: The model is torn; the destination is taken, locked or cannot be written, or the disk is full.
     """
     options = given_or_default(options, QuantiseOptions, "options")
-    section = make_section(to, keep, options.rounding)
+    section = make_section(to, keep, options.rounding, options.layers)
     located = model if isinstance(model, Source) else locate(model)
     config = located.read_config()
     require_text(section, data is not None)
+    opened = None if data is None else open_text(data, limit=CALIBRATION_BYTES)
+    price = None if opened is None else describe_one_kind(opened, "calibration")
+    notes = () if price is None else (price,)
     if config.get("model_type") != MODEL_TYPE:
-        return _quantise_source(located, destination, section, data, tokens, options)
+        return replace(_quantise_source(located, destination, section, opened, tokens, options), notes=notes)
     folder = settle(located.fetch())
     blueprint = read_blueprint(located.where, config)
     if holds_integers(blueprint):
@@ -132,17 +145,29 @@ def quantise(
         )
     require_elsewhere(destination, folder)
     schemes = choose_schemes(blueprint, section)
-    text = None if data is None else _pack(folder, blueprint, data, tokens, options)
-    return _write_folder(located, blueprint, schemes, section, text, destination, options)
+    text = None if opened is None else _pack(folder, blueprint, opened, tokens, options)
+    stage = provenance.Stage(
+        stage="quantise",
+        source=provenance.describe_source(located),
+        recipe={**section.model_dump(mode="json"), "used": "plain" if text is None else "feedback"},
+        seed=options.seed,
+        text={} if opened is None else name_parts(opened),
+        command=options.command,
+    )
+    return replace(_write_folder(located, blueprint, schemes, stage, text, destination, options), notes=notes)
 
 
-def make_section(to: str, keep: Mapping[str, str] | None, rounding: str) -> Quantise:
+def make_section(
+    to: str, keep: Mapping[str, str] | None, rounding: str, layers: Mapping[str, Sequence[str]] | None = None
+) -> Quantise:
     """Returns the section `quantise` of arguments, checked like a recipe's.
 
     Raises:
         RecipeError: A value is invalid.
     """
-    made = load_recipe({"quantise": {"to": to, "keep": dict(keep or {}), "rounding": rounding}}).quantise
+    listed = {name: list(formats) for name, formats in (layers or {}).items()}
+    section = {"to": to, "keep": dict(keep or {}), "layers": listed, "rounding": rounding}
+    made = load_recipe({"quantise": section}).quantise
     assert made is not None
     return made
 
@@ -160,12 +185,17 @@ def require_text(section: Quantise, has_text: bool) -> None:
 
 
 def _quantise_source(
-    source: Source, destination: str | Path, section: Quantise, data: Data | None, tokens: int, options: QuantiseOptions
+    source: Source,
+    destination: str | Path,
+    section: Quantise,
+    data: DataSource | None,
+    tokens: int,
+    options: QuantiseOptions,
 ) -> Quantised:
     """Converts a source by the empty recipe and the section."""
     recipe = {
         "quantise": section.model_dump(mode="json"),
-        "calibration": {"tokens": tokens, "context": options.context},
+        "calibration": {"tokens": tokens, "context": options.context, "shrink": options.shrink},
         "seed": options.seed,
         "ignore_tensors": [{"name": name, "reason": reason} for name, reason in source.ignore_tensors],
     }
@@ -177,7 +207,7 @@ def _quantise_source(
         progress=options.progress,
     )
     plan = convert(source, destination, recipe, options=made, calibration=data)
-    size = DTYPE_BYTES[plan.source.dtype]
+    size = DTYPE_BYTES[plan.dtype]
     return _describe(plan.blueprint, size, "plain" if data is None else "feedback")
 
 
@@ -186,25 +216,27 @@ def _describe(blueprint: Blueprint, dtype_bytes: int, rounding: str) -> Quantise
     return Quantised(blueprint, rounding, before, count_weight_bytes(blueprint, dtype_bytes))
 
 
-def _pack(folder: Path, blueprint: Blueprint, data: Data, tokens: int, options: QuantiseOptions) -> PackedSequence:
+def _pack(folder: Path, blueprint: Blueprint, data: DataSource, tokens: int, options: QuantiseOptions) -> RoundingText:
+    strength = load_recipe({"calibration": {"shrink": options.shrink}}).shrinkage
     length = min(options.context, blueprint.arch.max_position_embeddings)
-    return pack_calibration(
-        open_text(data, limit=CALIBRATION_BYTES),
+    found = pack_calibration(
+        data,
         load_tokenizer(folder),
         sequence_length=length,
         num_fit=0,
         num_held_out=max(1, tokens // length),
         seed=options.seed,
         vocab_size=blueprint.arch.vocab_size,
-    ).held_out
+    )
+    return RoundingText(found.held_out, strength, number_folds(found) if strength is None else None)
 
 
 def _write_folder(
     located: Source,
     blueprint: Blueprint,
     schemes: Mapping[str, str],
-    section: Quantise,
-    text: PackedSequence | None,
+    stage: provenance.Stage,
+    text: RoundingText | None,
     destination: str | Path,
     options: QuantiseOptions,
 ) -> Quantised:
@@ -222,13 +254,6 @@ def _write_folder(
             plan = _copy_plan(folder, out.path, made)
             copy_companions(folder, out.path)
             stages = provenance.read(folder)
-            stage = provenance.Stage(
-                stage="quantise",
-                source=provenance.describe_source(located),
-                recipe={**section.model_dump(mode="json"), "used": found.rounding},
-                seed=options.seed,
-                command=options.command,
-            )
             provenance.write(out.path, provenance.append(stages, stage))
             base = located.hub_id or folder.name
             facts = {

@@ -1,16 +1,18 @@
 """Rounding of a model's weights along its own residual stream, from the first depth to the last."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from refold.blueprint.integers import Scheme, find_scheme
 from refold.blueprint.kinds import TargetTensor
 from refold.blueprint.schema import Blueprint, Pool, linear_pools
-from refold.calibration.feedback import round_with_feedback
+from refold.calibration.integer_factors import balance_factors, refit_second
 from refold.calibration.moments import MomentSums
+from refold.calibration.shrinkage import round_shrunk
 from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.sequential import FittedTensors, TargetStack, depth_tensors
 from refold.data.packing import PackedSequence
@@ -19,13 +21,27 @@ from refold.nn.rounding import Rounded, round_weight
 EMBEDDING = "model.embed_tokens.weight"
 
 
+class RoundingText(NamedTuple):
+    """Calibration tokens that weights are rounded by.
+
+    Attributes:
+        sequences: The tokens.
+        strength: Strength by which moments shrink; None: chosen for each weight by cross-checking the folds.
+        folds: Fold of each sequence, from 0; required without a strength.
+    """
+
+    sequences: PackedSequence
+    strength: float | None = 0.0
+    folds: Int[Tensor, " B"] | None = None
+
+
 class RoundingPass:
     """Rounds weights in the order in which the model first runs them.
 
     Two passes over the depths. The first runs the model with its weights as floats, and sums the second moments of the
     inputs that a stored linear has at all its depths but the first. The second rounds: at the first depth of a stored
-    linear its moment is that of the inputs in the model rounded so far, plus the sum of the first pass. Factors B get
-    the moment A H A^T of the rounded A. The first pass is left out where no part is used twice.
+    linear its moment is that of the inputs in the model rounded so far, plus the sum of the first pass. Factors B are
+    fitted to the rounded A, and get its moment A H A^T. The first pass is left out where no part is used twice.
 
     Args:
         blueprint: The model, its weights as floats.
@@ -44,15 +60,16 @@ class RoundingPass:
         device: str = "cpu",
     ):
         self._blueprint, self._reader, self._scratch, self._device = blueprint, reader, scratch, device
+        self._strength: float | None = 0.0
         self._schemes: dict[str, Scheme] = {name: find_scheme(scheme) for name, scheme in schemes.items()}
 
     def run(
-        self, sequences: PackedSequence, progress: Callable[[int], None] = lambda done: None
+        self, text: RoundingText, progress: Callable[[int], None] = lambda done: None
     ) -> Iterator[tuple[str, Rounded]]:
         """Yields the name and the integers of each weight of the stack, and of the embedding.
 
         Args:
-            sequences: Packed calibration tokens.
+            text: Calibration tokens.
             progress: Called with the number of depths that have run, those of both passes together.
         """
         table = self._reader.read(EMBEDDING)
@@ -60,12 +77,13 @@ class RoundingPass:
             rounded = round_weight(table, self._schemes[EMBEDDING], torch.ones(table.shape[1]))
             yield EMBEDDING, rounded
             table = rounded.dequantise()
-        begin = table[sequences.input_ids].float() * self._blueprint.arch.embedding_scale
+        self._strength = text.strength
+        begin = table[text.sequences.input_ids].float() * self._blueprint.arch.embedding_scale
         done = 0
         if self._is_tied():
-            for _ in self._walk(sequences, begin, self._add_later):
+            for _ in self._walk(text, begin, self._add_later):
                 progress(done := done + 1)
-        for found in self._walk(sequences, begin, self._round_depth):
+        for found in self._walk(text, begin, self._round_depth):
             yield from found
             progress(done := done + 1)
 
@@ -83,17 +101,17 @@ class RoundingPass:
 
     def _walk(
         self,
-        sequences: PackedSequence,
+        text: RoundingText,
         stream: Float[Tensor, "B T D"],
         visit: Callable[[int, MomentSums], list[tuple[str, Rounded]]],
     ) -> Iterator[list[tuple[str, Rounded]]]:
         """Runs all depths; each is visited with the moments of its inputs, and runs again if it changed."""
-        stack = TargetStack(self._blueprint, sequences.position_ids, self._device)
+        stack = TargetStack(self._blueprint, text.sequences.position_ids, self._device)
         for index in range(self._blueprint.num_depths):
             tensors = depth_tensors(self._blueprint, index)
             for tensor in tensors:
                 stack.put(tensor.name, self._value(tensor.name))
-            sums = MomentSums()
+            sums = MomentSums(text.folds)
             after = stack.run(index, stream, sums.see_input)
             found, by_name = visit(index, sums), {tensor.name: tensor for tensor in tensors}
             for name, rounded in found:
@@ -134,12 +152,19 @@ class RoundingPass:
             scheme = self._schemes.get(tensor.name)
             if scheme is None or (tensor.part is not None and not self._is_first(tensor, index)):
                 continue
-            moment = self._moment(tensor, index, sums, found)
-            weight = self._reader.read(tensor.name, torch.float32).to(self._device)
+            moment = self._input_moment(tensor, sums)
+            weight = read_balanced(tensor.name, self._schemes, self._read)
             if moment is None:
                 found[tensor.name] = round_weight(weight, scheme, torch.ones(weight.shape[1], device=weight.device))
-            else:
-                found[tensor.name] = round_with_feedback(weight, moment, scheme)
+                continue
+            before = self._factor_before(tensor)
+            if before is not None:
+                value = found[before].dequantise() if before in found else self._value(before).float()
+                value, first = value.to(moment.device), read_balanced(before, self._schemes, self._read)
+                whole = moment if moment.ndim == 2 else moment.sum(dim=0)
+                weight = refit_second(first, value, weight, whole, scheme.bits)
+                moment = value @ moment @ value.T
+            found[tensor.name] = round_shrunk(weight, moment, scheme, self._strength)
         return [(name, _to_cpu(rounded)) for name, rounded in found.items()]
 
     def _is_first(self, tensor: TargetTensor, index: int) -> bool:
@@ -147,10 +172,15 @@ class RoundingPass:
         assert tensor.part is not None
         return self._blueprint.users(tensor.pool, tensor.part)[0] == index
 
-    def _moment(
-        self, tensor: TargetTensor, index: int, sums: MomentSums, found: Mapping[str, Rounded]
-    ) -> Float[Tensor, "in in"] | None:
-        """Returns the second moment of the inputs of a weight or a factor; None: its linear did not run."""
+    def _read(self, name: str) -> Tensor:
+        """Returns a weight before rounding."""
+        return self._reader.read(name, torch.float32).to(self._device)
+
+    def _input_moment(self, tensor: TargetTensor, sums: MomentSums) -> Float[Tensor, "*F in in"] | None:
+        """Returns the second moments of the inputs of a weight's linear, by fold if the text has folds.
+
+        None: the linear did not run.
+        """
         assert tensor.pool is not None
         first = sums.shared.get(tensor.linear)
         if first is None:
@@ -159,22 +189,37 @@ class RoundingPass:
         key = _key(tensor.pool, tensor.part_in(self._blueprint), first)
         if tensor.part is not None and key in self._scratch:
             moment = moment + self._scratch[key].to(moment.device)
-        before = self._factor_before(tensor)
-        if before is None:
-            return moment
-        value = found[before].dequantise() if before in found else self._value(before).float()
-        a = value.to(moment.device)
-        return a @ moment @ a.T
+        return moment
 
     def _factor_before(self, tensor: TargetTensor) -> str | None:
         """Returns the name of the factor A whose outputs a factor B reads; None for a weight that reads x itself."""
-        if tensor.name.endswith(".b.weight"):
-            return f"{tensor.name.removesuffix('.b.weight')}.a.weight"
-        if tensor.name.endswith(".b"):
-            return f"{tensor.name.removesuffix('.b')}.a"
+        for a, b in FACTOR_NAMES:
+            if tensor.name.endswith(b):
+                return f"{tensor.name.removesuffix(b)}{a}"
         if ".coefficients." in tensor.name:
             return f"model.{tensor.pool}s.{tensor.part_in(self._blueprint)}.{tensor.linear}.a.weight"
         return None
+
+
+FACTOR_NAMES = ((".a.weight", ".b.weight"), (".a", ".b"))
+"""Endings of the names of the two factors of a weight."""
+
+
+def read_balanced(name: str, schemes: Collection[str], read: Callable[[str], Tensor]) -> Tensor:
+    """Returns a weight as it is rounded: two factors of one weight that are both rounded are balanced first.
+
+    Args:
+        name: Of the weight, or of a factor.
+        schemes: Names of the weights that are rounded.
+        read: Reads a weight in float32.
+    """
+    for ends in FACTOR_NAMES:
+        for place, end in enumerate(ends):
+            if name.endswith(end):
+                pair = [f"{name.removesuffix(end)}{each}" for each in ends]
+                # A basis has no second factor of its own.
+                return balance_factors(*map(read, pair))[place] if all(each in schemes for each in pair) else read(name)
+    return read(name)
 
 
 def _key(pool: Pool, part: int, linear: str) -> str:

@@ -12,6 +12,9 @@ from refold.exporting.target import ExportOptions
 from refold.suggest import must_be_one_of
 
 FLOAT = "float"
+PACKED = tuple(name for name, scheme in SCHEMES.items() if scheme.bits in (4, 8))
+"""Schemes for whose packed linears engines have kernels, which take 4 and 8 bits. The four values of `int2` lie between
+integers, which no config can say."""
 WEIGHT = ".weight"
 
 
@@ -30,8 +33,8 @@ def choose_linears(tensors: Mapping[str, SourceTensor], options: ExportOptions) 
     linears = [name for name, each in tensors.items() if each.layer is not None and len(each.shape) == 2]
     found = dict.fromkeys(linears, options.quantise)
     for pattern, format in options.keep.items():
-        if format != FLOAT and format not in SCHEMES:
-            raise ExportError(f"export: keep.{pattern}: {must_be_one_of(format, (*SCHEMES, FLOAT))}")
+        if format != FLOAT and format not in PACKED:
+            raise ExportError(f"export: keep.{pattern}: {must_be_one_of(format, (*PACKED, FLOAT))}")
         if pattern in ("embeddings", "head"):
             if format != FLOAT:
                 raise ExportError(

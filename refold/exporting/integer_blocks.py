@@ -40,12 +40,14 @@ def to_blocks(rounded: Rounded) -> IntegerBlocks | None:
     Returns:
         The blocks; None: a scale is too large for float16.
     """
-    wide = rounded.scale[..., 0]
+    # Values of 2 bits lie half a step beside the integers: at half the scale they are odd integers.
+    halved = 2 if bool((rounded.zero_point % 1 != 0).any()) else 1
+    wide = rounded.scale[..., 0] / halved
     narrow = wide.half()
     if not bool(((narrow.float() - wide).abs() <= SMALLEST_SCALE_STEP / 2).all()):
         return None
     rows, groups, group = rounded.integers.shape
-    signed = (rounded.integers - rounded.zero_point).to(torch.int8).reshape(rows, -1)[:, : rounded.columns]
+    signed = ((rounded.integers - rounded.zero_point) * halved).to(torch.int8).reshape(rows, -1)[:, : rounded.columns]
     integers = torch.nn.functional.pad(signed, (0, -rounded.columns % BLOCK)).unflatten(1, (-1, BLOCK))
     num_blocks = integers.shape[1]
     per_group = num_blocks if groups == 1 else group // BLOCK

@@ -16,10 +16,12 @@ from refold.mixers.spec import Shape
 
 
 class StoredLayer(NamedTuple):
-    """A layer of an exported folder: the depth whose weights it has, and its parts."""
+    """A layer of an exported folder: the depth whose weights it has, its parts, and its own sizes."""
 
     depth: int
     pools: tuple[str, ...] = ("mixer", "mlp")
+    arch: ArchSpec | None = None
+    """The architecture with the sizes of the layer; None: the sizes of all layers."""
 
 
 class StoredTensor(NamedTuple):
@@ -58,7 +60,8 @@ def stored_tensors(arch: ArchSpec, layers: Sequence[StoredLayer]) -> Iterator[tu
             continue
         for index, layer in enumerate(layers):
             if canonical.partition(".")[0] in layer.pools:
-                yield rule.source.format(layer=index), StoredTensor(canonical, layer.depth, shapes[canonical])
+                shape = shapes[canonical] if layer.arch is None else canonical_tensors(layer.arch)[canonical]
+                yield rule.source.format(layer=index), StoredTensor(canonical, layer.depth, shape)
 
 
 def llama_fields(arch: ArchSpec, num_layers: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Dense weights of one depth: tensors that the depth owns are merged, and a dropped part is zero."""
+"""Dense weights of one depth: tensors that the depth owns are merged, a dropped part is zero, a narrower one padded."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,7 @@ from torch import Tensor
 from refold.blueprint.integers import Scheme
 from refold.blueprint.owned.merge import Merge
 from refold.blueprint.owned.registry import merge_at
+from refold.blueprint.part_sizes import widest_arch
 from refold.blueprint.schema import Blueprint, Pool
 from refold.blueprint.source_tensors import canonical_tensors
 from refold.exporting.integer_blocks import IntegerBlocks, to_blocks
@@ -20,11 +21,12 @@ class StackWeights:
     Args:
         blueprint: The model's blueprint.
         reader: Reader of its tensors.
+        pads: Whether tensors of narrower parts are padded with zeros to the widest part.
     """
 
-    def __init__(self, blueprint: Blueprint, reader: TensorSource):
-        self._blueprint, self._reader = blueprint, reader
-        self._shapes, self._schemes = canonical_tensors(blueprint.arch), StoredSchemes(blueprint)
+    def __init__(self, blueprint: Blueprint, reader: TensorSource, pads: bool = True):
+        self._blueprint, self._reader, self._pads = blueprint, reader, pads
+        self._shapes, self._schemes = canonical_tensors(widest_arch(blueprint)), StoredSchemes(blueprint)
 
     @property
     def blueprint(self) -> Blueprint:
@@ -51,8 +53,33 @@ class StackWeights:
         if merge is None:
             return self._neutral(canonical, dtype)
         if merge.stored is not None and not merge.products and merge.scale is None:
-            return self._reader.read(merge.stored, dtype)
-        return self._merged(merge, dtype)
+            return self._padded(canonical, depth, self._reader.read(merge.stored, dtype))
+        return self._padded(canonical, depth, self._merged(merge, dtype))
+
+    def _may_pad(self, canonical: str, depth: int | None) -> bool:
+        """Says whether a tensor has a width of the source: those of mixers of other types have their own."""
+        if depth is None or not self._pads:
+            return False
+        index = self._blueprint.depths[depth].mixer
+        if index is None or not canonical.startswith("mixer."):
+            return True
+        return self._blueprint.mixers[index].mixer.type == "attention"
+
+    def _padded(self, canonical: str, depth: int, value: Tensor) -> Tensor:
+        """Returns a tensor with zeros behind its rows and columns, up to the widest part."""
+        if not self._may_pad(canonical, depth) or value.shape == (wanted := self._shapes[canonical]):
+            return value
+        found = value.new_zeros(wanted)
+        found[tuple(slice(size) for size in value.shape)] = value
+        return found
+
+    def _is_padded(self, canonical: str, depth: int | None) -> bool:
+        """Says whether a tensor of a depth gets zeros, so that its stored integers cannot be taken over."""
+        if depth is None or not self._may_pad(canonical, depth):
+            return False
+        pool: Pool = "mixer" if canonical.startswith("mixer.") else "mlp"
+        own = self._blueprint.part_arch(pool, getattr(self._blueprint.depths[depth], pool))
+        return canonical_tensors(own)[canonical] != self._shapes[canonical]
 
     def read_blocks(self, canonical: str, depth: int | None, bits: int) -> IntegerBlocks | None:
         """Returns the stored integers of a weight in blocks of 32, if the depth does not change the weight.
@@ -71,6 +98,8 @@ class StackWeights:
         found = self._schemes.find(canonical, depth)
         if found is None or not found.is_whole or found.scheme is None or not holds(bits, found.scheme):
             return None
+        if self._is_padded(canonical, depth):
+            return None
         return to_blocks(self._reader.read_rounded(found.name)) if isinstance(self._reader, IntegerSource) else None
 
     def read_rounded(self, canonical: str, depth: int, scheme: Scheme) -> Rounded | None:
@@ -86,6 +115,8 @@ class StackWeights:
         """
         found, reader = self._schemes.find(canonical, depth), self._reader
         if found is None or not found.is_whole or found.scheme != scheme or not isinstance(reader, IntegerSource):
+            return None
+        if self._is_padded(canonical, depth):
             return None
         return reader.read_rounded(found.name)
 

@@ -18,7 +18,9 @@ def holds(bits: int, scheme: Scheme) -> bool:
         bits: Width of the integers of a block.
         scheme: The scheme. Groups must be whole blocks: all blocks of a group or row then have the same scale.
     """
-    return not scheme.has_zero_point and scheme.bits <= bits and (scheme.group is None or scheme.group % BLOCK == 0)
+    # The values of 2 bits are odd integers from -3 to 3 times half the scale.
+    needed = 3 if scheme.bits == 2 else scheme.bits
+    return not scheme.has_zero_point and needed <= bits and (scheme.group is None or scheme.group % BLOCK == 0)
 
 
 class FoundWeight(NamedTuple):
@@ -63,6 +65,21 @@ class StoredSchemes:
         name = merge.products[0][0] if merge.stored is None else merge.stored
         is_whole = merge.stored is not None and not merge.products and merge.scale is None
         return FoundWeight(name, is_whole, self._schemes.get(name))
+
+
+def describe_wider(schemes: set[str], count: int, stored_bytes: int, held_bytes: int) -> str:
+    """Returns the note about weights that keep their integers in blocks of more bits.
+
+    Args:
+        schemes: Names of the schemes.
+        count: Number of tensors in the output.
+        stored_bytes: Bytes of the tensors as the model stores them.
+        held_bytes: Bytes of the tensors in the output.
+    """
+    return (
+        f"{count} matrices that the model stores as {', '.join(sorted(schemes))} keep their numbers in wider integers, "
+        f"in {held_bytes / stored_bytes:.1f} times the bytes: the format has no narrower ones"
+    )
 
 
 def describe_floats(schemes: set[str], count: int, stored_bytes: int, float_bytes: int) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from refold.blueprint.cost import count_parameters
 from refold.blueprint.owned.registry import OWNED
+from refold.blueprint.part_sizes import head_counts, neuron_counts, widest_arch
 from refold.blueprint.schema import Blueprint, DepthSpec
 from refold.blueprint.source_tensors import source_tensors
 from refold.errors import ExportError, SourceError
@@ -65,8 +66,18 @@ def dense_obstacles(blueprint: Blueprint) -> list[Obstacle]:
     return found
 
 
+def width_obstacles(blueprint: Blueprint) -> list[Obstacle]:
+    """Returns the sizes that differ between depths, for formats whose layers all have the same."""
+    sizes = {"key-value heads": head_counts(blueprint), "neurons": neuron_counts(blueprint)}
+    return [
+        Obstacle(f"the same number of {what} at every depth", f"got {', '.join(map(str, counts))}", "width.split=even")
+        for what, counts in sizes.items()
+        if len(counts) > 1
+    ]
+
+
 def dense_arch(blueprint: Blueprint) -> ArchSpec:
-    """Returns the architecture of the unrolled stack.
+    """Returns the architecture of the unrolled stack, in which every layer has the sizes of the widest.
 
     Raises:
         ExportError: No depth has a part; or a depth has another mixer than attention, reads keys and values of another
@@ -80,7 +91,7 @@ def dense_arch(blueprint: Blueprint) -> ArchSpec:
     # A depth without attention takes window and rope of a depth with attention.
     mixing = next((depth for depth in depths if depth.mixer is not None), depths[0])
     layers = tuple(_layer(depth if depth.mixer is not None else mixing) for depth in depths)
-    return blueprint.arch.model_copy(update={"layers": layers})
+    return widest_arch(blueprint).model_copy(update={"layers": layers})
 
 
 def count_dense_bytes(blueprint: Blueprint, number_bytes: int) -> int:
@@ -115,6 +126,9 @@ def _repeated(blueprint: Blueprint) -> list[str]:
         found.append("tied weights are repeated")
     if any(part.factors or part.bases for part in (*blueprint.mixers, *blueprint.mlps)):
         found.append("low-rank factors are multiplied out")
+    for counts, what in ((head_counts(blueprint), "attention"), (neuron_counts(blueprint), "MLPs")):
+        if len(counts) > 1:
+            found.append(f"narrower {what} are padded with zeros to the widest ({counts[0]} to {counts[-1]})")
     for name, word in (("mixer", "attention"), ("mlp", "MLP")):
         if any(getattr(blueprint.depths[index], name) is None for index in kept_depths(blueprint)):
             found.append(f"a dropped {word} is stored as zeros")

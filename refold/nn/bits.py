@@ -22,9 +22,8 @@ def pack_bits(integers: UInt8[Tensor, "rows columns"], bits: int) -> Int32[Tenso
         pairs = nn.functional.pad(integers, (0, integers.shape[1] % 2))
         found = pairs[:, ::2] | (pairs[:, 1::2] << 4)
     else:
-        places = torch.arange(bits, dtype=torch.uint8, device=integers.device)
-        single = ((integers.unsqueeze(-1) >> places) & 1).flatten(1)
-        found = _join_bits(nn.functional.pad(single, (0, -single.shape[1] % 8)).unflatten(1, (-1, 8)))
+        eights = nn.functional.pad(integers, (0, -integers.shape[1] % 8)).unflatten(1, (-1, 8))
+        found = _regroup(eights, bits, 8, bits).flatten(1)[:, : -(-integers.shape[1] * bits // 8)]
     padded = nn.functional.pad(found, (0, -found.shape[1] % WORD_BYTES))
     # Flat, because the stride of a single row may be any number, which a view as words refuses.
     return padded.flatten().view(torch.int32).view(len(padded), -1)
@@ -43,9 +42,9 @@ def unpack_bits(words: Int32[Tensor, "rows words"], bits: int, columns: int) -> 
         return stored[:, :columns]
     if bits == 4:
         return torch.stack((stored & 15, stored >> 4), dim=-1).flatten(1)[:, :columns]
-    places = torch.arange(8, dtype=torch.uint8, device=words.device)
-    single = ((stored.unsqueeze(-1) >> places) & 1).flatten(1)[:, : columns * bits]
-    return _join_bits(single.unflatten(1, (-1, bits)))
+    # Eight integers fill as many bytes as they have bits.
+    padded = nn.functional.pad(stored, (0, -stored.shape[1] % bits)).unflatten(1, (-1, bits))
+    return _regroup(padded, 8, bits, 8).flatten(1)[:, :columns]
 
 
 def unpack_columns(
@@ -66,6 +65,10 @@ def unpack_columns(
     return (((low | (high << WORD_BITS)) >> (begins % WORD_BITS)) & (2**bits - 1)).to(torch.uint8)
 
 
-def _join_bits(single: UInt8[Tensor, "rows numbers bits"]) -> UInt8[Tensor, "rows numbers"]:
-    places = torch.arange(single.shape[-1], dtype=torch.uint8, device=single.device)
-    return (single << places).sum(-1, dtype=torch.uint8)
+def _regroup(parts: UInt8[Tensor, "rows some parts"], width: int, new_width: int, count: int) -> Tensor:
+    """Returns the bits of each group of numbers of `width` bits as `count` numbers of another width, uint8."""
+    dtype = torch.int32 if parts.shape[-1] * width < WORD_BITS else torch.int64
+    places = torch.arange(parts.shape[-1], device=parts.device) * width
+    joined = (parts.to(dtype) << places.to(dtype)).sum(-1, keepdim=True, dtype=dtype)
+    new_places = (torch.arange(count, device=parts.device) * new_width).to(dtype)
+    return ((joined >> new_places) & (2**new_width - 1)).to(torch.uint8)

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from refold.blueprint.integers import SCHEMES, Scheme
+from refold.blueprint.integers import COMMON_SCHEMES, SCHEMES, Scheme
 from refold.nn.rounding import Rounded, round_weight
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Formats of weights that are dtypes; the others are the quantisation schemes."""
-FORMATS = (*FLOATS, *SCHEMES)
+"""Formats of weights that are dtypes; the others are the quantisation schemes that have kernels."""
+FORMATS = (*FLOATS, *COMMON_SCHEMES)
 """Names of all formats."""
 ROWS_OF_LAYOUT = 64
 """Number of rows oneDNN is told when it lays a weight out. It runs other numbers with the same layout; from 1 row to

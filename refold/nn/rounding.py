@@ -14,13 +14,13 @@ from refold.nn.bits import pack_bits, unpack_bits
 class Rounded(NamedTuple):
     """Integers of a weight and the numbers that turn them back: `scale * (integer - zero_point)`.
 
-    The last axis of the integers is filled up with the integer of zero until it holds whole groups.
+    The last axis of the integers is filled up with the integer of zero, or one next to it, until it holds whole groups.
 
     Attributes:
         integers: `[out, groups, group]`, whole numbers in float32.
         scale: `[out, groups, 1]`, float32 numbers that bfloat16 holds exactly.
-        zero_point: `[out, groups, 1]`, whole numbers in float32. In a scheme without zero points it is 0 for whole
-            rows, whose integers are signed, and the middle of the unsigned integers for groups.
+        zero_point: `[out, groups, 1]`, whole numbers in float32. In a scheme without zero points it is `Scheme.middle`:
+            0 for whole rows, whose integers are signed, else the middle of the unsigned integers.
         columns: Length of a row of the weight.
     """
 
@@ -67,11 +67,11 @@ def read_stored(
         found = unpack_bits(pieces["_zero_point"].T.contiguous(), scheme.bits, rows).T if points is None else points
         zero_point = found.float().contiguous().unsqueeze(-1)
     else:
-        zero_point = torch.full_like(scale, _middle(scheme))
+        zero_point = torch.full_like(scale, scheme.middle)
     group = scheme.group or columns
     missing = -columns % group
     if missing:
-        filled = zero_point[:, -1].expand(rows, missing)
+        filled = zero_point[:, -1].round().expand(rows, missing)
         integers = torch.cat((integers, filled), dim=1)
     return Rounded(integers.view(rows, -1, group), scale, zero_point, columns)
 
@@ -82,11 +82,6 @@ def integer_range(scheme: Scheme) -> tuple[int, int]:
         return 0, 2**scheme.bits - 1
     most = 2 ** (scheme.bits - 1) - 1
     return -most, most
-
-
-def _middle(scheme: Scheme) -> int:
-    """Returns the zero point of all groups of a scheme without zero points; whole rows have signed integers."""
-    return 0 if scheme.group is None else 2 ** (scheme.bits - 1)
 
 
 def _offset(scheme: Scheme) -> int:
@@ -133,13 +128,18 @@ def by_groups(weight: Float[Tensor, "out in"], scheme: Scheme) -> Float[Tensor, 
 def round_to(values: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
     """Returns the nearest integers of a scheme, for scales and zero points that are chosen."""
     least, most = integer_range(scheme)
+    if scheme.middle % 1:
+        # Zero itself lies between two integers, so a group of zeros has the scale 0.
+        return (values / torch.where(scale == 0, 1, scale) + zero_point).round().clamp(least, most)
     return ((values / scale).round() + zero_point).clamp(least, most)
 
 
-SHRINKS = {8: 8, 4: 24}
-"""Number of ranges that are tried for a group, by bits."""
-SMALLEST_SHRINK = {8: 0.9, 4: 0.55}
-"""Smallest tried range by bits, as a share of the whole range."""
+FINEST = 8
+"""Bits from which on a range is shrunk in few steps, and keeps its scale: a coarser scale is the larger error."""
+SHRINKS = {8: 8}
+"""Number of ranges that are tried for a group, by bits; 24 if not listed."""
+SMALLEST_SHRINK = {8: 0.9, 6: 0.7, 5: 0.6, 4: 0.55}
+"""Smallest tried range by bits, as a share of the whole range; 0.4 if not listed."""
 
 
 def choose_ranges(
@@ -148,7 +148,8 @@ def choose_ranges(
     """Chooses the scale and the zero point of each group.
 
     With importance the range of the group's numbers is shrunk in steps, and the range with the least sum of
-    `importance * error^2` is taken: a few clipped numbers cost less than a coarse grid for all others.
+    `importance * error^2` is taken: a few clipped numbers cost less than a coarse grid for all others. Below 8 bits the
+    scale of each tried range is the one that fits its integers best (least squares).
 
     Args:
         padded: From `by_groups`.
@@ -158,15 +159,15 @@ def choose_ranges(
     least, most = integer_range(scheme)
     low, high = padded.amin(-1, keepdim=True).clamp(max=0), padded.amax(-1, keepdim=True).clamp(min=0)
     # Without a zero point the farthest number gets the smallest integer, whatever its sign is: -8 of -8..7.
-    middle = _middle(scheme)
-    reach = least - middle
-    farthest = torch.where(high > -low, high, low) if scheme.group else -torch.maximum(high, -low)
+    reach = least - scheme.middle
+    is_signed = scheme.group is not None and not scheme.middle % 1
+    farthest = torch.where(high > -low, high, low) if is_signed else -torch.maximum(high, -low)
 
     def grid(share: float) -> tuple[Tensor, Tensor]:
         if not scheme.has_zero_point:
-            scale = _as_stored(share * farthest / reach)
-            return scale, torch.full_like(scale, middle)
-        scale = _as_stored(share * (high - low) / most)
+            scale = as_stored(share * farthest / reach, scheme)
+            return scale, torch.full_like(scale, scheme.middle)
+        scale = as_stored(share * (high - low) / most, scheme)
         return scale, (-share * low / scale).round().clamp(least, most)
 
     scale, zero_point = grid(1.0)
@@ -174,22 +175,29 @@ def choose_ranges(
         return scale, zero_point
     heavy = by_groups(importance, scheme)
 
-    def error(scale: Tensor, zero_point: Tensor) -> Tensor:
-        found = scale * (round_to(padded, scale, zero_point, scheme) - zero_point)
-        return ((found - padded).square_().mul_(heavy)).sum(-1, keepdim=True)
+    def settle(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the scale that fits the integers of a range best, and the error."""
+        steps = round_to(padded, scale, zero_point, scheme) - zero_point
+        if scheme.bits < FINEST:
+            weighted = heavy * steps
+            energy = (weighted * steps).sum(-1, keepdim=True)
+            fitted = (weighted * padded).sum(-1, keepdim=True) / energy
+            scale = torch.where(energy > 0, as_stored(fitted, scheme), scale)
+        return scale, ((scale * steps - padded).square_().mul_(heavy)).sum(-1, keepdim=True)
 
-    best, smallest = error(scale, zero_point), SMALLEST_SHRINK.get(scheme.bits, 0.4)
-    steps = SHRINKS.get(scheme.bits, 24)
+    scale, best = settle(scale, zero_point)
+    steps, smallest = SHRINKS.get(scheme.bits, 24), SMALLEST_SHRINK.get(scheme.bits, 0.4)
     for step in range(1, steps + 1):
-        tried = grid(1.0 - step * (1.0 - smallest) / steps)
-        cost = error(*tried)
+        whole, tried = grid(1.0 - step * (1.0 - smallest) / steps)
+        fitted, cost = settle(whole, tried)
         better = cost < best
         best = torch.where(better, cost, best)
-        scale = torch.where(better, tried[0], scale)
-        zero_point = torch.where(better, tried[1], zero_point)
+        scale = torch.where(better, fitted, scale)
+        zero_point = torch.where(better, tried, zero_point)
     return scale, zero_point
 
 
-def _as_stored(scale: Tensor) -> Tensor:
+def as_stored(scale: Tensor, scheme: Scheme) -> Tensor:
+    """Returns scales as bfloat16 holds them, in float32; a scale of 0 becomes 1 where an integer stands for 0."""
     scale = scale.bfloat16().float()
-    return torch.where(scale != 0, scale, 1.0)
+    return scale if scheme.middle % 1 else torch.where(scale != 0, scale, 1.0)

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from math import ceil
 from typing import NamedTuple
 
 from refold.blueprint.schema import Blueprint, DepthSpec, Part, Pool
@@ -36,6 +37,11 @@ class Curve(Frozen):
         return min(
             (rank for rank in self.ranks if rank >= least), key=lambda rank: (self.at(rank) + price * rank, rank)
         )
+
+    def including(self, rank: int) -> "Curve":
+        """Returns the same curve with a rank, at most its last, among its ranks."""
+        ranks = tuple(sorted({*self.ranks, rank}))
+        return Curve(ranks=ranks, lost=tuple(self.at(each) for each in ranks))
 
 
 class SharedCurve(Frozen):
@@ -80,6 +86,19 @@ class Choice(Frozen):
 
     factors: bool
     loras: bool
+    floor: float = 0.0
+    """Smallest rank of stored factors, and of factors of one depth, as a share of the even rank."""
+    multiple: int = 1
+    """Multiple to which ranks are rounded down afterwards; the floor is one."""
+
+    def least(self, even: int | None) -> int:
+        """Returns the smallest rank of a linear with an even rank; None: it is stored whole by an even split."""
+        if even is None:
+            return 1
+        least = max(1, ceil(self.floor * even))
+        if least > self.multiple:
+            least = ceil(least / self.multiple) * self.multiple
+        return min(least, max(even, 1))
 
 
 class _Piece(NamedTuple):
@@ -110,7 +129,7 @@ def allocate(linears: Sequence[MeasuredLinear], blueprint: Blueprint, choice: Ch
 
     Args:
         linears: The measured linears.
-        blueprint: The stack; its ranks and factors of these linears are replaced.
+        blueprint: The stack with even ranks, which are replaced.
         choice: The ranks to choose.
         budget: Parameters of these linears and their LoRAs.
 
@@ -189,8 +208,10 @@ def with_ranks(
 
 
 def _forms(linear: MeasuredLinear, choice: Choice, blueprint: Blueprint) -> list[_Form]:
+    part = blueprint.pool(linear.pool)[linear.part]
+    least = choice.least((part.bases if linear.is_basis else part.factors).get(linear.linear))
     if linear.is_basis:
-        return [_Form(0, 0.0, (_Piece(linear.stored, 1, ()),), stores=True)]
+        return [_Form(0, 0.0, (_Piece(linear.stored.including(least), least, ()),), stores=True)]
     if choice.loras and linear.together:
         forms = [
             _Form(
@@ -202,12 +223,19 @@ def _forms(linear: MeasuredLinear, choice: Choice, blueprint: Blueprint) -> list
         ]
         if choice.factors:
             apart = zip(linear.apart, linear.depths, strict=True)
-            forms.append(_Form(0, 0.0, tuple(_Piece(curve, 1, (depth,)) for curve, depth in apart), stores=False))
+            forms.append(
+                _Form(
+                    0,
+                    0.0,
+                    tuple(_Piece(curve.including(least), least, (depth,)) for curve, depth in apart),
+                    stores=False,
+                )
+            )
         return forms
     # LoRAs with a fixed rank are already in the budget, and their size does not depend on how the weight is stored.
     forms = [_Form(linear.whole, linear.stored.lost[-1], (), stores=True)]
     if choice.factors:
-        forms.append(_Form(0, 0.0, (_Piece(linear.stored, 1, ()),), stores=True))
+        forms.append(_Form(0, 0.0, (_Piece(linear.stored.including(least), least, ()),), stores=True))
     return forms
 
 

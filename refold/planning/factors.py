@@ -5,7 +5,9 @@ from collections.abc import Collection, Iterator, Mapping
 from refold.blueprint.schema import POOLS, Blueprint, Pool, depth_linears, part_linears, users_of
 from refold.errors import RecipeError
 from refold.planning.allocation import with_ranks
-from refold.recipe.recipe import Factor, Recipe
+from refold.planning.layer_lists import first_layer, require_layer_lists
+from refold.recipe.low_rank import Factor
+from refold.recipe.recipe import Recipe
 
 StoredLinears = tuple[Pool, int, str, tuple[int, int]]
 """Pool, part, linear and its `(out, in)`."""
@@ -81,6 +83,7 @@ def factorise_evenly(blueprint: Blueprint, source: Blueprint, factor: Factor) ->
                 "factor.share: tied layers are required for a basis (no linear is used twice); add `fold: {loops: 2}`, "
                 "or remove factor.share"
             )
+    assert factor.parameters is not None
     room = linear_budget(source, factor.parameters) - lora_parameters(blueprint)
     whole = sum(count * rows * columns for count, (*_, (rows, columns)) in zip(counts, stored, strict=True))
     share = room / max(whole, 1)
@@ -102,6 +105,30 @@ def factorise_evenly(blueprint: Blueprint, source: Blueprint, factor: Factor) ->
     kept = f"factor.parameters: {factor.parameters:g} keeps {min(share, 1):.1%} of every "
     note = f"{kept}weight: tied linears share a basis" if bases else f"{kept}stored linear as two factors"
     return with_ranks(blueprint, {}, factors, bases), note
+
+
+def factorise_listed(blueprint: Blueprint, factor: Factor) -> tuple[Blueprint, str]:
+    """Stores linears as two factors of the listed ranks.
+
+    Args:
+        blueprint: The stack.
+        factor: The recipe's `factor`, with `ranks`.
+
+    Returns:
+        The blueprint, and a note about the ranks.
+
+    Raises:
+        RecipeError: A list is not one of a linear, or has another length than the source has layers.
+    """
+    assert factor.ranks is not None
+    stored, factors = list(stored_linears(blueprint)), dict[tuple[Pool, int], dict[str, int | None]]()
+    require_layer_lists("factor.ranks", factor.ranks, blueprint)
+    for pool, part, name, shape in stored:
+        entry = factor.ranks[name][first_layer(blueprint, pool, part)] if name in factor.ranks else "full"
+        if entry != "full":
+            factors.setdefault((pool, part), {})[name] = min(entry, *shape)
+    count = sum(len(each) for each in factors.values())
+    return with_ranks(blueprint, {}, factors), f"factor.ranks: {count} of {len(stored)} stored linears as two factors"
 
 
 def with_multiples(blueprint: Blueprint, recipe: Recipe) -> Blueprint:

@@ -5,6 +5,7 @@ from refold.blueprint.quantisation import is_quantised
 from refold.blueprint.schema import POOLS, Blueprint
 from refold.blueprint.tensors import float_tensors
 from refold.errors import RecipeError
+from refold.planning.layer_lists import first_layer, require_layer_lists
 from refold.recipe.quantise import FLOAT, OUTER_SCHEME, Quantise
 from refold.suggest import did_you_mean
 
@@ -20,7 +21,8 @@ def choose_schemes(blueprint: Blueprint, section: Quantise) -> dict[str, str]:
         section: The recipe's `quantise`.
 
     Raises:
-        RecipeError: `keep` names no linear of the model, or nothing is left to quantise.
+        RecipeError: `keep` or `layers` names no linear of the model, a list has another length than the source has
+            layers, or nothing is left to quantise.
     """
     tensors = [each for each in float_tensors(blueprint) if each.kind.place in OUTER or is_quantised(blueprint, each)]
     legal = dict.fromkeys((*OUTER.values(), *POOLS, *(each.linear for each in tensors if each.pool is not None)))
@@ -34,14 +36,22 @@ def choose_schemes(blueprint: Blueprint, section: Quantise) -> dict[str, str]:
         raise RecipeError(
             "quantise.keep.head: an untied head is required (this model's head is its embedding); use embeddings"
         )
-    chosen = {each.name: _format(each, section) for each in tensors}
+    require_layer_lists("quantise.layers", section.layers, blueprint)
+    chosen = {each.name: _format(blueprint, each, section) for each in tensors}
     found = {name: scheme for name, scheme in chosen.items() if scheme != FLOAT}
     if not found:
         raise RecipeError("quantise.keep: a weight to quantise is required (all are kept as float); remove some")
     return found
 
 
-def _format(tensor: TargetTensor, section: Quantise) -> str:
+def _format(blueprint: Blueprint, tensor: TargetTensor, section: Quantise) -> str:
     if tensor.pool is None:
         return section.keep.get(OUTER[tensor.kind.place]) or OUTER_SCHEME
+    if tensor.linear in section.layers:
+        if tensor.depth is not None:
+            layer = blueprint.depths[tensor.depth].source
+        else:
+            assert tensor.part is not None
+            layer = first_layer(blueprint, tensor.pool, tensor.part)
+        return section.layers[tensor.linear][layer]
     return section.keep.get(tensor.linear) or section.keep.get(tensor.pool) or section.to

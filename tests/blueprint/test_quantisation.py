@@ -1,10 +1,12 @@
 """Bytes of quantised weights."""
 
 import pytest
+import torch
 
-from refold.blueprint.integers import SCHEMES, find_scheme
+from refold.blueprint.integers import FIT_SCHEMES, SCHEMES, Scheme, find_scheme
 from refold.blueprint.quantisation import quantised_bytes
 from refold.errors import RefoldError
+from refold.nn.rounding import read_stored, round_weight
 from refold.planning.build import identity_blueprint
 from refold.sources.source_model import read_source_model
 
@@ -38,5 +40,32 @@ def test_what_is_no_linear_keeps_its_bytes(make_source) -> None:
 
 
 def test_an_unknown_scheme_is_named() -> None:
-    with pytest.raises(RefoldError, match=r"quantise: must be one of int8, int4, int4z \(got 'int5'\)"):
-        find_scheme("int5")
+    rule = r"quantise: must be int8, or int2 to int6 with z for zero points and g64 or g128 .* such as int3g128"
+    for wrong, meant in (("int7", "int8"), ("int3g65", "int3g64"), ("int2zg46", "int2zg64"), ("in4", "int4")):
+        with pytest.raises(RefoldError, match=rf"{rule} \(got '{wrong}'\); did you mean '{meant}'\?"):
+            find_scheme(wrong)
+
+
+def test_a_name_says_bits_groups_and_zero_points() -> None:
+    for name, scheme in SCHEMES.items():
+        written = f"int{scheme.bits}{'z' * scheme.has_zero_point}"
+        assert name == written + ("" if scheme.group in (None, 32) else f"g{scheme.group}")
+    assert find_scheme("int2zg64") == Scheme(bits=2, group=64, has_zero_point=True)
+    sizes = [scheme.bits for scheme in SCHEMES.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    assert set(FIT_SCHEMES) <= set(SCHEMES)
+    assert [each.bits for each in map(find_scheme, FIT_SCHEMES)] == sorted(
+        (find_scheme(name).bits for name in FIT_SCHEMES), reverse=True
+    )
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_bytes_are_those_of_the_tensors(name: str) -> None:
+    scheme, weight = SCHEMES[name], torch.randn(33, 200, generator=torch.Generator().manual_seed(0))
+    rounded = round_weight(weight, scheme)
+    pieces = rounded.store(scheme)
+    assert sum(each.nbytes for each in pieces.values()) == scheme.num_bytes(33, 200)
+    # The integers of a row are next to each other, without gaps.
+    words = -(-200 * scheme.bits // 32)
+    assert tuple(pieces["_packed"].shape) == (33, words)
+    assert read_stored(pieces, scheme, (33, 200)).dequantise().equal(rounded.dequantise())

@@ -21,6 +21,7 @@ from refold.checkpoint.reader import CheckpointReader
 from refold.conversion.convert import ConvertOptions, convert
 from refold.conversion.inspect import inspect
 from refold.conversion.quantise import QuantiseOptions, quantise
+from refold.conversion.rounding_pass import read_balanced
 from refold.errors import FolderError, HealError, RecipeError, RefoldError
 from refold.evaluation.evaluate import evaluate
 from refold.evaluation.settings import EvaluationSettings
@@ -87,8 +88,15 @@ def logits(folder: Path, ids: Tensor) -> Tensor:
 IDS = torch.randint(3, 290, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("to", ["int8", "int4"])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        *((name, to) for name in RECIPES for to in ("int8", "int4")),
+        ("relaxed", "int5zg64"),
+        ("low-rank", "int3g128"),
+        ("bases", "int2"),
+    ],
+)
 def test_a_folder_is_the_float_model_with_rounded_weights(
     name: str, to: str, folds: Callable[[str], Path], small: Callable[..., Path]
 ) -> None:
@@ -97,13 +105,17 @@ def test_a_folder_is_the_float_model_with_rounded_weights(
     blueprint = read_blueprint("", json.loads((folder / "config.json").read_text()))
     assert holds_integers(blueprint)
     with CheckpointReader(folder, blueprint) as reader, torch.no_grad():
+        floats = {weight_name: weight.clone() for weight_name, weight in before.named_parameters()}
+        rounded = [weight_name for weight_name in floats if reader.scheme(weight_name) is not None]
         for weight_name, weight in before.named_parameters():
             scheme = reader.scheme(weight_name)
             found = reader.read(weight_name, torch.float32)
             if scheme is None:
                 assert found.equal(weight)
             else:
-                assert found.equal(round_weight(weight, scheme, torch.ones(weight.shape[1])).dequantise())
+                assert weight_name in rounded
+                before_rounding = read_balanced(weight_name, rounded, floats.__getitem__)
+                assert found.equal(round_weight(before_rounding, scheme, torch.ones(weight.shape[1])).dequantise())
             weight.copy_(found)
         expected = before(IDS).logits
     torch.testing.assert_close(logits(folder, IDS), expected, atol=1e-5, rtol=1e-5)
@@ -162,10 +174,32 @@ def test_feedback_on_text_is_nearer_than_plain(folds: Callable[[str], Path], sma
     assert found["stages"][-1]["recipe"]["used"] == "feedback"
 
 
-@pytest.mark.parametrize("name", ["low-rank", "bases"])
-def test_factors_are_rounded_with_feedback_too(name: str, small: Callable[..., Path]) -> None:
-    folder = small(name, "int4", data=TEXT, tokens=512, options=QuantiseOptions(context=64))
-    assert logits(folder, IDS).isfinite().all()
+@pytest.mark.parametrize(("name", "to"), [("low-rank", "int3"), ("bases", "int4")])
+def test_feedback_on_text_is_nearer_in_factors_too(
+    name: str, to: str, folds: Callable[[str], Path], small: Callable[..., Path]
+) -> None:
+    folder, keep = folds(name), {"embeddings": "float"}
+    if not read_blueprint("", json.loads((folder / "config.json").read_text())).arch.tied_head:
+        keep["head"] = "float"
+    ids = torch.tensor([load_tokenizer(folder)(TEXT[0])["input_ids"][:60]])
+    plain = small(name, to, keep=keep)
+    fed = small(name, to, keep=keep, data=TEXT, tokens=1024, options=QuantiseOptions(context=64))
+    before = logits(folder, ids)
+    assert distance(logits(fed, ids), before) < 0.9 * distance(logits(plain, ids), before)
+
+
+def test_formats_by_layer_are_carried_out(folds: Callable[[str], Path], tmp_path: Path) -> None:
+    layers = {"q_proj": ["int3g64", "float", "int2", "int2"], "down_proj": ["int6", "int5z", "int4", "int4"]}
+    found = quantise(
+        folds("strict"), tmp_path / "out", "int8", keep={"mlp": "int4"}, options=QuantiseOptions(layers=layers)
+    )
+    assert [each.quantised.get("q_proj") for each in found.blueprint.mixers] == ["int3g64", None]
+    assert [each.quantised["down_proj"] for each in found.blueprint.mlps] == ["int6", "int5z"]
+    assert {each.quantised["up_proj"] for each in found.blueprint.mlps} == {"int4"}
+    assert logits(tmp_path / "out", IDS).isfinite().all()
+    headers = read_headers(tmp_path / "out")
+    assert headers is not None
+    assert headers.num_bytes == found.weight_bytes
 
 
 def test_a_source_becomes_the_empty_recipe_with_integers(make_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -213,9 +247,9 @@ def test_adapters_train_on_frozen_integers_and_integers_do_not(small: Callable[.
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "int5"}, r"quantise.to: must be one of int8, int4, int4z \(got 'int5'\)"),
+        ({"to": "int7"}, r"quantise.to: must be int8, or int2 to int6 .* \(got 'int7'\)"),
         ({"keep": {"qproj": "int8"}}, r"quantise.keep.qproj: must name embeddings, .*did you mean 'q_proj'"),
-        ({"keep": {"q_proj": "int9"}}, r"quantise.keep.q_proj: must be one of int8, int4, int4z, float \(got 'int9'\)"),
+        ({"keep": {"q_proj": "int9"}}, r"quantise.keep.q_proj: must be float, int8, or int2 .* \(got 'int9'\)"),
         ({"keep": {"head": "int8"}, "name": "strict"}, r"quantise.keep.head: an untied head is required"),
         (
             {"keep": {"embeddings": "float", "mixer": "float", "mlp": "float"}},

@@ -102,6 +102,10 @@ def test_merged_weights_are_rounded_anew(make_source: Callable[..., Path], tmp_p
     ("options", "message"),
     [
         ({"quantise": "int5"}, r"export: quantise: must be one of int8, int4"),
+        (
+            {"quantise": "int4", "keep": {"q_proj": "int3g64"}},
+            r"keep.q_proj: must be one of int8, int4, .* \(got 'int3g64'\)",
+        ),
         ({"quantise": "int4", "keep": {"q_prj": "int8"}}, r"keep.q_prj: a linear or a pattern of linears is required"),
         ({"quantise": "int4", "keep": {"q_proj": "q8_0"}}, r"keep.q_proj: must be one of int8, int4"),
         ({"quantise": "int4", "keep": {"head": "int8"}}, r"keep.head: float is required by compressed-tensors"),

@@ -37,6 +37,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"fold": {**FOLD, "prelude": 1, "coda": 1}, "relax": {**LORA, "init": "joint", "vectors": "own"}},
     ),
     "only-mlps-tied": ("llama-linear", {"fold": {**FOLD, "tie": ["mlp"]}, "relax": LORA}),
+    "even-widths": ("llama-mha-bias", {"width": {"mlp": 0.7, "heads": 0.5, "weight": "none"}}),
+    "own-widths": ("llama-mha-bias", {"width": {"mlp": [48, 32, 16, 40], "heads": [1, 2, 4, 3], "weight": "none"}}),
+    "own-widths-packed": ("gpt_neox", {"width": {"mlp": [48, 32, 16, 40], "heads": [1, 2, 4, 3], "weight": "none"}}),
     "pruned": ("llama", {"drop": {"block": {"share": 0.5}}}),
     "no-attention": ("llama-mha-bias", {"drop": {"attention": {"layers": [0, 2]}}}),
     "no-mlp": ("llama-mqa-mlp-bias", {"drop": {"mlp": {"count": 1}}}),
@@ -159,6 +162,18 @@ def _without_lora(self: stack_weights.StackWeights, merge: Merge, dtype: torch.d
 def test_control_without_loras_the_logits_differ(folded, tmp_path, monkeypatch):
     monkeypatch.setattr(stack_weights.StackWeights, "_merged", _without_lora)
     folder = folded("relaxed-biases")
+    assert _error(_stock_logits(export(folder, tmp_path / "out")), _native_logits(folder)) > 2e-3
+
+
+def test_control_with_padding_before_the_inputs_of_narrower_mlps_the_logits_differ(folded, tmp_path, monkeypatch):
+    behind = stack_weights.StackWeights._padded
+
+    def before(self: stack_weights.StackWeights, canonical: str, depth: int, value: torch.Tensor):
+        found = behind(self, canonical, depth, value)
+        return found.roll(found.shape[1] - value.shape[1], 1) if "down_proj.weight" in canonical else found
+
+    monkeypatch.setattr(stack_weights.StackWeights, "_padded", before)
+    folder = folded("own-widths")
     assert _error(_stock_logits(export(folder, tmp_path / "out")), _native_logits(folder)) > 2e-3
 
 

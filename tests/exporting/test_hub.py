@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "factors": ("gpt_neox", {"fold": FOLD, "relax": LORA, "factor": FACTOR}),
     "bases": ("llama-mha-bias", {"fold": FOLD, "factor": {**FACTOR, "share": "basis"}}),
     "dropped": ("llama", {"drop": {"attention": {"layers": [1]}, "mlp": {"layers": [1, 3]}}}),
+    "own-widths": ("llama-mha-bias", {"width": {"mlp": [48, 32, 16, 40], "heads": [1, 2, 4, 3], "weight": "none"}}),
     "window": ("mistral-window", {"fold": FOLD}),
     "keys-of-the-first-loop": ("llama", {"fold": FOLD, "share_kv": {"from": "first_loop"}}),
     "keys-of-some-heads": ("llama", {"share_kv": {"from": {"back": 1}, "heads": [1]}}),
@@ -86,6 +87,12 @@ def load(folder):
 
 tokens = torch.load(sys.argv[1], weights_only=True)
 for folder in map(Path, sys.argv[2:]):
+    if folder.name == "damaged":
+        try:
+            load(folder)
+        except Exception as error:
+            torch.save({"error": f"{type(error).__name__}: {error}"}, folder.with_suffix(".found"))
+        continue
     model = load(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert type(config) is type(model.config), type(config)
@@ -133,11 +140,33 @@ def folded(make_source, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
     return make
 
 
+def _changed(folded: Path, out: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Exports a fold and changes the blueprint in its config."""
+    out = export(folded, out, "hub")
+    config = json.loads((out / "config.json").read_text())
+    change(config["blueprint"])
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def _exchange(blueprint: dict[str, Any]) -> None:
+    first, second = blueprint["depths"][:2]
+    first["mixer"], second["mixer"] = second["mixer"], first["mixer"]
+
+
 @pytest.fixture(scope="module")
-def found(folded: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All cases exported, and run in one process that has neither refold nor the libraries that refold needs."""
+def found(make_source, folded: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All cases exported, and run in one process that has neither refold nor the libraries that refold needs.
+
+    The same process loads a source as `source`, and two exports of `strict` whose blueprint was changed.
+    """
     folder = tmp_path_factory.mktemp("exported")
     exports = {case: export(folded(case), folder / case, "hub") for case in CASES}
+    exports["source"] = export(make_source("qwen3"), folder / "source", "hub")
+    exports["exchanged"] = _changed(folded("strict"), folder / "exchanged", _exchange)
+    exports["damaged"] = _changed(
+        folded("strict"), folder / "damaged", lambda blueprint: blueprint["depths"][0].update(mixer="first")
+    )
     _run(list(exports.values()), folder)
     return {case: torch.load(out.with_suffix(".found"), weights_only=True) for case, out in exports.items()}
 
@@ -161,24 +190,8 @@ def test_a_folder_saved_without_refold_loads_again(case: str, folded, found):
     assert _error(found[case]["stack"], stack) < 2e-5
 
 
-def _changed(folded: Path, place: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """Exports a fold and changes the blueprint in its config."""
-    out = export(folded, place / "changed", "hub")
-    config = json.loads((out / "config.json").read_text())
-    change(config["blueprint"])
-    (out / "config.json").write_text(json.dumps(config))
-    return out
-
-
-def test_control_with_another_part_at_a_depth_the_logits_differ(folded, found, tmp_path):
-    def exchange(blueprint: dict[str, Any]) -> None:
-        first, second = blueprint["depths"][:2]
-        first["mixer"], second["mixer"] = second["mixer"], first["mixer"]
-
-    out = _changed(folded("strict"), tmp_path, exchange)
-    _run([out], tmp_path)
-    changed = torch.load(out.with_suffix(".found"), weights_only=True)
-    assert _error(changed["logits"], found["strict"]["logits"]) > 2e-3
+def test_control_with_another_part_at_a_depth_the_logits_differ(found):
+    assert _error(found["exchanged"]["logits"], found["strict"]["logits"]) > 2e-3
 
 
 def test_control_the_process_has_no_refold(tmp_path):
@@ -187,10 +200,9 @@ def test_control_the_process_has_no_refold(tmp_path):
     assert "ModuleNotFoundError: refold is not installed here" in done.stderr
 
 
-def test_a_damaged_blueprint_is_told_in_one_line(folded, tmp_path):
-    out = _changed(folded("strict"), tmp_path, lambda blueprint: blueprint["depths"][0].update(mixer="first"))
-    with pytest.raises(AssertionError, match=r"RecipeError: config.json: blueprint.depths\[0\].mixer: int is required"):
-        _run([out], tmp_path)
+def test_a_damaged_blueprint_is_told_in_one_line(found):
+    where = r"config.json: blueprint.depths[0].mixer: int is required"
+    assert found["damaged"]["error"].startswith(f"RecipeError: {where}")
 
 
 def test_the_folder_is_complete_and_says_what_it_is(folded, tmp_path):
@@ -220,13 +232,10 @@ def test_the_planned_bytes_are_the_bytes_written(folded, tmp_path):
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_a_source_is_exported_as_an_identity_blueprint(make_source, tmp_path):
-    out = export(make_source("qwen3"), tmp_path / "out", "hub")
-    _run([out], tmp_path)
-    found = torch.load(out.with_suffix(".found"), weights_only=True)
+def test_a_source_is_exported_as_an_identity_blueprint(make_source, found):
     with torch.no_grad():
         logits = load_model(make_source("qwen3"), device="cpu")(_tokens()).logits
-    assert _error(found["logits"], logits) < 2e-5
+    assert _error(found["source"]["logits"], logits) < 2e-5
 
 
 def test_refold_itself_opens_the_folder_and_saves_it_without_the_code(folded, tmp_path):

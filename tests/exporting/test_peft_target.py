@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ranks by error": ("qwen3", {"fold": FOLD, "relax": {"rank": {"parameters": 0.2}}}),
     "packed by heads": ("gpt_neox", {"fold": FOLD, "relax": {"rank": 3}}),
     "packed by rows": ("phi3", {"fold": FOLD, "relax": {"rank": 3}}),
+    "narrow": ("llama", {"width": {"mlp": 0.7, "heads": 0.5, "weight": "none"}, "fold": FOLD, "relax": {"rank": 2}}),
     "dropped": ("llama", {"drop": {"attention": {"layers": [1]}}, "fold": FOLD, "relax": {"rank": 2}}),
     "soft-caps": ("gemma2", {"fold": FOLD, "relax": {"rank": 3}}),
 }

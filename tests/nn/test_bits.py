@@ -41,3 +41,14 @@ def test_integers_come_back_whatever_the_strides_are(bits: int, shape: tuple[int
         assert words.dtype == torch.int32
         assert torch.equal(unpack_bits(words, bits, shape[1]), integers)
         assert torch.equal(unpack_bits(words.T.contiguous().T, bits, shape[1]), integers)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_row_is_one_long_number(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    for columns in (1, 9, 64, 70):
+        integers = torch.randint(0, 2**bits, (3, columns), generator=generator, dtype=torch.uint8)
+        words = pack_bits(integers, bits)
+        for row, packed in zip(integers.tolist(), words.tolist(), strict=True):
+            expected = sum(integer << (bits * place) for place, integer in enumerate(row))
+            assert sum((word & (2**32 - 1)) << (32 * place) for place, word in enumerate(packed)) == expected

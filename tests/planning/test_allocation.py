@@ -193,8 +193,8 @@ def test_a_curve_is_straight_between_its_ranks():
     found = Curve(ranks=(0, 2, 10), lost=(9.0, 5.0, 1.0))
     assert [found.at(rank) for rank in (0, 1, 2, 4, 10, 12)] == [9, 7, 5, 4, 1, 1]
     assert [found.smallest(lost) for lost in (9, 6, 5, 3, 0)] == [0, 2, 2, 6, 10]
-    assert [found.best(price) for price in (3, 1, 0.1)] == [0, 2, 10]
-    assert found.best(3, least=1) == 2
+    assert [found.best(price) for price in (3.0, 1.0, 0.1)] == [0, 2, 10]
+    assert found.best(3.0, least=1) == 2
     assert all(after <= before for before, after in pairwise(found.at(rank) for rank in range(11)))
 
 
@@ -256,3 +256,26 @@ def test_the_rest_of_a_budget_goes_first_where_it_saves_most(make_arch, order, r
     budget = (2 + rest) * linears[0].unit + linears[0].unit // 2
     found = allocate(linears, blueprint, FACTORS, budget)
     assert tuple(found.mixers[part].factors["q_proj"] for part in (0, 1)) == expected
+
+
+@pytest.mark.parametrize(("floor", "multiple"), [(0.5, 1), (1.0, 1), (0.6, 8)])
+def test_no_rank_is_below_its_floor(make_arch, floor, multiple):
+    recipe = {"factor": {"parameters": 0.4, "split": "measured", "weight": "none"}}
+    even = build_blueprint(make_arch(4, **SIZE), load_recipe(recipe)).blueprint
+    linears = measured(even)
+    budget = linear_budget(identity_blueprint(even.arch), 0.4)
+    free = factor_ranks(linears, allocate(linears, even, FACTORS, budget))
+    choice = Choice(factors=True, loras=False, floor=floor, multiple=multiple)
+    found = factor_ranks(linears, allocate(linears, even, choice, budget))
+    assert factors_cost(linears, found) <= budget
+    below = 0
+    for at, rank in found.items():
+        rank_even = even.pool(linears[at].pool)[linears[at].part].factors[linears[at].linear]
+        least = floor * rank_even
+        below += (free[at] or rank_even) < least
+        if rank is not None:
+            # A recipe rounds ranks above a multiple down to one afterwards.
+            lowered, most = (each if each < multiple else each // multiple * multiple for each in (rank, rank_even))
+            assert lowered >= min(least, most)
+    # Without the floor some linears are starved.
+    assert below

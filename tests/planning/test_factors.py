@@ -276,3 +276,35 @@ def test_a_linear_of_rank_0_needs_a_lora_at_every_depth(make_arch):
     raw["depths"][2]["ranks"] = {}
     with pytest.raises(ValueError, match=r"mixers\[0\]\.factors\.q_proj: a rank above 0 is required .* \(depths \[2\]"):
         type(built).model_validate(raw)
+
+
+def test_listed_ranks_are_stored_as_they_are(make_arch):
+    recipe = {
+        "factor": {"ranks": {"q_proj": [3, "full", 5, 4000], "up_proj": [2, 2, "full", 9]}},
+        "drop": {"block": {"layers": [0]}},
+    }
+    blueprint = build_blueprint(make_arch(4), load_recipe(recipe)).blueprint
+    full = min(blueprint.arch.hidden_size, blueprint.arch.head_dim * blueprint.arch.num_attention_heads)
+    assert [part.factors for part in blueprint.mixers] == [{}, {"q_proj": 5}, {"q_proj": full}]
+    assert [part.factors for part in blueprint.mlps] == [{"up_proj": 2}, {}, {"up_proj": 9}]
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [
+        ({}, r"factor: exactly one of parameters, ranks is required \(got neither\)"),
+        ({"parameters": 0.5, "ranks": {"q_proj": [1]}}, r"exactly one of .* \(got parameters and ranks\)"),
+        ({"ranks": {"q_proj": [1, 1, 1, 1]}, "multiple": 8}, r"multiple: requires parameters \(got ranks"),
+        ({"ranks": {"q_proj": [1, 1, 1, 1]}, "split": "measured"}, r"split: requires parameters \(got ranks"),
+        ({"ranks": {"q_proj": [1, 0, 1, 1]}}, r"factor.ranks.q_proj"),
+        ({"ranks": {"q_proj": [1, "whole", 1, 1]}}, r"factor.ranks.q_proj"),
+        ({"ranks": {}}, r"factor.ranks"),
+        ({"ranks": {"q_prj": [1, 1, 1, 1]}}, r"factor.ranks.q_prj: must name a linear: .*; did you mean 'q_proj'\?"),
+        ({"ranks": {"q_proj": [1, 1]}}, r"factor.ranks.q_proj: one entry for each of the source's 4 layers .*got 2"),
+        ({"parameters": 0.5, "floor": 0.5}, r"floor: requires split: measured \(got even\)"),
+        ({"parameters": 0.5, "split": "measured", "floor": 1.5}, r"factor.floor"),
+    ],
+)
+def test_wrong_ranks_and_floors_are_named(make_arch, factor, message):
+    with pytest.raises(RecipeError, match=message):
+        build_blueprint(make_arch(4), load_recipe({"factor": factor}))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from refold.blueprint.part_sizes import widest_arch
 from refold.blueprint.schema import Blueprint, linear_pools
 from refold.blueprint.source_tensors import canonical_tensors
 from refold.exporting.gguf.blocks import query_factor, scaled_stem
@@ -9,7 +10,7 @@ from refold.exporting.gguf.contents import GgufContents, GgufTensor, WeightPiece
 from refold.exporting.gguf.layouts import GgufLayout, find_layout
 from refold.exporting.gguf.unrolled_file import DECI, pruned_contents, unrolled_contents, unrolled_obstacles
 from refold.exporting.target import Obstacle
-from refold.exporting.unrolled import kept_depths, without_adapters
+from refold.exporting.unrolled import kept_depths, width_obstacles, without_adapters
 
 
 def adapter_obstacles(blueprint: Blueprint) -> list[Obstacle]:
@@ -24,6 +25,7 @@ def adapter_obstacles(blueprint: Blueprint) -> list[Obstacle]:
     if any(rank == 0 for part in (*blueprint.mixers, *blueprint.mlps) for rank in part.factors.values()):
         got = "LoRAs that replace a linear"
         found.append(Obstacle("a stored weight under each LoRA", got, "factor with a rank above 0"))
+    found += width_obstacles(blueprint)
     if found:
         return found
     layout = _layout(blueprint)
@@ -56,7 +58,8 @@ def adapter_contents(blueprint: Blueprint) -> GgufContents:
 
 
 def _tensors(blueprint: Blueprint, layout: GgufLayout) -> Iterator[GgufTensor]:
-    arch, shapes = blueprint.arch, canonical_tensors(blueprint.arch)
+    arch = widest_arch(blueprint)
+    shapes = canonical_tensors(arch)
     names = {stem: name for name, (stem, *_) in layout.tensors.items()}
     heads = {"q_proj": arch.num_attention_heads, "k_proj": arch.num_key_value_heads} if layout.turns_heads else {}
     factors = {scaled_stem(arch): query_factor(arch, layout, len(kept_depths(blueprint)))}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from refold.blueprint.cost import count_parameters
 from refold.blueprint.owned.registry import OWNED
+from refold.blueprint.part_sizes import head_counts, neuron_counts
 from refold.blueprint.schema import Blueprint
 from refold.exporting.gguf.contents import GgufContents
 from refold.exporting.gguf.hybrid_file import has_state_space, hybrid_contents, hybrid_obstacles
@@ -34,7 +35,8 @@ class GgufChoice:
 def choose_contents(blueprint: Blueprint) -> GgufChoice:
     """Chooses the architecture of a model's file.
 
-    `nanbeige` for strict cycles, `granitehybrid` for Mamba-2, `deci` for dropped attention or MLPs, else the dense
+    `nanbeige` for strict cycles, `granitehybrid` for Mamba-2, `deci` for dropped attention or MLPs and layers of
+    different widths, else the dense
     architecture of the source's family.
     """
     looped = looped_obstacles(blueprint)
@@ -43,8 +45,9 @@ def choose_contents(blueprint: Blueprint) -> GgufChoice:
     if has_state_space(blueprint):
         found = hybrid_obstacles(blueprint)
         return GgufChoice(None, tuple(found)) if found else GgufChoice(hybrid_contents(blueprint))
-    lacks_part = any((depth.mixer is None) != (depth.mlp is None) for depth in blueprint.depths)
-    if lacks_part and not unrolled_obstacles(blueprint, DECI):
+    is_uneven = any((depth.mixer is None) != (depth.mlp is None) for depth in blueprint.depths)
+    is_uneven |= len(head_counts(blueprint)) > 1 or len(neuron_counts(blueprint)) > 1
+    if is_uneven and not unrolled_obstacles(blueprint, DECI):
         return GgufChoice(pruned_contents(blueprint), changes=_changes(blueprint, looped))
     layout = find_layout(blueprint.arch.family)
     if layout is None:

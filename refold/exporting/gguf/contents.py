@@ -73,12 +73,14 @@ class GgufContents:
         fields: Value by key; `{arch}` in a key stands for the architecture.
         tensors: The tensors in the order of the file.
         notes: Sentences about differences between the file and the model.
+        has_own_widths: Whether layers have sizes of their own; otherwise narrower ones are padded to the widest.
     """
 
     architecture: str
     fields: dict[str, FieldValue]
     tensors: tuple[GgufTensor, ...]
     notes: tuple[str, ...] = field(default=())
+    has_own_widths: bool = False
 
     @property
     def num_elements(self) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from refold.blueprint.part_sizes import widest_arch
 from refold.blueprint.schema import Blueprint
 from refold.exporting.gguf.blocks import block_tensors, layout_obstacles, outside_tensors, size_fields
 from refold.exporting.gguf.contents import GgufContents, GgufTensor, WeightPiece
@@ -148,7 +149,7 @@ def _stack_arch(blueprint: Blueprint) -> ArchSpec:
     ]
     found = [Layer(window=depth.window, rope=depth.rope) for depth in mixing]
     layers = (*found, *found[:1] * (len(depths) - len(found))) if found else blueprint.arch.layers[: len(depths)]
-    return blueprint.arch.model_copy(update={"layers": tuple(layers)})
+    return widest_arch(blueprint).model_copy(update={"layers": tuple(layers)})
 
 
 def _state_tensors(arch: ArchSpec, sizes: StateSizes, block: int, depth: int) -> Iterator[GgufTensor]:

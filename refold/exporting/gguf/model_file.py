@@ -63,7 +63,7 @@ def write_model_file(
     if choice.contents is None:
         reasons = "; ".join(f"{each.required} ({each.got})" for each in choice.obstacles)
         raise ExportError(f"export: gguf cannot hold this model: {reasons}; see `refold export --list`")
-    weights = StackWeights(model.blueprint, model.reader)
+    weights = StackWeights(model.blueprint, model.reader, pads=not choice.contents.has_own_widths)
     notes = write_contents(model, options, path, (choice.contents, weights), stages)
     exits = {tensor.name for tensor in target_tensors(model.blueprint) if tensor.kind.place == "exits"}
     unread = [name for name in model.reader.unread() if name not in exits]
@@ -156,5 +156,6 @@ def write_adapter(
 
 def write_base(model: ReadableModel, options: ExportOptions, path: Path) -> tuple[str, ...]:
     """Writes the base that adapters of the same blocks go with; it is the same for all of them."""
-    weights = StackWeights(without_adapters(model.blueprint), model.reader)
-    return write_contents(model, options, path, (base_contents(model.blueprint), weights))
+    contents = base_contents(model.blueprint)
+    weights = StackWeights(without_adapters(model.blueprint), model.reader, pads=not contents.has_own_widths)
+    return write_contents(model, options, path, (contents, weights))

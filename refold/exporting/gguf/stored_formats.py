@@ -7,7 +7,7 @@ from refold.blueprint.integers import SCHEMES, Scheme
 from refold.blueprint.schema import Blueprint
 from refold.exporting.gguf.contents import GgufContents, GgufTensor
 from refold.exporting.gguf.number_formats import DTYPE_FORMATS, count_tensor_bytes
-from refold.exporting.stored_schemes import StoredSchemes, describe_floats, holds
+from refold.exporting.stored_schemes import StoredSchemes, describe_floats, describe_wider, holds
 from refold.exporting.target import ExportOptions
 
 BITS = {"q4_0": 4, "q8_0": 8}
@@ -32,7 +32,7 @@ def stored_formats(contents: GgufContents, blueprint: Blueprint, options: Export
     stored = StoredSchemes(blueprint)
     found: dict[str, str] = {}
     empty: list[str] = []
-    num_merged, lost = 0, _Lost(options)
+    num_merged, lost, wider = 0, _Lost(options), _Wider()
     for tensor in contents.tensors:
         if tensor.is_float32:
             continue
@@ -46,6 +46,7 @@ def stored_formats(contents: GgufContents, blueprint: Blueprint, options: Export
                 lost.add(tensor, schemes)
             else:
                 found[tensor.name] = name
+                wider.add(tensor, name, schemes)
                 num_merged += not all(weight.is_whole for weight in weights)
     counts = Counter(found.values())
     if counts:
@@ -54,9 +55,33 @@ def stored_formats(contents: GgufContents, blueprint: Blueprint, options: Export
     if counts:
         told = " and ".join(f"{count} in {name}" for name, count in counts.items())
         notes.insert(0, f"{told}, the formats of the model's integers; --quantise float writes floats")
+    notes += wider.notes()
     if num_merged:
         notes.append(f"{num_merged} matrices are rounded again: LoRAs are merged in, or factors multiplied out")
     return StoredFormats(found, tuple(notes))
+
+
+class _Wider:
+    """Tensors whose schemes have fewer bits than their format."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._count = self._stored_bytes = self._held_bytes = 0
+
+    def add(self, tensor: GgufTensor, format: str, schemes: list[Scheme]) -> None:
+        # A tensor of several weights may have narrower ones among them.
+        if max(each.bits for each in schemes) == BITS[format]:
+            return
+        self._names |= {name for name, scheme in SCHEMES.items() if scheme in schemes}
+        self._count += 1
+        rows, columns = tensor.shape
+        self._stored_bytes += max(scheme.num_bytes(rows, columns) for scheme in schemes)
+        self._held_bytes += count_tensor_bytes(tensor, format)
+
+    def notes(self) -> list[str]:
+        if not self._count:
+            return []
+        return [describe_wider(self._names, self._count, self._stored_bytes, self._held_bytes)]
 
 
 class _Lost:

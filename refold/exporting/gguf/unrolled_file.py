@@ -64,7 +64,7 @@ def unrolled_contents(blueprint: Blueprint, layout: GgufLayout) -> GgufContents:
 
 
 def pruned_contents(blueprint: Blueprint) -> GgufContents:
-    """Returns the contents of a `deci` file, whose layers can lack attention.
+    """Returns the contents of a `deci` file, whose layers can lack attention and have widths of their own.
 
     An MLP dropped beside kept attention becomes a narrow MLP of zeros: llama.cpp leaves a layer without an MLP before
     it adds the attention to the residual stream. The first layer must have heads, because llama.cpp reads the size of
@@ -74,20 +74,22 @@ def pruned_contents(blueprint: Blueprint) -> GgufContents:
     tensors, heads, groups, widths = [*outside_tensors(arch, DECI)], [], [], []
     for block, index in enumerate(depths):
         depth = blueprint.depths[index]
-        tensors += block_tensors(arch, DECI, block, index, _stored_names(depth))
+        mixer, mlp = blueprint.part_arch("mixer", depth.mixer), blueprint.part_arch("mlp", depth.mlp)
+        own = mixer.model_copy(update={"intermediate_size": mlp.intermediate_size, "layers": arch.layers})
+        tensors += block_tensors(own, DECI, block, index, _stored_names(depth))
         if depth.mixer is None and block == 0:
             tensors += _zero_linear(arch)
         if depth.mlp is None:
             tensors += _zero_mlp(arch, block)
-        heads.append(arch.num_attention_heads if depth.mixer is not None or block == 0 else 0)
-        groups.append(0 if depth.mixer is None else arch.num_key_value_heads)
-        widths.append(NARROW_MLP if depth.mlp is None else arch.intermediate_size)
+        heads.append(own.num_attention_heads if depth.mixer is not None or block == 0 else 0)
+        groups.append(0 if depth.mixer is None else own.num_key_value_heads)
+        widths.append(NARROW_MLP if depth.mlp is None else own.intermediate_size)
     fields = size_fields(arch, len(depths), 0) | {
         "{arch}.attention.head_count": heads,
         "{arch}.attention.head_count_kv": groups,
         "{arch}.feed_forward_length": widths,
     }
-    contents = finished(arch, DECI, tensors, fields)
+    contents = replace(finished(arch, DECI, tensors, fields), has_own_widths=True)
     notes = []
     if any(blueprint.depths[index].mlp is None for index in depths):
         notes.append(

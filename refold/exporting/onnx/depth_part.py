@@ -21,7 +21,7 @@ class DepthPart:
 
     def __init__(self, graph: GraphBuilder, weights: GraphWeights, blueprint: Blueprint, index: int, pool: Pool):
         self.graph, self.weights, self.index = graph, weights, index
-        self.arch: ArchSpec = blueprint.arch
+        self.arch: ArchSpec = blueprint.part_arch(pool, getattr(blueprint.depths[index], pool))
         self.blueprint = blueprint
         self._pool: Pool = pool
         self._vectors = depth_vectors(blueprint, index, pool)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from refold.blueprint.part_sizes import widest_arch
 from refold.blueprint.passes import recurrent_depths
 from refold.blueprint.schema import Blueprint
 
@@ -17,7 +18,8 @@ def is_fused(blueprint: Blueprint, index: int) -> bool:
 
     All keys must be the depth's own, without a prefix, and the head size a multiple of 8.
     """
-    depth, arch = blueprint.depths[index], blueprint.arch
+    depth = blueprint.depths[index]
+    arch = blueprint.part_arch("mixer", depth.mixer)
     is_whole = not depth.prefix and not depth.kv and len(blueprint.made_heads(index)) == arch.num_key_value_heads
     return is_whole and arch.head_dim % 8 == 0
 
@@ -56,7 +58,7 @@ class RuntimeLimits:
 def runtime_limits(blueprint: Blueprint) -> RuntimeLimits:
     """Returns the limits of the runtimes for one model."""
     made = {len(blueprint.made_heads(index)) for index in caching_depths(blueprint)}
-    partial = "" if made <= {blueprint.arch.num_key_value_heads} else "depths cache some of the key-value heads"
+    partial = "" if made <= {widest_arch(blueprint).num_key_value_heads} else "depths cache some of the key-value heads"
     depths = recurrent_depths(blueprint)
     recurrent = "depths keep a recurrent state" if depths else ""
     several = "depths keep recurrent states of several shapes" if len(_state_shapes(blueprint)) > 1 else ""

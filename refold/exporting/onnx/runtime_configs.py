@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from refold.blueprint.part_sizes import widest_arch
 from refold.blueprint.passes import recurrent_depths
 from refold.blueprint.schema import POOLS, Blueprint
 from refold.errors import SourceError
@@ -20,7 +21,7 @@ def genai_config(job: ExportJob, graph: str) -> dict[str, Any]:
         job: The export.
         graph: Path of the graph in the folder.
     """
-    blueprint, arch = job.blueprint, job.blueprint.arch
+    blueprint, arch = job.blueprint, widest_arch(job.blueprint)
     tokens = special_tokens(job)
     end = tokens["eos_token_id"]
     first_end = end[0] if isinstance(end, list) else end

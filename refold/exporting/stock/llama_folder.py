@@ -35,7 +35,7 @@ def write_llama_folder(job: ExportJob, layers: Sequence[StoredLayer], fields: Ma
     """
     arch = dense_arch(job.blueprint)
     tensors = dict(stored_tensors(arch, layers))
-    weights = StackWeights(job.blueprint, job.reader)
+    weights = StackWeights(job.blueprint, job.reader, pads=all(layer.arch is None for layer in layers))
     with ShardedWriter(job.out.path, {name: (each.shape, job.dtype) for name, each in tensors.items()}) as writer:
         for name, each in tensors.items():
             writer.write(name, weights.read(each.canonical, each.depth, job.dtype))

@@ -1,10 +1,10 @@
 """Stock transformers folder of the source's family: loops unrolled, LoRAs merged."""
 
-from refold.blueprint.integers import SCHEMES, find_scheme
+from refold.blueprint.integers import find_scheme
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.source_tensors import source_tensors
 from refold.checkpoint.card import STOCK_USAGE
-from refold.exporting.compressed import choose_linears
+from refold.exporting.compressed import PACKED, choose_linears
 from refold.exporting.target import ExportJob, ExportOptions, ExportTarget, Verdict
 from refold.exporting.unrolled import count_dense_bytes, dense_arch, judge_unrolled
 from refold.families.registry import find_family
@@ -18,7 +18,7 @@ class DenseTarget(ExportTarget):
     summary = "stock transformers folder of the source's family, loops unrolled and LoRAs merged: loads without refold"
     engines = ("transformers", "vllm", "sglang", "mlx-lm", "tgi")
     usage = STOCK_USAGE
-    quantisations = tuple(SCHEMES)
+    quantisations = PACKED
 
     def judge(self, blueprint: Blueprint) -> Verdict:
         return judge_unrolled(blueprint)

@@ -5,6 +5,7 @@ from typing import Any
 
 from refold.blueprint.cost import count_parameters
 from refold.blueprint.owned.registry import OWNED
+from refold.blueprint.part_sizes import head_counts, neuron_counts
 from refold.blueprint.schema import Blueprint
 from refold.exporting.llama_shaped import StoredLayer, llama_obstacles, stored_tensors
 from refold.exporting.target import ExportJob, ExportOptions, ExportTarget, Obstacle, Verdict, impossible
@@ -47,7 +48,7 @@ print(generate(model, tokenizer, prompt="Once upon a time"))"""
         fields = {
             "architectures": ["DeciLMForCausalLM"],
             "model_type": "nemotron-nas",
-            "block_configs": [_block(arch, layer) for layer in layers],
+            "block_configs": [_block(layer.arch or arch, layer) for layer in layers],
         }
         notes = write_llama_folder(job, layers, fields)
         without = sum(len(layer.pools) < 2 for layer in layers)
@@ -78,9 +79,15 @@ def _obstacles(blueprint: Blueprint) -> list[Obstacle]:
     if found:
         return found
     arch = dense_arch(blueprint)
-    if find_multiplier(arch.intermediate_size, arch.hidden_size) is None:
-        required = f"MLPs whose width is a multiple of {WIDTH_STEP}"
-        found.append(Obstacle(required, f"got {arch.intermediate_size}", ""))
+    for size in neuron_counts(blueprint) or [arch.intermediate_size]:
+        if find_multiplier(size, arch.hidden_size) is None:
+            required = f"MLPs whose width is a multiple of {WIDTH_STEP}"
+            found.append(Obstacle(required, f"got {size}", ""))
+            break
+    heads = head_counts(blueprint)
+    if len(heads) > 1:
+        got = f"got {', '.join(map(str, heads))}"
+        found.append(Obstacle("the same number of key-value heads at every depth", got, "width.split=even"))
     width = arch.num_attention_heads * arch.head_dim
     if width != arch.hidden_size:
         found.append(Obstacle("query heads as wide as the hidden size in all", f"{width} and {arch.hidden_size}", ""))
@@ -88,11 +95,13 @@ def _obstacles(blueprint: Blueprint) -> list[Obstacle]:
 
 
 def _layers(blueprint: Blueprint) -> list[StoredLayer]:
-    found = []
+    found, arch = [], dense_arch(blueprint)
     for index in kept_depths(blueprint):
         depth = blueprint.depths[index]
         there = (("mixer", depth.mixer), ("mlp", depth.mlp))
-        found.append(StoredLayer(index, tuple(pool for pool, part in there if part is not None)))
+        pools = tuple(pool for pool, part in there if part is not None)
+        own = arch.model_copy(update={"intermediate_size": blueprint.part_arch("mlp", depth.mlp).intermediate_size})
+        found.append(StoredLayer(index, pools, own))
     return found
 
 

@@ -4,7 +4,14 @@ from refold.blueprint.owned.registry import OWNED
 from refold.blueprint.schema import Blueprint
 from refold.blueprint.source_tensors import source_tensors
 from refold.exporting.target import ExportJob, ExportOptions, ExportTarget, Obstacle, Verdict, impossible
-from refold.exporting.unrolled import count_dense_bytes, dense_arch, judge_unrolled, kept_depths, without_adapters
+from refold.exporting.unrolled import (
+    count_dense_bytes,
+    dense_arch,
+    judge_unrolled,
+    kept_depths,
+    width_obstacles,
+    without_adapters,
+)
 from refold.families.registry import find_family
 
 USAGE = """\
@@ -58,7 +65,7 @@ def _obstacles(blueprint: Blueprint) -> list[Obstacle]:
     if any(rank == 0 for part in (*blueprint.mixers, *blueprint.mlps) for rank in part.factors.values()):
         got = "LoRAs that replace a linear"
         found.append(Obstacle("a stored weight under each LoRA", got, "factor with a rank above 0"))
-    return found
+    return found + width_obstacles(blueprint)
 
 
 PEFT = PeftTarget()

@@ -29,7 +29,7 @@ class KeyHeads:
 
     def __init__(self, blueprint: Blueprint, index: int):
         reads = blueprint.depths[index].kv
-        num_heads = blueprint.arch.num_key_value_heads
+        num_heads = blueprint.part_arch("mixer", blueprint.depths[index].mixer).num_key_value_heads
         self.made = blueprint.made_heads(index)
         self.makes_all = len(self.made) == num_heads
         self.sources = tuple(dict.fromkeys(read.depth for read in reads))

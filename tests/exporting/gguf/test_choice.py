@@ -72,6 +72,24 @@ CASES = {
     "dropped-mlps": Case("deci", "qwen2", {"drop": {"mlp": {"layers": [0, 3]}}}),
     "dropped-middle-mlps": Case("deci", "llama", {"drop": {"mlp": {"layers": [1, 2]}}}),
     "dropped-both": Case("deci", "llama", {"drop": {"attention": {"layers": [1]}, "mlp": {"layers": [1, 3]}}}),
+    "even-widths": Case("llama", "llama", {"width": {"mlp": 0.7, "heads": 0.5, "weight": "none"}}),
+    "own-widths-biases": Case(
+        "llama", "llama-mha-bias", {"width": {"mlp": [48, 32, 16, 40], "heads": [1, 2, 4, 3], "weight": "none"}}, SILU
+    ),
+    "own-widths-dropped": Case(
+        "deci",
+        "llama",
+        {
+            "width": {"mlp": [48, 32, 16, 40], "heads": [1, 2, 1, 2], "weight": "none"},
+            "drop": {"attention": {"layers": [0]}, "mlp": {"layers": [2]}},
+        },
+    ),
+    "own-widths-qwen3": Case(
+        "qwen3",
+        "qwen3",
+        {"width": {"mlp": [48, 32, 16, 40], "heads": [1, 2, 2, 1], "weight": "none"}},
+        {"attention_bias": False},
+    ),
     "hybrid": Case("granitehybrid", "llama", {"mixers": [MAMBA]}),
     "hybrid-groups": Case(
         "granitehybrid", "llama", {**FOLD, "mixers": [{**MAMBA, "transfer": ["mlp"], "q_heads": 2, "k_heads": 1}]}

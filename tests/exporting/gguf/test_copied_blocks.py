@@ -67,6 +67,7 @@ CASES = {
     "looped": ("int8", {}, "llama", FOLD),
     "mixed": ("int4", {"down_proj": "int8", "embeddings": "float"}, "llama", FOLD),
     "packed": ("int4", {"v_proj": "int8"}, "phi3", UNROLLED),
+    "narrow": ("int3g64", {"down_proj": "int2", "up_proj": "int5g64", "q_proj": "int6g128"}, "llama", UNROLLED),
     "pruned": ("int4", {"embeddings": "int4"}, "llama", {"drop": {"mlp": {"layers": [1]}}}),
 }
 
@@ -80,7 +81,11 @@ def test_a_file_has_the_numbers_of_the_folder(name: str, small: Small, tmp_path:
     exact = export(folder, tmp_path / "exact.gguf", "gguf", quantise="float", dtype="float32")
     assert _differing(copied, exact) == []
     types = _types(copied)
-    names = {"int4": "Q4_0", "int8": "Q8_0", "float": "F32"}
+    names = {"int2": "Q4_0", "int3g64": "Q4_0", "int4": "Q4_0", "int8": "Q8_0", "float": "F32"}
+    wider = [sentence for sentence in said if "keep their numbers in wider integers" in sentence]
+    assert bool(wider) == (name == "narrow")
+    if wider:
+        assert "matrices that the model stores as int2, int3g64, int5g64, int6g128 keep" in wider[0]
     assert types["token_embd.weight"] == names[keep.get("embeddings", "int8")]
     assert types["blk.0.ffn_down.weight"] == names[keep.get("down_proj", to)]
     assert any("have the model's own integers, which were not rounded again" in sentence for sentence in said)

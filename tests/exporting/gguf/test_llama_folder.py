@@ -30,6 +30,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {"drop": {"attention": {"layers": [1]}, "mlp": {"layers": [1, 3]}}},
         WIDE,
     ),
+    "own-widths": (
+        "nemotron-nas",
+        "llama",
+        {"width": {"mlp": [512, 256, 512, 256], "weight": "none"}},
+        {**WIDE, "intermediate_size": 512},
+    ),
     "dropped-llama3": ("nemotron-nas", "llama-llama3", {"drop": {"attention": {"layers": [3]}}}, WIDE),
 }
 

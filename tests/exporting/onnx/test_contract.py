@@ -36,6 +36,7 @@ ATTENTION: dict[str, tuple[str, dict[str, Any]]] = {
     "yarn-rope": ("llama-yarn", {"fold": FOLD}),
     "low-rank": ("llama-mha-bias", {"factor": FACTOR}),
     "shared-bases": ("llama-mha-bias", {"fold": FOLD, "factor": {**FACTOR, "share": "basis"}}),
+    "own-widths": ("llama-mha-bias", {"width": {"mlp": [48, 32, 16, 40], "heads": [1, 2, 4, 3], "weight": "none"}}),
     "no-attention": ("llama-mha-bias", {"drop": {"attention": {"layers": [0, 2]}}}),
     "no-mlp": ("llama-mqa-mlp-bias", {"drop": {"mlp": {"count": 1}}}),
     "nothing-at-a-depth": ("llama", {"drop": {"attention": {"layers": [1]}, "mlp": {"layers": [1, 3]}}}),
