@@ -12,6 +12,8 @@ from refold.families.arch import Frozen
 Outer = Literal["embedding", "head"]
 QUANTITIES = ("bytes", "cache", "flops", "milliseconds")
 """The quantities that a budget can limit, in the order of `Costs`."""
+TIE, PAIRS = "tie", "pairs"
+"""Classes of the losses of ties and of pairs."""
 
 
 class Costs(NamedTuple):
@@ -46,11 +48,15 @@ class MatrixForm(Frozen):
     costs: Costs
 
 
-class Matrix(Frozen):
+class MenuMatrix(Frozen):
     """One matrix of a part, of which one form is chosen."""
 
     name: str
     """Name of the linear, such as `q_proj`; `embedding` or `head` outside of the stack."""
+    rows: int = 0
+    """Outputs in this form of the part, from which times are computed; 0: not given."""
+    columns: int = 0
+    """Inputs likewise."""
     forms: tuple[MatrixForm, ...] = Field(min_length=1)
 
 
@@ -65,7 +71,20 @@ class PartForm(Frozen):
     """Predicted loss in nats per token, with all matrices of the form whole and in floats."""
     costs: Costs
     """Costs of the form beside those of its matrices: norms, biases, cache, FLOPs of attention."""
-    matrices: tuple[Matrix, ...] = ()
+    matrices: tuple[MenuMatrix, ...] = ()
+    needs: Literal["keys", "projection"] | None = None
+    """What the form needs of the stack before it. `keys`: the mixer of the layer before in its first form.
+    `projection`: the part just before, stored in some form of the source's type and not tied."""
+
+    @property
+    def leaves(self) -> bool:
+        """Whether nothing of the part is stored (dropped, or folded into the part before), so that pairs count."""
+        return not self.matrices
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the part is of the source's type: another mixer's output projection takes no linear map."""
+        return self.setting.get("type", "attention") == "attention"
 
 
 class PartMenu(Frozen):
@@ -85,11 +104,11 @@ class TieForm(Frozen):
     loss: float
     costs: Costs
     """Costs beside those of the matrices, of both layers together."""
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[MenuMatrix, ...]
     """The shared matrices; FLOPs and milliseconds count both layers."""
 
 
-class Pair(Frozen):
+class PartPair(Frozen):
     """An additional loss where two parts that follow each other have both left the model (dropped or replaced).
 
     Additive losses are too low there: the second part cannot make up for the first.
@@ -101,14 +120,14 @@ class Pair(Frozen):
 
 
 class Menu(Frozen):
-    """All choices of a fit, and what no choice changes."""
+    """All choices of a fit, and the costs that no choice changes."""
 
     parts: tuple[PartMenu, ...]
     """In the order of execution: mixer and MLP of the first layer, of the second, ..."""
-    outer: tuple[Matrix, ...]
+    outer: tuple[MenuMatrix, ...]
     """The embedding, and the head if it is not the embedding."""
     ties: tuple[TieForm, ...] = ()
-    pairs: tuple[Pair, ...] = ()
+    pairs: tuple[PartPair, ...] = ()
     fixed: Costs
     """Costs of everything that no choice changes."""
     source: Costs
@@ -116,7 +135,8 @@ class Menu(Frozen):
     context: int
     """Tokens at which cache and FLOPs are counted."""
     scales: dict[str, float] = Field(default_factory=dict)
-    """Factor on predicted losses by class of choice (see `loss_class`), found by looking at candidates; default 1."""
+    """Factor on predicted losses by class of choice, found by looking at candidates; default 1. Classes: the kind of a
+    part's form, `tie`, `pairs`, and those of `matrix_class`."""
 
 
 class ChosenPart(NamedTuple):
@@ -128,7 +148,7 @@ class ChosenPart(NamedTuple):
     matrices: Mapping[str, MatrixForm]
 
 
-class Choice(NamedTuple):
+class FitChoice(NamedTuple):
     """One choice from a menu.
 
     Attributes:
@@ -146,6 +166,19 @@ class Choice(NamedTuple):
     loss: float
     losses: Mapping[str, float]
     costs: Costs
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The chosen forms; two choices with the same key are one."""
+
+        def stored(matrices: Mapping[str, MatrixForm]) -> tuple[object, ...]:
+            return tuple((name, form.rank, form.scheme) for name, form in matrices.items())
+
+        parts = tuple(
+            (part.layer, part.pool, part.form.kind, tuple(sorted(part.form.setting.items())), stored(part.matrices))
+            for part in self.parts
+        )
+        return parts, tuple((tie.pool, tie.layers, stored(forms)) for tie, forms in self.ties), stored(self.outer)
 
 
 def matrix_class(form: MatrixForm) -> str:
