@@ -7,8 +7,20 @@ StepReport = Callable[[int, int], None]
 """Called with the steps done and the steps of all phases."""
 DoneReport = Callable[[int], None]
 """Called with the steps of one phase that are done."""
-Phase = Literal["influence", "moments", "ranks", "maps", "sequence", "write", "round"]
-"""Phases in the order in which they run: three measurements, two kinds of fits, the tensors written, and rounded."""
+Phase = Literal[
+    "influence",
+    "replacements",
+    "moments",
+    "shrinkage",
+    "widths",
+    "ranks",
+    "vocabulary",
+    "maps",
+    "sequence",
+    "write",
+    "round",
+]
+"""Phases in the order in which they run: seven measurements, two kinds of fits, the tensors written, and rounded."""
 
 
 class Progress:
