@@ -1,1 +1,1 @@
-"""Fits a source into a budget: measures what each choice costs, chooses, looks, and writes a recipe."""
+"""Fits a source into a budget: measures the loss of each choice, chooses, looks, and writes a recipe."""

@@ -1,7 +1,5 @@
 """One arm of a run: a folder in which a model is converted, healed and evaluated once."""
 
-import contextlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,31 +16,9 @@ from refold.evaluation.settings import EvaluationSettings
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
 from refold.planning.plan import Draft
+from refold.progress import Show
 from refold.recipe.heal import HealStage
-from refold.recipe.quantise import Quantise
-
-Say = Callable[[str], None]
-"""Function that prints a line when a part begins."""
-Report = Callable[[int, int], None]
-"""Function that gets (steps done, total steps)."""
-
-
-@contextlib.contextmanager
-def _no_bar(label: str, unit: str) -> Iterator[Report]:
-    yield lambda done, total: None
-
-
-@dataclass(frozen=True)
-class Show:
-    """Shows the progress of a run to the user.
-
-    Attributes:
-        say: Prints a line.
-        progress: Makes a progress bar from a label and a unit; its `with` statement gives a `Report`.
-    """
-
-    say: Say = lambda text: None
-    progress: Callable[[str, str], contextlib.AbstractContextManager[Report]] = _no_bar
+from refold.recipe.recipe import Recipe
 
 
 @dataclass
@@ -60,6 +36,7 @@ class RunArm:
         device: Device for training and evaluation; None: the best available device.
         command: Command line, recorded in the provenance.
         show: Shows the progress.
+        moments: Moments of the source that its fits are weighted by; None: measured by the conversion.
     """
 
     folder: Path
@@ -72,11 +49,12 @@ class RunArm:
     device: str | None
     command: str
     show: Show
+    moments: Path | None = None
 
     def convert(self, plan: Draft) -> Path:
         """Carries out a plan, if this was not done before, and returns the model folder."""
         target = self.folder / "converted"
-        if not _is_finished(target):
+        if not is_finished(target):
             self.show.say(f"{self.folder.name}: converting")
             with self.show.progress(f"{self.folder.name}: converting", "steps") as report:
                 carry_out(
@@ -85,6 +63,7 @@ class RunArm:
                     target,
                     options=ConvertOptions(command=self.command, progress=report),
                     calibration=self.train,
+                    moments=self.moments if plan.recipe.needs_text else None,
                 )
         return target
 
@@ -93,25 +72,32 @@ class RunArm:
         if not self.stages:
             return start if isinstance(start, Source) else Path(start)
         target = self.folder / "model"
-        if not _is_finished(target):
+        if not is_finished(target):
             self.show.say(f"{self.folder.name}: healing for {sum(stage.tokens for stage in self.stages):,} tokens")
             options = HealOptions(device=self.device, command=self.command)
             heal(start, target, self.train, self.stages, options=options)
         return target
 
-    def quantise(self, model: Path, section: Quantise) -> Path:
-        """Stores a healed model's weights as integers, if this was not done before, and returns the folder."""
+    def quantise(self, model: Path, recipe: Recipe) -> Path:
+        """Stores a healed model in the integers of a recipe, if this was not done before, and returns the folder."""
+        section, calibration = recipe.quantise, recipe.calibration
+        assert section is not None
         target = self.folder / "quantised"
-        if not _is_finished(target):
+        if not is_finished(target):
             self.show.say(f"{self.folder.name}: rounding")
             with self.show.progress(f"{self.folder.name}: rounding", "steps") as report:
+                options = QuantiseOptions(
+                    section.rounding,
+                    context=calibration.context,
+                    shrink=calibration.shrink,
+                    seed=recipe.seed,
+                    command=self.command,
+                    progress=report,
+                    layers=section.layers,
+                )
+                data = None if section.rounding == "plain" else self.train
                 quantise(
-                    model,
-                    target,
-                    section.to,
-                    keep=section.keep,
-                    data=None if section.rounding == "plain" else self.train,
-                    options=QuantiseOptions(section.rounding, command=self.command, progress=report),
+                    model, target, section.to, keep=section.keep, data=data, tokens=calibration.tokens, options=options
                 )
         return target
 
@@ -132,7 +118,7 @@ class RunArm:
         return read_evaluation(path)
 
 
-def _is_finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
     """Returns whether a folder is complete from an earlier run."""
     settle(folder)
     if not folder.exists():

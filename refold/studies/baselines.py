@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refold.blueprint.integers import SCHEMES
+from refold.blueprint.integers import COMMON_SCHEMES, find_scheme
 from refold.blueprint.quantisation import quantised_bytes
 from refold.checkpoint.locate import Source
 from refold.errors import RecipeError
@@ -14,7 +14,8 @@ from refold.planning.factors import stored_share
 from refold.planning.plan import Draft, StackPlan, plan_model, replan
 from refold.recipe.drop import BlockDrop, Drop
 from refold.recipe.heal import HealStage
-from refold.recipe.recipe import Factor, LoraRelax, RankEnergy, Recipe
+from refold.recipe.low_rank import Factor
+from refold.recipe.recipe import LoraRelax, RankEnergy, Recipe
 from refold.sources.source_model import SourceModel
 from refold.suggest import must_be_one_of
 
@@ -108,10 +109,10 @@ def _largest_ranks(plan: StackPlan) -> dict[str, int]:
 
 
 def fitting_scheme(plan: StackPlan) -> str:
-    """Returns the most precise scheme that makes a plan's source at most as large as its target, or the smallest."""
+    """Returns the most precise common scheme whose source is at most as large as the plan's target, or the smallest."""
     source, costs = identity_blueprint(plan.blueprint.arch), plan.cost
     dtype_bytes = costs.source.weight_bytes // costs.source.parameters
-    sizes = {name: quantised_bytes(source, dtype_bytes, scheme) for name, scheme in SCHEMES.items()}
+    sizes = {name: quantised_bytes(source, dtype_bytes, find_scheme(name)) for name in COMMON_SCHEMES}
     fitting = (name for name, size in sizes.items() if size <= costs.target.weight_bytes)
     return next(fitting, min(sizes, key=lambda name: sizes[name]))
 
@@ -151,7 +152,7 @@ def _start_pruned(job: BaselineJob) -> Path:
 def _start_lowrank(job: BaselineJob) -> Path:
     recipe = lowrank_recipe(job.plan)
     assert recipe.factor is not None
-    if recipe.factor.parameters >= 1:
+    if recipe.factor.parameters is not None and recipe.factor.parameters >= 1:
         raise RecipeError("baseline lowrank: fewer linear weights than the source's are required; take scratch")
     return job.convert(plan_model(job.model, recipe))
 

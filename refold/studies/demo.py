@@ -19,11 +19,11 @@ from refold.generation.sampling import Sampling
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
 from refold.planning.plan import Draft, Plan, plan_model
+from refold.progress import Say
 from refold.recipe.heal import HealStage
 from refold.recipe.load import load_recipe
 from refold.recipe.recipe import Recipe
 from refold.sources.source_model import SourceModel, read_source_model
-from refold.studies.arm import Say
 from refold.studies.baselines import pruned_recipe
 from refold.studies.run import report_line
 from refold.studies.shipped import held_out_data, shipped_model, training_data

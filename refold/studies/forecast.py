@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from refold.errors import HealError
 from refold.healing.defaults import complete_stage, describe_stage
-from refold.healing.probe import describe_duration, probe
+from refold.healing.probe import probe
+from refold.progress import describe_duration
 from refold.studies.baselines import BASELINES, whole_model_stages
 from refold.studies.job import RunJob
 from refold.studies.run import describe_size

@@ -12,12 +12,12 @@ from refold.data.split import split
 from refold.errors import HealError, RecipeError
 from refold.modeling.load import choose_device
 from refold.planning.plan import Draft, plan_model
+from refold.progress import Show
 from refold.recipe.heal import HealStage, scale_stages
 from refold.recipe.load import RecipeLike, load_recipe
 from refold.recipe.recipe import Recipe
 from refold.recipe.stages import choose_stages
 from refold.sources.source_model import SourceModel, read_source_model
-from refold.studies.arm import Show
 from refold.studies.baselines import default_baselines, require_baseline
 
 DEFAULT_RECIPE = "lowrank"

@@ -148,13 +148,17 @@ def run(
         unhealed = folded.evaluate(converted, "unhealed")
         healed_model = folded.heal(converted)
         assert isinstance(healed_model, Path)
-        section = job.plan.recipe.quantise
-        if section is not None and job.stages and not holds_integers(made.blueprint):
-            healed_model = folded.quantise(healed_model, section)
+        recipe = job.plan.recipe
+        if recipe.quantise is not None and job.stages and not holds_integers(made.blueprint):
+            healed_model = folded.quantise(healed_model, recipe)
         healed = folded.evaluate(healed_model, "healed") if job.stages else unhealed
         rivals = {name: _measure_baseline(arm(name), job.model, made) for name in job.baselines}
         found = {name: evaluation for name, evaluation in rivals.items() if evaluation is not None}
-        result = replace(_summarise(job.name, made, healed_model, unhealed, healed, found), notes=job.notes)
+        # A line about training text of one kind says the same.
+        notes = job.notes or healed.notes
+        for line in () if job.notes else healed.notes:
+            show.say(line)
+        result = replace(_summarise(job.name, made, healed_model, unhealed, healed, found), notes=notes)
         _write_summary(root, result, job.settings)
     return result
 

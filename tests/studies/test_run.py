@@ -9,9 +9,9 @@ import pytest
 
 from refold.data.readers import from_documents
 from refold.errors import FolderError, HealError, RecipeError, RefoldError
+from refold.progress import Show
 from refold.recipe.heal import HealStage
 from refold.recipe.recipe import Recipe
-from refold.studies.arm import Show
 from refold.studies.forecast import forecast
 from refold.studies.job import RunOptions, RunSettings, choose_eval_tokens, read_job
 from refold.studies.run import run
