@@ -102,8 +102,8 @@ print("ok")
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """The package in a folder of its own, to be changed."""
-    shutil.copytree(ROOT, tmp_path / "refold", ignore=shutil.ignore_patterns("__pycache__", "shipped"))
+    """The package in a folder of its own, to be changed, with the compiled modules, which would take long to make."""
+    shutil.copytree(ROOT, tmp_path / "refold", ignore=shutil.ignore_patterns("shipped"))
     return tmp_path
 
 
@@ -184,7 +184,8 @@ def test_a_mixer_without_a_module_is_neither_planned_nor_converted(copied: Path,
         assert "Traceback" not in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
         assert "toy" in done.stderr
-    assert "there is no refold/nn/mixers/toy.py" in plan(copied).stderr
+        if command[0] == "plan":
+            assert "there is no refold/nn/mixers/toy.py" in done.stderr
     assert not (copied / "folded").exists()
     imported = run(copied, "-c", "import refold.modeling.model")
     assert "mixers: toy: an entry in refold/nn/mixers/registry.py is required" in imported.stderr

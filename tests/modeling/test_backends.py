@@ -11,6 +11,7 @@ from refold.errors import RefoldError
 
 FOLD = {"loops": 2, "init": "average"}
 RECIPES: dict[str, dict[str, Any]] = {
+    "narrow": {"width": {"mlp": [48, 32, 16, 40], "heads": 0.5, "weight": "none"}},
     "strict": {"fold": FOLD},
     "relaxed": {"fold": FOLD, "relax": {"rank": 3, "vectors": "own"}},
     "low rank": {"factor": {"parameters": 0.6, "weight": "none"}},
@@ -41,6 +42,7 @@ def run_paged(model: Any, prompts: list[list[int]]) -> list[list[int]]:
         ("relaxed", "llama", "eager"),
         ("low rank", "llama", "sdpa"),
         ("basis", "llama", "sdpa"),
+        ("narrow", "llama-mha-bias", "sdpa"),
         ("strict", "mistral-window", "eager"),
         ("relaxed", "gemma3_text", "sdpa"),
         ("relaxed", "qwen3-window", "sdpa"),
@@ -62,6 +64,12 @@ def test_stacks_that_paged_caches_cannot_hold_are_refused(load, tokens, name):
         RefoldError, match=rf"generate_batch: .*\({reason}.*, which is not supported yet\); use generate"
     ):
         run_paged(load("llama", recipe), [tokens[0].tolist()])
+
+
+def test_different_numbers_of_heads_are_refused(load, tokens):
+    narrow = {"width": {"heads": [1, 2, 2, 1], "weight": "none"}}
+    with pytest.raises(RefoldError, match=r"generate_batch: the same number of key-value heads .* \(got 1, 2, which"):
+        run_paged(load("llama", narrow), [tokens[0].tolist()])
 
 
 def test_soft_caps_are_refused_because_paged_attention_ignores_them(load, tokens):

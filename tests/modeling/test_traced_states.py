@@ -98,9 +98,8 @@ def trace(rows: str, *mixers: str) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", ["retention", "gated_deltanet"])
-def test_a_hybrid_traces_with_gradients(kind: str) -> None:
-    trace("whole", f'{{"type": "{kind}"}}')
+def test_hybrids_trace_with_gradients() -> None:
+    trace("whole", *(f'{{"type": "{kind}"}}' for kind in ("retention", "gated_deltanet")))
 
 
 @pytest.mark.long
