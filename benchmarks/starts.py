@@ -30,7 +30,7 @@ from starts_page import Found, Row, draw, render
 from refold.blueprint.cost import count_parameters
 from refold.blueprint.integers import SCHEMES
 from refold.blueprint.quantisation import quantised_bytes
-from refold.blueprint.schema import Blueprint
+from refold.blueprint.schema import POOLS, Blueprint, Pool
 from refold.conversion.convert import carry_out
 from refold.conversion.measured import keep_moments
 from refold.data.readers import open_data
@@ -40,7 +40,7 @@ from refold.evaluation.result import Evaluation
 from refold.evaluation.settings import EvaluationSettings
 from refold.fields import read_amount
 from refold.planning.build import identity_blueprint
-from refold.planning.factors import stored_share
+from refold.planning.factors import stored_linears, stored_share
 from refold.planning.plan import Plan, plan_model
 from refold.recipe.heal import HealStage
 from refold.recipe.load import load_recipe
@@ -104,10 +104,33 @@ def _compact(ends: int) -> Arm:
     return Arm(recipe, is_ours=True)
 
 
-def _pruned(by: str) -> Arm:
+def _width(**options: Any) -> Arm:
+    """Returns the arm that keeps the same share of neurons and of key-value heads, or divides it by measurement."""
+
+    def recipe(share: float, model: SourceModel) -> Recipe:
+        return {"width": {"mlp": share, "heads": share, **options}}
+
+    return Arm(recipe, is_ours=options.get("weight") == "fisher")
+
+
+def _narrow_mlps(share: float, model: SourceModel) -> Recipe | None:
+    """Returns the recipe whose MLPs alone lose neurons, down to the share of all linear weights."""
+    identity = identity_blueprint(model.arch)
+    weights = {pool: count_linears(identity, pool) for pool in POOLS}
+    kept = 1 - (1 - share) * sum(weights.values()) / weights["mlp"]
+    options = {"split": "measured", "weight": "fisher"}
+    return {"width": {"mlp": round(kept, 6), **options}} if kept > 0 else None
+
+
+def count_linears(blueprint: Blueprint, pool: Pool) -> int:
+    """Returns the weights of all linears of one pool."""
+    return sum(rows * columns for own, *_, (rows, columns) in stored_linears(blueprint) if own == pool)
+
+
+def _pruned(by: str, replace: str = "none") -> Arm:
     def recipe(share: float, model: SourceModel) -> Recipe:
         layers = model.arch.num_layers
-        return {"drop": {"block": {"count": layers - math.floor(share * layers), "by": by}}}
+        return {"drop": {"block": {"count": layers - math.floor(share * layers), "by": by, "replace": replace}}}
 
     return Arm(recipe)
 
@@ -126,6 +149,12 @@ def _basis(share: float, model: SourceModel) -> Recipe:
 ARMS = {
     "depth pruning, evenly": _pruned("even"),
     "depth pruning, by measured influence": _pruned("similarity"),
+    "depth pruning, by measured influence, linear maps in place (ReplaceMe)": _pruned("similarity", "linear"),
+    "width, by norms, nothing refitted": _width(weight="none"),
+    "width, weight: activations, measured": _width(weight="activations", split="measured"),
+    "width, weight: fisher, evenly": _width(weight="fisher"),
+    "width, weight: fisher, measured": _width(weight="fisher", split="measured"),
+    "width of MLPs alone, weight: fisher, measured": Arm(_narrow_mlps, is_ours=True),
     "the paper's: Average + SVD": Arm(lambda share, model: _fold(share, model, 0, init="svd")),
     "joint, own norms, ends untied, no data": _joint(),
     "the same, no data, aligned": _aligned(_joint()),
@@ -237,7 +266,7 @@ class Study:
         calibration = {**recipe.get("calibration", {}), **sizes}
         try:
             plan = plan_model(self.model, load_recipe({**recipe, "calibration": calibration}), allow_larger=True)
-            reads = plan.recipe.measures_influence or plan.recipe.fits_in_sequence
+            reads = plan.recipe.measures_influence or plan.recipe.fits_in_sequence or plan.recipe.replaces
             text = open_data([given.train]) if reads else None
             moments_folder = folder if plan.recipe.needs_text else None
             return carry_out(plan, self.model.source, out, calibration=text, moments=moments_folder)
