@@ -10,25 +10,28 @@ from pydantic_core import PydanticUndefined
 from refold.fields import Section
 from refold.mixers import placement
 from refold.recipe import drop as dropping
+from refold.recipe import fold as folding
 from refold.recipe import heal as heal_stage
-from refold.recipe import objectives, recipe, share_kv
+from refold.recipe import low_rank, objectives, recipe, share_kv, width
 from refold.recipe.heal import built_in_protocols
 from refold.recipe.tying import TYING_INITS
 
 TARGET = Path(__file__).parent / "recipe-reference.md"
 SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("the recipe", recipe.Recipe),
-    ("fold", recipe.Fold),
+    ("fold", folding.Fold),
+    ("fold.groups[]", folding.TiedGroup),
     ("relax with type: lora (left out: this)", recipe.LoraRelax),
     ("relax with type: prefix", recipe.PrefixRelax),
     ("relax.rank as a budget", recipe.RankShare),
     ("relax.rank as an energy", recipe.RankEnergy),
-    ("factor", recipe.Factor),
+    ("factor", low_rank.Factor),
     ("calibration", recipe.Calibration),
     ("drop", dropping.Drop),
     ("drop.block", dropping.BlockDrop),
     ("drop.attention, drop.mlp", dropping.PartDrop),
     ("drop.sublayers", dropping.SublayerDrop),
+    ("width", width.Width),
     ("mixers[] of every type", placement.MixerEntry),
     *((f"mixers[] with type: {mixer}", options) for mixer, options in placement.ENTRIES.items()),
     ("mixers[].depths, mixers[].except at regular distances", placement.Every),
@@ -37,6 +40,7 @@ SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("share_kv as a list", share_kv.ShareEntry),
     ("exits", recipe.ExitPlacement),
     ("quantise", recipe.Quantise),
+    ("vocabulary", recipe.VocabularyTrim),
     ("ignore_tensors[]", recipe.IgnoredTensor),
     ("heal[]", heal_stage.HealStage),
     ("heal[].objective", objectives.StageObjectives),
