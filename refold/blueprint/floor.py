@@ -34,7 +34,7 @@ class ByteFloor(NamedTuple):
 
 
 def find_floor(blueprint: Blueprint) -> ByteFloor:
-    """Counts what the stack's layers do not change.
+    """Counts the bytes outside of the layers.
 
     Args:
         blueprint: A stack; of a source, its identity.

@@ -16,7 +16,7 @@ BLOCK = 128
 """Number of columns whose errors are applied to the columns after them at once."""
 SWEEPS = {6: 1, 5: 1}
 """Number of times that scales are fitted again and each integer is set to its best value given the others, by bits;
-none at 8 bits, where the scale's own rounding is as large as what it gains; 2 below 5."""
+none at 8 bits, where rounding the scale costs as much as a sweep gains; 2 below 5."""
 PULL = 1e-2
 """Weight of the scale before, as a share of the fit's diagonal: groups of correlated inputs would fit noise."""
 FITTED_ELEMENTS = 1 << 23

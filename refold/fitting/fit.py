@@ -32,7 +32,7 @@ from refold.fitting.menu import Costs, FitChoice, Menu
 from refold.fitting.options import BUDGET_NAMES, FitOptions
 from refold.fitting.report import FitPoint, FitReport
 from refold.fitting.report_parts import ReportParts
-from refold.fitting.saved_menu import read_menu
+from refold.fitting.saved_menu import MENU_NAME, read_menu
 from refold.fitting.search import Search, Tried
 from refold.fitting.single_methods import DTYPES, SINGLE_METHODS, Single, SingleFits
 from refold.fitting.timed_parts import timed_parts
@@ -210,15 +210,14 @@ class FitRun:
 
     def _measured_menu(self, layers: SourceLayers) -> Menu:
         """Reads the menu of this folder, or measures it."""
-        job, settings = (
-            self._job,
-            MeasureSettings(context=self._context, seed=self._job.options.seed, schemes=FIT_SCHEMES),
-        )
+        job = self._job
+        settings = MeasureSettings(context=self._context, seed=job.options.seed, schemes=FIT_SCHEMES)
         packed = pack_text(job.model, job.train, job.settings)
         try:
             return read_menu(job.folder.measured, job.source, settings.measured(layers, packed, job.train.name))
-        except (FolderError, SourceError):
-            pass
+        except (FolderError, SourceError) as error:
+            if (job.folder.measured / MENU_NAME).exists():
+                job.options.show.say(f"measuring again: {error}")
         with job.options.show.progress("measuring", "steps") as report:
             return measure_menu(layers, packed, job.train.name, settings, job.folder.measured, report)
 

@@ -1,13 +1,13 @@
 """The search of a fit: chooses from the menu, looks at the best candidates, corrects the predictions, chooses again."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from refold.errors import RefoldError
 from refold.families.arch import ArchSpec
 from refold.fitting.budget import Limits
-from refold.fitting.choose import BoundedChoice, predicted
+from refold.fitting.choose import predicted
 from refold.fitting.correct import Seen, fit_scales
 from refold.fitting.look import Looked
 from refold.fitting.menu import PAIRS, TIE, FitChoice, Menu
@@ -156,9 +156,9 @@ class Search:
     def _next(self, limits: Limits, tried: Sequence[FitChoice]) -> FitChoice | None:
         known = {each.key for each in tried}
         for count in (1, ALTERNATIVES):
-            for found in _choices(choose_candidates(self.menu, self.arch, limits, count, self.without)):
-                if found.key not in known:
-                    return found
+            for found in choose_candidates(self.menu, self.arch, limits, count, self.without):
+                if found.choice.key not in known:
+                    return found.choice
         return None
 
 
@@ -173,7 +173,3 @@ def is_within(tried: Tried, limits: Limits) -> bool:
     costs: Mapping[str, float] = tried.looked.costs._asdict()
     judged = {name: limit for name, limit in limits._asdict().items() if limit is not None and name in costs}
     return all(costs[name] <= limit * (1 + SLACK) for name, limit in judged.items())
-
-
-def _choices(found: Sequence[BoundedChoice]) -> Iterator[FitChoice]:
-    return (each.choice for each in found)

@@ -67,9 +67,8 @@ def _recursive(arch: ArchSpec, size: int) -> dict[str, Any]:
 
 
 def _windows(arch: ArchSpec, size: int) -> dict[str, Any]:
-    widths = WINDOWS
-    layers = [index for index, each in enumerate(arch.layers) if each.window is None or each.window > widths[size]]
-    return {"mixers": [{"type": "attention", "window": widths[size], "depths": layers}]}
+    layers = [index for index, each in enumerate(arch.layers) if each.window is None or each.window > WINDOWS[size]]
+    return {"mixers": [{"type": "attention", "window": WINDOWS[size], "depths": layers}]}
 
 
 SINGLE_METHODS = (
