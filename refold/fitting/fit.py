@@ -1,7 +1,6 @@
 """The fit: measures once, chooses, looks, compares with single methods, heals, and writes model, recipe and report."""
 
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,16 +113,6 @@ LEAVING_ROUNDS = 3
 """Times that parts which would leave the model are measured, until no other ones would."""
 
 
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Adds the seconds that the block takes to those of a stage."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
 class FitRun:
     """Carries out a fit whose folder is locked.
 
@@ -157,8 +146,8 @@ class FitRun:
 
     def _point(self, budget: Budget, search: Search, parts: ReportParts, is_sweep: bool) -> FitPoint:
         """Searches one budget, and measures the result beside single methods."""
-        options, seconds = self._job.options, self._job.seconds
-        with timed(seconds, "search"):
+        options, watch = self._job.options, self._job.watch
+        with watch.measure("search"):
             found = self._search(budget, search, is_sweep)
         limits = budget.limits(search.menu.source)._replace(loss=None)
         if budget.max_loss is not None:
@@ -166,11 +155,11 @@ class FitRun:
             quantity = BUDGET_NAMES[options.smallest]
             limits = limits._replace(**{quantity: getattr(found[0].looked.costs, quantity)})
         if options.tokens:
-            with timed(seconds, "healing"):
+            with watch.measure("healing"):
                 found = heal_finalists(self._looker, found, options.tokens)
-        with timed(seconds, "report"):
+        with watch.measure("report"):
             found = [measure_for_report(self._looker, each) for each in found[:2]]
-        with timed(seconds, "single methods"):
+        with watch.measure("single methods"):
             singles = self._singles(limits, search.menu.source)
         point = parts.point(budget, limits, found, singles)
         self._reported[point.name] = found[0].looked
@@ -179,7 +168,7 @@ class FitRun:
     def _menu(self) -> Menu:
         """Returns the menu, measured or read, with times and measured drops, for the forms that the engine holds."""
         job, options = self._job, self._job.options
-        with timed(job.seconds, "measuring"), self._open_layers() as layers:
+        with job.watch.measure("measuring"), self._open_layers() as layers:
             measured = menu = self._measured_menu(layers)
             if options.trim_vocabulary:
                 menu = trim_menu(menu, job.model, job.train, job.shared)
@@ -252,7 +241,7 @@ class FitRun:
     def _search(self, budget: Budget, search: Search, is_sweep: bool) -> list[Tried]:
         """Returns the candidates of a budget, the best first."""
         options, limits = self._job.options, budget.limits(search.menu.source)
-        looks = max(1, options.looks // 2) if is_sweep else options.looks
+        looks = options.looks_at_each(len(self._budgets))
         name = f"fit {budget.describe()}" if is_sweep else "fit"
         if budget.max_loss is not None:
             quantity = BUDGET_NAMES[options.smallest]

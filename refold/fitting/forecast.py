@@ -31,7 +31,7 @@ def forecast(job: FitJob, budgets: Sequence[Budget]) -> FitReport:
     options = job.options
     num_singles = len(SINGLE_METHODS) if options.singles else 0
     look_tokens, report_tokens = options.eval_tokens // LOOK_SHARE, options.eval_tokens
-    looks = options.looks if len(budgets) == 1 else max(1, options.looks // 2)
+    looks = options.looks_at_each(len(budgets))
     scored = len(budgets) * (looks * look_tokens + (2 + num_singles) * report_tokens)
     finalists, brief, healed = healing_tokens(options.tokens, looks) if options.tokens else (0, 0, 0)
     notes = [

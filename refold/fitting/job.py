@@ -10,6 +10,7 @@ from refold.data.mixture import MixedSource, describe_one_kind
 from refold.data.readers import DataSource
 from refold.data.split import split, split_in_three
 from refold.errors import DataError
+from refold.evaluation.window_pass import Stopwatch
 from refold.fitting.look import HeldOutSource, Looker
 from refold.fitting.options import FitOptions
 from refold.fitting.report import FitText
@@ -39,7 +40,7 @@ class FitJob:
         look_text: Text on which candidates are compared.
         report_text: Text on which the result is reported.
         notes: Lines about the data and the device.
-        seconds: Seconds by stage.
+        watch: Seconds by stage.
     """
 
     source: Source
@@ -50,7 +51,7 @@ class FitJob:
     look_text: DataSource
     report_text: DataSource
     notes: list[str]
-    seconds: dict[str, float] = field(default_factory=dict)
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     @classmethod
     def open(

@@ -89,7 +89,7 @@ class Looked(NamedTuple):
 
     @property
     def divergence(self) -> float:
-        """Mean of the divergences from the source, which the predictions estimate; it has far less noise than a loss."""
+        """Mean divergence from the source, which the predictions estimate; it has far less noise than a loss."""
         return sum(each.divergence for each in self.losses.values()) / len(self.losses)
 
 

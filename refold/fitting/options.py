@@ -93,6 +93,10 @@ class FitOptions:
             if set(legal) <= set(self.without):
                 raise RefoldError("fit: without: at least one kind of choice must stay (got all); name fewer")
 
+    def looks_at_each(self, num_budgets: int) -> int:
+        """Returns the number of looks for each of several budgets: half, because corrections serve all of them."""
+        return self.looks if num_budgets == 1 else max(1, self.looks // 2)
+
 
 def choice_names() -> tuple[str, ...]:
     """Returns the names of all kinds of choice that can be left out: classes of matrices, kinds of parts, ties."""

@@ -109,7 +109,7 @@ class ReportParts:
             device=device,
             floor=tuple(FloorShare(name=name, bytes=size) for name, size in find_floor(self._menu).parts.items()),
             points=tuple(points),
-            seconds={name: round(each, 1) for name, each in job.seconds.items()},
+            seconds={name: round(each, 1) for name, each in job.watch.seconds.items()},
             notes=tuple(job.notes),
             versions=Stage(stage="fit").versions,
         )

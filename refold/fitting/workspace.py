@@ -54,10 +54,26 @@ class FitFolder:
         Raises:
             FolderError: The folder has other contents, belongs to another fit, or cannot be written.
         """
-        wanted = json.loads(json.dumps(dict(identity)))
-        path = self.root / FIT_NAME
         if self.root.exists() and not self.root.is_dir():
             raise FolderError(f"{self.root}: a folder's place is required (got a file); choose another output")
+        self._check(identity, overwrite)
+        try:
+            self.measured.mkdir(parents=True, exist_ok=True)
+            self.candidates.mkdir(exist_ok=True)
+        except OSError as error:
+            raise FolderError(
+                f"{self.root}: a writable place is required ({error.strerror}); choose another output"
+            ) from None
+        with FolderLock(self.root):
+            if (self.root / FIT_NAME).exists():
+                # Another fit may have begun here since the first check.
+                self._check(identity, overwrite)
+            write_json(self.root / FIT_NAME, dict(identity))
+            yield
+
+    def _check(self, identity: Mapping[str, Any], overwrite: bool) -> None:
+        """Checks the contents of the folder, as `claim` says."""
+        wanted, path = json.loads(json.dumps(dict(identity))), self.root / FIT_NAME
         if path.exists():
             begun = _read_identity(path)
             different = [key for key in sorted({*begun, *wanted}) if begun.get(key) != wanted.get(key)]
@@ -76,16 +92,6 @@ class FitFolder:
                 f"{self.root}: a place without a finished fit is required ({REPORT_NAME} is there); add --overwrite to "
                 f"replace its result with what was measured there, or choose another output"
             )
-        try:
-            self.measured.mkdir(parents=True, exist_ok=True)
-            self.candidates.mkdir(exist_ok=True)
-        except OSError as error:
-            raise FolderError(
-                f"{self.root}: a writable place is required ({error.strerror}); choose another output"
-            ) from None
-        write_json(path, wanted)
-        with FolderLock(self.root):
-            yield
 
     def candidate(self, recipe: Mapping[str, Any], name: str) -> Path:
         """Returns the folder of the candidate with a recipe; a new folder has the name in its own."""
