@@ -24,10 +24,8 @@ JITTER = 1e-9
 
 
 def weighted_error(change: Float[Tensor, "out in"], moments: Moments) -> float:
-    """Returns 0.5 tr(G D C D^T) for a change D of the weight."""
-    wide = change.double()
-    left = wide if moments.outputs is None else moments.outputs.double() @ wide
-    return 0.5 * float((left * (wide @ moments.inputs.double())).sum())
+    """Returns 0.5 tr(G D C D^T) for a change D of the weight, G the identity where gradients were not measured."""
+    return moments.error(change) * (0.5 if moments.outputs is None else 1.0)
 
 
 def rounding_errors(weight: Float[Tensor, "out in"], moments: Moments, scheme: Scheme) -> float:

@@ -373,8 +373,8 @@ def _choose(plan: StackPlan, linears: list) -> Blueprint:
         budget = linear_budget(source, factor.parameters) - paid
     if budget <= 0:
         raise RecipeError(
-            f"factor.parameters: a share above what is not factorised is required (got {factor and factor.parameters}, "
-            f"{-budget:,} parameters too few); raise it"
+            f"{'relax.rank' if factor is None else 'factor'}.parameters: a share that holds the linears whose ranks are "
+            f"not measured is required (got {-budget:,} parameters too few); raise it"
         )
     floor, multiple = (0.0, 1) if factor is None else (factor.floor, factor.multiple)
     choice = Choice(factors=factor is not None, loras=measures_loras, floor=floor, multiple=multiple)

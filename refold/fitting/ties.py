@@ -7,6 +7,7 @@ from torch import Tensor
 
 from refold.blueprint.schema import Pool
 from refold.calibration.curves import GroupWeightings
+from refold.calibration.rounding_errors import weighted_error
 from refold.calibration.weighting import INPUT_RIDGE, OUTPUT_RIDGE, Moments, ridged
 from refold.families.arch import ArchSpec
 from refold.fitting.kinds.whole import whole_costs
@@ -84,18 +85,5 @@ def tie_loss(linears: Sequence[str], first: int, read_weight: ReadWeight, read_m
         for layer, weight in weights.items():
             gradients = moments[layer].outputs
             outputs = None if gradients is None else ridged(gradients, OUTPUT_RIDGE)
-            total += loss_of_change(shared - weight, inputs[layer], outputs)
+            total += weighted_error(shared - weight, Moments(inputs[layer], outputs))
     return total
-
-
-def loss_of_change(change: Tensor, inputs: Tensor, outputs: Tensor | None) -> float:
-    """Returns 0.5 tr(G D C D^T) of a change D `[out, in]`, by two products.
-
-    Args:
-        change: D.
-        inputs: C `[in, in]`.
-        outputs: G `[out, out]`; None: the identity.
-    """
-    moved = change @ inputs.float()
-    turned = change if outputs is None else outputs.float() @ change
-    return float((turned.double() * moved.double()).sum()) / 2
