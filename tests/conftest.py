@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder
@@ -161,6 +162,21 @@ def material() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"real models are required: set REFOLD_MATERIAL to a folder that has them (got {folder})")
     return folder
+
+
+@pytest.fixture(scope="session")
+def with_swapped_tokens() -> Callable[[Path, Path], Path]:
+    """Copies a model folder and swaps two tokens in the copy's tokenizer."""
+
+    def swap(model: Path, out: Path) -> Path:
+        shutil.copytree(model, out)
+        raw = json.loads((out / "tokenizer.json").read_text())
+        vocab = raw["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+        (out / "tokenizer.json").write_text(json.dumps(raw))
+        return out
+
+    return swap
 
 
 @pytest.fixture(scope="session")

@@ -372,9 +372,10 @@ def _choose(plan: StackPlan, linears: list) -> Blueprint:
         assert factor.parameters is not None
         budget = linear_budget(source, factor.parameters) - paid
     if budget <= 0:
+        where = "relax.rank" if factor is None else "factor"
         raise RecipeError(
-            f"{'relax.rank' if factor is None else 'factor'}.parameters: a share that holds the linears whose ranks are "
-            f"not measured is required (got {-budget:,} parameters too few); raise it"
+            f"{where}.parameters: a share that holds the linears whose ranks are not measured is required (got "
+            f"{-budget:,} parameters too few); raise it"
         )
     floor, multiple = (0.0, 1) if factor is None else (factor.floor, factor.multiple)
     choice = Choice(factors=factor is not None, loras=measures_loras, floor=floor, multiple=multiple)

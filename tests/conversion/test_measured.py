@@ -43,13 +43,6 @@ RECIPES = {
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory, sentences: tuple[str, ...]) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(sentences * 20))
-    return path
-
-
-@pytest.fixture(scope="module")
 def source(make_model: Callable[..., Path]) -> Path:
     return make_model("llama", hidden_size=48, intermediate_size=96)
 

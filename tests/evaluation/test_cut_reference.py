@@ -1,7 +1,5 @@
 """A model with a cut vocabulary against its source: figures of the source are those of its own tokens."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -107,13 +105,8 @@ def test_kinds_of_text_are_compared_each_by_itself(models, tmp_path):
         assert kind.difference == pytest.approx(alone.against.difference, rel=1e-9)
 
 
-def test_a_source_with_other_tokens_is_refused(models, tmp_path):
+def test_a_source_with_other_tokens_is_refused(models, tmp_path, with_swapped_tokens):
     source, cut = models
-    other = tmp_path / "other"
-    shutil.copytree(source, other)
-    raw = json.loads((other / "tokenizer.json").read_text())
-    vocab = raw["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    (other / "tokenizer.json").write_text(json.dumps(raw))
+    other = with_swapped_tokens(source, tmp_path / "other")
     with pytest.raises(SourceError, match=r"against: the vocabulary of .* is required"):
         evaluate(cut, from_documents(TEXT), SETTINGS, against=other)

@@ -1,7 +1,5 @@
 """Teachers of students that keep some of the teacher's tokens."""
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -74,13 +72,8 @@ def test_a_teacher_that_is_trained_first_is_cut_afterwards(models, tmp_path):
     assert seen[-1].objectives["forward_kl"] > 0
 
 
-def test_a_teacher_with_other_tokens_is_refused(models, tmp_path):
+def test_a_teacher_with_other_tokens_is_refused(models, tmp_path, with_swapped_tokens):
     source, cut = models
-    other = tmp_path / "other"
-    shutil.copytree(source, other)
-    raw = json.loads((other / "tokenizer.json").read_text())
-    vocab = raw["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    (other / "tokenizer.json").write_text(json.dumps(raw))
+    other = with_swapped_tokens(source, tmp_path / "other")
     with pytest.raises(SourceError, match="a teacher with the student's tokenizer is required"):
         run(cut, tmp_path / "out", {"distil": {}}, teacher=other)
