@@ -176,7 +176,7 @@ class DeviceTable(Frozen):
 
 
 class GridKey(NamedTuple):
-    """What the times of one grid have in common.
+    """The scheme, batch and kernel of the times of one grid.
 
     Attributes:
         scheme: Scheme of the integers; None: floats.

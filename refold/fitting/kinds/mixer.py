@@ -50,7 +50,8 @@ class OtherMixer(PartKind):
                     matrices=tuple(whole),
                 )
         for window in FEATURE_WINDOWS:
-            if window < length:
+            # A map is measured on other sequences than those that it is fitted to.
+            if window < length and part.sample.num_sequences > 1:
                 yield from self._linear(part, swap, window, whole)
 
     def write(self, recipe: dict[str, Any], arch: ArchSpec, chosen: Mapping[int, PartForm], pool: Pool) -> None:
@@ -75,13 +76,13 @@ class OtherMixer(PartKind):
             mixer = LinearAttention.model_validate(setting).resolve(part.arch, "mixers[0]")
         except RecipeError:
             return  # A source that caps its scores has no window beside features.
-        half = max(1, part.sample.num_sequences // 2)
+        half = part.sample.num_sequences // 2
         fresh = MapFit(part.arch, mixer).fit(
             swap.start(mixer), [swap.attention(half, min(FIT_TOKENS, swap.stream.states.shape[1]))], FIT, seed=0
         )
         update = swap.update(mixer, None, fresh)
         errors = update - part.sample.by_sequence(part.sample.updates)
-        held_out = slice(half if part.sample.num_sequences > 1 else 0, None)
+        held_out = slice(half, None)
         gradients = part.sample.by_sequence(part.sample.gradients)
         yield PartForm(
             kind=self.name,
