@@ -140,7 +140,6 @@ MISTAKES = [
     ({"heal": [{"tokens": 1, "thaw": {"when": "share"}}]}, r"thaw\.latest: a share below 1 is required .* \(got 1\)"),
     ({"heal": {"protocol": "distill", "tokens": 1}}, r"heal: protocol must be one of .* did you mean 'distil'"),
     ({"heal": {"protocol": "distil"}}, r"heal: protocol distil: requires `tokens`, such as 20M \(got None\)"),
-    ({1: 2}, r"\[1\]: keys should be strings"),
     ({"seed": "2024-13-45"}, r"seed: must be a whole number \(got '2024-13-45'\)"),
     ({"seed": 2**63}, r"seed: must be at most 9223372036854775807"),
     ({"mixers": [{"type": ["mamba"]}]}, r"mixers\[0\]: type: must be one of .* \(got \['mamba'\]\)"),
@@ -153,6 +152,13 @@ MISTAKES = [
 def test_a_mistake_is_named_with_its_key_path(sections, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(sections)
+
+
+def test_a_key_of_a_file_that_is_no_text_is_named(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("1: 2\n")
+    with pytest.raises(RecipeError, match=r"\[1\]: keys should be strings"):
+        load_recipe(file)
 
 
 def test_a_list_of_wrong_entries_is_not_called_empty():
