@@ -1,11 +1,13 @@
 """Fixtures for all tests, and shape annotations checked while tests run."""
 
 import functools
+import gc
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from itertools import count
 from pathlib import Path
@@ -19,6 +21,16 @@ import pytest
 # Tiny tensors: threads that wait for each other cost far more than they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+# Imports make millions of objects that stay: every pass of the garbage collector over them is in vain.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leaves modules and tests out of garbage collection from here on."""
+    gc.freeze()
+    gc.enable()
 
 
 # A deadline for each example fails on a busy machine, and tests assert no time. The same examples every time, so that a
@@ -49,18 +61,35 @@ def checked_at_first(*, typechecker: Any) -> Callable[[Any], Any]:
 
 
 def sample(function: Any, check: Callable[[Any], Any]) -> Any:
+    if isinstance(function, type):
+        # Of a class, jaxtyping checks what a dataclass is made of.
+        if is_dataclass(function) and isinstance(function.__dict__.get("__init__"), FunctionType):
+            function.__init__ = sample(function.__init__, check)
+        return function
     plain = getattr(function, "__func__", function)
     if not isinstance(plain, FunctionType):
         return check(function)
     if "<locals>" in plain.__qualname__:
         return function
-    checked = check(plain)
     calls = count()
+    checked: Callable[..., Any] | None = None
 
     @functools.wraps(plain)
     def sampled(*args: Any, **kwargs: Any) -> Any:
+        nonlocal checked
         call = next(calls)
-        return (checked if call < 40 or call % 199 == 0 else plain)(*args, **kwargs)
+        if call >= 40 and call % 199:
+            return plain(*args, **kwargs)
+        if checked is None:
+            # Making a check takes longer than many calls, and most functions are never called in a process.
+            checked = check(plain)
+        made: Any = checked
+        try:
+            return made(*args, **kwargs)
+        except jaxtyping.TypeCheckError:
+            # Where a test gives wrong input, the function's own message is what it asks for.
+            plain(*args, **kwargs)
+            raise
 
     return sampled if plain is function else type(function)(sampled)
 
