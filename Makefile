@@ -24,12 +24,17 @@ QUIET := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 ENGINES := .engines
 FOUND = $(foreach each,llama genai vllm mlx,$(if $(wildcard $(ENGINES)/$(each)/.made),\
 	REFOLD_$(shell echo $(each) | tr a-z A-Z)_PYTHON=$(abspath $(ENGINES)/$(each)/bin/python)))
-TEST = $(QUIET) $(FOUND) OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2
+# Each process takes half of the folders in turn, so that a folder's models are made once.
+# Bytecode that is kept saves every worker and every process of a test seconds.
+TEST = $(QUIET) PYTHONDONTWRITEBYTECODE= $(FOUND) OMP_NUM_THREADS=1 $(RUN_PYTHON) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-long test-vllm engines gpu lint docs clean
+.PHONY: environment demo test test-long test-vllm engines gpu lint docs clean
 
 demo: $(STAMPS)/package
 	$(QUIET) $(RUN_PYTHON) -m refold.cli demo
+
+# The virtual environment alone, with nothing in it yet.
+environment: $(STAMPS)/python
 
 test: $(STAMPS)/dev
 	$(TEST) -m "not long"

@@ -3,6 +3,9 @@
 import importlib
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +13,7 @@ import refold
 
 PUBLIC = {
     "analyse", "plan", "convert", "inspect", "heal", "quantise", "evaluate", "calibrate", "generate", "export",
-    "run", "bench", "fit", "sweep", "parse_budget", "FitOptions",
+    "run", "bench", "fit", "sweep", "score", "compare", "read_scorecard", "ScoreSettings", "parse_budget", "FitOptions",
     "Recipe", "HealStage", "HealOptions", "RunSettings", "RunOptions", "BenchSettings", "AnalysisSettings", "Reference",
     "CalibrateOptions", "ConvertOptions", "EvaluationSettings", "QuantiseOptions", "Sampling",
     "linear_names", "load_adapters", "load_model", "load_tokenizer", "RefoldError", "Mixture", "from_documents",
@@ -30,11 +33,20 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
 
 
 def test_functions_stay_functions_when_their_packages_are_imported() -> None:
-    for package in ("analysis", "conversion", "healing", "evaluation", "exporting", "generation", "studies"):
+    for package in (
+        "analysis",
+        "conversion",
+        "healing",
+        "evaluation",
+        "exporting",
+        "generation",
+        "studies",
+        "scorecard",
+    ):
         importlib.import_module(f"refold.{package}")
     assert all(
         callable(getattr(refold, name))
-        for name in ("analyse", "convert", "heal", "evaluate", "export", "generate", "run")
+        for name in ("analyse", "convert", "heal", "evaluate", "export", "generate", "run", "score", "compare")
     )
 
 
@@ -48,28 +60,17 @@ def test_importing_refold_imports_neither_torch_nor_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-WRONG_SETTINGS = """
-import sys, refold
-from pathlib import Path
-path = Path(sys.argv[1])
-calls = {
-    "EvaluationSettings": lambda: refold.evaluate(path, ["a b c d"], {"context": 64}),
-    "ConvertOptions": lambda: refold.convert(path, path / "out", options={"overwrite": True}),
-    "CalibrateOptions": lambda: refold.calibrate(path, ["a b c d"], {"tolerance": 0.1}),
-    "HealOptions": lambda: refold.heal(path, path / "out", ["a b c d"], [], options={"device": "cpu"}),
-    "RunOptions": lambda: refold.run(path, path / "out", data=["a b c d"], options={"device": "cpu"}),
-    "AnalysisSettings": lambda: refold.analyse(path, settings={"tokens": 64}),
-}
-for kind, call in calls.items():
-    try:
-        call()
-    except refold.RefoldError as error:
-        assert f"refold.{kind} is required (got dict); give refold.{kind}" in str(error), error
-    else:
-        raise AssertionError(kind)
-"""
-
-
-def test_settings_of_another_type_are_refused(tmp_path) -> None:
-    # In a process of its own: here annotations are checked before refold can say anything.
-    subprocess.run([sys.executable, "-c", WRONG_SETTINGS, str(tmp_path)], check=True, timeout=200)
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        ("EvaluationSettings", lambda path, refold: refold.evaluate(path, ["a b c d"], {"context": 64})),
+        ("ConvertOptions", lambda path, refold: refold.convert(path, path / "out", options={"overwrite": True})),
+        ("CalibrateOptions", lambda path, refold: refold.calibrate(path, ["a b c d"], {"tolerance": 0.1})),
+        ("HealOptions", lambda path, refold: refold.heal(path, path / "out", ["a b"], [], options={"device": "cpu"})),
+        ("RunOptions", lambda path, refold: refold.run(path, path / "out", data=["a b"], options={"device": "cpu"})),
+        ("AnalysisSettings", lambda path, refold: refold.analyse(path, settings={"tokens": 64})),
+    ],
+)
+def test_settings_of_another_type_are_refused(kind: str, call: Callable[[Path, Any], object], tmp_path: Path) -> None:
+    with pytest.raises(refold.RefoldError, match=rf"refold\.{kind} is required \(got dict\); give refold\.{kind}"):
+        call(tmp_path, refold)

@@ -39,7 +39,9 @@ TIMES = ("Trainer", "continuous batching")
 """Targets on times, which no test asserts: their parts run, and the targets may be missed."""
 
 
-@pytest.mark.parametrize("parts", [QUICK, pytest.param(WHOLE, marks=pytest.mark.long)], ids=["quick", "whole"])
+# Slow; the parts are run by `make gpu DEVICE=cpu`.
+@pytest.mark.long
+@pytest.mark.parametrize("parts", [QUICK, WHOLE], ids=["quick", "whole"])
 def test_the_rehearsal_runs_every_part_once(tmp_path, parts, main):
     work, page = tmp_path / "work", tmp_path / "gpu.md"
     command = ("--device", "cpu", "--work", str(work), "--write", str(page), "--parts", *parts)

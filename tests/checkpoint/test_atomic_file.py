@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from refold.checkpoint.atomic_file import flush, is_unfinished, require_free, write_json, write_text
+from refold.checkpoint.atomic_file import flush, is_unfinished, json_text, require_free, write_json, write_text
 from refold.errors import FolderError
 
 
@@ -18,6 +18,17 @@ def test_what_is_written_is_read_back_and_nothing_else_is_left(tmp_path: Path):
         write_json(path, value)
         assert json.loads(path.read_text(encoding="utf-8")) == value
     assert [each.name for each in path.parent.iterdir()] == ["facts.json"]
+
+
+def test_json_has_lists_of_numbers_and_words_on_one_line():
+    value = {"a": [1, 2.5, None], "b": [], "c": [{"d": ["x\n  y", "z"]}, [[1], [2]]], "e": ["[\n1\n]", "{"], "f": "[]"}
+    text = json_text(value)
+    assert json.loads(text) == value
+    lines = [line.strip() for line in text.splitlines()]
+    assert '"a": [1, 2.5, null],' in lines
+    assert '"d": ["x\\n  y", "z"]' in lines
+    assert "[1]," in lines
+    assert json_text({"at": Path("x")}, default=str) == '{\n  "at": "x"\n}'
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])

@@ -72,6 +72,24 @@ def test_stored_weights_are_the_mean_and_loras_what_it_lost(source, tmp_path):
         assert torch.equal(own, given[f"model.layers.{depth}.post_attention_layernorm.weight"])
 
 
+def test_the_plan_has_the_energy_of_factors(source, tmp_path):
+    made = convert(source, tmp_path / "out", {"factor": {"parameters": 0.5, "weight": "none"}})
+    given = tensors_of(source)
+    assert len(made.factor_energy) == 4 * 7
+    for part in (0, 3):
+        for linear, name in (
+            ("self_attn.q_proj", f"mixers.{part}.q_proj"),
+            ("mlp.down_proj", f"mlps.{part}.down_proj"),
+        ):
+            pool, _, short = name.split(".")
+            rank = getattr(made.blueprint, pool)[part].factors[short]
+            squares = torch.linalg.svdvals(given[f"model.layers.{part}.{linear}.weight"].double()).square()
+            assert made.factor_energy[name] == pytest.approx(float(squares[:rank].sum() / squares.sum()), abs=1e-5)
+            assert made.factor_energy[name] < 0.99
+    assert made.kept_energy == {}
+    assert read_plan(tmp_path / "out" / "plan.json").factor_energy == made.factor_energy
+
+
 @pytest.mark.parametrize(("init", "sources"), [("stepwise", (0, 3)), ("lower", (0, 1)), ("upper", (2, 3))])
 def test_strict_folds_copy_the_layers_of_their_init(source, tmp_path, init, sources):
     convert(source, tmp_path / "out", {"fold": {"loops": 2, "init": init}})

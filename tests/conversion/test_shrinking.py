@@ -103,6 +103,8 @@ def test_moments_kept_by_folds_serve_the_choice(source, text, tmp_path, made):
     assert same(load_file(tmp_path / "kept" / "model.safetensors"), made(MEASURED, shrink="auto"))
 
 
+# Slow; the strengths themselves are tested above.
+@pytest.mark.long
 def test_rounding_with_feedback_shrinks(source, sentences, tmp_path):
     data = list(sentences) * 20
 

@@ -1,14 +1,16 @@
 """Fixtures: tiny folded models, and greedy tokens as transformers' `generate` makes them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 from torch import Tensor
 
 from refold.conversion.convert import ConvertOptions, convert
+from refold.engine.worker_process import WorkerProcesses
 from refold.modeling.load import load_model
 
 FOLD = {"loops": 2, "init": "average"}
@@ -60,12 +62,27 @@ def load(make_source: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     return make
 
 
+@pytest.fixture(scope="session")
+def workers() -> Iterator[WorkerProcesses]:
+    """Three attention workers that serve one engine after the other."""
+    found = WorkerProcesses(3, threads=1, once=False)
+    yield found
+    found.close()
+
+
+GENERATED: WeakKeyDictionary[Any, dict[str, list[int]]] = WeakKeyDictionary()
+"""Greedy tokens by model and question: many tests ask the same of a model that none of them changes."""
+
+
 @torch.no_grad()
 def greedy(model: Any, prompt: Sequence[int], count: int, **given: Any) -> list[int]:
     """Greedy tokens of transformers' `generate`, without an end token."""
-    ids: Tensor = torch.tensor([list(prompt)])
-    found = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, **given)
-    return found[0, len(prompt) :].tolist()
+    known, key = GENERATED.setdefault(model, {}), repr((list(prompt), count, given))
+    if key not in known:
+        ids: Tensor = torch.tensor([list(prompt)])
+        found = model.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, **given)
+        known[key] = found[0, len(prompt) :].tolist()
+    return known[key]
 
 
 def make_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:

@@ -13,7 +13,7 @@ from refold.engine.sampler import Sampler
 from refold.generation.sampling import Sampling
 
 SIZE = 12
-DRAWS = 20_000
+DRAWS = 8_000
 BATCH = 500
 WAYS = [{}, {"temperature": 0.6}, {"top_p": 0.85}, {"top_k": 5, "min_p": 0.02}]
 

@@ -228,7 +228,7 @@ def make_pools(model: Any, **fields: Any) -> Pools:
 
 
 @pytest.mark.parametrize("name", STACKS)
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(data=st.data())
 def test_any_schedule_gives_the_hidden_states_of_a_plain_pass(load, name, data):
     model = load(*STACKS[name])
@@ -242,7 +242,7 @@ def test_any_schedule_gives_the_hidden_states_of_a_plain_pass(load, name, data):
 
 
 @pytest.mark.parametrize("name", RECURRENT)
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(data=st.data())
 def test_states_of_rows_go_on_in_any_schedule(load, name, data):
     # Recurrences in float32 carry rounding from token to token, by more than the tolerance; the gates and

@@ -133,7 +133,7 @@ def test_samples_have_the_frequencies_of_the_softmax(load, drafts):
     """Second tokens too, which drafts decide: their frequencies given the first one are those of the model."""
     model, prompt, count = load("exits"), make_prompts((6,))[0], 2000
     sampling = [short(2, temperature=0.6, top_k=6, seed=seed) for seed in range(count)]
-    found = make(model, drafts=drafts, max_rows=16).generate([prompt] * count, sampling)
+    found = make(model, drafts=drafts, max_rows=100, chunk=400).generate([prompt] * count, sampling)
     pairs = Counter(each.choices[0].token_ids for each in found)
 
     def distribution(ids):

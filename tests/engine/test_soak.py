@@ -58,7 +58,7 @@ def soak(model: Any, count: int, share: int, **given: Any) -> None:
     assert live_tensors() <= before * 1.02
 
 
-@pytest.mark.parametrize(("name", "share"), [("relaxed", 20), ("window hybrid", 8)])
+@pytest.mark.parametrize(("name", "share"), [pytest.param("relaxed", 20, marks=pytest.mark.long), ("window hybrid", 8)])
 def test_a_short_soak(load, name, share):
     soak(load(name), 120, share)
 

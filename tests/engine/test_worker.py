@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,14 +25,6 @@ BOUND = 30.0
 """Seconds within which a lost worker must be noticed."""
 
 
-@pytest.fixture(scope="module")
-def workers() -> Iterator[WorkerProcesses]:
-    """Three attention workers that serve one engine after the other."""
-    found = WorkerProcesses(3, threads=1, once=False)
-    yield found
-    found.close()
-
-
 def short(count: int = 8) -> Sampling:
     return Sampling(max_new_tokens=count, ignore_eos=True)
 
@@ -49,8 +40,15 @@ def run(model: Any, prompts: list[list[int]], **given: Any) -> list[list[int]]:
     return [list(each.choices[0].token_ids) for each in found]
 
 
-@pytest.mark.parametrize(("count", "split", "overlap"), [(1, "heads", True), (2, "heads", False), (3, "rows", True)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "count", "split", "overlap"),
+    [
+        # One worker has all heads of any stack.
+        *(pytest.param(name, 1, "heads", True, marks=[pytest.mark.long] * (name != "hybrid")) for name in NAMES),
+        *((name, 2, "heads", False) for name in NAMES),
+        *((name, 3, "rows", True) for name in NAMES),
+    ],
+)
 def test_tokens_are_those_of_generate(load, workers, name, count, split, overlap):
     model, prompts = load(name), make_prompts((1, 5, 9, 17, 23))
     if name == "narrow" or count > model.config.read_blueprint().arch.num_key_value_heads:

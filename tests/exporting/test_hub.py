@@ -65,6 +65,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "int4-bases": ("llama", {"fold": FOLD, "factor": {**FACTOR, "share": "basis"}, "quantise": {"to": "int4z"}}),
     "hybrid-of-three": ("llama", {"mixers": [{"type": "mamba2", "depths": [0]}, {"type": "gla", "depths": [2]}]}),
 }
+LONG = {"identity", "neox-tied", "qwen2", "qwen3", "gemma", "olmo2", "phi3", "lightning", "hybrid-of-three"}
+LONG |= {"gains", "prefixes", "keys-of-some-heads", "dynamic", "retention", "mamba", "features", "int8", "int4-bases"}
+"""Cases whose parts stand in other cases or in other tests of the same code too: generating the classes is slow."""
 IN_A_CLEAN_PROCESS = """
 import sys
 from pathlib import Path
@@ -99,7 +102,7 @@ for folder in map(Path, sys.argv[2:]):
     with torch.no_grad():
         found = {
             "logits": model(tokens).logits,
-            "tokens": model.generate(tokens[:, :9], max_new_tokens=24, do_sample=False),
+            "tokens": model.generate(tokens[:, :9], max_new_tokens=12, do_sample=False),
         }
         if folder.name in ("strict", "relaxed", "hybrid"):
             model.save_pretrained(folder.with_suffix(".saved"))
@@ -155,13 +158,17 @@ def _exchange(blueprint: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(make_source, folded: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All cases exported, and run in one process that has neither refold nor the libraries that refold needs.
+def found(
+    request: pytest.FixtureRequest, make_source, folded: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """The cases of this session, exported, and run in one process without refold and the libraries that refold needs.
 
     The same process loads a source as `source`, and two exports of `strict` whose blueprint was changed.
     """
     folder = tmp_path_factory.mktemp("exported")
-    exports = {case: export(folded(case), folder / case, "hub") for case in CASES}
+    selected = {item.name for item in request.session.items if item.path == request.path}
+    needed = [case for case in CASES if case == "strict" or any(name.endswith(f"[{case}]") for name in selected)]
+    exports = {case: export(folded(case), folder / case, "hub") for case in needed}
     exports["source"] = export(make_source("qwen3"), folder / "source", "hub")
     exports["exchanged"] = _changed(folded("strict"), folder / "exchanged", _exchange)
     exports["damaged"] = _changed(
@@ -171,12 +178,12 @@ def found(make_source, folded: Callable[[str], Path], tmp_path_factory: pytest.T
     return {case: torch.load(out.with_suffix(".found"), weights_only=True) for case, out in exports.items()}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.long] * (case in LONG)) for case in CASES])
 def test_a_folder_computes_without_refold_as_the_fold_does(case: str, folded, found):
     model: Any = load_model(folded(case), device="cpu")
     with torch.no_grad():
         logits = model(_tokens()).logits
-        tokens = model.generate(_tokens()[:, :9], max_new_tokens=24, do_sample=False)
+        tokens = model.generate(_tokens()[:, :9], max_new_tokens=12, do_sample=False)
     assert _error(found[case]["logits"], logits) < 2e-5
     assert torch.equal(found[case]["tokens"], tokens)
 

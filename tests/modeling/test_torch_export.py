@@ -105,6 +105,8 @@ def run(recipes: list[dict[str, Any]], rows: str, gradients: str) -> None:
     assert done.stdout.count("done") == len(recipes)
 
 
+# Slow; the ONNX contract runs graphs of every mixer too.
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_graphs_of_all_mixers_serve_other_sizes() -> None:
     run(HYBRIDS, "whole", "inference")

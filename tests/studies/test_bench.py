@@ -1,6 +1,7 @@
 """The bench: contenders give the same tokens, figures are of the right quantities, mistakes are told before any run."""
 
 import json
+import shutil
 import statistics
 from collections.abc import Callable
 from itertools import pairwise
@@ -26,8 +27,9 @@ FOLD = {"fold": {"loops": 2}, "exits": {}}
 
 
 @pytest.fixture(scope="module")
-def source(make_source: Callable[..., Path]) -> Path:
-    folder = make_source("llama")
+def source(make_source: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # A copy: the folder is shared with tests of sources without a tokenizer.
+    folder = shutil.copytree(make_source("llama"), tmp_path_factory.mktemp("bench") / "source")
     words = WordLevel({f"token{index}": index for index in range(90)}, unk_token="token0")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)).save_pretrained(folder)
     return folder

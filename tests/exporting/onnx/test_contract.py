@@ -80,9 +80,12 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "folded-hybrid": ("llama", {"fold": FOLD, "relax": LORA, "mixers": [{"type": "mamba2", "depths": {"every": 2}}]}),
 }
 CASES = {**ATTENTION, **RECURRENT}
+LONG = {"mistral-head-dim", "gpt_neox-sequential", "gpt_neox-tied", "gemma2-shared-keys", "phi3-window", "linear-rope"}
+LONG |= {"lightning", "liger", "mamba2-plain", "deltanet", "favor", "dijiang", "elu", "t2r"}
+"""Variants of cases that stay."""
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.long] * (case in LONG)) for case in CASES])
 def test_a_graph_computes_the_logits_of_its_model(fold, tmp_path, case):
     folder = fold(*CASES[case])
     graph, model = Graph(export(folder, tmp_path / "out", "onnx")), load_model(folder)
