@@ -1,7 +1,5 @@
 """A reference for a model that keeps only some tokens of the reference's vocabulary."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from jaxtyping import Int64
@@ -9,7 +7,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from refold.data.encoder import TextEncoder
-from refold.data.mixture import MixedSource
 from refold.data.readers import DataSource
 from refold.data.tokens import TokenisedDocuments
 from refold.data.windows import window_batches
@@ -18,6 +15,7 @@ from refold.evaluation.reference import Reference
 from refold.evaluation.result import ModelFacts
 from refold.evaluation.settings import WindowSizes
 from refold.evaluation.subject import Subject
+from refold.evaluation.text import ReadText, document_texts
 from refold.scoring.agreement import token_scores
 from refold.scoring.head import Head, Predictions
 from refold.vocabulary.kept_tokens import KeptTokens
@@ -67,20 +65,17 @@ class CutReference:
         self._head = None
         self._reference.let_go()
 
-    def own_sums(
-        self, source: DataSource, documents: TokenisedDocuments, kinds: dict[str, slice], windows: WindowSizes
-    ) -> DocumentSums:
+    def own_sums(self, source: DataSource, text: ReadText, windows: WindowSizes) -> DocumentSums:
         """Scores the same text in the reference's own tokens, with its whole head.
 
         Args:
             source: The text.
-            documents: The text in the model's tokens; the bytes of each document are scored here too.
-            kinds: Range of documents of each part of a source of several parts.
+            text: The text in the model's tokens; the bytes of each document are scored here too.
             windows: Context, stride and batch size.
         """
         tokenizer = self._reference.tokenizer
         assert tokenizer is not None
-        own = _encode(list(_texts(source, documents, kinds)), tokenizer)
+        own = _encode(list(document_texts(source, text)), tokenizer)
         sums, device = DocumentSums(own.num_documents), self._reference.device
         with torch.inference_mode():
             for batch in window_batches(own, **windows._asdict()):
@@ -104,18 +99,6 @@ def cut_reference(reference: Reference, subject: Subject) -> Reference | CutRefe
         return CutReference(reference, kept)
     reference.check(subject)
     return reference
-
-
-def _texts(source: DataSource, documents: TokenisedDocuments, kinds: dict[str, slice]) -> Iterator[str]:
-    """Yields the texts of tokenised documents, the last of each kind cut as there."""
-    sizes = np.diff(documents.byte_offsets)
-    parts = source.parts if isinstance(source, MixedSource) else (source,)
-    ranges = list(kinds.values()) or [slice(0, documents.num_documents)]
-    for part, rows in zip(parts, ranges, strict=True):
-        # Without a start token, empty documents have no tokens and are dropped.
-        texts = (text for text in part.documents() if text or documents.document_start is not None)
-        for size, text in zip(sizes[rows], texts, strict=False):
-            yield text.encode()[: int(size)].decode(errors="ignore")
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> TokenisedDocuments:

@@ -65,7 +65,7 @@ class DocumentSums:
         )
 
 
-def ratio_error(amounts: DocumentFloats, sizes: DocumentCounts) -> float | None:
+def ratio_error(amounts: DocumentFloats, sizes: DocumentCounts | DocumentFloats) -> float | None:
     """Returns the standard error of `sum(amounts) / sum(sizes)` over independent documents.
 
     The delta method for a ratio of means gives `sqrt(n / (n - 1) sum (a - r s)^2) / sum s` with r the ratio. If amounts
@@ -86,3 +86,8 @@ def ratio_error(amounts: DocumentFloats, sizes: DocumentCounts) -> float | None:
     total = sizes.sum()
     residuals = amounts - amounts.sum() / total * sizes
     return float(np.sqrt(count / (count - 1) * np.square(residuals).sum()) / total)
+
+
+def mean_error(values: DocumentFloats) -> float | None:
+    """Returns the standard error of the mean of independent documents or items; None with fewer than two."""
+    return ratio_error(values, np.ones_like(values))

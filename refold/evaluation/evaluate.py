@@ -3,30 +3,26 @@
 import math
 import os
 import platform
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refold.blueprint.integers import find_scheme
-from refold.checkpoint.manifest import hash_file
 from refold.checkpoint.provenance import Stage
 from refold.data.corpus import MOST_BYTES_PER_TOKEN, Data, open_text
-from refold.data.mixture import OTHER_KINDS, MixedSource
 from refold.data.readers import DataSource
-from refold.data.split import whole_name
 from refold.data.spool import SPOOL_BYTES
-from refold.data.tokens import TokenisedDocuments, join_tokenised, require_known_tokens, scored_bytes, tokenise
+from refold.data.tokens import require_known_tokens, scored_bytes
 from refold.errors import DataError, RefoldError, given_or_default
 from refold.evaluation.cut_reference import CutReference, cut_reference
 from refold.evaluation.document_sums import DocumentCounts, ratio_error
 from refold.evaluation.reference import Reference
 from refold.evaluation.result import (
+    NAT_DIGITS,
     Comparison,
-    DataFile,
+    DocumentScores,
     Evaluation,
     ExitScores,
     KindScores,
@@ -36,92 +32,10 @@ from refold.evaluation.result import (
 )
 from refold.evaluation.settings import EvaluationSettings
 from refold.evaluation.subject import Subject, open_subject, require_tokenizer
+from refold.evaluation.text import describe_data, describe_domain, hash_documents, read_text
 from refold.evaluation.window_pass import Stopwatch, WindowPass, WindowProgress
 from refold.modeling.load import ModelLike
 from refold.modeling.quantise import quantise_linears
-
-
-def describe_data(source: DataSource) -> tuple[DataFile, ...]:
-    """Returns name, size and hash of each file of a data source; documents in memory count as one file.
-
-    Raises:
-        DataError: A file cannot be read.
-    """
-    if isinstance(source, MixedSource):
-        return tuple(file for part in source.parts for file in describe_data(part))
-    if not source.files:
-        num_bytes = sum(len(text.encode()) for text in source.documents())
-        return (DataFile(name=source.name, bytes=num_bytes, sha256=source.identity),)
-    paths = dict.fromkeys(source.files)
-    try:
-        return tuple(DataFile(name=str(path), bytes=path.stat().st_size, sha256=hash_file(path)) for path in paths)
-    except OSError as error:
-        raise DataError(f"data: readable files are required ({error.filename}: {error.strerror})") from error
-
-
-class ReadText(NamedTuple):
-    """Tokenised documents, ordered by kind of text.
-
-    Attributes:
-        documents: Documents of all kinds.
-        kinds: Range of documents of each kind, by name; empty if there is only one kind.
-    """
-
-    documents: TokenisedDocuments
-    kinds: dict[str, slice]
-
-
-def read_text(source: DataSource, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> ReadText:
-    """Tokenises documents in file order; several kinds of text share the tokens evenly.
-
-    Raises:
-        DataError: A kind has no text, or weights are given, which an evaluation does not use.
-    """
-    if not isinstance(source, MixedSource):
-        return ReadText(tokenise(source, tokenizer, budget=max_tokens, seed=None), {})
-    if source.weights is not None:
-        raise DataError(
-            f"data: files without weights are required for an evaluation, which reports each by itself (got "
-            f"{source.name}); drop `=WEIGHT`"
-        )
-    parts: list[TokenisedDocuments] = []
-    kinds: dict[str, slice] = {}
-    left, first = max_tokens, 0
-    for number, part in enumerate(source.parts):
-        # If a kind is shorter than its share, the kinds after it get the rest.
-        budget = None if left is None else max(1, left // (len(source.parts) - number))
-        found = tokenise(part, tokenizer, budget=budget, seed=None)
-        left = None if left is None else left - found.num_tokens
-        name = part.name if part.name not in kinds else f"{part.name} ({number + 1})"
-        kinds[name] = slice(first, first + found.num_documents)
-        first += found.num_documents
-        parts.append(found)
-    return ReadText(join_tokenised(parts), kinds)
-
-
-def describe_domain(fitted_to: Sequence[str], source: DataSource) -> tuple[str, ...]:
-    """Returns a line if a model that was fitted to text is evaluated on no text that is surely of another kind.
-
-    Kinds of text are told apart by the names of data sources: the line is for a single source, and for several that the
-    model was fitted to.
-
-    Args:
-        fitted_to: Names of the texts that the model was fitted to.
-        source: The evaluated text.
-    """
-    parts = source.parts if isinstance(source, MixedSource) else (source,)
-    names = [whole_name(part.name) for part in parts]
-    if not fitted_to or (len(parts) > 1 and not set(names) <= set(map(whole_name, fitted_to))):
-        return ()
-    return (
-        f"the model was fitted to {_list(fitted_to)} and is evaluated on {_list(names)} alone: a loss on other kinds "
-        f"of text does not show, and it can be three times as large ({OTHER_KINDS}); give text of another kind as a "
-        f"second --data",
-    )
-
-
-def _list(names: Sequence[str]) -> str:
-    return " and ".join(dict.fromkeys(names))
 
 
 def quantise_subject(subject: Subject, name: str) -> Subject:
@@ -176,22 +90,55 @@ def evaluate(
             model's predictions are not finite.
     """
     settings, watch = given_or_default(settings, EvaluationSettings, "settings"), Stopwatch()
-    _require_quantisable(model, settings.quantise)
-    source = open_text(data, limit=_byte_limit(settings.max_tokens))
+    require_quantisable(model, settings.quantise)
+    source = open_evaluated_text(data, settings.max_tokens)
     with watch.measure("load"):
-        subject, other = _open_models(model, tokenizer, against, settings)
+        subject, against = _open_models(model, tokenizer, against, settings)
+    return evaluate_subject(subject, source, settings, against=against, progress=progress, watch=watch)
+
+
+def evaluate_subject(
+    subject: Subject,
+    data: Data,
+    settings: EvaluationSettings,
+    *,
+    against: Reference | None = None,
+    progress: WindowProgress | None = None,
+    watch: Stopwatch | None = None,
+) -> Evaluation:
+    """Measures how well an opened model predicts a text, as `evaluate` does.
+
+    Args:
+        subject: The model, on its device and rounded if it should be; `dtype`, `device` and `quantise` of the settings
+            are not used.
+        data: The text.
+        settings: Windows and amount of text.
+        against: The model to compare with.
+        progress: Called with the number of windows done and of all windows.
+        watch: Stopwatch that has the seconds of loading; None: a new one.
+
+    Raises:
+        DataError: As for `evaluate`.
+        SourceError: There is no tokenizer, or the vocabularies differ.
+        RefoldError: The devices differ, or predictions are not finite.
+    """
+    watch = watch or Stopwatch()
+    source = open_evaluated_text(data, settings.max_tokens)
+    with watch.measure("load"):
+        other = None if against is None else cut_reference(against, subject)
         vocabulary = require_tokenizer(subject)
     windows = settings.window_sizes(_positions(subject, other))
     with watch.measure("tokenise"):
         files = describe_data(source)
         text = read_text(source, vocabulary, settings.max_tokens)
-        require_known_tokens(source.name, text.documents.tokens, _num_embeddings(subject.model))
+        require_known_tokens(source.name, text.documents.tokens, subject.num_embeddings)
         sizes = scored_bytes(text.documents, vocabulary)
+        hashes = hash_documents(source, text)
     scored = WindowPass(subject.model, other, text.documents.num_documents, watch)
     own = None
     if isinstance(other, CutReference):
         with watch.measure("against", subject.model.device):
-            own = other.own_sums(source, text.documents, text.kinds, windows)
+            own = other.own_sums(source, text, windows)
     scored.run(text.documents, *windows, progress)
     if own is not None:
         scored.against_sums = own
@@ -207,18 +154,28 @@ def evaluate(
         exits=_exits(scored, int(sizes.sum())),
         kinds=tuple(_kind(name, scored, sizes, rows, other is not None) for name, rows in text.kinds.items()),
         against=None if other is None else _comparison(scored, other, sizes),
+        by_document=_by_document(scored, sizes, hashes),
         notes=describe_domain(subject.facts.fitted_to, source),
         **_record_run(subject.model.device, watch, scored.sums.total().num_tokens),
     )
 
 
-def _byte_limit(max_tokens: int | None) -> int:
-    """Returns the bytes of a generator or stream to read at most."""
-    return SPOOL_BYTES if max_tokens is None else MOST_BYTES_PER_TOKEN * max_tokens + 2**20
+def open_evaluated_text(data: Data, max_tokens: int | None) -> DataSource:
+    """Opens the text of an evaluation of at most so many tokens, as one source that can be read several times.
+
+    Raises:
+        DataError: The data are missing, broken or empty.
+    """
+    # The bytes of a generator or stream to read at most.
+    return open_text(data, limit=SPOOL_BYTES if max_tokens is None else MOST_BYTES_PER_TOKEN * max_tokens + 2**20)
 
 
-def _require_quantisable(model: ModelLike, scheme: str | None) -> None:
-    """Checks the quantisation before a large model is loaded."""
+def require_quantisable(model: ModelLike, scheme: str | None) -> None:
+    """Checks the quantisation before a large model is loaded.
+
+    Raises:
+        RefoldError: There is no such scheme, or the model is loaded already.
+    """
     if scheme is None:
         return
     find_scheme(scheme)
@@ -233,26 +190,20 @@ def _open_models(
     tokenizer: PreTrainedTokenizerBase | None,
     against: ModelLike | Reference | None,
     settings: EvaluationSettings,
-) -> tuple[Subject, Reference | CutReference | None]:
-    """Loads the evaluated model and the model it is compared with, and checks that the two are comparable."""
+) -> tuple[Subject, Reference | None]:
+    """Loads the evaluated model, and makes a reference of the model that it is compared with."""
     subject = open_subject(model, tokenizer, dtype=settings.dtype, device=settings.device)
     if settings.quantise is not None:
         subject = quantise_subject(subject, settings.quantise)
-    if against is None:
-        return subject, None
-    if not isinstance(against, Reference):
+    if against is not None and not isinstance(against, Reference):
         against = Reference(against, dtype=settings.dtype, device=subject.model.device, remember=0)
-    return subject, cut_reference(against, subject)
+    return subject, against
 
 
 def _positions(subject: Subject, other: Reference | CutReference | None) -> dict[str, int | None]:
     """Returns the number of positions of each model by its name; None: no limit."""
-    found = {subject.facts.name: getattr(subject.model.config, "max_position_embeddings", None)}
+    found = {subject.facts.name: subject.positions}
     return found if other is None else {**found, other.facts.name: other.positions}
-
-
-def _num_embeddings(model: PreTrainedModel) -> int:
-    return cast("nn.Embedding", model.get_input_embeddings()).num_embeddings
 
 
 def _scores(scored: WindowPass, sizes: DocumentCounts) -> dict[str, Any]:
@@ -267,6 +218,17 @@ def _scores(scored: WindowPass, sizes: DocumentCounts) -> dict[str, Any]:
         "perplexity": total.perplexity,
         "accuracy": total.accuracy,
     }
+
+
+def _by_document(scored: WindowPass, sizes: DocumentCounts, hashes: tuple[str, ...]) -> DocumentScores:
+    sums = scored.sums
+    return DocumentScores(
+        hashes=hashes,
+        bytes=tuple(map(int, sizes)),
+        tokens=tuple(map(int, sums.num_tokens)),
+        right=tuple(map(int, sums.num_correct)),
+        nats=tuple(round(float(each), NAT_DIGITS) for each in sums.nll),
+    )
 
 
 def _record_run(device: torch.device, watch: Stopwatch, num_tokens: int) -> dict[str, Any]:
@@ -307,6 +269,7 @@ def _kind(name: str, scored: WindowPass, sizes: DocumentCounts, documents: slice
         documents=int((scored.sums.num_tokens[documents] > 0).sum()),
         tokens=total.num_tokens,
         bytes=num_bytes,
+        rows=(documents.start, documents.stop),
         bits_per_byte=total.bits_per_byte(num_bytes),
         bits_per_byte_error=ratio_error(scored.sums.nll[documents] / math.log(2), own),
         perplexity=total.perplexity,

@@ -63,6 +63,11 @@ class Reference:
         self._head_there: Head | None = None
 
     @property
+    def given(self) -> ModelLike:
+        """The model as the caller gave it."""
+        return self._given
+
+    @property
     def facts(self) -> ModelFacts:
         """Facts about the model for results."""
         return self._known.facts
@@ -124,7 +129,7 @@ class Reference:
             got = f"{len(tokens.items() ^ known.items())} entries that only one has"
         raise SourceError(
             f"against: the vocabulary of {subject.facts.name} is required (got {got}); compare models that share a "
-            f"tokenizer"
+            f"tokenizer, or evaluate each by itself and compare bits per byte and tasks with `refold compare`"
         )
 
     def check_device(self, subject: Subject) -> None:
@@ -144,7 +149,7 @@ class Reference:
             facts=subject.facts,
             device=subject.model.device,
             vocab_size=head_of(subject.model).vocab_size,
-            positions=getattr(subject.model.config, "max_position_embeddings", None),
+            positions=subject.positions,
             tokenizer=subject.tokenizer,
         )
 

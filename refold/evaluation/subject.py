@@ -1,10 +1,13 @@
 """A model under evaluation, with its tokenizer and the facts about it that a result records."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refold.blueprint.cost import count_parameters, count_weight_bytes
@@ -13,7 +16,7 @@ from refold.checkpoint.companions import offers_tokenizer
 from refold.checkpoint.locate import Source
 from refold.checkpoint.provenance import describe_source, fitted_texts
 from refold.errors import RefoldError, SourceError
-from refold.evaluation.result import ModelFacts
+from refold.evaluation.result import ModelFacts, short_hash
 from refold.modeling.load import ModelLike, load_model, load_tokenizer, open_source, stored_dtype
 from refold.modeling.model import RefoldForCausalLM
 from refold.vocabulary.kept_tokens import KeptTokens, read_kept_tokens
@@ -34,6 +37,16 @@ class Subject:
     tokenizer: PreTrainedTokenizerBase | None
     facts: ModelFacts
     kept: KeptTokens | None = None
+
+    @property
+    def positions(self) -> int | None:
+        """Number of positions of the model; None: no limit."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Number of rows of the model's embedding."""
+        return cast("nn.Embedding", self.model.get_input_embeddings()).num_embeddings
 
 
 def open_subject(
@@ -63,13 +76,14 @@ def open_subject(
                     f"{name}: only a model loaded from a folder can be given one (got {value} for a loaded model); "
                     f"call model.to({name}=...) before"
                 )
-        return Subject(model, tokenizer, _facts(model, str(model.config._name_or_path or type(model).__name__), None))
+        facts = _facts(model, str(model.config._name_or_path or type(model).__name__), None, tokenizer)
+        return Subject(model, tokenizer, facts)
     located, _ = open_source(model)
     companions = located.fetch_companions()
     if tokenizer is None and offers_tokenizer(companions):
         tokenizer = load_tokenizer(located)
     loaded = load_model(located, dtype=dtype, device=device)
-    facts = _facts(loaded, located.hub_id or str(located.where), located)
+    facts = _facts(loaded, located.hub_id or str(located.where), located, tokenizer)
     return Subject(loaded, tokenizer, facts, read_kept_tokens(companions))
 
 
@@ -85,6 +99,12 @@ def require_tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
             f"`tokenizer`"
         )
     return subject.tokenizer
+
+
+def hash_vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a short hash of a tokenizer's tokens and their ids."""
+    tokens = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return short_hash(tokens.encode())
 
 
 @contextmanager
@@ -109,7 +129,9 @@ def _count(model: PreTrainedModel, stored: torch.dtype) -> tuple[int, int]:
     return numbers, sum(each.numel() * min(each.element_size(), stored.itemsize) for each in parameters)
 
 
-def _facts(model: PreTrainedModel, name: str, located: Source | None) -> ModelFacts:
+def _facts(
+    model: PreTrainedModel, name: str, located: Source | None, tokenizer: PreTrainedTokenizerBase | None
+) -> ModelFacts:
     stored = stored_dtype(model)
     parameters, weight_bytes = _count(model, stored)
     return ModelFacts(
@@ -121,4 +143,5 @@ def _facts(model: PreTrainedModel, name: str, located: Source | None) -> ModelFa
         computed_in=str(model.dtype).removeprefix("torch."),
         source={} if located is None else describe_source(located),
         fitted_to=() if located is None else fitted_texts(located.fetch_companions()),
+        tokenizer="" if tokenizer is None else hash_vocabulary(tokenizer),
     )

@@ -90,7 +90,7 @@ def test_one_reference_serves_whole_and_cut_models(models, tmp_path, capsys):
     assert found == again
     assert [each is not None and each.kept_tokens is None for each in found] == [True, False]
     print_evaluation(evaluate(cut, from_documents(TEXT), SETTINGS, against=kept))
-    assert "that model keeps" in capsys.readouterr().out.replace(str(cut), "model")
+    assert "keeps; the other figures of" in " ".join(capsys.readouterr().out.split())
 
 
 def test_kinds_of_text_are_compared_each_by_itself(models, tmp_path):

@@ -19,9 +19,10 @@ from refold.data.mixture import MixedSource, Mixture
 from refold.data.readers import from_documents
 from refold.data.split import split
 from refold.errors import DataError, RefoldError, SourceError
-from refold.evaluation.evaluate import describe_domain, evaluate
+from refold.evaluation.evaluate import evaluate
 from refold.evaluation.result import Evaluation, read_evaluation
 from refold.evaluation.settings import DEFAULT_CONTEXT, EvaluationSettings
+from refold.evaluation.text import describe_domain
 from refold.modeling import load
 from refold.modeling.load import load_model, load_tokenizer
 from refold.modeling.quantise import quantise_linears

@@ -70,3 +70,17 @@ def test_what_is_no_evaluation_is_refused(evaluation: Evaluation, tmp_path: Path
     path.write_text("{")
     with pytest.raises(FolderError, match=r"an evaluation is required .Invalid JSON.*; evaluate again"):
         read_evaluation(tmp_path)
+
+
+def test_files_of_format_1_are_read_and_newer_ones_refused(evaluation: Evaluation, tmp_path: Path):
+    path = evaluation.write(tmp_path)
+    plain = json.loads(path.read_text())
+    older = {name: value for name, value in plain.items() if name != "by_document"}
+    path.write_text(json.dumps({**older, "format": 1}))
+    assert read_evaluation(path) == evaluation.model_copy(update={"format": 1})
+    path.write_text(json.dumps({**plain, "format": 3}))
+    with pytest.raises(FolderError, match=r"json: format 3 is newer than this refold reads \(2\); update refold"):
+        read_evaluation(path)
+    # A file of a newer refold is nothing to replace.
+    with pytest.raises(FolderError, match="got another file"):
+        evaluation.write(path, overwrite=True)
