@@ -64,6 +64,8 @@ class LinearAttentionMixer(StateMixer, AttentionMixer):
         self.has_directions = spec.map_shape(arch) is not None
         self.has_weights = "map_weights.log" in spec.vectors(arch)
         self.root_scale = arch.attention_scale**0.5
+        if self.window:
+            self.branches = ("window", "features")
 
     def read_inputs(
         self, hidden_states: Float[Tensor, "B T D"], inputs: DepthInputs, lora: Lora, vectors: OwnVectors
@@ -199,7 +201,10 @@ class LinearAttentionMixer(StateMixer, AttentionMixer):
         return _join(pieces), state
 
     def _share(self, vectors: OwnVectors) -> Tensor:
-        return self.vector("blend.share", vectors).float().sigmoid()
+        share = self.vector("blend.share", vectors).float().sigmoid()
+        if self.dropped_branch is None:
+            return share
+        return torch.full_like(share, 0.0 if self.dropped_branch == "window" else 1.0)
 
 
 def _of(resets: Tensor | None, rows: slice) -> Tensor | None:

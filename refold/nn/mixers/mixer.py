@@ -17,9 +17,13 @@ class Mixer(StoredPart):
 
     Attributes:
         num_matrix_heads: Heads of the token-mixing matrix that `matrix` returns; None: there is no such matrix.
+        branches: Names of the branches whose outputs the mixer adds; empty for a mixer without several.
+        dropped_branch: The branch that the next calls leave out, for measurements; None: all of them run.
     """
 
     num_matrix_heads: int | None = None
+    branches: tuple[str, ...] = ()
+    dropped_branch: str | None = None
 
     @classmethod
     def create(cls, arch: ArchSpec, spec: MixerSpec, stores_vectors: bool) -> "Mixer":
