@@ -1,0 +1,1 @@
+"""Recall on texts made on the spot."""
