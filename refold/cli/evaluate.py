@@ -1,14 +1,24 @@
-"""`refold evaluate`: scores of a model on text, and its agreement with another model."""
+"""`refold evaluate`: scorecards of models, alone or against their source."""
 
 from refold.cli import options
-from refold.cli.show import note, print_json, progress
+from refold.cli import score_options as scores
 
 
 def command(
-    model: options.Model,
-    data: options.DataOption,
+    models: scores.ScoredModels,
+    data: scores.ScoredText = None,
     field: options.FieldOption = None,
     against: options.Against = None,
+    tasks: scores.Tasks = None,
+    task_data: scores.TaskData = None,
+    shots: scores.Shots = None,
+    limit: scores.TaskLimit = None,
+    recall: scores.Recall = False,
+    exits: scores.ScoreExits = False,
+    branches: scores.Branches = False,
+    noise: scores.Noise = False,
+    speed: scores.Speed = False,
+    seed: scores.ScoreSeed = 0,
     context: options.WindowContext = None,
     stride: options.Stride = None,
     max_tokens: options.MaxTokens = None,
@@ -16,25 +26,16 @@ def command(
     device: options.Device = None,
     dtype: options.Dtype = None,
     quantise: options.QuantiseOption = None,
-    out: options.JsonFile = None,
+    out: scores.ScoreOut = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
-    """Measure bits per byte, perplexity and, against another model, agreement and KL."""
-    from refold.cli.evaluation_tables import print_evaluation
-    from refold.evaluation.evaluate import evaluate
-    from refold.evaluation.result import require_free_evaluation
+    """Measure bits per byte, few-shot tasks, recall, exits and speed, and agreement with another model."""
+    from refold.cli.score_output import ScoreOutput, print_scores
     from refold.evaluation.settings import EvaluationSettings
+    from refold.scorecard.settings import ScoreSettings
 
-    if out is not None:
-        require_free_evaluation(out, overwrite)
-    settings = EvaluationSettings(context, stride, max_tokens, batch_size, dtype, device, quantise)
-    with progress("evaluating", "windows") as report:
-        texts = options.locate_data(data, field) or ()
-        found = evaluate(model, texts, settings, against=against, progress=report)
-    # Printed first, so that a disk that is full by now loses no result.
-    print_json(found) if json else print_evaluation(found)
-    for line in found.notes:
-        note(line)
-    if out is not None:
-        found.write(out, overwrite)
+    text = EvaluationSettings(context, stride, max_tokens, batch_size, dtype, device, quantise)
+    chosen = (scores.split_names(tasks), task_data, shots, limit, recall, exits, branches, noise, speed, seed)
+    settings, output = ScoreSettings(text, *chosen), ScoreOutput(out, overwrite, json)
+    print_scores(models, options.locate_data(data, field), settings, against, output)

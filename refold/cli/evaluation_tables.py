@@ -1,12 +1,12 @@
 """Tables of an evaluation."""
 
-from refold.cli.show import format_bytes, print_table
+from refold.cli.show import format_bytes, print_table, print_text
 from refold.evaluation.result import Evaluation, ModelFacts
 
 
-def with_error(value: float, error: float | None, sign: str = "") -> str:
+def with_error(value: float, error: float | None, sign: str = "", digits: int = 4) -> str:
     """Returns a value with its standard error, as `1.2345 ± 0.0051`."""
-    return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def weights(model: ModelFacts) -> str:
@@ -35,14 +35,16 @@ def print_evaluation(found: Evaluation) -> None:
         print_table(
             ("", found.model.name, other.model.name), [(*row, value) for row, value in zip(rows, others, strict=True)]
         )
-        print(f"\ndifference {with_error(other.difference, other.difference_error, '+')} bits per byte", end=", ")
-        print(f"same likeliest token {other.agreement:.2%}, KL {other.kl:.4f} nats per token")
+        print()
+        print_text(
+            f"difference {with_error(other.difference, other.difference_error, '+')} bits per byte, same likeliest "
+            f"token {other.agreement:.2%}, KL {other.kl:.4f} nats per token"
+        )
         if other.kept_tokens is not None:
-            print(
-                f"the likeliest token and KL are over the {other.kept_tokens:,} tokens that {found.model.name} keeps; ",
-                end="",
+            print_text(
+                f"the likeliest token and KL are over the {other.kept_tokens:,} tokens that {found.model.name} keeps; "
+                f"the other figures of {other.model.name} are those of its own tokens and whole vocabulary"
             )
-            print(f"the other figures of {other.model.name} are those of its own tokens and whole vocabulary")
     if found.kinds:
         print()
         _print_kinds(found)
@@ -62,8 +64,11 @@ def print_evaluation(found: Evaluation) -> None:
         names = ("exit after", "bits per byte", "accuracy", "agrees with full depth", "KL", "gate accuracy")
         print_table(names, rows)
     part = "" if found.is_whole_data else f", the first {found.max_tokens:,} tokens only"
-    print(f"\n{found.documents:,} documents, {found.tokens:,} tokens, {found.bytes:,} bytes{part}; ", end="")
-    print(f"windows of {found.context} tokens, stride {found.stride}; {found.tokens_per_second:,.0f} tokens/s")
+    print()
+    print_text(
+        f"{found.documents:,} documents, {found.tokens:,} tokens, {found.bytes:,} bytes{part}; windows of "
+        f"{found.context} tokens, stride {found.stride}; {found.tokens_per_second:,.0f} tokens/s"
+    )
 
 
 def _print_kinds(found: Evaluation) -> None:

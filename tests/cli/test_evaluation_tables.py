@@ -1,5 +1,5 @@
 from refold.cli.evaluation_tables import print_evaluation
-from refold.evaluation.result import ExitScores, ModelFacts
+from refold.evaluation.result import Comparison, ExitScores, ModelFacts
 
 
 def test_each_exit_has_a_row(make_evaluation, capsys):
@@ -26,3 +26,19 @@ def test_weights_are_told_with_their_scheme(make_evaluation, capsys):
     assert "1.2 MB, linears in int4" in capsys.readouterr().out
     print_evaluation(make_evaluation(model=model.model_copy(update={"quantised": None})))
     assert "linears in" not in capsys.readouterr().out
+
+
+def test_sentences_are_broken_within_80_columns(make_evaluation, capsys, monkeypatch):
+    found = make_evaluation()
+    other = Comparison(
+        model=found.model, bits_per_byte=1.5, bits_per_byte_error=0.0123, perplexity=3.5, accuracy=0.5,
+        difference=0.1234, difference_error=0.0123, agreement=0.75, kl=0.1234, kept_tokens=1234,
+    )  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "80")
+    print_evaluation(found.model_copy(update={"against": other, "is_whole_data": False, "max_tokens": 200_000}))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    printed = " ".join(" ".join(lines).split())
+    assert "difference +0.1234 ± 0.0123 bits per byte, same likeliest token 75.00%, KL 0.1234 nats per token" in printed
+    assert "the first 200,000 tokens only; windows of" in printed
+    assert "over the 1,234 tokens that" in printed
