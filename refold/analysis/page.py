@@ -4,12 +4,12 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from matplotlib import rc_context
 
 from refold.analysis.conclusion import conclude, least_important, most_alike
 from refold.analysis.figures import draw_all
+from refold.pages.render import render_template
 from refold.sources.measurements import Measurements
 
 PAGE_NAME = "index.html"
@@ -51,8 +51,9 @@ def write_page(found: Measurements, folder: Path) -> None:
             figure.savefig(drawn, format="svg", metadata={"Date": None})
             (folder / f"{name}.svg").write_text(drawn.getvalue(), encoding="utf-8")
             figures[name] = Markup(drawn.getvalue()[drawn.getvalue().index("<svg") :])
-    environment = Environment(loader=PackageLoader("refold.analysis", "."), autoescape=True)
-    page = environment.get_template("page.html.jinja").render(
+    page = render_template(
+        "refold.analysis",
+        "page.html.jinja",
         found=found,
         name=found.source.path or f"{found.source.id}@{found.source.revision}",
         figures=figures,

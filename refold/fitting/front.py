@@ -1,16 +1,16 @@
 """The page of a fit: pictures, tables and recipes in one HTML file, the pictures as PNG, and the report as JSON."""
 
 import itertools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from jinja2 import ChoiceLoader, Environment, PackageLoader
 
 from refold.checkpoint.atomic_file import write_file, write_json, write_text
 from refold.fitting.pictures import FIT, HEIGHT, SHAPES, WIDTH, Picture, anchor, draw_pictures, method_names
 from refold.fitting.report import QUANTITY_NAMES, REPORT_NAME, STATED_NATS, STATED_RATIO, FitReport, mean_divergence
+from refold.pages.palette import LIGHT, SERIES
+from refold.pages.render import render_template
 from refold.progress import Say
+from refold.report.drawing import MARKERS, OUTLINES, MarkShape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,17 +20,8 @@ FIT_NAME = "this fit"
 MOST_ACROSS = 3
 """Number of pictures side by side in the PNG."""
 PAGE_NAME, FIGURE_NAME = "front.html", "front.png"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's colours, one for each shape."""
-MARKERS: Mapping[str, str] = {
-    "square": "s",
-    "triangle": "^",
-    "diamond": "D",
-    "down": "v",
-    "plus": "P",
-    "cross": "X",
-}
-"""matplotlib's marker of each shape."""
+COLOURS = tuple(LIGHT[role] for role in SERIES)
+"""Colours of single methods in the PNG, those of the page on paper."""
 
 
 def write_page(found: FitReport, folder: str | Path, say: Say = lambda text: None) -> tuple[Path, ...]:
@@ -62,15 +53,16 @@ def write_page(found: FitReport, folder: str | Path, say: Say = lambda text: Non
 
 def render_page(found: FitReport) -> str:
     """Returns the page as HTML."""
-    loader = ChoiceLoader([PackageLoader("refold.fitting", "."), PackageLoader("refold.analysis", ".")])
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     methods = method_names(found)
-    return environment.get_template("front.html.jinja").render(
+    return render_template(
+        "refold.fitting",
+        "front.html.jinja",
         found=found,
         pictures=draw_pictures(found),
         methods=methods,
         styles={FIT: ("circle", None), **{name: _style(number) for number, name in enumerate(methods)}},
         fit=FIT,
+        outlines=OUTLINES,
         width=WIDTH,
         height=HEIGHT,
         quantities=QUANTITY_NAMES,
@@ -118,7 +110,7 @@ def _draw(axes: "Axes", picture: Picture, methods: tuple[str, ...]) -> None:
         colour = "#000000" if number is None else COLOURS[number]
         across = [max(mark.x, picture.x_axis.least) for mark in marks]
         up = [max(mark.y, floor) for mark in marks]
-        style = {"marker": MARKERS.get(shape, "o"), "color": colour, "markersize": 6}
+        style = {"marker": MARKERS[shape], "color": colour, "markersize": 6}
         if series == FIT:
             style |= {"label": FIT_NAME, "zorder": 3, "linestyle": "none" if picture.is_diagonal else "-"}
         else:
@@ -156,6 +148,6 @@ def _write_labels(axes: "Axes", picture: Picture) -> None:
         axes.annotate(label.text, at, (0.8 * right, 0.8 * up), **style)
 
 
-def _style(number: int) -> tuple[str, int]:
+def _style(number: int) -> tuple[MarkShape, int]:
     """Returns the shape and the number of the colour of a single method; no two of 36 have both in common."""
     return SHAPES[(number + number // len(COLOURS)) % len(SHAPES)], number % len(COLOURS)

@@ -13,12 +13,13 @@ from refold.fitting.report import (
     Quantity,
     mean_divergence,
 )
+from refold.report.drawing import SHAPES as ALL_SHAPES
 
 WIDTH, HEIGHT = 400.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 60.0, 14.0, 28.0, 42.0
 """Margins around the plot, in the units of the picture."""
 FIT = "fit"
-SHAPES = ("square", "triangle", "diamond", "down", "plus", "cross")
+SHAPES = ALL_SHAPES[1:]
 """Shapes of single methods, because no picture relies on colour alone."""
 SMALLEST_LOSSES = (1e-3, 1e-4)
 """Losses below the first are drawn at this height, or below the second if all are small: they are noise."""

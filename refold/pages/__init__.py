@@ -1,0 +1,1 @@
+"""The base of all HTML pages: colours, style sheet, and one template that pages extend."""
