@@ -193,6 +193,7 @@ def carry_out(
         shutil.rmtree(scratch)
         found = {
             "kept_energy": builder.kept_energy,
+            "factor_energy": builder.factor_energy,
             "approximation": approximation,
             "notes": (*plan.notes, *_calibration_notes(wanted, calibration)),
         }

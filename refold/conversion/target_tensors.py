@@ -53,6 +53,8 @@ class TargetBuilder:
     Attributes:
         kept_energy: After `build`, the share of the residual's energy that each LoRA keeps, by
             `depths.<d>.<linear>`.
+        factor_energy: After `build`, the share of a weight's energy that its stored factors hold, by
+            `mixers.<p>.<linear>` or `mlps.<p>.<linear>`.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class TargetBuilder:
         self._fitted: Mapping[str, Tensor] = {} if fitted is None else fitted
         self._store = store
         self.kept_energy: dict[str, float] = {}
+        self.factor_energy: dict[str, float] = {}
 
     def build(self) -> Iterator[tuple[str, Tensor]]:
         """Yields name and value of every tensor once, in the dtype of the folded model."""
@@ -173,6 +176,7 @@ class TargetBuilder:
             a, b = found.stored.factors
             yield f"{prefix}.a.weight", a.cpu()
             yield f"{prefix}.b.weight", b.cpu()
+            self.factor_energy[prefix.removeprefix("model.")] = round(found.stored.kept, 6)
         for depth, (a, b) in found.pairs.items():
             self.kept_energy[f"depths.{depth}.{group.linear}"] = round(found.kept[depth], 6)
             yield f"model.depths.{depth}.lora.{group.linear}.a", a.cpu()

@@ -104,6 +104,9 @@ class Plan(StackPlan):
 
     kept_energy: Mapping[str, float] = Field(default_factory=dict)
     """After conversion, by `depths.<d>.<linear>`: the share of the residual's energy that the LoRA restores."""
+    factor_energy: Mapping[str, float] = Field(default_factory=dict)
+    """After conversion, by `mixers.<p>.<linear>` or `mlps.<p>.<linear>`: the share of the weight's energy, in the error
+    metric, that the stored factors hold."""
     approximation: Mapping[str, Approximation] = Field(default_factory=dict)
     """After conversion, by `depths.<d>`: the error of feature maps against the softmax of the source's layer."""
 

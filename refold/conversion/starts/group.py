@@ -75,7 +75,7 @@ class LinearGroup:
         found = weighting.truncate(weight, self.stored_rank, svd, self.seed)
         a, b = (self.round(each) for each in found.factors())
         # In float32 `b @ a` differs from the matrix in the last bit, and folders written before used the matrix.
-        return Stored(found.matrix() if self.dtype == torch.float32 else b @ a, (a, b))
+        return Stored(found.matrix() if self.dtype == torch.float32 else b @ a, (a, b), found.kept)
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,12 @@ class Stored:
     Attributes:
         weight: The weight that it computes with, float32.
         factors: A and B if the weight is kept as two factors; empty if nothing is stored; None: the whole matrix.
+        kept: Share of the weight's energy, in the metric of errors, that the factors hold; 1 without factors.
     """
 
     weight: Float[Tensor, "out in"]
     factors: Pair | tuple[()] | None = None
+    kept: float = 1.0
 
 
 @dataclass(frozen=True)
