@@ -1,9 +1,6 @@
 """Speed of a model in refold's engine, beside its source and other engines, offline and under random arrivals."""
 
-import ctypes
-import gc
 import math
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ from torch import nn
 
 from refold.blueprint.passes import find_passes
 from refold.engine.engine import Engine
+from refold.engine.process_memory import forget_peak, read_peak
 from refold.engine.settings import Drafts, EngineSettings
 from refold.errors import RefoldError, given_or_default
 from refold.evaluation.evaluate import describe_machine
@@ -27,7 +25,6 @@ from refold.suggest import shorten
 
 SECONDS_PER_HOUR = 3600
 MAX_ROWS, MAX_TOKENS, MAX_ROUNDS = 1024, 4096, 1000
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -261,9 +258,9 @@ class _Runs:
 
     def run(self, device: torch.device) -> None:
         """Runs all requests once."""
-        before = _forget_peak(device)
+        before = forget_peak(device)
         served = self.entrant.contender.serve(self.workload)
-        peak = _peak(device)
+        peak = read_peak(device)
         if before is not None and peak is not None:
             self.peaks.append(peak - before)
         ends = [job.arrival + each.finished for job, each in zip(self.workload.jobs, served, strict=True)]
@@ -297,37 +294,7 @@ def _mean_depths(served: Sequence[Served], engine: Engine | None) -> float | Non
 
 def _loaded(make: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
     """Calls a function; returns its result and the bytes by which the memory has grown."""
-    before = _forget_peak(device)
+    before = forget_peak(device)
     made = make()
-    after = _forget_peak(device)
+    after = forget_peak(device)
     return made, None if before is None or after is None else max(0, after - before)
-
-
-def _forget_peak(device: torch.device) -> int | None:
-    """Sets the peak of the memory to its present value and returns it in bytes; None where the system has no peak."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    if device.type != "cpu" or platform.system() != "Linux":
-        return None
-    try:
-        # Memory that is free inside this process would hide the need of the next contender.
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        CLEAR_REFS.write_text("5")
-    except (OSError, AttributeError):
-        return None
-    return _resident("VmRSS")
-
-
-def _peak(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _resident("VmHWM") if device.type == "cpu" and platform.system() == "Linux" else None
-
-
-def _resident(name: str) -> int | None:
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    return None

@@ -12,14 +12,17 @@ from refold.checkpoint.atomic_file import is_unfinished, write_json
 from refold.checkpoint.locate import PLAN_NAME
 from refold.checkpoint.lock import FolderLock
 from refold.data.corpus import Data
-from refold.errors import FolderError, RecipeError, given_or_default
+from refold.errors import FolderError, RecipeError, RefoldError, given_or_default
 from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation
 from refold.planning.plan import Plan, StackPlan, read_plan
+from refold.progress import Show
 from refold.recipe.load import RecipeLike
+from refold.report.page import write_report
 from refold.sources.source_model import SourceModel
 from refold.studies.arm import RunArm
 from refold.studies.baselines import BASELINES, BaselineJob, whole_model_stages
+from refold.studies.finished import RUN_FOLDER_FORMAT, RUN_NAME, SUMMARY_NAME, read_run_folder
 from refold.studies.job import DEFAULT_RECIPE, RunJob, RunOptions, RunSettings, read_job
 
 
@@ -61,9 +64,8 @@ def report_line(
     return f"{name}: {size}, {loss}{f' ({rivals})' if rivals else ''}, cache {cache:.2f}x, compute {compute:.2f}x"
 
 
-RUN_NAME = "run.json"
-SUMMARY_NAME = "summary.json"
 CONTEXT = 8192
+PAGE_NAME = "report.html"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def run(
     """Plans, converts, heals and evaluates a model and its baselines. The same call resumes an unfinished run.
 
     The run folder holds `folded/` and a folder for each baseline, each with `converted/`, `model/` (healed) and its
-    evaluations, and `summary.json`. A recipe with `quantise` adds `folded/quantised/`, which is evaluated as healed.
+    evaluations, `summary.json`, and the page `report.html` with its pictures. A recipe with
+    `quantise` adds `folded/quantised/`, which is evaluated as healed.
 
     Args:
         source: Folder or hub id.
@@ -160,7 +163,16 @@ def run(
             show.say(line)
         result = replace(_summarise(job.name, made, healed_model, unhealed, healed, found), notes=notes)
         _write_summary(root, result, job.settings)
+        _write_page(root, show)
     return result
+
+
+def _write_page(root: Path, show: Show) -> None:
+    try:
+        write_report([read_run_folder(root)], root / PAGE_NAME, overwrite=True)
+    except RefoldError as error:
+        # The figures are written: a user's file at the place of the page does not make the run fail.
+        show.say(f"no page: {error}")
 
 
 def _measure_baseline(arm: RunArm, model: SourceModel, plan: StackPlan) -> Evaluation | None:
@@ -225,7 +237,7 @@ def _claim(root: Path, job: RunJob) -> None:
 
 def _identity(job: RunJob) -> dict[str, Any]:
     return {
-        "format": 1,
+        "format": RUN_FOLDER_FORMAT,
         "source": job.plan.source.model_dump(mode="json"),
         "recipe": job.plan.recipe.model_dump(mode="json"),
         "settings": {key: value for key, value in vars(job.settings).items() if key != "device"},

@@ -50,6 +50,9 @@ def test_a_run_measures_its_model_beside_a_pruned_one_and_goes_on(source: Path, 
     assert summary["line"] == found.line
     assert (tmp_path / "run" / summary["model"] / "config.json").is_file()
     assert set(summary["baselines"]) == {"pruned", "quantised"}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"{found.healed.bits_per_byte:.4f}" in page
+    assert (tmp_path / "run" / "report" / "training-loss-stage-1.png").is_file()
     assert any("healing" in line for line in said)
     again: list[str] = []
     shown = RunOptions(show=Show(again.append))

@@ -1,0 +1,1 @@
+"""One page about finished runs, fits, models and scorecards: pictures, tables, provenance."""
