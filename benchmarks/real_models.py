@@ -1,0 +1,392 @@
+"""Starts and their rivals on real models: unhealed losses on several kinds of text, tasks, and healed arms.
+
+    python benchmarks/real_models.py measure --name smollm2 --source MODEL --work runs/real
+    python benchmarks/real_models.py identity --name smollm2 --source MODEL --work runs/real
+    python benchmarks/real_models.py tasks --name smollm2 --source MODEL --task-data FOLDER --work runs/real
+    python benchmarks/real_models.py heal --name smollm2 --source MODEL --tokens 300k --work runs/real
+    python benchmarks/real_models.py write --work runs/real --write docs/results/real-models.md
+
+Every figure is a file under `--work`, and healing goes on from its last checkpoint, so an interrupted command continues
+when it is given again; `--known docs/results/real-models.json` begins with the figures of the page. `measure` converts
+each arm of `benchmarks/starts.py` at each share, once with moments of the first calibration text and once with those of
+all of them together. Run it from a folder in which the paths are short: they are written into the page.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from page import run_facts
+from real_models_page import render, unpack
+from starts import ARMS, count_bytes
+from transformers import AutoModelForCausalLM
+
+from refold.blueprint.schema import Blueprint
+from refold.conversion.convert import carry_out
+from refold.conversion.measured import keep_moments
+from refold.data.corpus import open_text
+from refold.data.readers import DataSource, from_documents
+from refold.errors import RecipeError
+from refold.evaluation.evaluate import evaluate
+from refold.evaluation.reference import Reference
+from refold.evaluation.result import Evaluation
+from refold.evaluation.settings import EvaluationSettings
+from refold.fields import read_amount
+from refold.healing.heal import heal
+from refold.healing.run import HealOptions
+from refold.modeling.configuration import RefoldConfig
+from refold.modeling.load import load_model, load_tokenizer
+from refold.planning.build import identity_blueprint
+from refold.planning.factors import stored_share
+from refold.planning.plan import plan_model
+from refold.recipe.heal import HealStage
+from refold.recipe.load import load_recipe
+from refold.scorecard.score import score
+from refold.scorecard.settings import ScoreSettings
+from refold.sources.source_model import read_source_model
+
+SCHEMES = ("int8", "int4")
+MIXED = "all"
+"""Name of the calibration text that mixes all kinds in equal parts."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("identity", "measure", "tasks", "heal", "write"):
+        each = commands.add_parser(name)
+        each.add_argument("--work", type=Path, default=Path("runs/real-models"))
+        each.add_argument("--known", type=Path, help="figures of an earlier page, its .json, that are taken over")
+        if name == "write":
+            each.add_argument("--write", type=Path, help="page to write")
+            continue
+        each.add_argument("--name", required=True, help="name of the source in the page")
+        each.add_argument("--source", required=True)
+        each.add_argument("--train", nargs="+", metavar="KIND=TEXT", required=True, help="calibration")
+        each.add_argument("--held-out", nargs="+", metavar="KIND=TEXT", required=True)
+        each.add_argument("--calibration", nargs="+", help="kinds, or `all`; default: the first and all")
+        each.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.6, 0.67, 0.5])
+        each.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
+        each.add_argument("--tokens", type=read_amount, default=16_384, help="of calibration, or of healing")
+        each.add_argument("--moment-tokens", type=read_amount, default=16_384)
+        each.add_argument("--documents", type=int, default=12, help="of each held-out kind, spread over it")
+        each.add_argument("--characters", type=int, default=1800, help="of each document, its first")
+        each.add_argument("--context", type=int, default=512)
+        each.add_argument("--dtype", default="float32", help="dtype in which models are evaluated and healed")
+        each.add_argument("--device")
+        each.add_argument("--minutes", type=float, default=1e9, help="begin nothing further after so many")
+    commands.choices["tasks"].add_argument("--task-data", type=Path, required=True)
+    commands.choices["tasks"].add_argument("--limit", type=int, default=500)
+    commands.choices["heal"].add_argument("--batch-tokens", type=read_amount, default=4096)
+    commands.choices["heal"].add_argument("--rate", type=float, default=5e-4)
+    commands.choices["heal"].add_argument("--save-every", type=int, default=10, help="steps between checkpoints")
+    return parser.parse_args()
+
+
+def by_kind(given: Sequence[str]) -> dict[str, str]:
+    """Returns the texts by kind, of `KIND=TEXT`."""
+    pairs = [each.partition("=") for each in given]
+    return {kind: text for kind, _, text in pairs}
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """One source with the state that all commands share."""
+
+    given: argparse.Namespace
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def folder(self) -> Path:
+        return self.given.work / self.given.name
+
+    @property
+    def has_time(self) -> bool:
+        return time.perf_counter() - self.started < 60 * self.given.minutes
+
+    @cached_property
+    def model(self) -> Any:
+        return read_source_model(self.given.source)
+
+    @cached_property
+    def reference(self) -> Reference:
+        return Reference(self.given.source, dtype=self.given.dtype, device=self.given.device, remember=4 * 2**30)
+
+    @property
+    def calibrations(self) -> list[str]:
+        return self.given.calibration or [next(iter(by_kind(self.given.train))), MIXED]
+
+    def text(self, kind: str) -> DataSource:
+        """Returns the calibration text of one kind, or the mixture of all in equal parts."""
+        texts = by_kind(self.given.train)
+        if kind != MIXED:
+            return open_text([texts[kind]])
+        return open_text([f"{text}={1 / len(texts):.6f}" for text in texts.values()])
+
+    def moments(self, kind: str) -> Path:
+        """Measures the moments of a calibration text once."""
+        given, folder = self.given, self.folder / f"moments-{kind}"
+        if not (folder / "moments.json").exists():
+            begun = time.perf_counter()
+            shutil.rmtree(folder, ignore_errors=True)
+            calibration = {"tokens": given.moment_tokens, "context": given.context}
+            keep_moments(
+                given.source,
+                {"factor": {"parameters": 0.5, "weight": "fisher"}, "calibration": calibration},
+                self.text(kind),
+                folder,
+            )
+            print(f"moments of {kind}: {time.perf_counter() - begun:.0f} s", flush=True)
+        return folder
+
+    def evaluate(self, model: str | Path, scheme: str | None = None) -> Evaluation:
+        given = self.given
+        settings = EvaluationSettings(context=given.context, dtype=given.dtype, device=given.device, quantise=scheme)
+        return evaluate(model, self.held_out, settings, against=self.reference)
+
+    @cached_property
+    def held_out(self) -> list[DataSource]:
+        """The first characters of documents that are spread evenly over each file; a file that is one text is cut."""
+        given, found = self.given, []
+        for kind, text in by_kind(given.held_out).items():
+            whole = [each for each in open_text([text]).documents() if len(each) >= given.characters]
+            if len(whole) < given.documents:
+                whole = paragraphs("\n\n".join(whole), given.documents)
+            step = max(1, len(whole) // given.documents)
+            pieces = [each[: given.characters] for each in whole[::step][: given.documents]]
+            found.append(from_documents(pieces, name=kind))
+        return found
+
+    def arms(self) -> Iterator[tuple[str, float, str, dict[str, Any]]]:
+        """Yields arm, share, calibration text and recipe; arms that read no text come once."""
+        for share in self.given.shares:
+            for name in self.given.arms:
+                recipe = ARMS[name].recipe(share, self.model)
+                if recipe is None:
+                    continue
+                try:
+                    needs = reads_text(self.model, recipe)
+                except RecipeError as error:
+                    print(f"{name} at {share:g}: {error}", flush=True)
+                    continue
+                for kind in self.calibrations if needs else ["none"]:
+                    yield name, share, kind, recipe
+
+    def target(self, name: str, share: float, kind: str) -> Path:
+        return self.folder / "targets" / f"{slug(name)}-{share:g}-{kind}"
+
+    def convert(self, name: str, share: float, kind: str, recipe: dict[str, Any]) -> Path | None:
+        """Converts one target, unless it is there; returns None if the recipe does not fit."""
+        given, out = self.given, self.target(name, share, kind)
+        if out.exists():
+            return out
+        sizes = {"tokens": given.moment_tokens, "context": given.context}
+        try:
+            settings = {**recipe, "calibration": {**recipe.get("calibration", {}), **sizes}}
+            plan = plan_model(self.model, load_recipe(settings), allow_larger=True)
+            reads = plan.recipe.measures_influence or plan.recipe.fits_in_sequence or plan.recipe.replaces
+            moments = self.moments(kind) if plan.recipe.needs_text else None
+            out.parent.mkdir(parents=True, exist_ok=True)
+            carry_out(plan, self.model.source, out, calibration=self.text(kind) if reads else None, moments=moments)
+        except RecipeError as error:
+            print(f"{name} at {share:g}: {error}", flush=True)
+            return None
+        return out
+
+    def row(self, found: Evaluation, blueprint: Blueprint, scheme: str | None, **more: Any) -> dict[str, Any]:
+        source = identity_blueprint(blueprint.arch)
+        compared = found.against
+        assert compared is not None
+        kinds = {
+            kind.name: {
+                "bits_per_byte": kind.bits_per_byte,
+                "difference": kind.difference,
+                "error": kind.difference_error,
+                "nats": (kind.difference or 0.0) * math.log(2) * kind.bytes / kind.tokens,
+                "perplexity": kind.perplexity,
+                "agreement": kind.agreement,
+                "kl": kind.kl,
+            }
+            for kind in found.kinds
+        }
+        return {
+            "share": stored_share(blueprint, source),
+            "bytes": count_bytes(blueprint, scheme) / count_bytes(source, None),
+            "kinds": kinds,
+            **more,
+        }
+
+
+def reads_text(model: Any, recipe: dict[str, Any]) -> bool:
+    """Returns whether a conversion by the recipe reads text or moments of it."""
+    plan = plan_model(model, load_recipe(recipe), allow_larger=True)
+    made = plan.recipe
+    return bool(made.needs_text or made.measures_influence or made.fits_in_sequence or made.replaces)
+
+
+def paragraphs(text: str, count: int) -> list[str]:
+    """Returns a text from `count` evenly spaced paragraphs on."""
+    starts = [text.find("\n\n", place) + 2 for place in range(0, len(text), len(text) // (count + 1))]
+    return [text[start:] for start in starts[:count]]
+
+
+def slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def keep(path: Path, row: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(row, indent=1) + "\n")
+    part.replace(path)
+
+
+def measure(study: RealModel) -> None:
+    """Measures the source in integers, and every arm at every share."""
+    place = study.folder / "rows"
+    blueprint = identity_blueprint(study.model.arch)
+    for scheme in SCHEMES:
+        path = place / f"source-{scheme}.json"
+        if not path.exists():
+            row = study.row(study.evaluate(study.given.source, scheme), blueprint, scheme)
+            keep(path, {"arm": f"the source in {scheme}", "asked": 1.0, "calibration": "none", **row})
+    for name, share, kind, recipe in study.arms():
+        path = place / f"{slug(name)}-{share:g}-{kind}.json"
+        if path.exists() or not study.has_time:
+            continue
+        begun = time.perf_counter()
+        out = study.convert(name, share, kind, recipe)
+        if out is None:
+            continue
+        converted = time.perf_counter() - begun
+        found = study.evaluate(out)
+        blueprint = RefoldConfig.from_pretrained(out).read_blueprint()
+        row = study.row(found, blueprint, None, seconds={"convert": round(converted), "all": 0})
+        row["seconds"]["all"] = round(time.perf_counter() - begun)
+        keep(path, {"arm": name, "asked": share, "calibration": kind, **row})
+        losses = {each: round(value["nats"], 3) for each, value in row["kinds"].items()}
+        print(f"{name} at {share:g}, {kind}: {losses} {row['seconds']}", flush=True)
+
+
+def check_identity(study: RealModel) -> None:
+    """Compares the source's identity fold with transformers: logits in float32, greedy tokens, and a chat."""
+    out = study.folder / "targets" / "identity"
+    if not out.exists():
+        plan = plan_model(study.model, load_recipe({}), allow_larger=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        carry_out(plan, study.model.source, out)
+    theirs = AutoModelForCausalLM.from_pretrained(study.given.source, dtype=torch.float32).eval()
+    ours = load_model(out, dtype="float32").eval()
+    tokenizer = load_tokenizer(out)
+    largest, scale, prompts = 0.0, 0.0, [each for text in study.held_out for each in text.documents()]
+    for text in prompts[::6]:
+        ids = tokenizer(text, return_tensors="pt").input_ids[:, : study.given.context]
+        with torch.inference_mode():
+            expected, found = theirs(ids).logits, ours(ids).logits
+        largest, scale = max(largest, float((expected - found).abs().max())), max(scale, float(expected.abs().max()))
+    same = {}
+    ids = tokenizer(prompts[0][:300], return_tensors="pt").input_ids
+    same["greedy"] = greedy(theirs, ids) == greedy(ours, ids)
+    answer = None
+    if tokenizer.chat_template is not None:
+        asked = [{"role": "user", "content": "What is the capital of France?"}]
+        shown: Any = tokenizer.apply_chat_template(
+            asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        expected = greedy(theirs, shown["input_ids"])
+        same["chat"] = expected == greedy(ours, shown["input_ids"])
+        answer = tokenizer.decode(expected, skip_special_tokens=True)
+    row = {"largest_difference": largest, "largest_logit": scale, "same": same, "answer": answer}
+    keep(study.folder / "identity.json", row)
+    print(row, flush=True)
+
+
+def greedy(model: Any, ids: torch.Tensor) -> list[int]:
+    """Returns 64 greedy tokens after a prompt."""
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
+    return made[0, ids.shape[1] :].tolist()
+
+
+def heal_arms(study: RealModel) -> None:
+    """Heals each arm on the mixture of all kinds, and measures it; an interrupted run goes on."""
+    given = study.given
+    stage = HealStage(
+        tokens=given.tokens, learning_rate=given.rate, batch_tokens=given.batch_tokens, context=given.context
+    )
+    starts: list[tuple[str, float, str, Path | None]] = []
+    for name, share, kind, recipe in study.arms():
+        starts.append((name, share, kind, study.convert(name, share, kind, recipe)))
+    for name, share, kind, start in starts:
+        path = study.folder / "healed" / f"{slug(name)}-{share:g}-{kind}-{given.tokens}.json"
+        if start is None or path.exists() or not study.has_time:
+            continue
+        begun, out = time.perf_counter(), path.with_suffix("")
+        if not out.exists():
+            options = HealOptions(device=given.device, checkpoint_seconds=120.0)
+            heal(start, out, study.text(MIXED), [stage], options=options)
+        row = study.row(study.evaluate(out), RefoldConfig.from_pretrained(out).read_blueprint(), None)
+        more = {"tokens": given.tokens, "rate": given.rate, "seconds": round(time.perf_counter() - begun)}
+        keep(path, {"arm": name, "asked": share, "calibration": kind, **row, **more})
+        print(f"{name} at {share:g}, {kind}, healed: {row['kinds']}", flush=True)
+
+
+def score_tasks(study: RealModel) -> None:
+    """Scores the source, the source in integers, and each arm, on the seven tasks."""
+    given = study.given
+    settings = ScoreSettings(
+        text=EvaluationSettings(dtype=given.dtype, device=given.device),
+        tasks=("seven",),
+        task_data=given.task_data,
+        limit=given.limit,
+    )
+    place = study.folder / f"tasks-{given.limit}"
+    wanted: list[tuple[str, dict[str, Any], Path | str | None, str | None]] = [
+        ("source", {"arm": "the source", "asked": 1.0, "calibration": "none"}, given.source, None)
+    ]
+    for scheme in SCHEMES:
+        facts = {"arm": f"the source in {scheme}", "asked": 1.0, "calibration": "none"}
+        wanted.append((f"source-{scheme}", facts, given.source, scheme))
+    for name, share, kind, recipe in study.arms():
+        facts = {"arm": name, "asked": share, "calibration": kind}
+        wanted.append((f"{slug(name)}-{share:g}-{kind}", facts, study.convert(name, share, kind, recipe), None))
+    for key, facts, model, scheme in wanted:
+        path = place / f"{key}.json"
+        if model is None or path.exists() or not study.has_time:
+            continue
+        begun = time.perf_counter()
+        (card,) = score([model], None, replace(settings, text=replace(settings.text, quantise=scheme)))
+        keep(path, {**facts, "seconds": round(time.perf_counter() - begun), **card.model_dump(mode="json")})
+        assert card.tasks is not None
+        print(f"{key}: {card.tasks.average:.4f}, {time.perf_counter() - begun:.0f} s", flush=True)
+
+
+def main() -> int:
+    given = arguments()
+    if given.known is not None:
+        unpack(given.known, given.work)
+    if given.command == "write":
+        return render(given.work, given.write)
+    study = RealModel(given)
+    study.folder.mkdir(parents=True, exist_ok=True)
+    facts = study.folder / f"facts-{given.command}.json"
+    if not facts.exists():
+        keep(facts, run_facts(0, os.getloadavg()[0]))
+    {"identity": check_identity, "measure": measure, "tasks": score_tasks, "heal": heal_arms}[given.command](study)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
