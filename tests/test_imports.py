@@ -12,11 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[1] / "refold"
 LAYERS = (
     {"cli"},
-    {"fitting"},
+    {"fitting", "claims"},
     {"studies"},
-    {"serve"},
+    {"serve", "report"},
+    {"scorecard"},
     {"engine"},
-    {"analysis", "conversion", "healing", "evaluation", "generation", "exporting", "report"},
+    {"analysis", "conversion", "healing", "evaluation", "generation", "exporting"},
     {"calibration", "vocabulary"},
     {"data", "scoring"},
     {"planning"},
@@ -29,7 +30,7 @@ LAYERS = (
     {"mixers"},
     {"families"},
 )
-EVERYWHERE = {"errors", "fields", "progress", "suggest", "version", "protocols", "recipes", "shipped"}
+EVERYWHERE = {"errors", "fields", "pages", "progress", "suggest", "version", "protocols", "recipes", "shipped"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 

@@ -9,12 +9,25 @@ from typing import Any
 
 from refold.errors import FolderError
 
+# A line ends only between entries: a string has its line ends escaped.
+_FLAT_LIST, _INDENT = re.compile(r"\[\n *([^\[\]{}]*?)\n *\]"), re.compile(r"\n *")
 _UNFINISHED = re.compile(r"\..+\.\d+\.unfinished")
+
+
+def json_text(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """Returns plain data as indented JSON, with each list of numbers or words on one line.
+
+    Args:
+        value: The data.
+        default: Makes plain data of a value that is none, as for `json.dumps`.
+    """
+    text = json.dumps(value, indent=2, default=default)
+    return _FLAT_LIST.sub(lambda found: "[" + _INDENT.sub(" ", found[1]) + "]", text)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes plain data as JSON, as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -40,5 +40,5 @@ def command(
         print_json(vars(found)) if json else print(found.line)
         return
     made = run(source, out, recipe, texts, held_out=measured, settings=settings, options=how)
-    note(f"model: {made.model}\nfigures: {out / 'summary.json'}")
+    note(f"model: {made.model}\nfigures: {out / 'summary.json'}\npage: {out / 'report.html'}")
     print_json({"line": made.line, "model": str(made.model)}) if json else print(made.line)

@@ -1,13 +1,14 @@
 """Printing of results to stdout, and of notes and progress to stderr."""
 
 import contextlib
-import json
 import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from refold.checkpoint.atomic_file import json_text
 
 MAX_WORD_WIDTH = 40
 """Longest word of a table that is never broken."""
@@ -16,9 +17,9 @@ MAX_NUMBER_WIDTH = 16
 
 
 def print_json(data: Any) -> None:
-    """Prints plain data or a pydantic model as JSON."""
+    """Prints plain data or a pydantic model as JSON, with each list of numbers or words on one line."""
     plain = data.model_dump(mode="json") if hasattr(data, "model_dump") else data
-    print(json.dumps(plain, indent=2, default=str))
+    print(json_text(plain, default=str))
 
 
 def console_width() -> int:

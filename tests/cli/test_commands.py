@@ -65,6 +65,8 @@ def test_flags_are_these() -> None:
         (["evaluate", "SOURCE", "--data", "LATIN", "--out", "CONFIG", "--overwrite"], "got another file"),
         (["evaluate", "SOURCE", "--data", "LATIN", "--out", "/dev/null", "--overwrite"], "got another file"),
         (["evaluate", "SOURCE", "--data", "LATIN", "--out", "LINK", "--overwrite"], "got another file"),
+        (["report", "LATIN", "--out", "OUT"], "a scorecard is required"),
+        (["report", "SOURCE", "--out", "CONFIG", "--overwrite"], "a report of `refold report` is required"),
         (["evaluate", "SOURCE", "--data", "LATIN", "--max-tokens", "-5"], "--max-tokens: must be a whole number"),
         (["evaluate", "SOURCE", "--data", "LATIN", "--stride", "0"], "--stride: must be at least 1 (got 0)"),
         (["analyse", "SOURCE", "--tokens", "-5"], "--tokens: must be a whole number"),
@@ -203,13 +205,14 @@ def test_the_whole_way_by_hand(
     windows = ("--max-tokens", "1k", "--context", "64", "--json")
     assert run("evaluate", healed, "-d", text, "--against", shipped, *windows, monkeypatch=monkeypatch) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["against"]["agreement"] > 0
+    assert found["text"]["against"]["agreement"] > 0
     assert run("evaluate", healed, "-d", text, "--quantise", "int4", *windows, monkeypatch=monkeypatch) == 0
     quantised = json.loads(capsys.readouterr().out)["model"]
     assert quantised["quantised"] == "int4"
     assert quantised["weight_bytes"] < 0.6 * found["model"]["weight_bytes"]
     assert run("evaluate", dense, "-d", text, *windows, monkeypatch=monkeypatch) == 0
-    assert json.loads(capsys.readouterr().out)["bits_per_byte"] == pytest.approx(found["bits_per_byte"], rel=0.01)
+    exported = json.loads(capsys.readouterr().out)["text"]
+    assert exported["bits_per_byte"] == pytest.approx(found["text"]["bits_per_byte"], rel=0.01)
     assert run("generate", healed, "-p", "def f", "--max-new-tokens", "4", monkeypatch=monkeypatch) == 0
     plain = capsys.readouterr().out
     streamed = ("generate", healed, "-p", "def f", "--max-new-tokens", "4", "--stream")
@@ -298,7 +301,7 @@ def test_a_column_is_named_once_for_all_files_and_kinds_are_reported(
     (tmp_path / "b.csv").write_text("id,body\n" + "".join(f"{n},import os as o{n}\n" for n in range(6)))
     data = ("--data", tmp_path / "a.json", "--data", tmp_path / "b.csv")
     assert run("evaluate", shipped, *data, "--field", "body", "--json", monkeypatch=monkeypatch) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["text"]
     assert [Path(kind["name"]).name for kind in found["kinds"]] == ["a.json", "b.csv"]
     assert found["bytes"] == sum(kind["bytes"] for kind in found["kinds"]) > 200
     assert run("evaluate", shipped, *data, "--field", "body", monkeypatch=monkeypatch) == 0
