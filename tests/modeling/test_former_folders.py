@@ -61,7 +61,9 @@ def test_every_tensor_keeps_its_bits_and_the_logits_are_those_of_then(kind: str)
     assert {current(name) for name in given} == found.keys()
     assert all(torch.equal(found[current(name)], tensor) for name, tensor in given.items())
     expected = load_file(FOLDERS / f"{kind}.logits.safetensors")["logits"]
-    torch.testing.assert_close(model(TOKENS).logits, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    # In float64, because processors differ in float32; the stored logits are off by their own rounding.
+    found_logits = model.double()(TOKENS).logits
+    torch.testing.assert_close(found_logits, expected.double(), rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "coefficients": {"fold": FOLD, "factor": {"parameters": 0.6, "share": "basis", "weight": "none"}},
     "strict": {"fold": FOLD},
 }
-TOLERANCE = 4e-6
+TOLERANCE = 1e-9
 
 
 def far(one: Tensor, other: Tensor) -> float:
@@ -78,7 +78,8 @@ def test_a_range_reads_the_keys_that_an_earlier_range_made(load, tokens):
 def test_rows_at_different_depths_of_a_loop_are_each_alone(load_any, streams, variant, name):
     if variant == "gemma2" and name != "strict":
         pytest.skip("its loops have one window each, so depths of two loops differ")
-    model = load_any(variant, RECIPES[name]).model
+    # In float64: in float32 the rounding of some processors exceeds the tolerance.
+    model, streams = load_any(variant, RECIPES[name]).model.double(), streams.double()
     if variant == "gemma2":
         assert {each.spec.window for each in model.depths} != {None}
     batch = model.batch(streams)
