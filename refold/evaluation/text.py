@@ -89,7 +89,7 @@ def describe_domain(fitted_to: Sequence[str], source: DataSource) -> tuple[str, 
         return ()
     return (
         f"the model was fitted to {_list(fitted_to)} and is evaluated on {_list(names)} alone: a loss on other kinds "
-        f"of text does not show, and it can be three times as large ({OTHER_KINDS}); give text of another kind as a "
+        f"of text does not show, and it can be several times as large ({OTHER_KINDS}); give text of another kind as a "
         f"second --data",
     )
 

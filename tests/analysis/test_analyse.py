@@ -133,7 +133,7 @@ def test_without_text_tokens_are_random_and_a_note_says_so(planted: Path) -> Non
     assert (found.text.kind, found.text.tokens, found.spectra) == ("random", 64, ())
     assert "give text with --data" in found.notes[0]
     (one_kind,) = refold.analyse(planted, data=TEXT, settings=QUICK).notes
-    assert "1.83 on encyclopedia text" in one_kind
+    assert "0.65 on documentation" in one_kind
 
 
 def test_too_few_tokens_are_refused() -> None:

@@ -207,7 +207,7 @@ def test_a_mixture_is_measured_by_weight_and_one_kind_has_a_note(source, tmp_pat
         "generator": (text for text in kinds[0]),
     }.items():
         plan_ = convert(source, tmp_path / name, RECIPES["factors"], calibration=data)
-        prices = [note for note in map(str, plan_.notes) if "1.83 on encyclopedia text" in note]
+        prices = [note for note in map(str, plan_.notes) if "0.65 on documentation" in note]
         assert len(prices) == (name not in ("mixed", "again"))
         made[name] = (tmp_path / name / "model.safetensors").read_bytes()
     assert made["one"] == made["frame"] == made["generator"]

@@ -125,7 +125,7 @@ def test_rounding_with_feedback_shrinks(source, sentences, tmp_path):
     options = QuantiseOptions(context=32, shrink="auto")
     made = quantise(tmp_path / "floats", tmp_path / "again", "int4", data=data, tokens=256, options=options)
     assert same(load_file(tmp_path / "again" / "model.safetensors"), found["auto"])
-    assert ["1.83 on encyclopedia text" in line for line in made.notes] == [True]
+    assert ["0.65 on documentation" in line for line in made.notes] == [True]
     stages = json.loads((tmp_path / "again" / "provenance.json").read_text())["stages"]
     assert [each["text"] for each in stages] == [{}, {"documents in memory": None}]
 
