@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from refold.cli import options
-from refold.cli.show import note
+from refold.cli.show import note, progress
 
 
 def command(
@@ -27,6 +27,8 @@ def command(
     from refold.studies.finished import RUN_FOLDER
 
     require_free_report(out, overwrite)
-    made = write_report(open_runs(runs, (RUN_FOLDER, FIT_FOLDER)), out, overwrite=overwrite)
+    opened = open_runs(runs, (RUN_FOLDER, FIT_FOLDER))
+    with progress("drawing", "pictures") as report:
+        made = write_report(opened, out, overwrite=overwrite, progress=report)
     note(f"pictures: {pictures_folder(made)}")
     print(made)

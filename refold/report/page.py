@@ -12,6 +12,7 @@ from markupsafe import Markup
 from refold.checkpoint.atomic_file import require_free, write_file, write_json, write_text
 from refold.errors import FolderError
 from refold.pages.render import render_template
+from refold.progress import Report
 from refold.report import origins, probes, quality, training, weights
 from refold.report.drawing import Drawing
 from refold.report.png import save_png
@@ -115,13 +116,16 @@ def render_report(runs: Sequence[ReportRun], sections: Sequence[ReportSection], 
     )
 
 
-def write_report(runs: Sequence[ReportRun], out: str | Path, *, overwrite: bool = False) -> Path:
+def write_report(
+    runs: Sequence[ReportRun], out: str | Path, *, overwrite: bool = False, progress: Report | None = None
+) -> Path:
     """Writes the page of runs, and its pictures as SVG and PNG into a folder beside it with the page's name.
 
     Args:
         runs: The runs, as `refold.report.opening.open_runs` reads them.
         out: The HTML file.
         overwrite: Replace an older report; other files are never replaced.
+        progress: Called with the number of drawn pictures and of all pictures.
 
     Returns:
         The path of the page.
@@ -143,8 +147,10 @@ def write_report(runs: Sequence[ReportRun], out: str | Path, *, overwrite: bool 
         )
     # The list is first: a killed report leaves no file that the next one would take for another's.
     write_json(folder / LIST_NAME, {"generator": GENERATOR, "files": sorted({*names, *own})})
-    for drawing in drawings:
+    for number, drawing in enumerate(drawings):
         _write_picture(drawing, folder)
+        if progress is not None:
+            progress(number + 1, len(drawings))
     for name in own - set(names):
         (folder / name).unlink(missing_ok=True)
     write_json(folder / LIST_NAME, {"generator": GENERATOR, "files": names})

@@ -169,7 +169,8 @@ def run(
 
 def _write_page(root: Path, show: Show) -> None:
     try:
-        write_report([read_run_folder(root)], root / PAGE_NAME, overwrite=True)
+        with show.progress("drawing the page", "pictures") as report:
+            write_report([read_run_folder(root)], root / PAGE_NAME, overwrite=True, progress=report)
     except RefoldError as error:
         # The figures are written: a user's file at the place of the page does not make the run fail.
         show.say(f"no page: {error}")

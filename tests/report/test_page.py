@@ -224,3 +224,10 @@ def test_runs_of_two_sources_keep_their_sources_apart(
     )
     sections = {section.anchor: section for section in make_sections([whole, changed])[0]}
     assert [drawing.name for drawing in sections["size-and-loss"].drawings] == ["size-and-loss", "size-and-loss-2"]
+
+
+def test_every_drawn_picture_is_told(whole: ReportRun, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    write_report([whole], tmp_path / "page.html", progress=lambda done, total: told.append((done, total)))
+    pictures = len(list((tmp_path / "page").glob("*.svg")))
+    assert told == [(number + 1, pictures) for number in range(pictures)]

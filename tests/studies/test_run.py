@@ -115,13 +115,14 @@ def test_evaluation_and_conversion_tell_how_far_they_are(source: Path, tmp_path:
 
     @contextlib.contextmanager
     def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-        assert unit in ("steps", "windows")
+        assert unit in ("steps", "windows", "pictures")
         yield lambda done, total: told.setdefault(label, []).append((done, total))
 
     settings = RunSettings(tokens=0, baselines=("pruned",), eval_tokens=400, device="cpu")
     options = RunOptions(show=Show(progress=progress))
     run(source, tmp_path / "run", "recursive", from_documents(TEXTS), settings=settings, options=options)
-    assert set(told) == {f"{arm}: {what}" for arm in ("folded", "pruned") for what in ("converting", "evaluating")}
+    labels = {f"{arm}: {what}" for arm in ("folded", "pruned") for what in ("converting", "evaluating")}
+    assert set(told) == labels | {"drawing the page"}
     for calls in told.values():
         assert calls[-1][0] == calls[-1][1]
 
