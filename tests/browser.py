@@ -1,4 +1,4 @@
-"""What a browser shows of a page: texts that are cut off, that overlap, or that make the page too wide."""
+"""Faults of a page in a browser: texts that are cut off, that overlap, or that make the page too wide."""
 
 import html
 import json
@@ -58,7 +58,7 @@ def find_browser() -> str:
 
 
 def look(browser: str, folder: Path, pages: dict[str, tuple[str, int]]) -> dict[str, list[str]]:
-    """Opens files of a folder, each in a frame of a width, and returns by name what is wrong with their texts."""
+    """Opens files of a folder, each in a frame of a width, and returns the faults of their texts by file name."""
     frames = "".join(FRAME.format(name=name, file=file, width=width) for name, (file, width) in pages.items())
     (folder / "look.html").write_text(LOOK.replace("FRAMES", frames))
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]

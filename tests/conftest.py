@@ -62,7 +62,7 @@ def checked_at_first(*, typechecker: Any) -> Callable[[Any], Any]:
 
 def sample(function: Any, check: Callable[[Any], Any]) -> Any:
     if isinstance(function, type):
-        # Of a class, jaxtyping checks what a dataclass is made of.
+        # jaxtyping checks the `__init__` of a dataclass, and nothing else of a class.
         if is_dataclass(function) and isinstance(function.__dict__.get("__init__"), FunctionType):
             function.__init__ = sample(function.__init__, check)
         return function
@@ -87,7 +87,7 @@ def sample(function: Any, check: Callable[[Any], Any]) -> Any:
         try:
             return made(*args, **kwargs)
         except jaxtyping.TypeCheckError:
-            # Where a test gives wrong input, the function's own message is what it asks for.
+            # A test that gives wrong input expects the function's own message.
             plain(*args, **kwargs)
             raise
 

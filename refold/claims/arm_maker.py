@@ -71,7 +71,7 @@ class ArmResult:
 
 
 class ArmMaker:
-    """Makes and measures arms in a work folder; what is there already is not made again.
+    """Makes and measures arms in a work folder, and reuses the results that the folder has.
 
     Args:
         planner: Plans of the arms.

@@ -36,6 +36,7 @@ def command(
     from refold.scorecard.settings import ScoreSettings
 
     text = EvaluationSettings(context, stride, max_tokens, batch_size, dtype, device, quantise)
-    chosen = (scores.split_names(tasks), task_data, shots, limit, recall, exits, branches, noise, speed, seed)
-    settings, output = ScoreSettings(text, *chosen), ScoreOutput(out, overwrite, json)
-    print_scores(models, options.locate_data(data, field), settings, against, output)
+    of_tasks = {"tasks": scores.split_names(tasks), "task_data": task_data, "shots": shots, "limit": limit}
+    sections = {"recall": recall, "exits": exits, "branches": branches, "noise": noise, "speed": speed}
+    settings = ScoreSettings(text, **of_tasks, **sections, seed=seed)
+    print_scores(models, options.locate_data(data, field), settings, against, ScoreOutput(out, overwrite, json))

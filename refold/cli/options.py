@@ -219,7 +219,6 @@ BatchSize = Annotated[
 QuantiseOption = Annotated[
     str | None, typer.Option(help="int8 or int4: round the weights of linears, and count their bytes so.")
 ]
-JsonFile = Annotated[Path | None, typer.Option("--out", help="Also write the result to this file as JSON.")]
 # Of `calibrate`.
 Tolerance = Annotated[
     float, typer.Option(parser=real, metavar="X", help="Largest share of tokens that may differ from the full depth's.")

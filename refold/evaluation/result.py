@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -241,16 +242,31 @@ def require_free_evaluation(path: str | Path, overwrite: bool = False) -> Path:
     Raises:
         FolderError: A file exists that must not be replaced.
     """
+    return require_free_record(path, FILE_NAME, read_evaluation, overwrite)
+
+
+def require_free_record(path: str | Path, name: str, read: Callable[[Path], Any], overwrite: bool) -> Path:
+    """Checks that a record of `refold evaluate` can be written, and returns its path.
+
+    Args:
+        path: The file, or a folder.
+        name: Name of the file in a folder.
+        read: Reads a record that may be replaced; raises FolderError for other files.
+        overwrite: Replace such a record.
+
+    Raises:
+        FolderError: A file exists that must not be replaced.
+    """
+
+    def is_own(file: Path) -> bool:
+        try:
+            read(file)
+        except FolderError:
+            return False
+        return True
+
     path = Path(path)
-    return require_free(path / FILE_NAME if path.is_dir() else path, "report of `evaluate`", _is_evaluation, overwrite)
-
-
-def _is_evaluation(path: Path) -> bool:
-    try:
-        read_evaluation(path)
-    except FolderError:
-        return False
-    return True
+    return require_free(path / name if path.is_dir() else path, "report of `evaluate`", is_own, overwrite)
 
 
 def read_evaluation(path: str | Path) -> Evaluation:

@@ -6,8 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from refold.checkpoint.atomic_file import require_free, write_json
-from refold.errors import FolderError
+from refold.checkpoint.atomic_file import write_json
 from refold.evaluation import result
 from refold.evaluation.result import FORMAT, Evaluation, Machine, ModelFacts
 
@@ -239,8 +238,7 @@ def require_free_scorecard(path: str | Path, overwrite: bool = False) -> Path:
     Raises:
         FolderError: A file exists that must not be replaced.
     """
-    path = Path(path)
-    return require_free(path / FILE_NAME if path.is_dir() else path, "report of `evaluate`", _is_scorecard, overwrite)
+    return result.require_free_record(path, FILE_NAME, read_scorecard, overwrite)
 
 
 def read_scorecard(path: str | Path) -> Scorecard:
@@ -274,11 +272,3 @@ def _is_evaluation(raw: bytes) -> bool:
     except ValueError:
         return False
     return isinstance(plain, dict) and "bits_per_byte" in plain
-
-
-def _is_scorecard(path: Path) -> bool:
-    try:
-        read_scorecard(path)
-    except FolderError:
-        return False
-    return True

@@ -115,7 +115,7 @@ def test_lm_eval_finds_the_class_by_its_name():
     assert get_model("refold") is RefoldLM
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     names = Registry("model")
-    # lm-eval's registry takes entry points, and imports what they name when it is asked for.
+    # lm-eval's registry takes entry points, and imports a class when its name is asked for.
     names.register(
         "refold", target=EntryPoint("refold", project["entry-points"]["lm_eval.models"]["refold"], "lm_eval.models")
     )
