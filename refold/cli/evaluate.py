@@ -36,7 +36,17 @@ def command(
     from refold.scorecard.settings import ScoreSettings
 
     text = EvaluationSettings(context, stride, max_tokens, batch_size, dtype, device, quantise)
-    of_tasks = {"tasks": scores.split_names(tasks), "task_data": task_data, "shots": shots, "limit": limit}
-    sections = {"recall": recall, "exits": exits, "branches": branches, "noise": noise, "speed": speed}
-    settings = ScoreSettings(text, **of_tasks, **sections, seed=seed)
+    settings = ScoreSettings(
+        text,
+        tasks=scores.split_names(tasks),
+        task_data=task_data,
+        shots=shots,
+        limit=limit,
+        recall=recall,
+        exits=exits,
+        branches=branches,
+        noise=noise,
+        speed=speed,
+        seed=seed,
+    )
     print_scores(models, options.locate_data(data, field), settings, against, ScoreOutput(out, overwrite, json))
