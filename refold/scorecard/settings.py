@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from refold.errors import RefoldError
 from refold.evaluation.settings import EvaluationSettings
 from refold.scorecard.amounts import ScoreAmounts
 
@@ -24,6 +25,9 @@ class ScoreSettings:
         speed: Whether to measure speed, first token, peak memory and state.
         seed: Seed of drawn items, made texts and noise.
         amounts: Lengths, items, documents and repeats of the sections that are made on the spot.
+
+    Raises:
+        RefoldError: `task_data`, `shots` or `limit` is given without tasks.
     """
 
     text: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -38,3 +42,9 @@ class ScoreSettings:
     speed: bool = False
     seed: int = 0
     amounts: ScoreAmounts = field(default_factory=ScoreAmounts)
+
+    def __post_init__(self) -> None:
+        for name in ("task_data", "shots", "limit"):
+            value = getattr(self, name)
+            if value is not None and not self.tasks:
+                raise RefoldError(f"{name}: tasks are required with it (got {value} without tasks); name tasks: seven")

@@ -190,3 +190,11 @@ def test_mistakes_are_told_before_any_model_runs(source, sections, tmp_path: Pat
 def test_a_source_of_another_tokenizer_refuses_agreement(source, make_source, sentences):
     with pytest.raises(SourceError, match=r"evaluate each by itself and compare bits per byte and tasks with `refold"):
         score([source], from_documents(sentences), ScoreSettings(TEXT), against=make_source("llama"))
+
+
+@pytest.mark.parametrize("setting", [{"limit": 3}, {"shots": 0}, {"task_data": Path("items")}], ids=str)
+def test_settings_of_tasks_need_tasks(setting):
+    (name,) = setting
+    with pytest.raises(RefoldError, match=rf"{name}: tasks are required with it .*; name tasks: seven"):
+        ScoreSettings(**setting)
+    ScoreSettings(tasks=("piqa",), **setting)
