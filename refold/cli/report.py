@@ -14,7 +14,7 @@ def command(
         list[str],
         typer.Argument(
             metavar="RUN...",
-            help="Folders of `refold run`, `fit` and `analyse`, model folders, JSON files of `refold evaluate`.",
+            help="Folders of `refold run`, `fit` and `analyse`, model folders, files or folder of `refold evaluate`.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="HTML file; pictures go into a folder of its name beside it.")],

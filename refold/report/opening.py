@@ -43,19 +43,27 @@ def open_runs(paths: Sequence[str | Path], kinds: Sequence[RunKind] = ()) -> lis
     """Reads RUNs, each under a name of its own.
 
     Args:
-        paths: Folders and JSON files.
+        paths: Folders and JSON files; a folder of scorecards stands for its files.
         kinds: Kinds of folders beside models and analyses, the first that fits decides.
 
     Raises:
         FolderError: A path is no RUN, or unfinished, torn or of a newer version.
         SourceError: A model is damaged.
     """
-    found = [_open(Path(path).expanduser(), (*kinds, ANALYSIS_FOLDER, MODEL_FOLDER)) for path in paths]
+    known = (*kinds, ANALYSIS_FOLDER, MODEL_FOLDER)
+    found = [_open(each, known) for path in paths for each in _list_files(Path(path).expanduser(), known)]
     names = [run.name for run in found]
     longer = [f"{run.path.absolute().parent.name}/{run.name}" for run in found]
     unique = [longer[place] if names.count(name) > 1 else name for place, name in enumerate(names)]
     numbered = [f"{name} ({place})" if unique.count(name) > 1 else name for place, name in enumerate(unique, 1)]
     return [replace(run, name=name) for run, name in zip(found, numbered, strict=True)]
+
+
+def _list_files(path: Path, kinds: Sequence[RunKind]) -> list[Path]:
+    """Returns the JSON files of a folder of no known kind, as `refold evaluate` writes for several models."""
+    if not path.is_dir() or any((path / kind.marker).is_file() for kind in kinds):
+        return [path]
+    return sorted(path.glob("*.json")) or [path]
 
 
 def _open(path: Path, kinds: Sequence[RunKind]) -> ReportRun:

@@ -95,3 +95,12 @@ def test_bad_input_is_refused_with_its_reason(folded: Path, evaluate_as: Callabl
             open_runs([tmp_path / name])
     with pytest.raises(FolderError):
         open_runs([folded, tmp_path / "empty"])
+
+
+def test_a_folder_of_scorecards_stands_for_its_files(evaluate_as: Callable[..., Any], tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.json").write_text(make_card(name, evaluate_as(name, 300, 1.375)).model_dump_json())
+    assert [run.name for run in open_runs([tmp_path])] == ["one", "other"]
+    (tmp_path / "more.json").write_text("{}")
+    with pytest.raises(FolderError, match=r"more\.json"):
+        open_runs([tmp_path])
