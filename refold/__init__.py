@@ -44,6 +44,7 @@ _API = {
     "EvaluationSettings": "refold.evaluation.settings",
     "ScoreSettings": "refold.scorecard.settings",
     "Sampling": "refold.generation.sampling",
+    "Constraint": "refold.generation.constraint",
     "Reference": "refold.evaluation.reference",
     "QuantiseOptions": "refold.conversion.quantise",
     "FitOptions": "refold.fitting.options",

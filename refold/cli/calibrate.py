@@ -8,7 +8,7 @@ def command(
     model: options.FoldedModel,
     data: options.DataOption,
     field: options.FieldOption = None,
-    tolerance: options.Tolerance = 0.01,
+    tolerance: options.Tolerance = None,
     confidence: options.Confidence = 0.95,
     measure: options.ConfidenceMeasure = None,
     kv: options.Kv = None,
@@ -27,8 +27,19 @@ def command(
     from refold.engine.calibration import CalibrateOptions, calibrate
     from refold.engine.thresholds import place_of_thresholds
 
+    first, *further = tolerance or [0.01]
     settings = CalibrateOptions(
-        tolerance, confidence, measure, kv, documents, tokens, context, seed=seed, dtype=dtype, device=device
+        first,
+        confidence,
+        measure,
+        kv,
+        documents,
+        tokens,
+        context,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        further_tolerances=tuple(further),
     )
     place = place_of_thresholds(model, out, overwrite)
     with progress("calibrating", "documents") as report:

@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from refold.engine.engine import AnyPrompt, Engine
+from refold.engine.engine import Engine
+from refold.engine.intake import AnyPrompt
 from refold.engine.prompt_file import PromptFile
 from refold.engine.result_file import ResultFile
 from refold.engine.results import Result
@@ -43,7 +44,7 @@ def stream_text(
     """
     request = engine.prepare(prompt, sampling, chat=chat)
     pieces: deque[str] = deque()
-    request.listener = lambda choice, text, is_last: pieces.append(text) if choice == 0 else None
+    request.listener = lambda piece: pieces.append(piece.text) if piece.choice == 0 else None
     engine.submit(request)
     return _stream(engine, request, pieces)
 

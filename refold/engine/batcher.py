@@ -1,28 +1,25 @@
 """Continuous depth-wise batching: one launch after the other, and the fate of each span behind it."""
 
 import time
-from typing import Literal
 
 import torch
 
 from refold.blueprint.passes import Kinds, Passes, find_passes, last_writing_depth, recurrent_depths
 from refold.engine.acceptance import Accepted
+from refold.engine.choices import OpenChoices
 from refold.engine.drafts import Drafter
 from refold.engine.exits import LiveExits
 from refold.engine.launch import Launch, Leaving, Rotations
+from refold.engine.logprobs import PromptScorer
 from refold.engine.policy import make_policy
 from refold.engine.pools import Pools
 from refold.engine.report import Statistics
-from refold.engine.results import Continuation
 from refold.engine.sampler import Sampler
 from refold.engine.scheduler import Scheduler
 from refold.engine.sequence import Request, Sequence, Span
 from refold.engine.settings import EngineSettings, KvPolicy
 from refold.engine.span_maker import SpanMaker
 from refold.modeling.model import RefoldForCausalLM
-
-TIE = 1e-4
-"""Gap of the two likeliest logits below which another order of sums may exchange them."""
 
 
 class DepthBatcher:
@@ -58,33 +55,41 @@ class DepthBatcher:
         self._has_windows = any(depth.window is not None for depth in self._blueprint.depths)
         self.scheduler = Scheduler(pools, make_policy(settings.policy, settings.min_coda), settings, self.flat)
         self._rotations = Rotations(model)
-        self._passes: dict[int | None, Passes] = {}
+        self._passes: dict[tuple[int | None, bool], Passes] = {}
+        self._has_leaving = False
         self._kinds: Kinds = {}
         self._spans = SpanMaker(pools, settings, drafter, self._recurrent)
         self.statistics = Statistics()
-        self._finished: list[Request] = []
+        self._choices = OpenChoices(self.scheduler, sampler, self.statistics)
+        self._prompts = PromptScorer(model)
 
-    def passes(self, exit_depth: int | None = None) -> Passes:
-        """Returns the segments of sequences that run so many depths; None: all."""
-        if exit_depth not in self._passes:
+    def passes(self, exit_depth: int | None = None, has_leaving: bool = True) -> Passes:
+        """Returns the segments of sequences that run so many depths.
+
+        Args:
+            exit_depth: Number of depths; None: all.
+            has_leaving: Whether any running sequence may leave at exits, where the engine takes them. Exits are cuts
+                then whatever the settings, also for sequences that pass them, so that all share launches.
+        """
+        has_leaving &= self._exits is not None
+        joins = self._settings.join_loops
+        whole = not has_leaving and (self._drafter is None if joins is None else not joins)
+        if (exit_depth, whole) not in self._passes:
             cut = None if self._drafter is None or not self._drafter.depth else self._drafter.depth
-            joins = self._settings.join_loops
-            whole = self._exits is None and self._drafter is None if joins is None else not joins
-            whole &= self._exits is None  # an exit is a cut whatever the setting
-            self._passes[exit_depth] = find_passes(self._blueprint, exit_depth, cut, self._kinds, whole)
-        return self._passes[exit_depth]
+            self._passes[exit_depth, whole] = find_passes(self._blueprint, exit_depth, cut, self._kinds, whole)
+        return self._passes[exit_depth, whole]
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence has not ended."""
-        return self.scheduler.has_work or bool(self._finished)
+        return self.scheduler.has_work or self._choices.has_finished
 
     @torch.inference_mode()
     def cancel(self, request: Request | None = None) -> None:
         """Ends the sequences of a request that have not ended; None: all sequences."""
         for sequence in (*self.scheduler.queue, *self.scheduler.running.values()):
             if request is None or sequence.request is request:
-                self._fail(sequence, "cancelled")
+                self._choices.end(sequence, "cancelled")
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
@@ -93,25 +98,35 @@ class DepthBatcher:
         spent = self.statistics.model_seconds + self.statistics.sampling_seconds
         self._drop_lost()
         for sequence in self.scheduler.admit():
-            self._sampler.set(sequence.row, sequence.request.sampling, sequence.request.prompt_ids, sequence.number)
+            request = sequence.request
+            self._sampler.set(
+                sequence.row, request.sampling, request.prompt_ids, sequence.number, grammar=request.grammar
+            )
             for token in sequence.tokens[sequence.num_prompt :]:
                 self._sampler.note(sequence.row, token)
-            if sequence.request.begun is None:
-                sequence.request.begun = time.perf_counter()
+            if request.begun is None:
+                request.begun = time.perf_counter()
             if sequence.span is None:
-                self._spans.begin(sequence)
+                self._begin(sequence)
+        self._has_leaving = any(each.request.exits is not None for each in self.scheduler.running.values())
         if spans := self.scheduler.pick():
             self._launch(spans)
             if self._drafter is not None:
                 self._drafter.observe(self.statistics.new_tokens, len(self.scheduler.running))
         inside = self.statistics.model_seconds + self.statistics.sampling_seconds - spent
         self.statistics.other_seconds += time.perf_counter() - began - inside
-        finished, self._finished = self._finished, []
-        return finished
+        return self._choices.take_finished()
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Gives a sequence its next span."""
+        if not sequence.waiting:
+            self._has_leaving |= sequence.request.exits is not None
+            sequence.passes = self.passes(sequence.request.sampling.exit_depth, self._has_leaving)
+        self._spans.begin(sequence)
 
     def _drop_lost(self) -> None:
         for sequence, error in self.scheduler.lose():
-            self._fail(sequence, "error", error)
+            self._choices.end(sequence, "error", error)
 
     def _launch(self, spans: list[Span]) -> None:
         """Runs spans for as many segments as all of them go on together."""
@@ -144,7 +159,7 @@ class DepthBatcher:
                 continue
             span.stream = None
             if span.is_through:
-                (through if span.asks else filled).append(index)
+                (through if span.wanted else filled).append(index)
                 unchanged = False
                 continue
             behind = span.sequence.passes.segments[span.place - 1]
@@ -168,11 +183,11 @@ class DepthBatcher:
         return unchanged and len(kinds) == 1
 
     def _decides(self, span: Span, depth: int) -> bool:
-        if span.asks != 1:
+        if span.asks != 1 or span.scores:
             return False
         if self._drafter is not None:
             return depth == self._drafter.depth and span.length == 1
-        if self._exits is None or depth not in self._exits.depths or span.sequence.request.sampling.exit_depth:
+        if self._exits is None or not self._exits.looks_at(span.sequence.request.exits, depth):
             return False
         if self._kv == "propagate":
             # The keys of a prompt are exact: thresholds are measured so.
@@ -182,7 +197,7 @@ class DepthBatcher:
     def _go_on(self, launch: Launch, index: int, span: Span) -> bool:
         """Joins waiting streams to a span that goes deeper, and drops tokens that need not; says if it is unchanged."""
         sequence = span.sequence
-        if span.asks == 0 and span.segment.depths.start > self._last_writing:
+        if span.wanted == 0 and span.segment.depths.start > self._last_writing:
             self._filled(span)
             return False
         joined = sequence.waiting.pop(span.place, None)
@@ -191,7 +206,7 @@ class DepthBatcher:
             span.stream = torch.cat([*streams, launch.stream(index)])
             span.start, span.length = start, len(span.stream)
             return False
-        if span.length > span.asks and span.segment.depths.start > self._last_writing:
+        if span.length > span.wanted and span.segment.depths.start > self._last_writing:
             span.stream = launch.stream(index)[-span.asks :]
             span.start, span.length = span.start + span.length - span.asks, span.asks
             return False
@@ -203,7 +218,7 @@ class DepthBatcher:
         sequence.span = None
         self._spans.publish(sequence)
         self._pass_window(sequence)
-        self._spans.begin(sequence)
+        self._begin(sequence)
 
     def _pass_window(self, sequence: Sequence) -> None:
         """Gives back the pages behind windows that no token reaches any more."""
@@ -267,13 +282,16 @@ class DepthBatcher:
         self.statistics.model_seconds += time.perf_counter() - clock
         for index in guessing:
             launch.spans[index].sequence.wait(launch.spans[index], launch.stream(index))
-            self._spans.begin(launch.spans[index].sequence)
+            self._begin(launch.spans[index].sequence)
         return False
 
     def _predict(self, launch: Launch, indices: list[int]) -> None:
         """Takes the predictions of spans that have run all their segments."""
-        for leaving in launch.asked(indices):
+        for found in launch.asked(indices):
             clock = time.perf_counter()
+            leaving = self._score(found)
+            if not leaving.spans:
+                continue
             logits = self._model.logits_after(leaving.depth, leaving.streams)
             self.statistics.model_seconds += time.perf_counter() - clock
             for span in leaving.spans:
@@ -282,6 +300,24 @@ class DepthBatcher:
                 self._take(leaving, logits)
             else:
                 self._verify(leaving, logits)
+
+    def _score(self, leaving: Leaving) -> Leaving:
+        """Keeps log-probabilities of prompts, and returns the spans that go on to choose tokens."""
+        if all(not span.scores and span.sequence.request.max_new_tokens for span in leaving.spans):
+            return leaving
+        going_on, streams = [], [leaving.streams[:0]]
+        parts = leaving.streams.split([span.wanted for span in leaving.spans])
+        for span, stream in zip(leaving.spans, parts, strict=True):
+            if span.scores and not self._prompts.score(span, stream, leaving.depth):
+                self._choices.end(span.sequence, "error", _NOT_FINITE_PROMPT)
+            elif not span.asks:
+                self._filled(span)
+            elif not span.sequence.request.max_new_tokens:
+                self._choices.end(span.sequence, "length")
+            else:
+                going_on.append(span)
+                streams.append(stream[-span.asks :])
+        return Leaving(leaving.depth, going_on, torch.cat(streams))
 
     def _take(self, leaving: Leaving, logits: torch.Tensor) -> None:
         """Draws one token for each row."""
@@ -292,11 +328,13 @@ class DepthBatcher:
         for index, sequence in enumerate(sequences):
             sequence.span = sequence.snapshot = None
             if not chosen.finite[index]:
-                self._fail(sequence, "error", _NOT_FINITE.format(sequence.num_new))
+                # A constraint that cannot go on allows no token at all.
+                fault = self._sampler.fault(sequence.row) or _NOT_FINITE.format(sequence.num_new)
+                self._choices.end(sequence, "error", fault)
                 continue
             sequence.keep_logprobs(chosen.logprobs[index], chosen.alternatives[index])
             if self._accept(sequence, chosen.tokens[index], leaving.depth, chosen.gaps[index]):
-                self._spans.begin(sequence)
+                self._begin(sequence)
 
     def _verify(self, leaving: Leaving, logits: torch.Tensor) -> None:
         """Accepts guesses as far as the whole stack agrees, and the next token; rows without guesses draw one."""
@@ -317,7 +355,7 @@ class DepthBatcher:
         sequence = span.sequence
         sequence.span = None
         if not accepted.finite[index]:
-            self._fail(sequence, "error", _NOT_FINITE.format(sequence.num_new))
+            self._choices.end(sequence, "error", _NOT_FINITE.format(sequence.num_new))
             return
         guessed = len(sequence.drafts)
         sequence.drafts, sequence.draft_probs = [], None
@@ -333,68 +371,15 @@ class DepthBatcher:
         else:
             sequence.num_run = len(sequence.tokens) - 1
         sequence.snapshot = None
-        self._spans.begin(sequence)
+        self._begin(sequence)
 
     def _accept(self, sequence: Sequence, token: int, depth: int, gap: float) -> bool:
         """Appends a token; says whether the sequence goes on."""
-        request, place = sequence.request, sequence.num_new
-        if request.forced is not None:
-            request.predicted.setdefault(sequence.number, []).append(token)
-            token = request.forced[place]
-        if request.told is None:
-            request.told = time.perf_counter()
-            self.scheduler.queue.extendleft(reversed(request.siblings))
-            request.siblings = []
-        if gap < TIE:
-            sequence.ties.append(place)
-        sequence.tokens.append(token)
-        sequence.depths.append(depth)
-        self._sampler.note(sequence.row, token)
-        self.statistics.new_tokens += 1
-        self.statistics.depths[depth] = self.statistics.depths.get(depth, 0) + 1
-        ended = sequence.text.add(token)
-        if request.listener is not None:
-            piece = sequence.text.take()
-            if piece or ended:
-                request.listener(sequence.number, piece, ended)
-        if ended:
-            self._end(sequence)
-        elif len(sequence.tokens) % self._settings.page_size == 0:
+        goes_on = self._choices.accept(sequence, token, depth, gap)
+        if goes_on and len(sequence.tokens) % self._settings.page_size == 0:
             self._pass_window(sequence)
-        return not ended
-
-    def _fail(self, sequence: Sequence, reason: Literal["cancelled", "error"], error: str | None = None) -> None:
-        sequence.text.end(reason)
-        if sequence.request.listener is not None:
-            sequence.request.listener(sequence.number, sequence.text.take(), True)
-        self._end(sequence, error)
-
-    def _end(self, sequence: Sequence, error: str | None = None) -> None:
-        """Gives back the row, pages and states of a sequence and keeps its choice."""
-        if sequence.row >= 0:
-            self._sampler.clear(sequence.row)
-        self.scheduler.end(sequence, spoiled=error is not None)
-        text, request = sequence.text, sequence.request
-        siblings, request.siblings = request.siblings, []
-        for sibling in siblings:
-            # The first choice ended before its first token: the others cannot do better.
-            sibling.text.end("cancelled" if text.reason == "cancelled" else "error")
-            self._end(sibling, error)
-        count = len(text.token_ids)
-        asked = request.sampling.logprobs
-        request.choices[sequence.number] = Continuation(
-            text.text,
-            tuple(text.token_ids),
-            tuple(sequence.depths[:count]),
-            text.reason or "error",
-            text.stop,
-            None if asked is None else tuple(sequence.logprobs[:count]),
-            tuple(sequence.alternatives[:count]) if asked else None,
-            tuple(sequence.ties),
-            error,
-        )
-        if request.is_finished:
-            self._finished.append(request)
+        return goes_on
 
 
 _NOT_FINITE = "finite predictions are required (got NaN or infinity for new token {}); try weights in float32"
+_NOT_FINITE_PROMPT = "finite predictions are required (got NaN or infinity in the prompt); try weights in float32"

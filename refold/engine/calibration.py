@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, islice
 from typing import NamedTuple, cast
 
@@ -20,7 +21,7 @@ from refold.engine.exit_table import DocumentProgress, Documents, fill_table
 from refold.engine.live_check import EngineRunner, LiveCheck, LiveRunner
 from refold.engine.search import ExactSearch, Places, Promise, SkippingSearch, ThresholdSearch
 from refold.engine.settings import KV_POLICIES, KvPolicy
-from refold.engine.thresholds import LiveShares, Thresholds, model_fingerprint
+from refold.engine.thresholds import LiveShares, Thresholds, ToleranceLevel, model_fingerprint
 from refold.errors import DataError, RefoldError, given_or_default
 from refold.evaluation.subject import open_subject, require_tokenizer
 from refold.modeling.load import ModelLike
@@ -29,6 +30,7 @@ from refold.suggest import must_be_one_of
 
 DEFAULT_DOCUMENTS = 1000
 DEFAULT_CONTEXT = 512
+MAX_TOLERANCES = 16
 _ENCODED_AT_ONCE = 64
 _LIVE_SHARE = 5
 """At most one document in so many is kept for the live check."""
@@ -39,8 +41,9 @@ class CalibrateOptions:
     """Settings of one calibration.
 
     Attributes:
-        tolerance: Largest share of tokens that may differ from the full depth's, as a mean over documents.
-        confidence: Probability with which the tolerance is kept.
+        tolerance: Largest share of tokens that may differ from the full depth's, as a mean over documents; taken where
+            a request asks for none.
+        confidence: Probability with which each tolerance is kept.
         measure: Measure of confidence; None: `gate` if every exit has one, else `top1`.
         kv: Keys and values of skipped depths in serving; None: `shared` if the stack allows it, else `recompute`.
         documents: Most documents to read, those of the live check not counted.
@@ -51,6 +54,7 @@ class CalibrateOptions:
         seed: Seed of the order of documents.
         dtype: Dtype of the weights; None: as stored, or float32 where that is slow.
         device: Device of the model; None: the best one there is.
+        further_tolerances: Tolerances that requests may ask for beside it.
 
     Raises:
         RefoldError: A setting is out of range.
@@ -68,11 +72,15 @@ class CalibrateOptions:
     seed: int = 0
     dtype: str | None = None
     device: str | None = None
+    further_tolerances: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("tolerance", "confidence"):
-            if not 0 < getattr(self, name) < 1:
-                raise RefoldError(f"{name}: must lie between 0 and 1, both excluded (got {getattr(self, name):g})")
+        values = [("confidence", self.confidence), *(("tolerance", each) for each in self.tolerances)]
+        for name, value in values:
+            if not 0 < value < 1:
+                raise RefoldError(f"{name}: must lie between 0 and 1, both excluded (got {value:g})")
+        if len(self.tolerances) > MAX_TOLERANCES:
+            raise RefoldError(f"tolerance: at most {MAX_TOLERANCES} are allowed (got {len(self.tolerances)})")
         if self.measure is not None and self.measure not in MEASURES:
             raise RefoldError(f"measure: {must_be_one_of(self.measure, MEASURES)}")
         if self.kv is not None and self.kv not in KV_POLICIES:
@@ -82,6 +90,11 @@ class CalibrateOptions:
             value = getattr(self, name)
             if value is not None and value < at_least:
                 raise RefoldError(f"{name}: at least {at_least} is required (got {value})")
+
+    @property
+    def tolerances(self) -> tuple[float, ...]:
+        """All tolerances, smallest first."""
+        return tuple(sorted({self.tolerance, *self.further_tolerances}))
 
 
 class Calibrated(NamedTuple):
@@ -139,35 +152,64 @@ def calibrate(
     num_live = min(options.live_documents, len(documents) // _LIVE_SHARE)
     live, measured = documents[:num_live], documents[num_live:]
     table = fill_table(folded, measured, measure, progress)
-    promise = Promise(options.tolerance, 1 - options.confidence)
     if kv == "propagate":
-        search: ThresholdSearch = SkippingSearch(table, measure, promise, folded, measured)
+        search: ThresholdSearch = SkippingSearch(table, measure, folded, measured)
     else:
-        search = ExactSearch(table, measure, promise)
-    places, notes = search.choose()
-    check = None
-    if num_live and any(place is not None for place in places):
+        search = ExactSearch(table, measure)
+
+    @cache
+    def check() -> LiveCheck:
         prompts = [ids[: max(1, min(context // 2, len(ids) // 2))].tolist() for ids in live]
         room = min(options.live_tokens, positions - max(map(len, prompts)))
-        check = LiveCheck(make_runner(folded), prompts, room, len(folded.model.depths))
-    shares = None
-    if check is not None:
-        places, shares, tightened = _tighten(check, search, places, kv, options.tolerance)
-        notes = (*notes, *tightened)
+        return LiveCheck(make_runner(folded), prompts, room, len(folded.model.depths))
+
+    levels, notes = _choose_levels(search, options, kv, check if num_live else None)
     found = Thresholds(
         measure=measure,
         kv=kv,
         tolerance=options.tolerance,
         confidence=options.confidence,
-        **search.effect(places)._asdict(),
+        levels=levels,
         documents=len(measured),
         tokens=table.num_tokens,
         context=context,
-        live=shares,
         corpus=_hash_documents(documents),
         model=model_fingerprint(folded),
     )
     return Calibrated(found, (*notes, *_describe_text(source)))
+
+
+def _choose_levels(
+    search: ThresholdSearch, options: CalibrateOptions, kv: KvPolicy, check: Callable[[], LiveCheck] | None
+) -> tuple[tuple[ToleranceLevel, ...], tuple[str, ...]]:
+    """Returns the thresholds for each tolerance, smallest first, and notes.
+
+    Args:
+        search: Finds thresholds.
+        options: Tolerances and confidence.
+        kv: Keys and values of skipped depths.
+        check: Makes the live check, when a threshold needs it; None: no check.
+    """
+    levels, notes, several = list[ToleranceLevel](), list[str](), len(options.tolerances) > 1
+    before: tuple[Places, LiveShares | None] | None = None
+    for tolerance in options.tolerances:
+        promise = Promise(tolerance, 1 - options.confidence)
+        places, told = search.choose(promise)
+        shares = None
+        if check is not None and any(place is not None for place in places):
+            places, shares, tightened = _tighten(check(), search, places, kv, tolerance)
+            told = (*told, *tightened)
+        if before is not None and any(_is_stricter(*pair) for pair in zip(places, before[0], strict=True)):
+            # Thresholds that keep a smaller tolerance keep this one.
+            places, shares = before
+        before = places, shares
+        levels.append(ToleranceLevel(tolerance=tolerance, live=shares, **search.effect(places, promise)._asdict()))
+        notes += [f"tolerance {tolerance:g}: {note}" if several else note for note in told]
+    return tuple(levels), tuple(notes)
+
+
+def _is_stricter(place: int | None, other: int | None) -> bool:
+    return other is not None and (place is None or place < other)
 
 
 def read_documents(

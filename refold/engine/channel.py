@@ -20,8 +20,8 @@ MODEL, WORKER = 0, 1
 """Ranks of the two ends."""
 HEADER = 32
 """Numbers of the message that stands before each payload."""
-MAX_PARTS = 9
-"""The most depths that one message names."""
+MAX_PARTS = 7
+"""The most parts of a launch that one message names."""
 MAX_PENDING = 64
 """Messages that may be on their way before the sender waits for the oldest."""
 REQUESTS, ANSWERS = 0, 1

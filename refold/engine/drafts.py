@@ -48,8 +48,13 @@ class Drafter:
         return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
 
     def allows(self, sequence: Sequence) -> bool:
-        """Says whether a sequence may draft: nothing is forced on it, and its end is not the next token."""
-        return sequence.request.forced is None and sequence.request.max_new_tokens - sequence.num_new > 1
+        """Says whether a sequence may draft: nothing is forced on it, and its end is not the next token.
+
+        A constraint knows the tokens that may follow certain ones, not those that may follow guesses.
+        """
+        request = sequence.request
+        is_free = request.forced is None and request.grammar is None
+        return is_free and request.max_new_tokens - sequence.num_new > 1
 
     def look_up(self, sequence: Sequence) -> None:
         """Drafts tokens that followed the last words of a sequence before."""

@@ -1,23 +1,29 @@
 """The engine: a model that answers many prompts at once, with exits, drafts and packed weights."""
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count
-from typing import Any, cast
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from refold.blueprint.passes import Passes, find_passes, last_writing_depth, recurrent_depths
-from refold.checkpoint.companions import offers_tokenizer
-from refold.checkpoint.locate import Source, locate
+from refold.blueprint.passes import Passes
+from refold.blueprint.schema import Blueprint
+from refold.checkpoint.locate import Source
 from refold.data.tokens import require_known_tokens
+from refold.engine.adapters import NamedAdapters, one_for_each
 from refold.engine.batcher import DepthBatcher
 from refold.engine.drafts import Drafter
-from refold.engine.exits import ExitRule, LiveExits
+from refold.engine.exits import ExitLevels, ExitRule, LiveExits
+from refold.engine.grammars import Grammars
+from refold.engine.intake import AnyPrompt, find_tokenizer, list_prompts, read_prompt
 from refold.engine.opening import open_model, pack
 from refold.engine.report import EngineReport
+from refold.engine.resolve import AdapterExits, resolve_adapter_exits, resolve_draft_depth, resolve_exits, resolve_kv
 from refold.engine.results import Result
 from refold.engine.sampler import Sampler
 from refold.engine.sequence import Request
@@ -27,13 +33,9 @@ from refold.engine.sizing import make_pools, max_tokens
 from refold.engine.stops import ChoiceText
 from refold.engine.threads import set_threads
 from refold.errors import RefoldError, given_or_default
-from refold.generation.limits import end_tokens, new_tokens_room, position_limit
-from refold.generation.prompts import Messages, encode_prompt
+from refold.generation.limits import end_tokens, new_tokens_room, position_limit, require_room
 from refold.generation.sampling import Sampling
-from refold.modeling.load import ModelLike, load_tokenizer
-
-AnyPrompt = str | Sequence[int] | Messages
-"""A text, token ids, or the messages of a conversation."""
+from refold.modeling.load import ModelLike
 
 
 class Engine:
@@ -65,14 +67,16 @@ class Engine:
     ):
         settings = given_or_default(settings, EngineSettings, "settings")
         is_folder = not isinstance(model, nn.Module)
-        self.tokenizer = _find_tokenizer(model) if tokenizer is None and is_folder else tokenizer
+        self.tokenizer = find_tokenizer(model) if tokenizer is None and is_folder else tokenizer
         set_threads(settings.threads)
         opened = open_model(model, device=device)
-        rule, kv = _exit_rule(opened, settings)  # thresholds name the weights as they are stored, which packing changes
+        # Thresholds name the weights as they are stored, which packing changes.
+        self._exits, kv = resolve_exits(opened, settings)
+        self._adapters = NamedAdapters(opened, is_folder, is_folder or settings.weights != "auto")
         self.model, self.weights = pack(opened, settings, is_folder)
         self.settings = settings
         self._blueprint = self.model.config.read_blueprint()
-        self.kv = _kv_policy(self._blueprint, kv, rule)
+        self.kv: KvPolicy = resolve_kv(self._blueprint, kv, self._exits)
         limit = position_limit(self.model)
         self.max_context = settings.max_context or limit or _UNBOUNDED
         if limit is not None and self.max_context > limit:
@@ -84,15 +88,70 @@ class Engine:
         self._sampler = Sampler(self._vocab_size, settings.max_rows, self.model.device)
         drafter = None
         if settings.drafts is not None:
-            depth = _draft_depth(self._blueprint, settings)
+            depth = resolve_draft_depth(self._blueprint, settings)
             drafter = Drafter(self.model, self._sampler, settings.drafts, depth)
         self._drafter = drafter
-        exits = None if rule is None else LiveExits(self.model, rule)
+        exits = None if self._exits is None else LiveExits(self.model, self._exits.measure)
         self._batcher = DepthBatcher(self.model, self._pools, self._sampler, settings, self.kv, exits, drafter)
         self._ends = end_tokens(self.model, self.tokenizer)
+        self._grammars = Grammars(self.tokenizer, self._vocab_size, self._ends)
         self._numbers = count()
         self._done: dict[int, Request] = {}
         self._is_closed = False
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """The stack."""
+        return self._blueprint
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the model knows."""
+        return self._vocab_size
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of one prompt and its continuation that the memory holds."""
+        return self._max_tokens
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of keys and values; 0 where the stack keeps none."""
+        return self._pools.settings.num_pages if self._pools.groups else 0
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may ask for, besides the model's own."""
+        return self._adapters.names
+
+    def add_adapters(self, name: str, source: str | Path | Source, exits: AdapterExits | None = "calibrated") -> None:
+        """Adds the adapters of another fold of the same blocks, which requests then choose by name.
+
+        Rows with different adapters share launches. The tokens are those of an engine on a model after `load_adapters`.
+
+        Args:
+            name: A new name.
+            source: Folder or hub id, such as the `domain` protocol writes.
+            exits: Thresholds of an engine with calibrated exits, which belong to all weights together: those in the
+                folder (`calibrated`), their file, or thresholds; None: requests with these adapters run the full depth.
+
+        Raises:
+            RefoldError: The name is taken, the model has no adapters, or the thresholds do not fit.
+            FolderError: The folder's adapters have other names or shapes, sit on other blocks, or are not finite.
+        """
+        with self._lock:
+            made = self._adapters.make(self.model, self.weights, name, source)
+            self._adapters.add(made, resolve_adapter_exits(source, exits, self.settings, self._exits, self.kv))
+
+    @property
+    def tolerances(self) -> tuple[float, ...]:
+        """Exit tolerances that requests may ask for, smallest first; empty: none but 0, the full depth."""
+        return () if self._exits is None else tuple(self._exits.rules)
+
+    @property
+    def tolerance(self) -> float | None:
+        """Exit tolerance of requests that ask for none; None: the full depth, or exits by a rule without one."""
+        return None if self._exits is None else self._exits.tolerance
 
     @property
     def passes(self) -> Passes:
@@ -105,6 +164,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] | None = None,
         *,
         chat: bool = False,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[Result]:
         """Answers prompts and returns their results in order.
 
@@ -112,12 +172,13 @@ class Engine:
             prompts: Texts, lists of token ids, conversations, or one of them.
             sampling: For all of them, or one for each; None: greedy.
             chat: Whether to apply the chat template to texts; to conversations it always applies.
+            adapter: Name of the adapters for all of them, or one for each; None: the model's own.
 
         Raises:
             RefoldError: A prompt is empty, too long or outside the vocabulary, or a setting does not fit; nothing has
                 run then.
         """
-        return sorted(self.completed(prompts, sampling, chat=chat), key=lambda result: result.index)
+        return sorted(self.completed(prompts, sampling, chat=chat, adapter=adapter), key=lambda result: result.index)
 
     def completed(
         self,
@@ -125,18 +186,20 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] | None = None,
         *,
         chat: bool = False,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> Iterator[Result]:
         """Answers prompts and yields results in the order of completion; arguments and errors as for `generate`.
 
         The call itself raises the errors. Closing the iterator cancels the prompts that have not ended.
         """
-        given = _listed(prompts)
+        given = list_prompts(prompts)
         settings = [sampling] * len(given) if sampling is None or isinstance(sampling, Sampling) else list(sampling)
         if len(settings) != len(given):
             raise RefoldError(f"sampling: one for each of the {len(given)} prompts is required (got {len(settings)})")
+        named = one_for_each(adapter, len(given))
         requests = [
-            self.prepare(prompt, each, chat=chat, index=index)
-            for index, (prompt, each) in enumerate(zip(given, settings, strict=True))
+            self.prepare(prompt, each, chat=chat, index=index, adapter=name)
+            for index, (prompt, each, name) in enumerate(zip(given, settings, named, strict=True))
         ]
         return self._completed(requests)
 
@@ -164,6 +227,7 @@ class Engine:
         chat: bool = False,
         index: int | None = None,
         forced: Sequence[int] | None = None,
+        adapter: str | None = None,
     ) -> Request:
         """Checks a prompt with its settings and returns a request that `submit` takes.
 
@@ -173,13 +237,17 @@ class Engine:
             chat: As for `generate`.
             index: Its number in the result; None: counted.
             forced: Tokens that it goes on with, whatever is predicted.
+            adapter: Name of the adapters to run with; None: the model's own.
 
         Raises:
             RefoldError: As for `generate`.
         """
+        adapters = self._adapters.find(adapter)
         sampling = given_or_default(sampling, Sampling, "sampling")
-        ids = self._encode(prompt, chat)
+        ids = read_prompt(prompt, self.tokenizer, self._vocab_size, chat)
+        require_room(len(ids), self.max_context, sampling, f"the context of {self.max_context}")
         self._sampler.require_fitting(sampling)
+        exits = self._choose_exits(sampling, self._exits if adapters is None else self._adapters.exits(adapters))
         depth, num_depths = sampling.exit_depth, self._blueprint.num_depths
         if depth is not None and not 1 <= depth <= num_depths:
             raise RefoldError(f"exit_depth: must lie in 1..{num_depths} (got {depth})")
@@ -198,7 +266,9 @@ class Engine:
                 f"engine's {self._pools.num_bytes:,} bytes hold {most}); raise memory, or lower max_new_tokens"
             )
         number = next(self._numbers) if index is None else index
-        return Request(number, tuple(ids), sampling, room, None if forced is None else tuple(forced))
+        grammar = None if sampling.constraint is None else self._grammars.compile(sampling.constraint)
+        goes_on = None if forced is None else tuple(forced)
+        return Request(number, tuple(ids), sampling, room, goes_on, exits=exits, grammar=grammar, adapters=adapters)
 
     def submit(self, request: Request) -> None:
         """Puts a request into the queue.
@@ -280,42 +350,45 @@ class Engine:
                 scheduler.num_preemptions,
                 scheduler.longest_wait,
                 0.0 if self._drafter is None else self._drafter.acceptance,
+                dict(Counter(span.segment.depths.start for span in scheduler.spans() if not span.is_through)),
+                self._adapters.num_bytes,
             )
 
     def describe(self) -> str:
         """Returns a line about the weights, the memory and what runs less than the full depth."""
         pages, size = self._pools.settings.num_pages, self.settings.page_size
-        told = [f"weights {_megabytes(self._count_weights())}"]
+        told = [f"weights {_megabytes(self._count_weights())}{self._adapters.describe()}"]
         if self._pools.groups:
             told.append(f"keys and values {_megabytes(self._pools.num_bytes)} ({pages:,} pages of {size} tokens)")
         told.append(f"{self.settings.max_rows} rows, {self.max_context:,} tokens each at most")
-        if self.settings.exits is not None:
-            told.append(f"exits, kv {self.kv}")
+        if self._exits is not None:
+            told.append(f"exits {_describe_exits(self._exits)}, kv {self.kv}")
         if self.settings.drafts is not None:
             told.append(f"drafts by {self.settings.drafts.source}")
         return "engine: " + "; ".join(told)
 
-    def _count_weights(self) -> int:
-        if self.weights is None:
-            return sum(each.nbytes for each in self.model.parameters())
-        return self.weights.stack + self.weights.head + self.weights.embedding + self.weights.others
-
-    def _encode(self, prompt: AnyPrompt, chat: bool) -> list[int]:
-        if not isinstance(prompt, str) and all(isinstance(each, int) for each in prompt):
-            ids = [int(cast("int", each)) for each in prompt]
-            if not ids:
-                raise RefoldError("prompt: at least one token is required (got none)")
-        else:
-            if self.tokenizer is None:
-                raise RefoldError("prompt: token ids are required, because the engine has no tokenizer (got a text)")
-            ids = encode_prompt(self.tokenizer, cast("Any", prompt), chat or not isinstance(prompt, str))
-        require_known_tokens("prompt", ids, self._vocab_size)
-        if len(ids) >= self.max_context:
+    def _choose_exits(self, sampling: Sampling, levels: ExitLevels | None) -> ExitRule | None:
+        """Returns the rule by which the tokens of a request leave; None: full depth, or the depth it asks for."""
+        tolerance = sampling.exit_tolerance
+        if tolerance and levels is None:
+            why = "drafts, which take the full depth" if self._drafter is not None else "one that runs the full depth"
             raise RefoldError(
-                f"prompt: must be at most {self.max_context - 1} tokens, so that one more fits the context of "
-                f"{self.max_context} (got {len(ids)}); shorten it"
+                f"exit_tolerance: an engine with exits is required (got {tolerance:g} for {why}); ask for 0, or open "
+                f"the engine with exits"
             )
-        return ids
+        if levels is None or sampling.exit_depth is not None:
+            return None
+        return levels.find(tolerance)
+
+    def _count_weights(self) -> int:
+        own = sum(each.nbytes for each in self.model.parameters()) if self.weights is None else self.weights.total
+        return own + self._adapters.num_bytes
+
+
+def _describe_exits(exits: ExitLevels) -> str:
+    if exits.tolerance is not None:
+        return f"at tolerance {exits.tolerance:g}"
+    return "by a rule" if exits.own is not None else "off unless asked for"
 
 
 def _megabytes(num_bytes: int) -> str:
@@ -324,76 +397,3 @@ def _megabytes(num_bytes: int) -> str:
 
 _UNBOUNDED = 1 << 20
 """Context of stacks that keep states alone, which no position limits."""
-
-
-def _listed(prompts: Any) -> list[AnyPrompt]:
-    """Returns one prompt as a list of one, and several as they are."""
-    if isinstance(prompts, str):
-        return [prompts]
-    given = list(prompts)
-    if given and all(isinstance(each, int) for each in given):
-        return [given]
-    if given and all(isinstance(each, dict) for each in given):
-        return [given]
-    return given
-
-
-def _find_tokenizer(model: Any) -> PreTrainedTokenizerBase | None:
-    """Returns the tokenizer of a folder or hub id; None if it has none."""
-    source = model if isinstance(model, Source) else locate(model)
-    return load_tokenizer(source) if offers_tokenizer(source.fetch_companions()) else None
-
-
-def _exit_rule(model: Any, settings: EngineSettings) -> tuple[ExitRule | None, str | None]:
-    """Returns the rule of the exits, and the policy for keys of skipped depths that was asked for, if any."""
-    from refold.engine.thresholds import load_thresholds
-
-    if settings.exits is None or isinstance(settings.exits, ExitRule):
-        return settings.exits, settings.kv
-    thresholds = load_thresholds(model, settings.exits)
-    wanted = cast("KvPolicy", settings.kv or thresholds.kv)
-    thresholds.require_policy(wanted)
-    return thresholds.rule(), wanted
-
-
-def _kv_policy(blueprint: Any, wanted: str | None, rule: ExitRule | None) -> KvPolicy:
-    """Returns the policy for keys of skipped depths, checked against the stack."""
-    if rule is None:
-        return cast("KvPolicy", wanted or "recompute")
-    first = min((index + 1 for index, depth in enumerate(blueprint.depths) if depth.exit is not None), default=0)
-    last = last_writing_depth(blueprint)
-    policy = cast("KvPolicy", wanted or ("recompute" if last >= first else "shared"))
-    if policy == "shared" and last >= first:
-        raise RefoldError(
-            f"kv: no keys and states behind the first exit are required for 'shared' (depth {last} keeps some); use "
-            f"'recompute' or 'propagate', or fold with share_kv"
-        )
-    recurrent = [index for index in recurrent_depths(blueprint) if index >= first]
-    if policy == "propagate" and recurrent:
-        raise RefoldError(
-            f"kv: attention behind the first exit is required for 'propagate' (depth {recurrent[0]} keeps a state); "
-            f"use 'recompute'"
-        )
-    return policy
-
-
-def _draft_depth(blueprint: Any, settings: EngineSettings) -> int:
-    """Returns the number of depths that draft; 0 for looked-up text."""
-    drafts = settings.drafts
-    assert drafts is not None
-    if drafts.source == "lookup":
-        return 0
-    if drafts.depth is not None:
-        if not 1 <= drafts.depth < blueprint.num_depths:
-            raise RefoldError(f"drafts.depth: must lie in 1..{blueprint.num_depths - 1} (got {drafts.depth})")
-        return drafts.depth
-    exits = [index + 1 for index, depth in enumerate(blueprint.depths) if depth.exit is not None]
-    if exits:
-        return exits[0]
-    passes = find_passes(blueprint)
-    if passes.period:
-        return passes.start + passes.period
-    raise RefoldError(
-        "drafts.depth: a depth is required for a stack without exits and loops (got none); give one, or draft by "
-        "source='lookup'"
-    )

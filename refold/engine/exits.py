@@ -1,7 +1,7 @@
 """Live exits: which rows leave the stack early, and the keys and values of the depths that they skip."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from refold.engine.confidence import confidence
 from refold.engine.launch import Leaving
+from refold.errors import RefoldError
 from refold.modeling.model import RefoldForCausalLM
 
 
@@ -29,6 +30,44 @@ class ExitRule:
     replay: Callable[[int, int], int] | None = None
 
 
+@dataclass(frozen=True)
+class ExitLevels:
+    """The rules of one measure for several tolerances.
+
+    Attributes:
+        measure: Name of the measure.
+        own: Rule of requests that ask for no tolerance; None: they run the full depth.
+        tolerance: The tolerance of that rule; None: it has none, or there is no rule.
+        rules: Tolerance to rule, smallest tolerance first; empty: requests cannot ask for a tolerance.
+    """
+
+    measure: str
+    own: ExitRule | None
+    tolerance: float | None = None
+    rules: Mapping[float, ExitRule] = field(default_factory=dict)
+
+    def find(self, tolerance: float | None) -> ExitRule | None:
+        """Returns the rule for a tolerance: that of the largest calibrated tolerance that is not above it.
+
+        Args:
+            tolerance: What a request asks for; None: the own rule.
+
+        Returns:
+            None: the full depth, because every calibrated tolerance is larger.
+
+        Raises:
+            RefoldError: A tolerance above 0 is asked for, and the exits have none.
+        """
+        if tolerance is None:
+            return self.own
+        if tolerance and not self.rules:
+            raise RefoldError(
+                f"exit_tolerance: calibrated exits are required (got {tolerance:g} for exits by a rule without a "
+                f"tolerance); run `refold calibrate`"
+            )
+        return max(((each, rule) for each, rule in self.rules.items() if each <= tolerance), default=(0, None))[1]
+
+
 class Left(NamedTuple):
     """The decision at one exit.
 
@@ -42,20 +81,22 @@ class Left(NamedTuple):
 
 
 class LiveExits:
-    """Decides at exits.
+    """Decides at exits, for each row by the rule of its request.
 
     Args:
         model: The model.
-        rule: Measure and thresholds.
+        measure: Name of the confidence measure of all rules.
     """
 
-    def __init__(self, model: RefoldForCausalLM, rule: ExitRule):
-        self._model, self._rule = model, rule
-        self.depths = (
-            frozenset(rule.thresholds)
-            if rule.replay is None
-            else frozenset(depth + 1 for depth in model.model.exit_depths)
-        )
+    def __init__(self, model: RefoldForCausalLM, measure: str):
+        self._model, self._measure = model, measure
+        self._depths = frozenset(depth + 1 for depth in model.model.exit_depths)
+
+    def looks_at(self, rule: ExitRule | None, depth: int) -> bool:
+        """Says whether a rule may let a token leave after so many depths."""
+        if rule is None:
+            return False
+        return depth in (self._depths if rule.replay is not None else rule.thresholds)
 
     def decide(self, leaving: Leaving) -> Left:
         """Returns the rows that leave at an exit; each span asks for one token.
@@ -63,27 +104,32 @@ class LiveExits:
         With the measure `gate` the head runs for the rows that leave alone, else for all rows.
 
         Args:
-            leaving: Rows behind the exit.
+            leaving: Rows behind the exit, whose rules look at it.
         """
         model, depth, spans = self._model, leaving.depth, leaving.spans
         normed = model.model.norm_after(depth - 1)(leaving.streams)
-        if self._rule.replay is not None:
-            wanted = [self._rule.replay(span.sequence.request.index, span.sequence.num_new) <= depth for span in spans]
+        rules = [rule for span in spans if (rule := span.sequence.request.exits) is not None]
+        assert len(rules) == len(spans)
+        if rules[0].replay is not None:
+            wanted = [
+                rule.replay is not None and rule.replay(span.sequence.request.index, span.sequence.num_new) <= depth
+                for span, rule in zip(spans, rules, strict=True)
+            ]
             return self._left(torch.tensor(wanted), normed, depth)
-        threshold = self._rule.thresholds[depth]
-        if self._rule.measure == "gate":
+        limits = torch.tensor([rule.thresholds[depth] for rule in rules])
+        if self._measure == "gate":
             parts = model.model.exit_parts(depth - 1)
             assert parts is not None
             assert parts.gate is not None
             sure = confidence("gate", parts.gate(normed), None)
-            return self._left(sure >= threshold, normed, depth)
+            return self._left(sure >= limits.to(sure), normed, depth)
         logits = model.project_logits(normed, depth - 1)
         previous = torch.tensor([span.previous for span in spans], device=logits.device)
-        sure = confidence(self._rule.measure, logits, previous)
-        if self._rule.measure == "agreement":
+        sure = confidence(self._measure, logits, previous)
+        if self._measure == "agreement":
             for span, token in zip(spans, logits.argmax(-1).tolist(), strict=True):
                 span.previous = token
-        leaves = sure >= threshold
+        leaves = sure >= limits.to(sure)
         wanted = leaves.tolist()
         return Left(wanted, logits[leaves] if any(wanted) else None)
 

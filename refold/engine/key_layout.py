@@ -13,8 +13,8 @@ from refold.engine.pages import PoolSettings, paged_depths
 from refold.errors import RefoldError
 from refold.nn.mixers.key_values import KeyHeads
 
-VERSION = 1
-"""Of the form that `to_json` writes."""
+VERSION = 2
+"""Of the form that `to_json` writes, and of the messages to attention workers."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Leaving(NamedTuple):
     Attributes:
         depth: Number of depths they have run.
         spans: In order.
-        streams: `[R, D]`, of the last `asks` tokens of each.
+        streams: `[R, D]`, of the last `wanted` tokens of each.
     """
 
     depth: int
@@ -101,7 +101,9 @@ class Launch:
 
     def __init__(self, model: RefoldForCausalLM, pools: Pools, rotations: Rotations, spans: Sequence[Span], flat: bool):
         self._stack, self.flat = model.model, flat
-        self.spans = sorted(spans, key=lambda span: (span.segment.depths.start, span.length))
+        self.spans = sorted(
+            spans, key=lambda span: (span.segment.depths.start, span.sequence.adapters_number, span.length)
+        )
         lengths = [span.length for span in self.spans]
         starts = np.array([span.start for span in self.spans], dtype=np.int64)
         counts = np.array(lengths, dtype=np.int64)
@@ -139,18 +141,30 @@ class Launch:
     def _run(self, piece: LaunchPiece) -> Float[Tensor, "B T D"]:
         """Runs the next segment of some spans and returns their streams."""
         streams = self.streams[piece.rows]
-        groups = [(depths, list(spans)) for depths, spans in groupby(piece.spans, key=lambda span: span.segment.depths)]
-        if len(groups) == 1:
-            return self._stack.run(groups[0][0], streams, piece.batch, piece.store).hidden_states
-        sizes = [sum(span.length for span in spans) if self.flat else len(spans) for _, spans in groups]
-        rows = [RowRange(depths, size) for (depths, _), size in zip(groups, sizes, strict=True)]
+        rows = self._ranges(piece)
+        if len(rows) == 1:
+            depths, _, modules = rows[0]
+            return self._stack.run(depths, streams, piece.batch, piece.store, modules=modules).hidden_states
         return self._stack.run_rows(rows, streams, piece.batch, piece.store)
 
     def fill(self, depths: Sequence[int]) -> None:
         """Writes the keys and values of depths that are skipped, from the present streams."""
         for piece in self._pieces:
+            rows = self._ranges(piece)
             for depth in depths:
-                self._stack.fill(depth, self.streams[piece.rows], piece.batch, piece.store)
+                self._stack.fill(depth, rows, self.streams[piece.rows], piece.batch, piece.store)
+
+    def _ranges(self, piece: LaunchPiece) -> list[RowRange]:
+        """Returns the runs of rows with the same next segment and the same adapters."""
+        ranges = []
+        for (depths, _), spans in groupby(
+            piece.spans, key=lambda span: (span.segment.depths, span.sequence.adapters_number)
+        ):
+            members = list(spans)
+            adapters = members[0].sequence.request.adapters
+            size = sum(span.length for span in members) if self.flat else len(members)
+            ranges.append(RowRange(depths, size, None if adapters is None else adapters.depths))
+        return ranges
 
     def stream(self, index: int) -> Float[Tensor, "n D"]:
         """Returns the residual stream of one span."""
@@ -161,7 +175,7 @@ class Launch:
         """Returns the streams of the last tokens of chosen spans, by depth.
 
         Args:
-            chosen: Indices of spans, each of which asks for a prediction.
+            chosen: Indices of spans, of each of which predictions are wanted.
         """
         tokens = self.streams.view(self.num_tokens, -1)
         found: dict[int, list[int]] = {}
@@ -174,7 +188,7 @@ class Launch:
             picked: list[int] = []
             for index, span in zip(indices, spans, strict=True):
                 end = self._begins[index] + span.length
-                picked.extend(range(end - span.asks, end))
+                picked.extend(range(end - span.wanted, end))
             if len(picked) == self.num_tokens:
                 streams = tokens
             else:

@@ -14,9 +14,7 @@ from refold.engine.page_plan import PagePlan, SpanRun, Spans, plan_pages
 from refold.engine.paged_attention import Scoring, attend_run
 from refold.engine.pages import PageGroup, zeros
 from refold.nn.mixers.key_values import KeyValue
-
-StorePart = tuple[int, slice]
-"""A depth, and the neighbouring rows of the launch that stand there."""
+from refold.nn.mixers.store import StorePart
 
 
 class LaunchPages(ABC):
@@ -83,8 +81,14 @@ class PageKeeper(ABC):
         """Fills pages with zeros."""
 
     @abstractmethod
-    def keep_prefix(self, depth: int, made: KeyValue) -> None:
-        """Keeps the keys and values `[1, G, P, K]` of a depth's prefix vectors, to which all its tokens attend."""
+    def keep_prefix(self, depth: int, adapters: int, made: KeyValue) -> None:
+        """Keeps the keys and values of a depth's prefix vectors.
+
+        Args:
+            depth: Which.
+            adapters: Number of the adapters with which tokens that attend to them run the depth.
+            made: Keys and values `[1, G, P, K]`.
+        """
 
     def lost_shares(self) -> Mapping[int, str]:
         """Returns the shares whose pages are gone, and why."""
@@ -113,7 +117,7 @@ class LocalKeeper(PageKeeper):
                 shape = (num_pages, heads, layout.page_size, layout.head_dim)
                 self.keys[depth] = zeros(shape, layout.dtype, device)
                 self.values[depth] = zeros(shape, layout.dtype, device)
-        self.prefixes: dict[int, KeyValue] = {}
+        self.prefixes: dict[tuple[int, int], KeyValue] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -141,9 +145,9 @@ class LocalKeeper(PageKeeper):
         for plane in self.planes(place):
             plane.index_fill_(0, index, 0)
 
-    def keep_prefix(self, depth: int, made: KeyValue) -> None:
+    def keep_prefix(self, depth: int, adapters: int, made: KeyValue) -> None:
         key, value = (each.to(self.device, self.layout.dtype) for each in made)
-        self.prefixes[depth] = key, value
+        self.prefixes[depth, adapters] = key, value
 
     def close(self) -> None:
         self.keys.clear()
@@ -170,7 +174,7 @@ class LocalPages(LaunchPages):
     def append(self, parts: Sequence[StorePart], key: Tensor, value: Tensor) -> None:
         keeper = self._keeper
         key, value = (states.to(keeper.device) for states in (key, value))
-        for depth, part in parts:
+        for depth, part, _ in parts:
             plan = self._plan(depth, part)
             for states, planes in ((key, keeper.keys), (value, keeper.values)):
                 plane = planes[depth]
@@ -183,8 +187,8 @@ class LocalPages(LaunchPages):
         groups = num_heads // self._keeper.layout.num_queries
         asked = query.reshape(rows, groups, -1, tokens, size).to(self._keeper.device)
         if len(parts) == 1:
-            return self._attend(asked, *parts[0]).to(query.device)
-        found = [self._attend(asked[_behind(part, parts)], depth, part) for depth, part in parts]
+            return self._attend(asked, parts[0]).to(query.device)
+        found = [self._attend(asked[_behind(part.rows, parts)], part) for part in parts]
         return torch.cat(found).to(query.device)
 
     def _plan(self, depth: int, part: slice) -> PagePlan:
@@ -200,10 +204,11 @@ class LocalPages(LaunchPages):
             self._plans[key] = plan_pages(self._keeper.groups[place], chosen, self._keeper.device)
         return self._plans[key]
 
-    def _attend(self, query: Tensor, depth: int, part: slice) -> Tensor:
+    def _attend(self, query: Tensor, part: StorePart) -> Tensor:
         """Attends at one depth; queries `[rows, G, R, T, K]`."""
         keeper, layout = self._keeper, self._keeper.layout
-        sources, plan, prefix = layout.sources[depth], self._plan(depth, part), keeper.prefixes.get(depth)
+        depth, rows, adapters = part
+        sources, plan, prefix = layout.sources[depth], self._plan(depth, rows), keeper.prefixes.get((depth, adapters))
         found = []
         for source, heads in sources.reads:
             asked, own = query, prefix

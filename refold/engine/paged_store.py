@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from refold.engine.page_keeper import LaunchPages, PageKeeper, StorePart
+from refold.engine.page_keeper import LaunchPages, PageKeeper
 from refold.engine.page_plan import Spans
 from refold.engine.states import StatePools, exchange_inputs
 from refold.nn.mixers.key_values import KeyValue
-from refold.nn.mixers.store import Appended, Memory, Store
+from refold.nn.mixers.store import Appended, Memory, Store, StorePart
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class PoolContents:
         keeper: Holds keys and values, and attends to them.
         states: Of recurrent depths.
         device: Of the states.
-        made: Depth to the keys and values of its prefix vectors, once they are made.
+        made: Depth and number of adapters to the keys and values of the prefix vectors, once they are made.
     """
 
     keeper: PageKeeper
     states: StatePools
     device: torch.device
-    made: dict[int, KeyValue] = field(default_factory=dict)
+    made: dict[tuple[int, int], KeyValue] = field(default_factory=dict)
 
 
 class PagedStore(Store):
@@ -46,11 +46,11 @@ class PagedStore(Store):
         self._rows: dict[tuple[int, int], Tensor] = {}
         self._ends = np.cumsum(spans.lengths) if spans.flat else np.arange(1, len(spans.rows) + 1)
 
-    def memory(self, depth: int) -> "PagedMemory":
-        return PagedMemory(self, ((depth, slice(0, int(self._ends[-1]))),))
+    def memory(self, depth: int, adapters: int = 0) -> "PagedMemory":
+        return PagedMemory(self, (StorePart(depth, slice(0, int(self._ends[-1])), adapters),))
 
-    def row_memory(self, depths: Sequence[StorePart]) -> "PagedMemory":
-        return PagedMemory(self, tuple(depths))
+    def row_memory(self, parts: Sequence[StorePart]) -> "PagedMemory":
+        return PagedMemory(self, tuple(parts))
 
     def rows(self, part: slice) -> Tensor:
         """Returns the rows of neighbouring spans, for launches `[spans, tokens, D]`."""
@@ -93,27 +93,27 @@ class PagedMemory(Memory):
         return exchange_inputs(self._read(False), inputs, width, lambda kept: self._write(False, kept))
 
     def once(self, make: Callable[[], KeyValue]) -> KeyValue:
-        ((depth, _),) = self._parts
-        made = self._store.contents.made
-        if depth not in made:
+        ((depth, _, adapters),) = self._parts
+        made, key = self._store.contents.made, (depth, adapters)
+        if key not in made:
             found = make()
             # Before it is known as made: another half of the launch may attend as soon as it is.
-            self._store.contents.keeper.keep_prefix(depth, found)
-            made[depth] = found
-        return made[depth]
+            self._store.contents.keeper.keep_prefix(depth, adapters, found)
+            made[key] = found
+        return made[key]
 
     def _read(self, is_state: bool) -> Tensor | None:
         states = self._store.contents.states
-        found = [states.read((depth, is_state), self._store.rows(part)) for depth, part in self._parts]
+        found = [states.read((depth, is_state), self._store.rows(part)) for depth, part, _ in self._parts]
         if len(found) == 1 or all(each is None for each in found):
             return found[0]
         shape = next(each.shape[1:] for each in found if each is not None)
         some = next(each for each in found if each is not None)
-        sizes = [part.stop - part.start for _, part in self._parts]
+        sizes = [part.stop - part.start for _, part, _ in self._parts]
         return torch.cat(
             [some.new_zeros(size, *shape) if each is None else each for size, each in zip(sizes, found, strict=True)]
         )
 
     def _write(self, is_state: bool, entries: Tensor) -> None:
-        for depth, part in self._parts:
+        for depth, part, _ in self._parts:
             self._store.contents.states.write((depth, is_state), self._store.rows(part), entries[part])

@@ -150,18 +150,19 @@ class Pools:
             if group.window is not None:
                 group.pass_blocks(row, _first_block(group, position))
 
-    def attach_prefix(self, row: int, token_ids: Sequence[int]) -> int:
+    def attach_prefix(self, row: int, token_ids: Sequence[int], adapters: int = 0) -> int:
         """Gives an empty row the pages, and the states, of the longest cached prefix of a prompt.
 
         Args:
             row: Which.
             token_ids: The prompt. Its last token is never among those found.
+            adapters: Number of the adapters that the row runs with; 0: the model's own.
 
         Returns:
             The number of tokens that are present.
         """
         size = self.settings.page_size
-        chain = self._cache.find(token_ids, max(0, len(token_ids) - 1) // size, self.share(row))
+        chain = self._cache.find(token_ids, max(0, len(token_ids) - 1) // size, (self.share(row), adapters))
         while chain and not self._serves(chain):
             chain.pop()
         if not chain:
@@ -175,22 +176,23 @@ class Pools:
             self.states.restore([row], states, [0])
         return len(chain) * size
 
-    def publish(self, row: int, token_ids: Sequence[int], num_tokens: int) -> None:
-        """Offers the full pages of a prompt's first tokens to later rows.
+    def publish(self, row: int, token_ids: Sequence[int], num_tokens: int, adapters: int = 0) -> None:
+        """Offers the full pages of a prompt's first tokens to later rows with the same adapters.
 
         Args:
             row: Which.
             token_ids: The prompt.
             num_tokens: How many tokens the row has run through all depths. The states of recurrent depths, which must
                 be those after these tokens, are offered where a page ends there.
+            adapters: As for `attach_prefix`.
         """
-        size = self.settings.page_size
+        size, owner = self.settings.page_size, (self.share(row), adapters)
         num_blocks = num_tokens // size
-        chain = self._cache.find(token_ids, num_blocks, self.share(row))
+        chain = self._cache.find(token_ids, num_blocks, owner)
         for block, each in enumerate(chain):
             self._complete(each, row, block)
         pages = [[int(group.tables[row, block]) for group in self.groups] for block in range(len(chain), num_blocks)]
-        added = self._cache.add(token_ids, chain, pages, self.share(row))
+        added = self._cache.add(token_ids, chain, pages, owner)
         for block in added:
             for group, page in zip(self.groups, block.pages, strict=True):
                 if page != ABSENT:

@@ -9,8 +9,8 @@ import numpy as np
 
 from refold.engine.states import Snapshot
 
-ROOT = 0
-"""Number of the empty prefix of the first share of the rows; further shares count down from it."""
+Owner = tuple[int, int]
+"""The share of the rows that has the pages of a prefix, and the number of the adapters that made them."""
 
 
 @dataclass(eq=False)
@@ -46,7 +46,8 @@ class PrefixCache:
         self.block_size, self._num_saved = block_size, num_saved_states
         self._blocks: OrderedDict[tuple[int, bytes], CachedBlock] = OrderedDict()
         self._saved: OrderedDict[int, CachedBlock] = OrderedDict()
-        self._numbers = count(ROOT + 1)
+        self._numbers = count()
+        self._roots: dict[Owner, int] = {}
 
     def __iter__(self) -> Iterator[CachedBlock]:
         return iter(self._blocks.values())
@@ -54,18 +55,18 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def find(self, token_ids: Sequence[int], num_blocks: int, share: int = 0) -> list[CachedBlock]:
-        """Returns the cached blocks of a share, at most `num_blocks`, with which the tokens begin."""
+    def find(self, token_ids: Sequence[int], num_blocks: int, owner: Owner = (0, 0)) -> list[CachedBlock]:
+        """Returns the cached blocks of an owner, at most `num_blocks`, with which the tokens begin."""
         found: list[CachedBlock] = []
         for content in self._cut(token_ids, num_blocks):
-            block = self._blocks.get((found[-1].number if found else ROOT - share, content))
+            block = self._blocks.get((found[-1].number if found else self._root(owner), content))
             if block is None:
                 break
             found.append(block)
         return found
 
     def add(
-        self, token_ids: Sequence[int], before: list[CachedBlock], pages: list[list[int]], share: int = 0
+        self, token_ids: Sequence[int], before: list[CachedBlock], pages: list[list[int]], owner: Owner = (0, 0)
     ) -> list[CachedBlock]:
         """Adds blocks behind cached ones.
 
@@ -73,16 +74,16 @@ class PrefixCache:
             token_ids: From the first token on.
             before: From `find`.
             pages: Of each new block, in order.
-            share: Of the rows that have the pages.
+            owner: Of the pages.
 
         Returns:
             The new blocks.
         """
         added: list[CachedBlock] = []
-        parent = before[-1].number if before else ROOT - share
+        parent = before[-1].number if before else self._root(owner)
         contents = list(self._cut(token_ids, len(before) + len(pages)))[len(before) :]
         for content, own in zip(contents, pages, strict=True):
-            block = CachedBlock(next(self._numbers), share, (parent, content), own)
+            block = CachedBlock(next(self._numbers), owner[0], (parent, content), own)
             self._blocks[block.key] = block
             added.append(block)
             parent = block.number
@@ -129,6 +130,12 @@ class PrefixCache:
     def holds(self, block: CachedBlock) -> bool:
         """Says whether a block is still cached."""
         return self._blocks.get(block.key) is block
+
+    def _root(self, owner: Owner) -> int:
+        """Returns the number of the empty prefix of an owner: prefixes of two owners are never the same."""
+        if owner not in self._roots:
+            self._roots[owner] = next(self._numbers)
+        return self._roots[owner]
 
     def _cut(self, token_ids: Sequence[int], num_blocks: int) -> Iterator[bytes]:
         size = self.block_size

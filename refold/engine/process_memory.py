@@ -34,6 +34,11 @@ def read_peak(device: torch.device) -> int | None:
     return _resident("VmHWM") if device.type == "cpu" and platform.system() == "Linux" else None
 
 
+def resident_bytes() -> int:
+    """Returns the resident bytes of this process; 0 where the system does not tell."""
+    return (_resident("VmRSS") or 0) if platform.system() == "Linux" else 0
+
+
 def _resident(name: str) -> int | None:
     for line in STATUS.read_text().splitlines():
         if line.startswith(f"{name}:"):

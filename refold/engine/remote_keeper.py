@@ -141,10 +141,10 @@ class RemoteKeeper(PageKeeper):
         for share in self._holders(place, pages):
             self._tell(share, Message.WIPE, place, pages)
 
-    def keep_prefix(self, depth: int, made: KeyValue) -> None:
+    def keep_prefix(self, depth: int, adapters: int, made: KeyValue) -> None:
         for share in self.alive():
             both = torch.stack([each[:, share.heads.start : share.heads.stop] for each in made])
-            header = (Message.PREFIX, depth, both.shape[2], both.shape[3])
+            header = (Message.PREFIX, depth, both.shape[2], both.shape[3], adapters)
             share.send(header, "pages", both.to(share.layout.dtype))
 
     def close(self) -> None:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from refold.engine.channel import MAX_PARTS, ChannelLost, Message
-from refold.engine.page_keeper import LaunchPages, StorePart
+from refold.engine.page_keeper import LaunchPages
 from refold.engine.page_plan import Spans
 from refold.engine.pages import PageGroup
 from refold.engine.worker_share import WorkerShare
+from refold.nn.mixers.store import StorePart
 
 
 class RemotePages(LaunchPages):
@@ -114,8 +115,8 @@ class _Ask(NamedTuple):
         own = list(parts)
         if self.before is not None:
             counts = self.before
-            cut = ((depth, slice(int(counts[part.start]), int(counts[part.stop]))) for depth, part in parts)
-            own = [(depth, part) for depth, part in cut if part.stop > part.start]
+            cuts = (slice(int(counts[part.rows.start]), int(counts[part.rows.stop])) for part in parts)
+            own = [part._replace(rows=cut) for part, cut in zip(parts, cuts, strict=True) if cut.stop > cut.start]
         pieces = [own[begin : begin + MAX_PARTS] for begin in range(0, len(own), MAX_PARTS)]
         first = own[0][1].start if own else 0
         return [(piece, slice(piece[0][1].start - first, piece[-1][1].stop - first)) for piece in pieces]
@@ -135,4 +136,4 @@ def _choose(share: WorkerShare, groups: Sequence[PageGroup], spans: Spans) -> _A
 
 
 def _numbers(parts: Sequence[StorePart]) -> list[int]:
-    return [number for depth, part in parts for number in (depth, part.start, part.stop)]
+    return [number for depth, rows, own in parts for number in (depth, rows.start, rows.stop, own)]

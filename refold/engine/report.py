@@ -46,6 +46,8 @@ class EngineReport:
         preemptions: Times a sequence gave its row back.
         longest_wait: Most launches that a ready row has watched.
         acceptance: Share of drafted tokens that were accepted.
+        slots: First depth of a segment to the running sequences that stand before it.
+        adapter_bytes: Bytes of further adapters, which are among those of the weights.
     """
 
     counts: Statistics
@@ -59,6 +61,8 @@ class EngineReport:
     preemptions: int
     longest_wait: int
     acceptance: float
+    slots: dict[int, int] = field(default_factory=dict)
+    adapter_bytes: int = 0
 
     @property
     def mean_depths(self) -> float:

@@ -191,6 +191,7 @@ def _plain(result: Result) -> dict[str, Any]:
         "cached_tokens": result.cached_tokens,
         "choices": [_plain_choice(choice) for choice in result.choices],
         "seconds": {name: round(value, 4) for name, value in result.seconds.items()},
+        **({} if result.prompt_logprobs is None else {"prompt_logprobs": result.prompt_logprobs}),
     }
 
 

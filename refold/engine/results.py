@@ -19,13 +19,69 @@ class TokenLogprob(NamedTuple):
     logprob: float
 
 
+class PromptLogprob(NamedTuple):
+    """The log-probability of one token of a prompt, given the tokens before it.
+
+    Attributes:
+        token: Token id.
+        logprob: Its log-probability.
+        alternatives: The likeliest tokens at its place, likeliest first.
+    """
+
+    token: int
+    logprob: float
+    alternatives: tuple[TokenLogprob, ...]
+
+
+class NewToken(NamedTuple):
+    """One new token as it comes.
+
+    Attributes:
+        token: Token id.
+        depth: Number of depths that computed it.
+        logprob: Its log-probability; None where none was asked for.
+        alternatives: The likeliest tokens, likeliest first; None where none were asked for.
+    """
+
+    token: int
+    depth: int
+    logprob: float | None = None
+    alternatives: tuple[TokenLogprob, ...] | None = None
+
+
+class Piece(NamedTuple):
+    """What one step adds to a choice: a token and the text that it makes certain, or the end.
+
+    The pieces of a choice have its tokens in order, those of a stop string included, and their texts join to its text.
+    The last piece has the reason, also of a choice that never began.
+
+    Attributes:
+        choice: Number of the choice.
+        text: Whole characters, never a part of a stop string; a token within a character adds none.
+        token: The new token; None at an end by an end token, and where the choice was ended from outside.
+        reason: Why the choice has ended; None while it goes on.
+        error: The fault in one sentence, where that is the reason.
+    """
+
+    choice: int
+    text: str
+    token: NewToken | None = None
+    reason: Reason | None = None
+    error: str | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the choice has ended."""
+        return self.reason is not None
+
+
 @dataclass(frozen=True)
 class Continuation:
     """One continuation of a prompt.
 
     Attributes:
         text: The new text, without end tokens and without the stop string.
-        token_ids: New tokens; an end token is not among them.
+        token_ids: New tokens, with those of a stop string; an end token is not among them.
         depths: For each new token the number of depths that computed it.
         reason: Why it ended.
         stop: The stop string or the end token it ended with; None otherwise.
@@ -56,6 +112,8 @@ class Result:
         choices: `n` continuations.
         cached_tokens: Tokens of the prompt that earlier prompts had computed.
         seconds: Times since the request came: `first_token` and `finished`; `queued` until its first launch.
+        prompt_logprobs: Of each token of the prompt, None for the first, as many as were read before a cancel; None
+            where none were asked for.
     """
 
     index: int
@@ -63,6 +121,7 @@ class Result:
     choices: tuple[Continuation, ...]
     cached_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    prompt_logprobs: tuple[PromptLogprob | None, ...] | None = None
 
     @property
     def text(self) -> str:

@@ -12,7 +12,10 @@ from torch import Tensor
 from refold.engine.buffer import Buffer
 from refold.engine.columns import draw, draw_in_order, likeliest
 from refold.engine.distributions import Distributions
+from refold.engine.grammar_masks import GrammarMasks
+from refold.engine.grammars import Grammar
 from refold.engine.logit_changes import LogitChanges
+from refold.engine.logprobs import token_logprobs
 from refold.engine.randomness import RandomStream, key, uniforms
 from refold.engine.results import TokenLogprob
 from refold.generation.limits import require_known_biases
@@ -58,6 +61,7 @@ class Sampler:
         self._buffer = Buffer(self.device)
         self._keys = np.zeros(max_rows, dtype=np.uint64)
         self._logprobs = np.full(max_rows, -1)
+        self._masks = GrammarMasks(vocab_size)
 
     def require_fitting(self, sampling: Sampling) -> None:
         """Checks that settings fit the vocabulary.
@@ -67,7 +71,15 @@ class Sampler:
         """
         require_known_biases(sampling, self.vocab_size)
 
-    def set(self, row: int, sampling: Sampling, prompt_ids: Sequence[int], choice: int = 0) -> None:
+    def set(
+        self,
+        row: int,
+        sampling: Sampling,
+        prompt_ids: Sequence[int],
+        choice: int = 0,
+        *,
+        grammar: Grammar | None = None,
+    ) -> None:
         """Gives a row to a choice.
 
         Args:
@@ -75,6 +87,7 @@ class Sampler:
             sampling: The settings of its request.
             prompt_ids: Tokens of the prompt.
             choice: Which of the request's `n` choices it is; each draws other numbers.
+            grammar: Compiled constraint; None: any text.
 
         Raises:
             RefoldError: A token of `logit_bias` is outside the vocabulary.
@@ -84,15 +97,26 @@ class Sampler:
         self._distributions.set(row, sampling)
         self._keys[row] = key(sampling.seed, choice)
         self._logprobs[row] = -1 if sampling.logprobs is None else min(sampling.logprobs, self.vocab_size)
+        self._masks.set(row, grammar)
 
     def clear(self, row: int) -> None:
         """Takes a row back from a choice that has ended."""
         self._changes.clear(row)
+        self._masks.set(row, None)
         self._logprobs[row] = -1
 
     def note(self, row: int, token: int) -> None:
-        """Counts a new token of a row for its penalties."""
+        """Counts a new token of a row for its penalties and its constraint."""
         self._changes.note(row, token)
+        self._masks.note(row, token)
+
+    def is_complete(self, row: int) -> bool:
+        """Says whether the constraint of a row lets no more text follow."""
+        return self._masks.is_complete(row)
+
+    def fault(self, row: int) -> str | None:
+        """Returns why the constraint of a row cannot go on, in one sentence; None: it can."""
+        return self._masks.fault(row)
 
     def choose(self, logits: Float[Tensor, "R N"], rows: RowNumbers, places: RowNumbers) -> Chosen:
         """Chooses the next token of each row: the likeliest, or drawn by one random number in row order of ids.
@@ -103,7 +127,8 @@ class Sampler:
             places: Number of new tokens that each row has.
         """
         where = np.asarray(rows, dtype=np.int64)
-        tokens, largest, gaps = self.pick(self._changes.apply(logits, where), where, places)
+        scores = self._masks.apply(self._changes.apply(logits, where), logits, where)
+        tokens, largest, gaps = self.pick(scores, where, places)
         # One transfer from the device for everything.
         found = torch.stack((tokens.double(), largest.double(), gaps.double())).tolist()
         finite = [math.isfinite(each) for each in found[1]]
@@ -206,19 +231,11 @@ class Sampler:
         many: Alternatives = [None] * len(wanted)
         asked = np.flatnonzero(wanted >= 0)
         if len(asked):
-            at = self._tensor(asked)
-            part = (logits if len(asked) == len(logits) else logits[at]).float()
-            largest = part.amax(dim=-1, keepdim=True)
-            ratios = torch.sub(part, largest, out=self._buffer.take(*part.shape)).exp_()
-            totals = largest + ratios.sum(dim=-1, keepdim=True).log()
-            chosen = self._tensor(np.asarray(tokens)[asked])[:, None]
-            own = (part.gather(1, chosen) - totals)[:, 0].tolist()
-            values, ids = part.topk(int(wanted.max()), dim=-1)
-            values, ids = (values - totals).tolist(), ids.tolist()
-            for index, row in enumerate(asked.tolist()):
-                one[row] = TokenLogprob(int(tokens[row]), own[index])
-                pairs = zip(ids[index][: wanted[row]], values[index], strict=False)
-                many[row] = tuple(TokenLogprob(token, value) for token, value in pairs)
+            part = logits if len(asked) == len(logits) else logits[self._tensor(asked)]
+            chosen = self._tensor(np.asarray(tokens)[asked])
+            found = token_logprobs(part, chosen, wanted[asked].tolist(), self._buffer)
+            for row, told in zip(asked.tolist(), found, strict=True):
+                one[row], many[row] = TokenLogprob(told.token, told.logprob), told.alternatives
         return one, many
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -58,7 +58,7 @@ class Scheduler:
             held = self._with_pages(spans)
             if held:
                 picked = {id(span) for span in held}
-                for span in self._ready():
+                for span in self.spans():
                     span.waited = 0 if id(span) in picked else span.waited + 1
                     self.longest_wait = max(self.longest_wait, span.waited)
                 return held
@@ -69,7 +69,7 @@ class Scheduler:
         inside = {id(span) for span in spans}
         bound = self._settings.max_wait
         return any(
-            (span.segment.kind == kind or span.waited >= bound) and id(span) not in inside for span in self._ready()
+            (span.segment.kind == kind or span.waited >= bound) and id(span) not in inside for span in self.spans()
         )
 
     def end(self, sequence: Sequence, spoiled: bool = False) -> None:
@@ -119,7 +119,9 @@ class Scheduler:
                 return False
             sequence.saved = None
             return True
-        cached = pools.attach_prefix(row, sequence.tokens) if self._settings.share_prefixes else 0
+        # A prefix that does not run again would have no predictions to score its tokens.
+        shares = self._settings.share_prefixes and not sequence.scores_prompt
+        cached = pools.attach_prefix(row, sequence.tokens, sequence.adapters_number) if shares else 0
         # Pages for the first piece: a window's pool may be too small for a whole prompt, and need not hold it at once.
         if not pools.reserve(row, min(len(sequence.tokens), cached + self._settings.chunk)):
             pools.release(row)
@@ -136,7 +138,8 @@ class Scheduler:
             self._free_rows.append(sequence.row)
         sequence.row = -1
 
-    def _ready(self) -> Iterator[Span]:
+    def spans(self) -> Iterator[Span]:
+        """Yields the spans that stand before a segment."""
         for sequence in self.running.values():
             if sequence.span is not None:
                 yield sequence.span
@@ -147,7 +150,7 @@ class Scheduler:
     def _choose(self) -> list[Span]:
         """Returns spans of one launch without a look at pages, longest waiting first."""
         groups: dict[Any, list[Span]] = {}
-        for span in self._ready():
+        for span in self.spans():
             groups.setdefault(self._key(span), []).append(span)
         if not groups:
             return []

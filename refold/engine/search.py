@@ -55,18 +55,17 @@ class ThresholdSearch(ABC):
     Args:
         table: Confidences and errors of the calibration documents.
         measure: Measure of confidence.
-        promise: The statement about all exits together.
     """
 
-    def __init__(self, table: ExitTable, measure: str, promise: Promise):
-        self.table, self._measure, self._promise = table, measure, promise
+    def __init__(self, table: ExitTable, measure: str):
+        self.table, self._measure = table, measure
 
     @abstractmethod
-    def choose(self) -> tuple[Places, tuple[str, ...]]:
-        """Returns the laxest places that keep the promise, and a note for each exit without one."""
+    def choose(self, promise: Promise) -> tuple[Places, tuple[str, ...]]:
+        """Returns the laxest places that keep a promise about all exits, and a note for each exit without one."""
 
     @abstractmethod
-    def effect(self, places: Places) -> Effect:
+    def effect(self, places: Places, promise: Promise) -> Effect:
         """Returns the thresholds at places with their measured effect."""
 
     def rule(self, places: Places) -> ExitRule:
@@ -107,10 +106,10 @@ class ThresholdSearch(ABC):
 class ExactSearch(ThresholdSearch):
     """The search where skipped depths have exact keys and values, so that a token's exit changes no other token."""
 
-    def choose(self) -> tuple[Places, tuple[str, ...]]:
+    def choose(self, promise: Promise) -> tuple[Places, tuple[str, ...]]:
         # `agreement` never lets a token leave at the first exit, which then needs no part of the tolerance.
         usable = [index for index, sure in enumerate(self.table.confidences) if sure.any()]
-        part = self._promise.part(max(1, len(usable)))
+        part = promise.part(max(1, len(usable)))
         places: list[int | None] = [None] * len(self.table.depths)
         notes = []
         for index in usable:
@@ -122,12 +121,12 @@ class ExactSearch(ThresholdSearch):
                 places[index] = passed.place
         return tuple(places), tuple(notes)
 
-    def effect(self, places: Places) -> Effect:
+    def effect(self, places: Places, promise: Promise) -> Effect:
         rule = self.rule(places)
         leaving = self.table.leaving(rule.thresholds)
         wrong = self.table.differs[leaving, np.arange(self.table.num_tokens)] & (leaving >= 0)
         usable = sum(bool(sure.any()) for sure in self.table.confidences)
-        part = self._promise.part(max(1, usable))
+        part = promise.part(max(1, usable))
         exits = []
         for index, place in enumerate(places):
             found = self._threshold(index, place, leaving, wrong)
@@ -147,7 +146,6 @@ class SkippingSearch(ThresholdSearch):
     Args:
         table: As above.
         measure: As above.
-        promise: As above.
         model: The model.
         documents: The documents of the table.
     """
@@ -155,29 +153,27 @@ class SkippingSearch(ThresholdSearch):
     PLACES = (52, 104, 156, 180, 196, 208, 220, 228, 236, 244, 252)
     """The places of `GRID` that are tried; lax ones are denser, because most models stop among them."""
 
-    def __init__(
-        self, table: ExitTable, measure: str, promise: Promise, model: RefoldForCausalLM, documents: Documents
-    ):
-        super().__init__(table, measure, promise)
+    def __init__(self, table: ExitTable, measure: str, model: RefoldForCausalLM, documents: Documents):
+        super().__init__(table, measure)
         self._model, self._documents = model, documents
-        self._pass = lru_cache(maxsize=2)(self._run)
+        # Several tolerances test the same strict thresholds.
+        self._pass = lru_cache(maxsize=len(self.PLACES) + 1)(self._run)
 
-    def choose(self) -> tuple[Places, tuple[str, ...]]:
+    def choose(self, promise: Promise) -> tuple[Places, tuple[str, ...]]:
         grid = [GRID[place] for place in self.PLACES]
-        tolerance, delta = self._promise
-        passed = search_in_order(grid, self._losses, tolerance, delta)
+        passed = search_in_order(grid, self._losses, promise.tolerance, promise.delta)
         if passed is None:
-            return (None,) * len(self.table.depths), (self._explain("exits", self._losses(grid[0]), self._promise),)
+            return (None,) * len(self.table.depths), (self._explain("exits", self._losses(grid[0]), promise),)
         return (self.PLACES[passed.place],) * len(self.table.depths), ()
 
-    def effect(self, places: Places) -> Effect:
+    def effect(self, places: Places, promise: Promise) -> Effect:
         limits = self.rule(places).thresholds
         if not any(place is not None for place in places):
             leaving = self.table.leaving(limits)
             return Effect(tuple(self._threshold(index, None, leaving, leaving >= 0) for index in range(len(places))), 0)
         tokens, leaving = self._pass(tuple(limits.items()))
         wrong = tokens != self.table.full
-        bound = upper_bound(self.table.by_document(wrong), self._promise.delta)
+        bound = upper_bound(self.table.by_document(wrong), promise.delta)
         exits = [self._threshold(index, place, leaving, wrong) for index, place in enumerate(places)]
         skewed = float(self.table.by_document(wrong & (leaving < 0)).mean())
         return Effect(tuple(each.model_copy(update={"bound": bound}) for each in exits), skewed)

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from refold.blueprint.passes import Passes, PassSegment
-from refold.engine.results import Continuation, Result, TokenLogprob
+from refold.engine.results import Continuation, NewToken, Piece, PromptLogprob, Result, TokenLogprob
 from refold.generation.sampling import Sampling
+from refold.modeling.adapters import AdapterSet
 
 if TYPE_CHECKING:
+    from refold.engine.exits import ExitRule
+    from refold.engine.grammars import Grammar
     from refold.engine.pools import Saved
     from refold.engine.states import Snapshot
     from refold.engine.stops import ChoiceText
@@ -28,7 +31,10 @@ class Request:
         sampling: Settings.
         max_new_tokens: Maximal number of new tokens, resolved against the context.
         forced: Tokens that the sequence goes on with whatever is predicted; None: predictions.
-        listener: Called with the number of a choice, its next piece of text and whether it has ended.
+        exits: Rule by which its tokens leave; None: they run the full depth.
+        grammar: Compiled constraint; None: any text.
+        listener: Called with every new token of every choice, and with every end.
+        adapters: That it runs with; None: the model's own.
         siblings: Choices that begin after the first token of the first one, whose prompt's pages they share.
         came: Time it came, in seconds.
         begun: Time of its first launch.
@@ -36,6 +42,7 @@ class Request:
         choices: Finished choices by number.
         predicted: Number of a choice to the predictions along forced tokens.
         cached_tokens: Tokens of the prompt that were in memory already.
+        prompt_logprobs: Log-probabilities of the prompt's tokens from the second on, as far as they are known.
     """
 
     index: int
@@ -43,7 +50,10 @@ class Request:
     sampling: Sampling
     max_new_tokens: int
     forced: tuple[int, ...] | None = None
-    listener: Callable[[int, str, bool], None] | None = None
+    exits: "ExitRule | None" = None
+    grammar: "Grammar | None" = None
+    listener: Callable[[Piece], None] | None = None
+    adapters: AdapterSet | None = None
     siblings: "list[Sequence]" = field(default_factory=list)
     came: float = field(default_factory=time.perf_counter)
     begun: float | None = None
@@ -51,6 +61,7 @@ class Request:
     choices: dict[int, Continuation] = field(default_factory=dict)
     predicted: dict[int, list[int]] = field(default_factory=dict)
     cached_tokens: int = 0
+    prompt_logprobs: list[PromptLogprob] = field(default_factory=list)
 
     @property
     def is_finished(self) -> bool:
@@ -65,7 +76,8 @@ class Request:
         if self.told is not None:
             seconds["first_token"] = self.told - self.came
         choices = tuple(self.choices[number] for number in range(self.sampling.n))
-        return Result(self.index, self.prompt_ids, choices, self.cached_tokens, seconds)
+        prompt = None if self.sampling.prompt_logprobs is None else (None, *self.prompt_logprobs)
+        return Result(self.index, self.prompt_ids, choices, self.cached_tokens, seconds, prompt)
 
 
 @dataclass(eq=False)
@@ -76,7 +88,8 @@ class Span:
         sequence: Their sequence.
         start: Position of the first token.
         length: Number of tokens.
-        asks: Number of last tokens whose predictions are wanted; 0: the span only fills the memory.
+        asks: Number of last tokens whose predictions choose new tokens; 0: none is chosen.
+        scores: Whether the prediction behind each of its tokens scores the next token of the prompt.
         place: Index of the next segment.
         stream: `[length, D]`, the residual stream before that segment; None before the first.
         previous: The likeliest token of the last exit that was looked at, for the measure `agreement`.
@@ -87,6 +100,7 @@ class Span:
     start: int
     length: int
     asks: int
+    scores: bool = False
     place: int = 0
     stream: Tensor | None = None
     previous: int = -1
@@ -96,6 +110,11 @@ class Span:
     def segment(self) -> PassSegment:
         """The next segment."""
         return self.sequence.passes.segments[self.place]
+
+    @property
+    def wanted(self) -> int:
+        """Number of last tokens whose predictions are wanted; 0: the span only fills the memory."""
+        return self.length if self.scores else self.asks
 
     @property
     def is_through(self) -> bool:
@@ -153,9 +172,21 @@ class Sequence:
         return len(self.request.prompt_ids)
 
     @property
+    def adapters_number(self) -> int:
+        """Number of the adapters it runs with; 0: the model's own."""
+        return 0 if self.request.adapters is None else self.request.adapters.number
+
+    @property
     def num_new(self) -> int:
         """Number of new tokens so far."""
         return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be computed, which needs all its tokens to run."""
+        request = self.request
+        is_asked = request.sampling.prompt_logprobs is not None and self.number == 0
+        return is_asked and len(request.prompt_logprobs) < self.num_prompt - 1
 
     @property
     def num_waiting(self) -> int:
@@ -181,6 +212,22 @@ class Sequence:
             self.logprobs.append(logprob)
         if alternatives is not None:
             self.alternatives.append(tuple(alternatives))
+
+    def tell(self, token: int | None = None, error: str | None = None) -> Piece:
+        """Returns what the newest token adds to the text; None: what an end from outside adds.
+
+        Args:
+            token: The token.
+            error: The fault that ends the choice, in one sentence.
+        """
+        text = self.text
+        made = None
+        if token is not None and len(text.token_ids) == self.num_new:
+            place = self.num_new - 1
+            logprob = self.logprobs[place].logprob if place < len(self.logprobs) else None
+            alternatives = self.alternatives[place] if place < len(self.alternatives) else None
+            made = NewToken(token, self.depths[place], logprob, alternatives)
+        return Piece(self.number, text.take(), made, text.reason, error)
 
     def forget(self) -> None:
         """Drops everything that is on its way, because its memory is gone."""

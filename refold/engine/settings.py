@@ -105,9 +105,11 @@ class EngineSettings:
         policy: Name of the rule that chooses the pass that runs next: `fullest`, `coda` or `oldest`.
         min_coda: For `coda`: rows that must be ready before the last pass goes first.
         join_loops: Whether requests join the others at every loop instead of at every token: a new request waits less,
-            but there are more launches of fewer depths; None: where exits or drafts are on.
+            but there are more launches of fewer depths; None: where a running row may leave, or drafts are on.
         exits: None: every token runs the full depth. `calibrated`: thresholds beside the model. Or thresholds, or a
             rule.
+        exit_tolerance: Tolerance of requests that ask for none: the largest calibrated one that is not above it; 0:
+            they run the full depth; None: the one that calibration names.
         kv: Keys and values of depths that a token skipped: `shared` (the stack needs none), `propagate` (computed from
             the stream at the exit) or `recompute` (computed exactly, together with the next token that goes deeper);
             None: `shared` where the stack allows it, else `recompute`.
@@ -137,6 +139,7 @@ class EngineSettings:
     min_coda: int = 8
     join_loops: bool | None = None
     exits: "Thresholds | ExitRule | Path | Literal['calibrated'] | None" = None
+    exit_tolerance: float | None = None
     kv: str | None = None
     max_pending: int = 32
     drafts: Drafts | None = None
@@ -160,6 +163,10 @@ class EngineSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RefoldError(f"{name}: at least 1 is required (got {value})")
+        if self.exit_tolerance is not None and not 0 <= self.exit_tolerance < 1:
+            raise RefoldError(f"exit_tolerance: must be at least 0 and below 1 (got {self.exit_tolerance})")
+        if self.exit_tolerance is not None and self.exits is None:
+            raise RefoldError(f"exit_tolerance: exits are required beside it (got {self.exit_tolerance:g} and none)")
         if self.chunk < self.max_rows:
             raise RefoldError(
                 f"chunk: at least max_rows is required, so that every row gets its token (got {self.chunk} for "

@@ -39,7 +39,7 @@ class SpanMaker:
             self._keep_states(sequence)
         if guesses:
             length, asks = 1 + guesses, 1 + guesses
-        sequence.span = Span(sequence, start, length, asks)
+        sequence.span = Span(sequence, start, length, asks, sequence.scores_prompt)
 
     def publish(self, sequence: Sequence) -> None:
         """Offers the prompt's pages to later sequences, once all depths have run its tokens."""
@@ -48,7 +48,7 @@ class SpanMaker:
         done = min(sequence.num_run, sequence.num_prompt)
         at_border = done == sequence.num_run and done % self._settings.page_size == 0
         if not self._recurrent or at_border:
-            self._pools.publish(sequence.row, sequence.request.prompt_ids, done)
+            self._pools.publish(sequence.row, sequence.request.prompt_ids, done, sequence.adapters_number)
 
     def _cut_at_page(self, sequence: Sequence, start: int, length: int) -> int:
         """Returns a length with which a prompt's span ends at its last page border, where states can be shared."""

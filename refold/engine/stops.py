@@ -1,7 +1,6 @@
 """The text of one choice, and why it ends."""
 
 from collections.abc import Collection, Sequence
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -78,7 +77,7 @@ class ChoiceText:
             self._end("length")
         return self.reason is not None
 
-    def end(self, reason: Literal["cancelled", "error"]) -> None:
+    def end(self, reason: Reason) -> None:
         """Ends the choice, if it has not ended, for a reason outside its tokens."""
         if self.reason is None:
             self._end(reason)

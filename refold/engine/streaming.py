@@ -5,27 +5,13 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import NamedTuple
 
-from refold.engine.engine import AnyPrompt, Engine
-from refold.engine.results import Result
+from refold.engine.engine import Engine
+from refold.engine.intake import AnyPrompt
+from refold.engine.results import Piece, Result
 from refold.engine.sequence import Request
 from refold.errors import RefoldError
 from refold.generation.sampling import Sampling
-
-
-class Piece(NamedTuple):
-    """New text of one choice.
-
-    Attributes:
-        choice: Number of the choice.
-        text: Whole characters, never a part of a stop string.
-        is_last: Whether the choice has ended.
-    """
-
-    choice: int
-    text: str
-    is_last: bool
 
 
 class StreamingEngine:
@@ -97,7 +83,7 @@ class StreamingEngine:
             raise RefoldError(f"engine: a running engine is required (it stopped: {self.failure})")
         request = await asyncio.to_thread(lambda: self.engine.prepare(prompt, sampling, chat=chat))
         pieces: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
-        request.listener = lambda choice, text, ended: self._put(request, Piece(choice, text, ended))
+        request.listener = lambda piece: self._put(request, piece)
         self._open[id(request)] = pieces
         begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PreTrainedModel
 
 from refold.checkpoint.atomic_file import require_free, write_json
@@ -55,48 +55,75 @@ class LiveShares(_Record):
     """Share of tokens that differ from the full depth's, likewise."""
 
 
-class Thresholds(_Record):
-    """Thresholds of all exits of one model.
+class ToleranceLevel(_Record):
+    """Thresholds of all exits for one tolerance."""
 
-    With probability `confidence` over the calibration documents, at most the share `tolerance` of the tokens of such
-    documents differs from the likeliest token at full depth.
-    """
-
-    format: Literal[1] = 1
-    measure: Measure
-    """Measure of confidence."""
-    kv: KvPolicy
-    """Keys and values of skipped depths for which the thresholds were measured."""
     tolerance: Annotated[float, Field(gt=0, lt=1)]
     """Largest share of differing tokens, as a mean over documents."""
-    confidence: Annotated[float, Field(gt=0, lt=1)]
-    """Probability with which the tolerance is kept."""
     exits: tuple[ExitThreshold, ...]
     """First to last."""
     skewed: _Share = 0
     """Share of tokens that run the full depth and differ, because they read propagated keys."""
+    live: LiveShares | None
+    """The check in the engine; None: no threshold to check, or no check was wanted."""
+
+    @property
+    def leaves(self) -> float:
+        """Share of tokens that leave early."""
+        return math.fsum(each.leaves for each in self.exits)
+
+    @property
+    def differs(self) -> float:
+        """Share of tokens that differ from the full depth's."""
+        return math.fsum([*(each.differs for each in self.exits), self.skewed])
+
+
+class Thresholds(_Record):
+    """Thresholds of all exits of one model, for one tolerance or several.
+
+    For each tolerance by itself: with probability `confidence` over the calibration documents, at most the share
+    `tolerance` of the tokens of such documents differs from the likeliest token at full depth.
+    """
+
+    format: Literal[2] = 2
+    measure: Measure
+    """Measure of confidence."""
+    kv: KvPolicy
+    """Keys and values of skipped depths for which the thresholds were measured."""
+    tolerance: float
+    """The tolerance that is taken where nobody asks for another."""
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    """Probability with which each tolerance is kept."""
+    levels: Annotated[tuple[ToleranceLevel, ...], Field(min_length=1)]
+    """Smallest tolerance first."""
     documents: int
     """Number of documents of the calibration."""
     tokens: int
     """Number of their tokens."""
     context: int
     """Most tokens of one document that were read."""
-    live: LiveShares | None
-    """The check in the engine; None: no threshold to check, or no check was wanted."""
     corpus: str
     """sha256 of the tokens of all documents."""
     model: str
     """Fingerprint of the model's weights and blueprint, which does not depend on a wider dtype in memory."""
 
-    @property
-    def leaves(self) -> float:
-        """ExitShare of tokens that leave early."""
-        return math.fsum(each.leaves for each in self.exits)
+    @model_validator(mode="after")
+    def _check_levels(self) -> "Thresholds":
+        tolerances = [level.tolerance for level in self.levels]
+        if tolerances != sorted(set(tolerances)):
+            raise ValueError("levels: tolerances from small to large are required")
+        if self.tolerance not in tolerances:
+            raise ValueError("tolerance: one of the levels' is required")
+        return self
 
     @property
-    def differs(self) -> float:
-        """ExitShare of tokens that differ from the full depth's."""
-        return math.fsum([*(each.differs for each in self.exits), self.skewed])
+    def level(self) -> ToleranceLevel:
+        """The thresholds for `tolerance`."""
+        return self.at(self.tolerance)
+
+    def at(self, tolerance: float) -> ToleranceLevel:
+        """Returns the thresholds for one of the tolerances."""
+        return next(level for level in self.levels if level.tolerance == tolerance)
 
     def require_model(self, model: PreTrainedModel, where: str = "exits") -> None:
         """Checks that the thresholds were measured for this model.
@@ -124,9 +151,10 @@ class Thresholds(_Record):
                 f"or run `refold calibrate --kv {kv}`"
             )
 
-    def rule(self) -> ExitRule:
-        """Returns the rule for the engine."""
-        return make_rule(self.measure, {each.depths: each.threshold for each in self.exits})
+    def rule(self, tolerance: float | None = None) -> ExitRule:
+        """Returns the rule for the engine, for one of the tolerances; None: `tolerance`."""
+        level = self.level if tolerance is None else self.at(tolerance)
+        return make_rule(self.measure, {each.depths: each.threshold for each in level.exits})
 
     def write(self, path: str | Path, overwrite: bool = False) -> Path:
         """Writes the thresholds atomically, and returns the file's path.
@@ -205,12 +233,13 @@ def read_thresholds(path: str | Path) -> Thresholds:
     except (OSError, ValueError, RecursionError) as error:
         raise FolderError(f"{path}: readable JSON is required ({str(error)[:80]}); calibrate again") from None
     checksum = content.pop("sha256", None) if isinstance(content, dict) else None
-    if isinstance(content, dict) and content.get("format", 1) != 1:
+    if isinstance(content, dict) and content.get("format", 1) not in (1, 2):
         raise FolderError(
-            f"{path}: format 1 of exit thresholds is required (got {content['format']}); use the refold that wrote it"
+            f"{path}: format 1 or 2 of exit thresholds is required (got {content['format']}); use the refold that "
+            f"wrote it"
         )
     try:
-        found = Thresholds.model_validate(content)
+        found = Thresholds.model_validate(_to_levels(content))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(key) for key in first["loc"])
@@ -268,6 +297,15 @@ def _reads(path: Path) -> bool:
     except FolderError:
         return False
     return True
+
+
+def _to_levels(content: Any) -> Any:
+    """Returns the content of a file of format 1, which has one tolerance, as that of format 2."""
+    if not isinstance(content, dict) or content.get("format", 1) != 1:
+        return content
+    own = ("exits", "skewed", "live")
+    level = {name: content[name] for name in ("tolerance", *own) if name in content}
+    return {**{name: value for name, value in content.items() if name not in own}, "format": 2, "levels": [level]}
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -27,10 +27,11 @@ from refold.engine.channel import (
     read_address,
 )
 from refold.engine.key_layout import KeyLayout
-from refold.engine.page_keeper import LocalKeeper, LocalPages, StorePart
+from refold.engine.page_keeper import LocalKeeper, LocalPages
 from refold.engine.page_plan import Spans
 from refold.engine.pages import PageGroup
 from refold.errors import RefoldError
+from refold.nn.mixers.store import StorePart
 
 SLOTS = 64
 """Launches whose positions a worker remembers at most; their numbers are used again."""
@@ -184,8 +185,8 @@ class Session:
         """Returns the launch of a message, and its depths with their rows."""
         _, slot, num_parts = header[:3]
         assert num_parts <= MAX_PARTS
-        numbers = header[4 : 4 + 3 * num_parts]
-        parts = [(depth, slice(begin, end)) for depth, begin, end in zip(*[iter(numbers)] * 3, strict=True)]
+        numbers = zip(*[iter(header[4 : 4 + 4 * num_parts])] * 4, strict=True)
+        parts = [StorePart(depth, slice(begin, end), adapters) for depth, begin, end, adapters in numbers]
         return *self._launches[slot], parts
 
     def _copy_out(self, header: list[int]) -> None:
@@ -213,9 +214,9 @@ class Session:
         return place, self._channel.receive((count,), torch.int64).tolist()
 
     def _prefix(self, header: list[int]) -> None:
-        _, depth, num_heads, length = header[:4]
+        _, depth, num_heads, length, adapters = header[:5]
         given = self._channel.receive((2, 1, num_heads, length, self._layout.head_dim), self._layout.dtype)
-        self._keeper.keep_prefix(depth, (given[0], given[1]))
+        self._keeper.keep_prefix(depth, adapters, (given[0], given[1]))
 
 
 # No mapping of the session's own: it would refer to itself, and its connection would outlive it.

@@ -334,7 +334,15 @@ def generate(
     return generator.generate([messages], sampling, chat=True)[0]
 
 
-_ENGINE_ALONE = {"presence_penalty": 0, "frequency_penalty": 0, "logprobs": None, "n": 1}
+_ENGINE_ALONE = {
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "logprobs": None,
+    "n": 1,
+    "exit_tolerance": None,
+    "prompt_logprobs": None,
+    "constraint": None,
+}
 """Settings that transformers' `generate` lacks, or that a text alone cannot show, with the values it is used with."""
 
 

@@ -51,18 +51,34 @@ def new_tokens_room(longest: int, limit: int | None, sampling: Sampling) -> int:
     """
     wanted = sampling.max_new_tokens
     if not limit:
-        return wanted or DEFAULT_NEW_TOKENS
-    if longest >= limit:
-        raise RefoldError(
-            f"prompt: must be at most {limit - 1} tokens, so that one more fits the model's {limit} positions "
-            f"(got {longest}); shorten it"
-        )
+        return DEFAULT_NEW_TOKENS if wanted is None else wanted
+    require_room(longest, limit, sampling, f"the model's {limit} positions")
     if wanted is not None and longest + wanted > limit:
         raise RefoldError(
             f"max_new_tokens: must be at most {limit - longest} after a prompt of {longest} tokens, so that all "
             f"fit the model's {limit} positions (got {wanted})"
         )
-    return wanted or min(DEFAULT_NEW_TOKENS, limit - longest)
+    return min(DEFAULT_NEW_TOKENS, limit - longest) if wanted is None else wanted
+
+
+def require_room(length: int, limit: int, sampling: Sampling, room: str) -> None:
+    """Checks that a prompt leaves room for one new token, if any is wanted.
+
+    Args:
+        length: Tokens of the prompt.
+        limit: Most tokens of a prompt and its continuation.
+        sampling: Settings of the request.
+        room: Name of the limit, for the message.
+
+    Raises:
+        RefoldError: The prompt is too long.
+    """
+    least = 0 if sampling.max_new_tokens == 0 else 1
+    if length + least > limit:
+        raise RefoldError(
+            f"prompt: must be at most {limit - least} tokens, so that {'one more' if least else 'it'} fits {room} "
+            f"(got {length}); shorten it"
+        )
 
 
 def listed(tokens: Any) -> list[int]:

@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from refold.errors import RefoldError
+from refold.generation.constraint import Constraint
 from refold.suggest import MAX_NUMBER, shorten
 
 DEFAULT_NEW_TOKENS = 128
@@ -16,6 +17,7 @@ MAX_LOGPROBS = 20
 """Most alternatives for each new token."""
 MAX_CHOICES = 128
 """Most continuations of one prompt."""
+_OPTIONAL_NUMBERS = ("max_new_tokens", "exit_depth", "logprobs", "prompt_logprobs")
 MAX_BIAS = 100.0
 """Largest number that is added to a logit."""
 
@@ -30,7 +32,8 @@ class Sampling:
     subtracted, and `presence_penalty` once if there is any. Then follow temperature, top_k, top_p and min_p.
 
     Attributes:
-        max_new_tokens: Maximal number of new tokens; None: 128, or the number that fits into the model's positions.
+        max_new_tokens: Maximal number of new tokens; None: 128, or the number that fits into the model's positions;
+            0 only with `prompt_logprobs`.
         temperature: 0 takes the likeliest token (greedy); otherwise logits are divided by it and a token is drawn.
         top_p: Draw from the likeliest tokens whose probabilities sum to this.
         top_k: Draw from this number of likeliest tokens; 0: from all.
@@ -45,6 +48,11 @@ class Sampling:
         logprobs: Return the log-probability of each new token and of this number of likeliest tokens; None: neither.
         n: Number of continuations of the prompt.
         ignore_eos: Go on after an end token, which is then a token like others.
+        exit_tolerance: Take the exits calibrated for this tolerance; 0: run the full depth; None: the engine's own
+            rule. The largest calibrated tolerance that is not above it is taken; below all of them, the full depth.
+        prompt_logprobs: Return the log-probability of each token of the prompt and of this number of likeliest tokens;
+            None: neither. The prompt, and the first new token, run the full depth or `exit_depth` then.
+        constraint: The form that the text must have; None: any.
 
     Raises:
         RefoldError: A setting is of another type or out of range.
@@ -65,12 +73,16 @@ class Sampling:
     logprobs: int | None = None
     n: int = 1
     ignore_eos: bool = False
+    exit_tolerance: float | None = None
+    prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         # Frozen: this is the only place that sets fields, to their checked forms, which can be hashed.
         self._read_numbers()
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise RefoldError(f"max_new_tokens: at least 1 is required (got {self.max_new_tokens})")
+        least = 1 if self.prompt_logprobs is None else 0
+        if self.max_new_tokens is not None and self.max_new_tokens < least:
+            raise RefoldError(f"max_new_tokens: at least {least} is required (got {self.max_new_tokens})")
         if not 0 <= self.temperature < math.inf:
             raise RefoldError(f"temperature: 0 (greedy) or more is required (got {self.temperature})")
         if not 0 < self.top_p <= 1:
@@ -86,10 +98,14 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise RefoldError(f"{name}: must lie in -2..2 (got {getattr(self, name)})")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise RefoldError(f"logprobs: must lie in 0..{MAX_LOGPROBS}, or be None (got {self.logprobs})")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MAX_LOGPROBS:
+                raise RefoldError(f"{name}: must lie in 0..{MAX_LOGPROBS}, or be None (got {value})")
         if not 1 <= self.n <= MAX_CHOICES:
             raise RefoldError(f"n: must lie in 1..{MAX_CHOICES} (got {self.n})")
+        self._check_exits()
+        self._read_constraint()
         object.__setattr__(self, "stop", _read_stops(self.stop))
         object.__setattr__(self, "logit_bias", _read_bias(self.logit_bias))
 
@@ -103,9 +119,27 @@ class Sampling:
         """The numbers of `logit_bias` by token."""
         return dict(self.logit_bias)
 
+    def _read_constraint(self) -> None:
+        if isinstance(self.constraint, Mapping):
+            object.__setattr__(self, "constraint", Constraint.read(self.constraint))
+        if self.constraint is not None and self.ignore_eos:
+            raise RefoldError("constraint: no ignore_eos is required beside it, because the end token ends the form")
+
+    def _check_exits(self) -> None:
+        tolerance = self.exit_tolerance
+        if tolerance is None:
+            return
+        if not _is_real(tolerance):
+            raise RefoldError(f"exit_tolerance: a number is required (got {shorten(tolerance)})")
+        if not 0 <= tolerance < 1:
+            raise RefoldError(f"exit_tolerance: must be at least 0 and below 1, and 0 is full depth (got {tolerance})")
+        if self.exit_depth is not None:
+            raise RefoldError(f"exit_tolerance: no exit_depth is required beside it (got exit_depth {self.exit_depth})")
+        object.__setattr__(self, "exit_tolerance", float(tolerance))
+
     def _read_numbers(self) -> None:
-        for name in ("max_new_tokens", "top_k", "seed", "exit_depth", "logprobs", "n"):
-            value, is_optional = getattr(self, name), name in ("max_new_tokens", "exit_depth", "logprobs")
+        for name in ("top_k", "seed", "n", *_OPTIONAL_NUMBERS):
+            value, is_optional = getattr(self, name), name in _OPTIONAL_NUMBERS
             if not _is_whole(value) and not (is_optional and value is None):
                 raise RefoldError(f"{name}: a whole number is required (got {shorten(value)})")
             if value is not None and value > MAX_NUMBER and name != "seed":

@@ -63,12 +63,17 @@ class Depth(GradientCheckpointingLayer):
 
     It owns its LoRA pairs, coefficients of bases, vectors, prefix, and a parameterless view of its mixer that caches
     know by `layer_idx`. Stored parts are passed in at each call and registered elsewhere, once.
+
+    Attributes:
+        index: Its place in the stack.
+        adapters_number: Names its adapters among all that the engine holds for the stack; 0: the model's own.
     """
 
     def __init__(self, config: RefoldConfig, blueprint: Blueprint, index: int):
         super().__init__()
         spec, arch = blueprint.depths[index], blueprint.arch
         self.index, self.spec, self.std = index, spec, config.initializer_range
+        self.adapters_number = 0
         self.parallel = arch.residual == "parallel"
         linears = depth_linears(blueprint, index)
         pairs = {name: sizes for name, sizes in linears.items() if name in spec.ranks}
@@ -146,13 +151,36 @@ class Depth(GradientCheckpointingLayer):
         gains: dict[Pool, Tensor] = {pool: gain.forward() for pool, gain in owned_gains.items()}
         return Owned(self.adapters(), self.own_vectors("mixer"), self.own_vectors("mlp"), gains)
 
-    def pack(self, parts: Parts, workshop: Workshop, formats: tuple[str, str]) -> None:
+    def with_adapters(
+        self, config: RefoldConfig, blueprint: Blueprint, adapters: Mapping[str, Tensor], number: int
+    ) -> "Depth":
+        """Returns the depth with other adapters; all its other tensors are those of this one.
+
+        Args:
+            config: Of the model.
+            blueprint: The stack.
+            adapters: Tensors by name, all that this depth has in the group `adapters`; they are taken as they are.
+            number: Names them.
+        """
+        with torch.device("meta"):
+            other = Depth(config, blueprint, self.index)
+        other.adapters_number = number
+        other.vectors, other.coefficients = self.vectors, self.coefficients
+        for name, tensor in adapters.items():
+            owner, _, local = name.removeprefix(f"model.depths.{self.index}.").rpartition(".")
+            other.get_submodule(owner)._parameters[local] = nn.Parameter(tensor, requires_grad=False)
+        assert not any(each.is_meta for each in other.parameters()), "all adapters of the depth are required"
+        return other.eval()
+
+    def pack(self, parts: Parts, workshop: Workshop, formats: tuple[str, str], beside: Owned | None = None) -> None:
         """Prepares adapters and vectors for packed parts, and drops the weights of adapters they were made of.
 
         Args:
             parts: That the depth runs, packed.
             workshop: Prepares the products.
             formats: Of LoRA factors, and of coefficients of bases.
+            beside: Of the packed depth from which this one differs in its adapters alone: its vectors and coefficients
+                are used; None: the depth has its own.
         """
         owned = self.owned()
         adapters = self._stored_adapters()
@@ -161,8 +189,10 @@ class Depth(GradientCheckpointingLayer):
         for part, own in ((parts.mixer, owned.mixer_vectors), (parts.mlp, owned.mlp_vectors)):
             packed = None if part is None else part.packed
             if packed is not None:
-                joined |= packed.join_adapters(adapters, workshop, formats)
-            vectors.append(own if own is None or packed is None else packed.join_vectors(own))
+                joined |= packed.join_adapters(adapters, workshop, formats, None if beside is None else beside.adapters)
+            vectors.append(own if own is None or packed is None or beside is not None else packed.join_vectors(own))
+        if beside is not None:
+            vectors = [beside.mixer_vectors, beside.mlp_vectors]
         gains: dict[Pool, Tensor] = {pool: gain.detach() for pool, gain in owned.gains.items()}
         self.packed = Owned(joined, vectors[0], vectors[1], gains, {})
         self.lora, self.coefficients = LoraPairs({}), Coefficients({}, self.std)

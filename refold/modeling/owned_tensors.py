@@ -60,7 +60,8 @@ class Owned(NamedTuple):
         mixer_vectors: Norms and biases of its own for the mixer; None: the part's.
         mlp_vectors: Likewise for the MLP.
         gains: Scale of each part's update, `[1]`, or `[B, 1, 1]` with one for each row.
-        joined: Results of `join_owned` by rows and depths, of a packed depth, whose tensors do not change; else None.
+        joined: Results of `join_owned` by rows and what they own, of a packed depth, whose tensors do not change; else
+            None.
     """
 
     adapters: Lora
@@ -75,11 +76,11 @@ class Owned(NamedTuple):
 
 
 def join_owned(rows: Sequence[slice], owned: Sequence[Owned]) -> Owned:
-    """Returns the tensors of rows that stand at several depths: adapters by group, vectors and gains by row.
+    """Returns the tensors of rows with several depths or adapters: adapters by group, vectors and gains by row.
 
     Args:
         rows: Neighbouring rows, in order.
-        owned: Of the depth each group stands at; all own the same vectors and gains.
+        owned: Of the depth each group stands at; all own vectors and gains of the same names.
     """
     if len(owned) == 1:
         return owned[0]
@@ -105,10 +106,13 @@ def _join(rows: Sequence[slice], owned: Sequence[Owned]) -> Owned:
 
 
 def _join_vectors(rows: Sequence[slice], vectors: Sequence[Mapping[Name, Tensor] | None]) -> dict[Name, Tensor] | None:
-    """Returns each vector as `[B, 1, size]`."""
+    """Returns each vector as `[B, 1, size]`; as it is where all rows have the same."""
     given = [each for each in vectors if each is not None]
     if not given:
         return None
+    first = given[0]
+    if all(each[name] is first[name] for each in given for name in first):
+        return dict(first)
     return {
         name: torch.cat(
             [each[name].expand(part.stop - part.start, 1, -1) for part, each in zip(rows, given, strict=True)]

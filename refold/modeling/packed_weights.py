@@ -1,7 +1,7 @@
 """Packing: a folded model whose weights are prepared for inference, in floats or integers."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -147,6 +147,31 @@ def pack_model(model: PreTrainedModel, settings: PackSettings | None = None) -> 
     model.is_packed = stack.is_packed = True
     others = sum(each.nbytes for each in model.parameters()) - embedding_bytes
     return PackedBytes(stack_bytes, workshop.num_bytes - stack_bytes, embedding_bytes, others, formats)
+
+
+@torch.no_grad()
+def pack_adapters(model: RefoldForCausalLM, depths: Sequence[Depth], formats: PackSettings) -> int:
+    """Packs the adapters of depths that run the parts of a packed model.
+
+    Args:
+        model: Packed.
+        depths: The model's depths with other adapters, changed in place.
+        formats: From `pack_model`.
+
+    Returns:
+        Bytes of the adapters.
+    """
+    workshop = Workshop(formats.dtype, model.device, formats.keep_dense, formats.keep_integers)
+    others = 0
+    for own, depth in zip(cast("list[Depth]", list(model.model.depths)), depths, strict=True):
+        assert own.packed is not None
+        for tensor in (*depth.gain.parameters(), *([] if depth.prefix is None else [depth.prefix])):
+            tensor.data = tensor.data.to(formats.dtype)
+            others += tensor.nbytes
+        depth.pack(
+            model.model.parts_of(depth), workshop, (formats.adapters or formats.weights, formats.weights), own.packed
+        )
+    return workshop.num_bytes + others
 
 
 def _convert(model: nn.Module, dtype: torch.dtype, is_meant: Callable[[nn.Module], bool], copies: bool = False) -> None:

@@ -1,5 +1,6 @@
-"""Rows of one batch that stand at different depths, run together through the parts they share."""
+"""Rows of one batch with different depths or adapters, run together through the parts they share."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from refold.modeling.depth import Depth, Parts
 from refold.modeling.owned_tensors import Owned, join_owned
 from refold.nn.mixers.attention import AttentionMixer
 from refold.nn.mixers.batch import Batch
-from refold.nn.mixers.store import NOTHING_KEPT, Store
+from refold.nn.mixers.store import NOTHING_KEPT, Store, StorePart
 
 
 class RowRange(NamedTuple):
@@ -21,10 +22,12 @@ class RowRange(NamedTuple):
     Attributes:
         depths: The depths they run.
         num_rows: How many rows.
+        modules: The stack's depths with other adapters; None: with its own.
     """
 
     depths: range
     num_rows: int
+    modules: Sequence[Depth] | None = None
 
 
 def run_rows(
@@ -48,16 +51,17 @@ def run_rows(
     Raises:
         RefoldError: The depths cannot run together.
     """
-    ends = [sum(each.num_rows for each in rows[: place + 1]) for place in range(len(rows))]
-    if not rows or ends[-1] != len(hidden_states) or len({len(each.depths) for each in rows}) != 1:
+    num_rows = sum(each.num_rows for each in rows)
+    if not rows or num_rows != len(hidden_states) or len({len(each.depths) for each in rows}) != 1:
         told = ", ".join(f"{each.num_rows} rows at {each.depths.start}..{each.depths.stop - 1}" for each in rows)
         raise RefoldError(
             f"rows: ranges of one length for all {len(hidden_states)} rows are required (got {told}); split the call"
         )
-    slices = [slice(end - each.num_rows, end) for end, each in zip(ends, rows, strict=True)]
+    slices = _slices(rows)
+    stacks = [modules if each.modules is None else each.modules for each in rows]
     for indices in zip(*(each.depths for each in rows), strict=True):
-        depths = [modules[index] for index in indices]
-        memory = NOTHING_KEPT if store is None else store.row_memory(list(zip(indices, slices, strict=True)))
+        depths = [stack[index] for stack, index in zip(stacks, indices, strict=True)]
+        memory = NOTHING_KEPT if store is None else store.row_memory(_store_parts(depths, slices))
         _require_alike(depths, memory.attends)
         first, each_owned = depths[0], [depth.owned() for depth in depths]
         parts, inputs = parts_of(first), first.inputs(batch, memory)
@@ -68,6 +72,32 @@ def run_rows(
     return hidden_states
 
 
+def rows_owned(rows: Sequence[RowRange], depth: Depth) -> Owned:
+    """Returns the tensors with which each run of rows runs one depth."""
+    depths = [depth if each.modules is None else each.modules[depth.index] for each in rows]
+    return join_owned(_slices(rows), [each.owned() for each in depths])
+
+
+def _slices(rows: Sequence[RowRange]) -> list[slice]:
+    """Returns the rows of the batch that each run has."""
+    ends = itertools.accumulate(each.num_rows for each in rows)
+    return [slice(end - each.num_rows, end) for end, each in zip(ends, rows, strict=True)]
+
+
+def _store_parts(depths: Sequence[Depth], slices: Sequence[slice]) -> list[StorePart]:
+    """Returns the rows at each depth. Rows that differ in their adapters alone are one part, unless these differ in
+    prefixes: the memory then computes attention for all of them together."""
+    found: list[StorePart] = []
+    for depth, rows in zip(depths, slices, strict=True):
+        adapters = 0 if depth.prefix is None else depth.adapters_number
+        last = found[-1] if found else None
+        if last is not None and (last.depth, last.adapters) == (depth.index, adapters):
+            found[-1] = StorePart(depth.index, slice(last.rows.start, rows.stop), adapters)
+        else:
+            found.append(StorePart(depth.index, rows, adapters))
+    return found
+
+
 def _make_prefixes(parts: Parts, depths: Sequence[Depth], owned: Sequence[Owned], store: Store) -> None:
     """Lets each depth make the keys and values of its own prefix, for a memory that attends to them by itself."""
     mixer = parts.mixer
@@ -75,7 +105,7 @@ def _make_prefixes(parts: Parts, depths: Sequence[Depth], owned: Sequence[Owned]
     for depth, own in zip(depths, owned, strict=True):
         assert depth.prefix is not None
         make = partial(mixer.read_prefix, depth.prefix, own.adapters, own.mixer_vectors)
-        store.memory(depth.index).once(make)
+        store.memory(depth.index, depth.adapters_number).once(make)
 
 
 def _require_alike(depths: Sequence[Depth], attends: bool) -> None:
@@ -85,6 +115,7 @@ def _require_alike(depths: Sequence[Depth], attends: bool) -> None:
         depths: One for each group of rows.
         attends: Whether the memory computes attention, for each group by its own prefix and sources.
     """
+    depths = list({depth.index: depth for depth in reversed(depths)}.values())[::-1]  # adapters may always differ
     first = depths[0]
     for depth in depths[1:]:
         for name in ("mixer", "mlp", "window", "rope", "vectors", "gain"):

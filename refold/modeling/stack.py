@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from refold.blueprint.schema import Blueprint, DepthSpec, unused_names
+from refold.blueprint.passes import recurrent_depths
+from refold.blueprint.schema import unused_names
 from refold.errors import RefoldError
 from refold.modeling.cache_name import CACHE_NAME, AnyCache, one_cache
 from refold.modeling.configuration import RefoldConfig
@@ -20,7 +21,7 @@ from refold.modeling.outputs import StackOutput
 from refold.modeling.padding import first_tokens, padding_first
 from refold.modeling.pretrained import RefoldPreTrainedModel
 from refold.modeling.recurrent_cache import new_cache
-from refold.modeling.rows import RowRange, run_rows
+from refold.modeling.rows import RowRange, rows_owned, run_rows
 from refold.nn.exits import ExitParts
 from refold.nn.mixers.batch import Batch
 from refold.nn.mixers.memory import CacheStore, count_tokens
@@ -83,7 +84,7 @@ class RefoldModel(RefoldPreTrainedModel):
         self.norm = StackNorm(arch.norm, arch.hidden_size)
         mixing = [(index, depth) for index, depth in enumerate(blueprint.depths) if depth.mixer is not None]
         self.rotaries = nn.ModuleList(Rotary(rope, arch.max_position_embeddings) for rope in stack_ropes(blueprint))
-        recurrent = [index for index, depth in mixing if _is_recurrent(blueprint, depth)]
+        recurrent = recurrent_depths(blueprint)
         attending = [(index, depth) for index, depth in mixing if index not in recurrent]
         # The first depth of each window gives caches and masks their sizes.
         self._windows = {depth.window: index for index, depth in reversed(attending)}
@@ -184,6 +185,7 @@ class RefoldModel(RefoldPreTrainedModel):
         batch: Batch,
         store: Store | None = None,
         shared: KeyValues | None = None,
+        modules: Sequence[Depth] | None = None,
     ) -> Ran:
         """Runs a range of depths.
 
@@ -193,24 +195,19 @@ class RefoldModel(RefoldPreTrainedModel):
             batch: From `batch`.
             store: Keeps keys and values, or states; None: nothing is kept.
             shared: Keys and values that earlier depths made and these may read.
+            modules: The depths with other adapters; None: with the stack's own.
         """
         made = {} if shared is None else dict(shared)
         # Plain tuples: indexing a ModuleList costs several microseconds, a percent of a small model's decoding step.
         mixers, mlps = (cast("tuple[StoredPart, ...]", tuple(pool)) for pool in (self.mixers, self.mlps))
-        modules = cast("tuple[Depth, ...]", tuple(self.depths))
+        modules = cast("tuple[Depth, ...]", tuple(self.depths)) if modules is None else modules
         for index in depths:
             depth = modules[index]
             spec = depth.spec
-            hidden_states, states = depth.run(
-                hidden_states,
-                Parts(
-                    None if spec.mixer is None else mixers[spec.mixer],
-                    None if spec.mlp is None else mlps[spec.mlp],
-                ),
-                batch,
-                NOTHING_KEPT if store is None else store.memory(index),
-                made,
-            )
+            mixer = None if spec.mixer is None else mixers[spec.mixer]
+            mlp = None if spec.mlp is None else mlps[spec.mlp]
+            memory = NOTHING_KEPT if store is None else store.memory(index, depth.adapters_number)
+            hidden_states, states = depth.run(hidden_states, Parts(mixer, mlp), batch, memory, made)
             if states is not None:
                 made[index] = states
         return Ran(hidden_states, made)
@@ -222,7 +219,7 @@ class RefoldModel(RefoldPreTrainedModel):
         batch: Batch,
         store: Store | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Runs rows that stand at different depths, with one call of each part that they share.
+        """Runs rows that stand at different depths or have different adapters, with one call of each part they share.
 
         Args:
             rows: Runs of neighbouring rows, in order, each with the range of depths it runs; all ranges are as long,
@@ -236,11 +233,14 @@ class RefoldModel(RefoldPreTrainedModel):
         """
         return run_rows(cast("list[Depth]", list(self.depths)), self.parts_of, rows, hidden_states, batch, store)
 
-    def fill(self, index: int, hidden_states: Float[Tensor, "B T D"], batch: Batch, store: Store) -> None:
+    def fill(
+        self, index: int, rows: Sequence[RowRange], hidden_states: Float[Tensor, "B T D"], batch: Batch, store: Store
+    ) -> None:
         """Writes the keys and values that one depth makes of a stream, and runs nothing else of the depth.
 
         Args:
             index: Which depth; without a mixer, or with keys of other depths alone, it writes nothing.
+            rows: Runs of neighbouring rows, in order, each with its adapters; the ranges do not matter.
             hidden_states: The residual stream in place of the one before it.
             batch: From `batch`.
             store: Keeps them.
@@ -250,7 +250,7 @@ class RefoldModel(RefoldPreTrainedModel):
         """
         depth = cast("Depth", self.depths[index])
         if (mixer := self.parts_of(depth).mixer) is not None:
-            owned, inputs = depth.owned(), depth.inputs(batch, store.memory(index))
+            owned, inputs = rows_owned(rows, depth), depth.inputs(batch, store.memory(index))
             cast("Mixer", mixer).fill(hidden_states, inputs, owned.adapters, owned.mixer_vectors)
 
     def mix(
@@ -394,7 +394,3 @@ class RefoldModel(RefoldPreTrainedModel):
             masks=paged_masks(attention_mask, self._windows),
             extra={"position_ids": position_ids, **extra},
         )
-
-
-def _is_recurrent(blueprint: Blueprint, depth: DepthSpec) -> bool:
-    return depth.mixer is not None and blueprint.mixers[depth.mixer].mixer.is_recurrent

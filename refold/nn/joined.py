@@ -35,6 +35,7 @@ class JoinedAdapters(PackedAdapter):
         adapters: By linear name; those of other linears are ignored.
         workshop: Prepares the products.
         formats: Of LoRA factors, and of coefficients of bases.
+        beside: Adapters with the same coefficients, which are used once more; None: they are among `adapters`.
     """
 
     def __init__(
@@ -43,13 +44,13 @@ class JoinedAdapters(PackedAdapter):
         adapters: Mapping[str, StoredAdapter],
         workshop: Workshop,
         formats: tuple[str, str],
+        beside: "JoinedAdapters | None" = None,
     ):
         own = {name: adapters[name] for name in linears.names if name in adapters}
-        self._coefficients = {
-            name: workshop.make(f"{name} coefficients", each.coefficients, None, formats[1])
-            for name, each in own.items()
-            if each.coefficients is not None
-        }
+        self._coefficients = {} if beside is None else beside._coefficients
+        for name, each in own.items() if beside is None else ():
+            if each.coefficients is not None:
+                self._coefficients[name] = workshop.make(f"{name} coefficients", each.coefficients, None, formats[1])
         pairs = {name: each.pair for name, each in own.items() if each.pair is not None}
         self._low: Product | None = None
         # Columns of the outputs, columns of A x, and B; None: all columns.

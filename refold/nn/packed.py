@@ -76,7 +76,11 @@ class PackedPart:
         return norm(x, vectors[f"{name}.weight"], vectors.get(f"{name}.bias"))
 
     def join_adapters(
-        self, adapters: Mapping[str, StoredAdapter], workshop: Workshop, formats: tuple[str, str]
+        self,
+        adapters: Mapping[str, StoredAdapter],
+        workshop: Workshop,
+        formats: tuple[str, str],
+        beside: Mapping[str, LinearAdapter] | None = None,
     ) -> dict[str, JoinedAdapters]:
         """Returns the adapters of one depth for this part, by the key of the linears they change.
 
@@ -84,12 +88,17 @@ class PackedPart:
             adapters: By linear name; those of other parts are ignored.
             workshop: Prepares the products.
             formats: Of LoRA factors, and of coefficients of bases.
+            beside: What this method returned for a depth with the same coefficients, which are used once more; None:
+                they are among the adapters.
         """
-        return {
-            group.key: JoinedAdapters(group, adapters, workshop, formats)
-            for group in self.groups
-            if any(name in adapters for name in group.names)
-        }
+        found: dict[str, JoinedAdapters] = {}
+        for group in self.groups:
+            other = None if beside is None else cast("JoinedAdapters | None", beside.get(group.key))
+            if any(name in adapters for name in group.names):
+                found[group.key] = JoinedAdapters(group, adapters, workshop, formats, other)
+            elif other is not None:
+                found[group.key] = other
+        return found
 
     def join_vectors(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns a depth's own vectors, with the weights of norms prepared and the biases of linears joined."""

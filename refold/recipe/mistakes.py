@@ -26,6 +26,7 @@ _TYPES = {
     "string": "text",
     "tuple": "a list",
     "list": "a list",
+    "bool": "true or false",
     "dict": "a mapping",
     "model": "a mapping",
 }
@@ -80,6 +81,11 @@ def _explain(item: ErrorDetails, model: type[BaseModel]) -> str:
         return f"must be {words} {context[key]} (got {shorten(got)})"
     if kind in ("too_short", "string_too_short"):
         return f"must not be empty (got {shorten(got)})"
+    if kind in ("too_long", "string_too_long"):
+        counted = "characters" if kind == "string_too_long" else "entries"
+        return f"must be at most {context['max_length']} {counted} (got {len(got)})"
+    if kind == "string_pattern_mismatch":
+        return f"must match {context['pattern']} (got {shorten(got)})"
     required = _TYPES.get(kind.split("_")[0])
     if required is not None:
         lacks_blank = required == "a mapping" and isinstance(got, str) and ":" in got

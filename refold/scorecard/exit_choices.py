@@ -60,8 +60,9 @@ def measure_exits(job: ScoreJob) -> ExitSection:
     if not choosing:
         notes.append("thresholds: not chosen, because there is one document alone")
     if stored is not None:
-        leaving = judged.leaving(stored.measure, stored.rule().thresholds)
-        choices.append(judged.choice(f"calibrated at {stored.tolerance:g}", leaving))
+        for level in stored.levels:
+            leaving = judged.leaving(stored.measure, stored.rule(level.tolerance).thresholds)
+            choices.append(judged.choice(f"calibrated at {level.tolerance:g}", leaving))
     return ExitSection(
         depths=outcomes.depths[:-1],
         num_depths=outcomes.depths[-1],

@@ -9,7 +9,7 @@ from refold.engine.answers import answer_file, require_success, stream_text
 from refold.engine.engine import Engine
 from refold.engine.prompt_file import PromptFile, read_prompts
 from refold.engine.result_file import ResultFile
-from refold.engine.results import Continuation, Result
+from refold.engine.results import Continuation, Piece, Result
 from refold.engine.sequence import Request
 from refold.engine.settings import EngineSettings
 from refold.errors import DataError, RefoldError
@@ -45,7 +45,7 @@ class FakeEngine(Engine):
             place, text = request.cached_tokens, "".join(map(chr, request.prompt_ids))
             is_last = place == len(text)
             if request.listener is not None:
-                request.listener(0, text[place - 1], is_last)
+                request.listener(Piece(0, text[place - 1], reason="length" if is_last else None))
             if is_last:
                 error = "weights: NaN" if text == "broken" else None
                 request.choices[0] = Continuation(text, (), (), "length" if error is None else "error", error=error)

@@ -189,13 +189,13 @@ def test_thresholds_keep_the_tolerance_and_let_tokens_leave(three, make):
     for kv, made in (("recompute", three), ("propagate", make(THREE, 0.05, num_hidden_layers=6))):
         found, notes = run(made, words(60), kv=kv, tolerance=0.3, measure="top1")
         assert notes == ()
-        assert [each.depths for each in found.exits] == [2, 4]
-        assert found.leaves > 0.05
-        assert 0 < found.differs <= 0.3
-        assert all(each.bound is not None and each.differs <= each.bound <= 0.3 for each in found.exits)
+        assert [each.depths for each in found.level.exits] == [2, 4]
+        assert found.level.leaves > 0.05
+        assert 0 < found.level.differs <= 0.3
+        assert all(each.bound is not None and each.differs <= each.bound <= 0.3 for each in found.level.exits)
         assert (found.documents, found.kv, found.measure) == (60, kv, "top1")
-    assert found.exits[0].threshold == found.exits[1].threshold
-    bound = run(three, words(60), tolerance=0.3, measure="top1")[0].exits[0].bound
+    assert found.level.exits[0].threshold == found.level.exits[1].threshold
+    bound = run(three, words(60), tolerance=0.3, measure="top1")[0].level.exits[0].bound
     assert bound is not None
     assert bound <= 0.15
 
@@ -208,9 +208,9 @@ def test_the_same_text_gives_the_same_thresholds_and_the_seed_orders_documents(t
 
 def test_too_few_documents_are_told_with_the_number_that_is_needed(three):
     found, notes = run(three, words(20), tolerance=0.1, measure="top1")
-    assert [each.threshold for each in found.exits] == [None, None]
-    assert found.live is None
-    assert found.leaves == found.differs == 0
+    assert [each.threshold for each in found.level.exits] == [None, None]
+    assert found.level.live is None
+    assert found.level.leaves == found.level.differs == 0
     needed = "exit after 2: no token leaves, because 20 documents are too few to promise 0.05 with confidence 0.975"
     assert notes[0].startswith(needed)
     assert "at least 7" in notes[0]
@@ -225,24 +225,44 @@ def test_an_exit_that_errs_at_every_confidence_is_told(three):
     found, notes = run((model, tokenizer), words(60), measure="gate")
     for name, part in model.model.exits.items():
         part.gate.bias.data = before[name]
-    assert [each.threshold for each in found.exits] == [None, None]
+    assert [each.threshold for each in found.level.exits] == [None, None]
     assert "even at confidence 0.99999 up to" in notes[0]
 
 
 def test_agreement_leaves_at_the_second_exit_with_the_whole_tolerance(three):
     found, _ = run(three, words(60), measure="agreement", tolerance=0.5)
-    assert found.exits[0].threshold is None
-    assert found.exits[1].threshold is not None
-    assert found.exits[1].leaves > 0.1
+    assert found.level.exits[0].threshold is None
+    assert found.level.exits[1].threshold is not None
+    assert found.level.exits[1].leaves > 0.1
     assert set(found.rule().thresholds) == {2, 4}
+
+
+def test_several_tolerances_share_one_table_and_grow_laxer(three, monkeypatch):
+    tables = []
+    monkeypatch.setattr(
+        "refold.engine.calibration.fill_table", lambda *given: tables.append(fill_table(*given)) or tables[-1]
+    )
+    checked = {"live_documents": 6, "live_tokens": 5}
+    found, _ = run(three, words(60), measure="top1", tolerance=0.4, further_tolerances=(0.2, 0.5), **checked)
+    assert len(tables) == 1
+    assert (found.tolerance, [level.tolerance for level in found.levels]) == (0.4, [0.2, 0.4, 0.5])
+    assert all(level.live is not None and level.live.differs <= level.tolerance for level in found.levels)
+    limits = [level.exits[0].threshold or 1.0 for level in found.levels]
+    assert limits == sorted(limits, reverse=True)
+    assert limits[0] > limits[-1]
+    alone, _ = run(three, words(60), measure="top1", tolerance=0.2, **checked)
+    assert found.levels[0] == alone.level
+    few, notes = run(three, words(20), measure="top1", tolerance=0.1, further_tolerances=(0.9,))
+    assert [level.exits[0].threshold is None for level in few.levels] == [True, False]
+    assert all(note.startswith("tolerance 0.1: exit after") for note in notes)
 
 
 def test_the_live_check_counts_what_generation_does(three):
     found, _notes = run(three, words(60), measure="top1", tolerance=0.4, live_documents=6, live_tokens=5)
-    assert found.live is not None
-    assert (found.live.documents, found.live.tokens) == (6, 30)
+    assert found.level.live is not None
+    assert (found.level.live.documents, found.level.live.tokens) == (6, 30)
     assert found.documents == 60 - 6
-    assert found.live.differs <= 0.4
+    assert found.level.live.differs <= 0.4
 
 
 def test_thresholds_that_fail_in_generation_are_tightened_and_this_is_told(three):
@@ -259,9 +279,11 @@ def test_thresholds_that_fail_in_generation_are_tightened_and_this_is_told(three
     found, notes = run(
         three, words(60), measure="top1", tolerance=0.4, live_documents=3, live_tokens=4, make_runner=Worse
     )
-    assert min(each.threshold for each in plain.exits if each.threshold is not None) < 0.7
-    assert all(each.threshold in GRID and each.threshold >= 0.7 for each in found.exits if each.threshold is not None)
-    assert found.live is None or found.live.differs <= 0.4
+    assert min(each.threshold for each in plain.level.exits if each.threshold is not None) < 0.7
+    assert all(
+        each.threshold in GRID and each.threshold >= 0.7 for each in found.level.exits if each.threshold is not None
+    )
+    assert found.level.live is None or found.level.live.differs <= 0.4
     assert "in generation 1 of 12 tokens differed" in notes[-1]
 
 
@@ -273,8 +295,8 @@ def test_thresholds_that_fail_in_generation_at_any_confidence_are_refused(three)
     found, notes = run(
         three, words(60), measure="top1", tolerance=0.4, live_documents=3, live_tokens=4, make_runner=Wrong
     )
-    assert [each.threshold for each in found.exits] == [None, None]
-    assert found.live is None
+    assert [each.threshold for each in found.level.exits] == [None, None]
+    assert found.level.live is None
     assert notes[-1].endswith("so no token leaves")
 
 
@@ -321,6 +343,8 @@ def test_documents_of_a_mixture_come_by_weight_and_have_no_note(three):
     [
         ({"tolerance": 0.0}, "tolerance: must lie between 0 and 1, both excluded .got 0."),
         ({"tolerance": 1.5}, "tolerance: must lie between 0 and 1"),
+        ({"further_tolerances": (0.1, 0.0)}, "tolerance: must lie between 0 and 1"),
+        ({"further_tolerances": tuple(0.1 + 0.01 * at for at in range(30))}, "tolerance: at most 16 are allowed"),
         ({"tolerance": float("nan")}, "tolerance: must lie between 0 and 1"),
         ({"confidence": 1.0}, "confidence: must lie between 0 and 1"),
         ({"measure": "topp1"}, "measure: .*top1"),

@@ -1,5 +1,6 @@
 """Thresholds beside a model: written whole, read whole, refused for another model."""
 
+import hashlib
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from refold.engine.settings import EngineSettings
 from refold.engine.thresholds import (
     ExitThreshold,
     Thresholds,
+    ToleranceLevel,
     load_rule,
     load_thresholds,
     make_rule,
@@ -47,17 +49,23 @@ def own(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "own")
 
 
+def level(tolerance, threshold=0.8, **fields):
+    """The thresholds for one tolerance."""
+    plain = {"leaves": 0.5, "differs": 0.004, "bound": 0.009}
+    exits = (ExitThreshold(depths=2, threshold=threshold, **{**plain, **fields}),)
+    return ToleranceLevel(tolerance=tolerance, exits=exits, live=None)
+
+
 def thresholds(model, **fields):
     plain = {
         "measure": "gate",
         "kv": "recompute",
         "tolerance": 0.01,
         "confidence": 0.95,
-        "exits": (ExitThreshold(depths=2, threshold=0.8, leaves=0.5, differs=0.004, bound=0.009),),
+        "levels": (level(0.01),),
         "documents": 400,
         "tokens": 40_000,
         "context": 512,
-        "live": None,
         "corpus": "f" * 64,
         "model": model_fingerprint(model),
     }
@@ -69,7 +77,7 @@ def test_what_is_written_is_read_and_the_folder_stays_whole(own, model):
     written = thresholds(model)
     assert written.write(own) == own / EXITS_NAME
     assert read_thresholds(own) == read_thresholds(own / EXITS_NAME) == written
-    assert (written.leaves, written.differs) == (0.5, 0.004)
+    assert (written.level.leaves, written.level.differs) == (0.5, 0.004)
     check(own)
     assert verify(own) == ()
     write_manifest(own)
@@ -78,8 +86,7 @@ def test_what_is_written_is_read_and_the_folder_stays_whole(own, model):
 
 @pytest.mark.parametrize("weights", ["auto", "bfloat16", "int8"])
 def test_an_engine_takes_the_exits_of_the_folder_whatever_its_weights(own, model, weights):
-    never = (ExitThreshold(depths=2, threshold=0.0, leaves=1.0, differs=0.0, bound=0.0),)
-    thresholds(model, exits=never).write(own)
+    thresholds(model, levels=(level(0.01, threshold=0.0, leaves=1.0),)).write(own)
     engine = Engine(own, EngineSettings(weights=weights, exits="calibrated", max_pending=99), device="cpu")
     found = engine.generate([[5, 6, 7, 8]], Sampling(max_new_tokens=5, ignore_eos=True))[0]
     assert set(found.choices[0].depths) == {2}
@@ -145,7 +152,7 @@ def test_a_model_widened_in_memory_is_the_same_and_a_rounded_one_is_not(make_sou
         (lambda text: "[]", "exit thresholds are required"),
         (lambda text: text.replace("0.8", "0.7"), "their sha256 does not fit"),
         (lambda text: text.replace('"threshold": 0.8', '"threshold": 1.8'), "exits.0.threshold: .* less than or equal"),
-        (lambda text: text.replace('"format": 1', '"format": 2'), r"format 1 .* is required \(got 2\)"),
+        (lambda text: text.replace('"format": 2', '"format": 3'), r"format 1 or 2 .* is required \(got 3\)"),
         (lambda text: text.replace('"kv": "recompute",', ""), "kv: Field required"),
     ],
 )
@@ -198,8 +205,38 @@ def test_exits_without_a_threshold_are_passed_unless_the_next_one_asks_them():
 
 def test_no_field_is_beyond_what_it_counts(own, model):
     content = json.loads(thresholds(model).write(own).read_text())
-    assert content["exits"][0] == {"depths": 2, "threshold": 0.8, "leaves": 0.5, "differs": 0.004, "bound": 0.009}
+    assert content["levels"][0]["exits"][0] == {
+        "depths": 2,
+        "threshold": 0.8,
+        "leaves": 0.5,
+        "differs": 0.004,
+        "bound": 0.009,
+    }
     with pytest.raises(ValueError, match="tolerance"):
         thresholds(model, tolerance=1.0)
     with pytest.raises(ValueError, match="measure"):
         thresholds(model, measure="luck")
+
+
+def test_a_file_of_one_tolerance_still_loads(own, model):
+    """Format 1 had the figures of its only tolerance beside the others."""
+    new = json.loads(thresholds(model).write(own).read_text())
+    old = {name: value for name, value in new.items() if name not in ("levels", "sha256", "format")}
+    old = {**old, **new["levels"][0], "format": 1}
+    digest = hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
+    (own / EXITS_NAME).write_text(json.dumps({**old, "sha256": digest}))
+    assert read_thresholds(own) == thresholds(model)
+    (own / EXITS_NAME).write_text(json.dumps({**old, "skewed": 0.5, "sha256": digest}))
+    with pytest.raises(FolderError, match="their sha256 does not fit"):
+        read_thresholds(own)
+
+
+def test_levels_go_from_small_to_large_and_have_the_default(model):
+    both = thresholds(model, levels=(level(0.01), level(0.05, threshold=0.3)), tolerance=0.05)
+    assert both.level.tolerance == 0.05
+    assert both.rule().thresholds == {2: 0.3}
+    assert both.rule(0.01).thresholds == {2: 0.8}
+    with pytest.raises(ValueError, match="from small to large"):
+        thresholds(model, levels=(level(0.05), level(0.01)))
+    with pytest.raises(ValueError, match="one of the levels"):
+        thresholds(model, tolerance=0.02)

@@ -39,7 +39,8 @@ class CacheStore(Store):
     def __init__(self, cache: Any):
         self.cache = cache
 
-    def memory(self, depth: int) -> "CacheMemory":
+    def memory(self, depth: int, adapters: int = 0) -> "CacheMemory":
+        assert not adapters, "a cache belongs to the model's own adapters"
         return CacheMemory(self.cache, depth)
 
     @property

@@ -25,6 +25,20 @@ class Appended(NamedTuple):
     extra: Mapping[str, Any]
 
 
+class StorePart(NamedTuple):
+    """Neighbouring rows of a batch that stand at one depth.
+
+    Attributes:
+        depth: Where they stand.
+        rows: Of the batch.
+        adapters: Number of the adapters that made the depth's prefix; 0: the model's own.
+    """
+
+    depth: int
+    rows: slice
+    adapters: int = 0
+
+
 class Memory(ABC):
     """One depth's keys and values, or recurrent state and last inputs, between calls.
 
@@ -83,14 +97,19 @@ class Store(ABC):
     """The memories of all depths for the rows of a batch. Engines with pools of their own implement it."""
 
     @abstractmethod
-    def memory(self, depth: int) -> Memory:
-        """Returns the memory of one depth, for all rows."""
-
-    def row_memory(self, depths: Sequence[tuple[int, slice]]) -> Memory:
-        """Returns the memory of rows that stand at several depths.
+    def memory(self, depth: int, adapters: int = 0) -> Memory:
+        """Returns the memory of one depth, for all rows.
 
         Args:
-            depths: Depth and the rows that stand there, in order.
+            depth: Which.
+            adapters: Number of the adapters with which all rows run the depth; 0: the model's own.
+        """
+
+    def row_memory(self, parts: Sequence[StorePart]) -> Memory:
+        """Returns the memory of rows that stand at several depths, or run one depth with several adapters.
+
+        Args:
+            parts: All rows, in order.
 
         Raises:
             RefoldError: The store keeps rows of one depth together.
