@@ -15,6 +15,8 @@ LIGHT: Mapping[str, str] = {
     "c3": "#a8457d",
     "c4": "#866000",
     "c5": "#4f5bc4",
+    "shallow": "#e4f0fa",
+    "deep": "#7fb2dd",
 }
 DARK: Mapping[str, str] = {
     "ink": "#e8e8e8",
@@ -29,9 +31,14 @@ DARK: Mapping[str, str] = {
     "c3": "#e29fc6",
     "c4": "#f0b840",
     "c5": "#a9b2ff",
+    "shallow": "#1c2c3a",
+    "deep": "#2a6496",
 }
 SERIES = ("c0", "c1", "c2", "c3", "c4", "c5")
 """Roles of series of data: Okabe and Ito's hues, dark or light enough for text."""
+RAMP = ("shallow", "deep")
+"""Roles of the ends of a ramp of one hue, on which text in `ink` is legible. Its steps differ in lightness, so that
+colour-blind readers see them too."""
 
 
 def contrast(one: str, two: str) -> float:
