@@ -9,6 +9,7 @@ from refold.cli import (
     analyse,
     bench,
     calibrate,
+    chat,
     claims,
     compare,
     convert,
@@ -25,6 +26,7 @@ from refold.cli import (
     recipes,
     report,
     run,
+    serve,
     worker,
 )
 from refold.cli.failures import one_line_each
@@ -79,6 +81,8 @@ for command in (
     report,
     inspect,
     generate,
+    serve,
+    chat,
     bench,
     claims,
     worker,

@@ -221,7 +221,13 @@ QuantiseOption = Annotated[
 ]
 # Of `calibrate`.
 Tolerance = Annotated[
-    float, typer.Option(parser=real, metavar="X", help="Largest share of tokens that may differ from the full depth's.")
+    list[float] | None,
+    typer.Option(
+        parser=real,
+        metavar="X",
+        help="Largest share of tokens that may differ from the full depth's. Default: 0.01. Repeatable: the first is "
+        "taken where a request asks for none.",
+    ),
 ]
 Confidence = Annotated[
     float, typer.Option(parser=real, metavar="X", help="Probability with which the tolerance is kept.")

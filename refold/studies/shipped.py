@@ -1,5 +1,8 @@
 """The model that ships in the package, and the text of the standard library on which it was trained."""
 
+import json
+import shutil
+import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -7,7 +10,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from refold.data.readers import DataSource, from_documents
-from refold.errors import DataError, SourceError
+from refold.errors import DataError, FolderError, SourceError
 
 HELD_OUT: tuple[str, ...] = (
     "calendar",
@@ -130,3 +133,27 @@ def training_data() -> DataSource:
 def held_out_data() -> DataSource:
     """Returns the held-out modules of the running Python's standard library."""
     return from_documents(held_out_documents(), name="held-out modules of the standard library")
+
+
+def copy_out(folder: Path) -> None:
+    """Copies the shipped model and writes its texts: `stdlib-5m`, `train.jsonl` and `held-out.jsonl`.
+
+    Args:
+        folder: A new folder.
+
+    Raises:
+        FolderError: There is such a folder already.
+        DataError: The standard library's sources are missing.
+    """
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise FolderError(f"{folder}: a new folder is required (there is one already); choose another name") from None
+    shutil.copytree(shipped_model(), folder / SHIPPED_NAME)
+    for name, documents in (("train", training_documents), ("held-out", held_out_documents)):
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in documents())
+
+
+if __name__ == "__main__":
+    copy_out(Path(sys.argv[1] if len(sys.argv) > 1 else "shipped"))

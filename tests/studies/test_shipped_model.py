@@ -10,7 +10,8 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import refold.errors
-from refold.studies.shipped import HELD_OUT, held_out_documents
+from refold.errors import FolderError
+from refold.studies.shipped import HELD_OUT, copy_out, held_out_documents
 
 FOLDER = Path(str(refold.errors.__file__)).parent / "shipped" / "stdlib-5m"
 
@@ -114,3 +115,12 @@ def test_card_and_log_agree() -> None:
     assert float(stated[1]) == pytest.approx(last["held_out_bits_per_byte"], abs=0.05)
     assert all(f"`{name}`" in card for name in HELD_OUT)
     assert "{" not in card
+
+
+def test_the_model_and_its_texts_are_copied_out(tmp_path: Path) -> None:
+    copy_out(tmp_path / "shipped")
+    assert (tmp_path / "shipped" / "stdlib-5m" / "config.json").is_file()
+    texts = (tmp_path / "shipped" / "held-out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["text"] for line in texts] == list(held_out_documents())
+    with pytest.raises(FolderError, match="a new folder is required"):
+        copy_out(tmp_path / "shipped")
