@@ -41,6 +41,11 @@ class Page:
         self._sections.append(f"## {title}\n\n{text}\n")
         print(self._sections[-1], flush=True)
 
+    def sections(self, more: Sequence[str] = ()) -> list[str]:
+        """Returns all sections as text, after those of an earlier run have been added."""
+        self._sections += more
+        return list(self._sections)
+
     def target(self, says: str, measured: str, met: bool) -> None:
         self.targets.append(Target(says, measured, met))
 

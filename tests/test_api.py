@@ -15,7 +15,7 @@ PUBLIC = {
     "analyse", "plan", "convert", "inspect", "heal", "quantise", "evaluate", "calibrate", "generate", "export",
     "run", "bench", "fit", "sweep", "score", "compare", "read_scorecard", "ScoreSettings", "parse_budget", "FitOptions",
     "Recipe", "HealStage", "HealOptions", "RunSettings", "RunOptions", "BenchSettings", "AnalysisSettings", "Reference",
-    "CalibrateOptions", "ConvertOptions", "EvaluationSettings", "QuantiseOptions", "Sampling",
+    "CalibrateOptions", "ConvertOptions", "EvaluationSettings", "QuantiseOptions", "Sampling", "Constraint",
     "linear_names", "load_adapters", "load_model", "load_tokenizer", "RefoldError", "Mixture", "from_documents",
     "register_objective", "Engine", "EngineSettings", "Drafts", "StreamingEngine",
     "__version__",

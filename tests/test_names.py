@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1] / "refold"
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py")
 LONGEST = 400
 """Lines of a file."""
-MOST_FILES = 620
+MOST_FILES = 680
 """Beside `__init__.py` files."""
 VAGUE = {"utils", "helpers", "common", "misc"}
 ENDINGS = ("s", "es", "ing", "er", "ed", "_data", "_tensors")
