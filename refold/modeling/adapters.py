@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -166,7 +166,7 @@ class AdapterBase:
         held = {name: self._as_held(name, tensor).to(model.device, copy=True) for name, tensor in found.items()}
         depths = [
             depth.with_adapters(model.config, self.blueprint, _of_depth(held, depth.index), number)
-            for depth in model.model.depths  # pyright: ignore[reportGeneralTypeIssues]
+            for depth in cast("list[Depth]", list(model.model.depths))
         ]
         num_bytes = sum(each.nbytes for each in held.values())
         if packed is not None:
@@ -193,7 +193,7 @@ class AdapterBase:
 
     def _digest(self, name: str, tensor: Tensor) -> bytes:
         held = self._as_held(name, tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8)
-        return hashlib.sha256(held.numpy()).digest()
+        return hashlib.sha256(held.numpy().data).digest()
 
 
 def _of_depth(adapters: dict[str, Tensor], index: int) -> dict[str, Tensor]:

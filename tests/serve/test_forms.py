@@ -127,6 +127,7 @@ def test_the_reason_of_a_wrong_expression_is_told(served: Served) -> None:
 
 
 def test_offsets_count_special_tokens_of_the_text(served: Served) -> None:
+    assert served.engine.tokenizer is not None
     special = served.engine.tokenizer.all_special_ids[0]
     (word,) = served.engine.prepare(" in").prompt_ids[-1:]
     found = served.complete([special, word, special], echo=True, logprobs=0, max_tokens=0)["choices"][0]
