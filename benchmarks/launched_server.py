@@ -19,7 +19,7 @@ ENGINE = b"refold.serve.engine_process"
 
 @dataclass(frozen=True)
 class Vitals:
-    """What the system tells about one process.
+    """Memory, files and threads of one process, as the system counts them.
 
     Attributes:
         resident: Bytes of resident memory.
@@ -89,7 +89,7 @@ class LaunchedServer:
 
     @property
     def stderr(self) -> str:
-        """What it has written to its log."""
+        """The text of its log."""
         return self._log.read_text()
 
     def vitals(self) -> dict[str, Vitals]:

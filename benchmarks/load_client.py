@@ -25,7 +25,7 @@ class Read(NamedTuple):
 
 @dataclass
 class Heard:
-    """What came back for one request.
+    """The answer to one request, with its times.
 
     Attributes:
         begun: `time.perf_counter` when the request was sent.

@@ -149,7 +149,7 @@ def _take(run: Run, heard: Heard, new: int, is_streamed: bool) -> None:
     """Adds one answer to a run.
 
     Raises:
-        ValueError: It is not what was asked for.
+        ValueError: The answer has another number of tokens or another form than the request asks for.
     """
     told = read_told(heard)
     if heard.status != 200 or not told.is_done or told.usage.get("completion_tokens") != new:

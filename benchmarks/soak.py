@@ -35,7 +35,7 @@ class Sample:
 
 @dataclass
 class Tally:
-    """What a crowd has seen.
+    """The answers and statuses that a crowd of clients got.
 
     Attributes:
         kinds: Requests by kind.
@@ -126,7 +126,7 @@ def wrong_error(heard: Heard) -> str:
 
 
 def wrong_answer(call: Call, told: Told) -> str:
-    """Returns what is wrong with a generated answer; empty: nothing."""
+    """Returns the fault of a generated answer; empty: there is none."""
     most = call.body["max_tokens"] * call.num_choices
     if told.error is not None:
         return f"an error in the stream: {told.error}"

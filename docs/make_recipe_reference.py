@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from refold.fields import Section
+from refold.fields import Section, describe_fields
 from refold.mixers import placement
 from refold.recipe import drop as dropping
 from refold.recipe import fold as folding
@@ -66,8 +66,9 @@ def render() -> str:
     for title, section in SECTIONS:
         lines += ["", f"## {title}", "", " ".join((section.__doc__ or "").split()), "", "| key | default | meaning |"]
         lines += ["|---|---|---|"]
+        told = describe_fields(section)
         for name, field in _own_fields(section).items():
-            text = " ".join((field.description or "").split()).replace("|", "\\|")
+            text = " ".join(told.get(name, "").split()).replace("|", "\\|")
             lines.append(f"| `{field.alias or name}` | {_default(field)} | {text} |")
     lines += ["", "## Starts of stored layers (`fold.init`)", "", "| name | rule |", "|---|---|"]
     lines += [f"| `{name}` | {init.summary} ([source]({init.url})) |" for name, init in TYING_INITS.items()]

@@ -1,7 +1,12 @@
 """The base class of recipe sections, and the types of their number fields (`20M`, `1.5k`, `5e-4`)."""
 
+import ast
+import inspect
 import re
+import sys
 from decimal import Decimal
+from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -10,9 +15,41 @@ from refold.suggest import MAX_NUMBER, shorten
 
 
 class Section(BaseModel):
-    """Base class of all recipe sections: immutable, without unknown keys, documented by the docstrings of fields."""
+    """Base class of all recipe sections: immutable, without unknown keys; `describe_fields` reads its documentation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def describe_fields(model: type[BaseModel]) -> dict[str, str]:
+    """Returns the docstrings below the fields of a class and of its bases, by name of the field.
+
+    They are read from the source when they are needed. pydantic's `use_attribute_docstrings` reads them while classes
+    are made, and looks through all loaded modules for each frame of the stack, which takes seconds after torch.
+    """
+    found: dict[str, str] = {}
+    for each in reversed(model.__mro__):
+        if issubclass(each, BaseModel) and each is not BaseModel:
+            found |= _docstrings(each.__module__).get(each.__qualname__, {})
+    return {name: found[name] for name in model.model_fields if name in found}
+
+
+@cache
+def _docstrings(module: str) -> dict[str, dict[str, str]]:
+    """Returns the docstrings below annotated names of the classes of a module, by class."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: dict(_below(node)) for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _below(node: ast.ClassDef) -> list[tuple[str, str]]:
+    return [
+        (field.target.id, inspect.cleandoc(text.value.value))
+        for field, text in pairwise(node.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    ]
 
 
 SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}

@@ -17,7 +17,7 @@ ClaimVerdict = Literal["reproduced", "not reproduced", "undecided at this scale"
 class ClaimPart(BaseModel):
     """A part of the record."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class ReadingRecord(ClaimPart):

@@ -50,7 +50,7 @@ class NewToken(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one step adds to a choice: a token and the text that it makes certain, or the end.
+    """The step of a choice: a new token with the text that it makes certain, or the end.
 
     The pieces of a choice have its tokens in order, those of a stop string included, and their texts join to its text.
     The last piece has the reason, also of a choice that never began.

@@ -84,7 +84,7 @@ def _entry_class(mixer: type[MixerSpec]) -> type[MixerEntry]:
         f"{mixer.__name__}Entry",
         __base__=(MixerEntry, mixer),
         __doc__=mixer.__doc__,
-        transfer=(Transfer, Field(default, description=placed.description)),
+        transfer=(Transfer, default),
     )
     entry.mixer_class = mixer
     return entry

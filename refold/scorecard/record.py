@@ -16,7 +16,7 @@ FILE_NAME = "scorecard.json"
 class ScoreRecord(BaseModel):
     """A part of a scorecard."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class TaskScore(ScoreRecord):

@@ -5,12 +5,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 
-class _Told(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+class AnswerPart(BaseModel):
+    """A part of an answer."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
-class ErrorDetail(_Told):
-    """What is wrong."""
+class ErrorDetail(AnswerPart):
+    """A fault of a request or of the server."""
 
     message: str
     """`field: what is required (what was given)`."""
@@ -21,20 +23,20 @@ class ErrorDetail(_Told):
     """A name that programs can compare."""
 
 
-class ErrorAnswer(_Told):
+class ErrorAnswer(AnswerPart):
     """The answer to a request that fails."""
 
     error: ErrorDetail
 
 
-class CachedDetail(_Told):
+class CachedDetail(AnswerPart):
     """Of the tokens of prompts."""
 
     cached_tokens: int
     """Those that earlier prompts had computed."""
 
 
-class UsageAnswer(_Told):
+class UsageAnswer(AnswerPart):
     """Numbers of tokens."""
 
     prompt_tokens: int
@@ -43,7 +45,7 @@ class UsageAnswer(_Told):
     prompt_tokens_details: CachedDetail
 
 
-class AlternativeToken(_Told):
+class AlternativeToken(AnswerPart):
     """A likely token."""
 
     id: int
@@ -51,7 +53,7 @@ class AlternativeToken(_Told):
     logprob: float
 
 
-class ToldToken(_Told):
+class ToldToken(AnswerPart):
     """A token of a choice; text that belongs to no new token has neither id nor depth."""
 
     id: int | None
@@ -62,7 +64,7 @@ class ToldToken(_Told):
     alternatives: list[AlternativeToken] = []
 
 
-class CompletionLogprobs(_Told):
+class CompletionLogprobs(AnswerPart):
     """Log-probabilities, one entry for each token."""
 
     tokens: list[str]
@@ -72,7 +74,7 @@ class CompletionLogprobs(_Told):
     """Characters of the choice's text before the token."""
 
 
-class CompletionChoice(_Told):
+class CompletionChoice(AnswerPart):
     """One continuation of a prompt."""
 
     index: int
@@ -82,7 +84,7 @@ class CompletionChoice(_Told):
     refold_tokens: list[ToldToken] | None = None
 
 
-class _Whole(_Told):
+class _Whole(AnswerPart):
     id: str
     created: int
     model: str
@@ -97,7 +99,7 @@ class CompletionAnswer(_Whole):
     choices: list[CompletionChoice]
 
 
-class ToldLogprob(_Told):
+class ToldLogprob(AnswerPart):
     """The log-probability of a token."""
 
     token: str
@@ -111,14 +113,14 @@ class ChatLogprob(ToldLogprob):
     top_logprobs: list[ToldLogprob]
 
 
-class ChatLogprobs(_Told):
+class ChatLogprobs(AnswerPart):
     """Log-probabilities of the tokens of the answer."""
 
     content: list[ChatLogprob]
     refusal: None
 
 
-class CalledFunction(_Told):
+class CalledFunction(AnswerPart):
     """A function and its arguments."""
 
     name: str
@@ -126,7 +128,7 @@ class CalledFunction(_Told):
     """JSON, if the model keeps to it."""
 
 
-class AnsweredCall(_Told):
+class AnsweredCall(AnswerPart):
     """A call of a tool."""
 
     id: str
@@ -134,7 +136,7 @@ class AnsweredCall(_Told):
     function: CalledFunction
 
 
-class AnsweredMessage(_Told):
+class AnsweredMessage(AnswerPart):
     """A message of the model."""
 
     role: Literal["assistant"]
@@ -143,7 +145,7 @@ class AnsweredMessage(_Told):
     tool_calls: list[AnsweredCall] | None = None
 
 
-class ChatChoice(_Told):
+class ChatChoice(AnswerPart):
     """One answer."""
 
     index: int
@@ -160,7 +162,7 @@ class ChatAnswer(_Whole):
     choices: list[ChatChoice]
 
 
-class ModelCard(_Told):
+class ModelCard(AnswerPart):
     """A served model."""
 
     id: str
@@ -176,14 +178,14 @@ class ModelCard(_Told):
     role: Literal["model", "adapters", "source"]
 
 
-class ModelList(_Told):
+class ModelList(AnswerPart):
     """The served models."""
 
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class TokenizeAnswer(_Told):
+class TokenizeAnswer(AnswerPart):
     """Tokens of a prompt."""
 
     tokens: list[int]
@@ -192,26 +194,26 @@ class TokenizeAnswer(_Told):
     max_model_len: int
 
 
-class DetokenizeAnswer(_Told):
+class DetokenizeAnswer(AnswerPart):
     """Text of tokens."""
 
     prompt: str
 
 
-class HealthAnswer(_Told):
+class HealthAnswer(AnswerPart):
     """The server works."""
 
     status: Literal["ok"]
 
 
-class VersionAnswer(_Told):
+class VersionAnswer(AnswerPart):
     """The version of the server."""
 
     version: str
 
 
-class StateAnswer(_Told):
-    """What a page about the server shows."""
+class StateAnswer(AnswerPart):
+    """The state of models and engines, which the playground shows."""
 
     models: list[dict[str, Any]]
     engines: dict[str, dict[str, Any]]

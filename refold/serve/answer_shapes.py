@@ -14,7 +14,7 @@ from refold.version import __version__
 
 @dataclass(frozen=True)
 class Frame:
-    """What every chunk of one answer repeats.
+    """The fields that every chunk of one answer repeats.
 
     Attributes:
         model: Name of the model.

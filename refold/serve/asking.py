@@ -18,7 +18,7 @@ from refold.serve.served import ServedModel
 
 @dataclass
 class ChoicePart:
-    """What has come for one choice since the last look.
+    """New text and tokens of one choice since the last look.
 
     Attributes:
         text: Its text.

@@ -131,7 +131,7 @@ class StreamOptions(RequestPart):
 
 
 class GenerationBody(RequestPart):
-    """What a request for text may ask for, in both forms."""
+    """The fields that requests for completions and for chat share."""
 
     model: str
     """Name of a served model, as `/v1/models` lists it."""

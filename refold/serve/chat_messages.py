@@ -15,9 +15,7 @@ _OTHER_PARTS = {"image_url": "images", "input_audio": "audio", "file": "files", 
 class RequestPart(BaseModel):
     """A part of a body: no other fields, no conversion between types."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class TextContent(RequestPart):

@@ -34,7 +34,7 @@ class EngineLostError(RefoldError):
 
 
 class JobAnswer:
-    """What becomes of one job; as a context manager it cancels the job when it is left.
+    """The answer to one job as it comes; as a context manager it cancels the job when it is left.
 
     Attributes:
         job: The job.

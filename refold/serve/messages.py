@@ -16,7 +16,7 @@ class WireMessage(BaseModel):
     """A message; each has a `kind` of its own."""
 
     # A logarithm of a probability may be -Infinity, which plain JSON has no number for.
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class Open(WireMessage):
@@ -121,7 +121,7 @@ class TokenPart(WireMessage):
 
 
 class TextPart(WireMessage):
-    """What one step adds to one choice of a job."""
+    """The text and token that one step adds to one choice of a job."""
 
     kind: Literal["part"] = "part"
     id: int

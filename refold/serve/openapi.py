@@ -1,12 +1,14 @@
 """The OpenAPI document, made from the bodies of requests and answers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from refold.fields import describe_fields
 from refold.serve.answer_bodies import (
+    AnswerPart,
     ChatAnswer,
     CompletionAnswer,
     DetokenizeAnswer,
@@ -19,6 +21,7 @@ from refold.serve.answer_bodies import (
     VersionAnswer,
 )
 from refold.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from refold.serve.chat_messages import RequestPart
 from refold.serve.unused_fields import IGNORED, REFUSED, Endpoint
 from refold.version import __version__
 
@@ -79,6 +82,12 @@ def make_document(models: Sequence[str], has_keys: bool) -> dict[str, Any]:
         ref_template="#/components/schemas/{model}",
     )
     schemas = given["$defs"]
+    for model in _subclasses(AnswerPart, RequestPart):
+        properties = schemas.get(model.__name__, {}).get("properties", {})
+        for name, text in describe_fields(model).items():
+            field = model.model_fields[name].alias or name
+            if field in properties:
+                properties[field].setdefault("description", text)
     for body in bodies:
         schemas[body.__name__]["properties"]["model"]["enum"] = list(models)
     endpoints: tuple[tuple[type[BaseModel], Endpoint], ...] = ((CompletionBody, "completions"), (ChatBody, "chat"))
@@ -96,6 +105,12 @@ def make_document(models: Sequence[str], has_keys: bool) -> dict[str, Any]:
         "paths": paths,
         "components": components,
     }
+
+
+def _subclasses(*bases: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for base in bases:
+        yield from base.__subclasses__()
+        yield from _subclasses(*base.__subclasses__())
 
 
 def _unused(endpoint: Endpoint) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class ToolFunction(RequestPart):
     name: FunctionName
     """Its name."""
     description: str | None = None
-    """What it does; the model reads it."""
+    """The purpose of the function; the model reads it."""
     parameters: Schema | None = None
     """JSON schema of its arguments."""
     strict: bool | None = None

@@ -63,7 +63,7 @@ def find_format(template: str) -> CallFormat | None:
 
 @dataclass
 class CallPiece:
-    """What came of one call: its begin, or more of its arguments.
+    """News of one call: its beginning, or more of its arguments.
 
     Attributes:
         index: Which call of the answer.
@@ -80,7 +80,7 @@ class CallPiece:
 
 @dataclass
 class AnswerPieces:
-    """What a piece of text gave.
+    """The text and the calls that a piece of text completes.
 
     Attributes:
         content: Text that belongs to no call.

@@ -13,7 +13,7 @@ from refold.suggest import did_you_mean, shorten
 
 
 class ToolPlan(NamedTuple):
-    """What a request does with tools.
+    """The use of tools by one request.
 
     Attributes:
         options: Variables of the chat template.

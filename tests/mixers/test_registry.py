@@ -7,6 +7,7 @@ import pytest
 
 from refold.errors import RecipeError
 from refold.families.arch import ArchSpec
+from refold.fields import describe_fields
 from refold.mixers.placement import ENTRIES, AnyEntry, MixerEntry
 from refold.mixers.registry import MIXERS, AnyMixer
 from refold.nn.mixers.registry import MIXERS as MODULES
@@ -26,7 +27,7 @@ def test_a_section_has_the_mixers_options_and_the_placement(kind: str) -> None:
     assert not options & placed
     assert ENTRIES[kind].model_fields.keys() == options | placed
     assert ENTRIES[kind].__doc__ == MIXERS[kind].__doc__
-    assert all(field.description for name, field in ENTRIES[kind].model_fields.items() if name != "type")
+    assert describe_fields(ENTRIES[kind]).keys() == ENTRIES[kind].model_fields.keys() - {"type"}
     recipe = load_recipe({"mixers": [{"type": kind, "depths": [1]}]})
     assert type(recipe.mixers[0].mixer()) is MIXERS[kind]
 
