@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from refold.errors import RefoldError
 from refold.serve.line_log import fold_error, log_to_stderr, require_standard_streams
 
 if TYPE_CHECKING:
+    from refold.engine.settings import EngineSettings
     from refold.serve.host import EngineHost
     from refold.serve.messages import Open, WireMessage
 
@@ -157,6 +159,29 @@ def main(descriptor: int) -> None:
     os._exit(status)
 
 
+def engine_settings(opening: "Open") -> "EngineSettings":
+    """Returns the settings of an engine.
+
+    Raises:
+        RefoldError: A setting is out of range.
+    """
+    from refold.checkpoint.manifest import EXITS_NAME
+    from refold.engine.settings import Drafts, EngineSettings
+
+    names = ("memory", "max_rows", "max_context", "threads")
+    given = {name: value for name in names if (value := getattr(opening, name)) is not None}
+    # Requests may ask for exits wherever thresholds are at hand; without --exits the others run the full depth.
+    is_calibrated = (Path(opening.model).expanduser() / EXITS_NAME).is_file()
+    takes_exits = opening.tolerance is not None or (is_calibrated and not opening.is_lossless)
+    return EngineSettings(
+        weights=opening.weights,
+        exits="calibrated" if takes_exits else None,
+        exit_tolerance=(opening.tolerance or 0.0) if takes_exits else None,
+        drafts=Drafts() if opening.is_lossless else None,
+        **given,
+    )
+
+
 def open_host(opening: "Open", wire: Wire) -> "EngineHost":
     """Opens an engine and returns its host.
 
@@ -165,29 +190,20 @@ def open_host(opening: "Open", wire: Wire) -> "EngineHost":
         SourceError: The model is missing or broken.
         FolderError: The folder is torn.
     """
-    from refold.checkpoint.manifest import EXITS_NAME
     from refold.engine.engine import Engine
-    from refold.engine.settings import Drafts, EngineSettings
     from refold.serve.host import EngineHost
 
-    names = ("memory", "max_rows", "max_context", "threads")
-    given = {name: value for name in names if (value := getattr(opening, name)) is not None}
-    # Requests may ask for exits wherever thresholds are at hand; without --exits the others run the full depth.
-    is_calibrated = (Path(opening.model).expanduser() / EXITS_NAME).is_file()
-    takes_exits = opening.tolerance is not None or (is_calibrated and not opening.is_lossless)
-    settings = EngineSettings(
-        weights=opening.weights,
-        exits="calibrated" if takes_exits else None,
-        exit_tolerance=(opening.tolerance or 0.0) if takes_exits else None,
-        drafts=Drafts() if opening.is_lossless else None,
-        **given,
-    )
+    settings = engine_settings(opening)
     try:
         engine = Engine(opening.model, settings, device=opening.device)
     except RefoldError as error:
         if opening.is_lossless and str(error).startswith("drafts.depth:"):
             raise RefoldError("lossless: a model with exits or loops is required (this one has none)") from None
-        raise
+        if settings.exits is None or opening.tolerance is not None:
+            raise
+        # Nobody asked for these exits: thresholds from before more healing do not keep a model from being served.
+        logger.warning("no exits are offered: %s", error)
+        engine = Engine(opening.model, replace(settings, exits=None, exit_tolerance=None), device=opening.device)
     for name, source in opening.adapters.items():
         engine.add_adapters(name, source)
     return EngineHost(engine, wire.send)

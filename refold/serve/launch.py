@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from refold.checkpoint.locate import locate
 from refold.errors import RefoldError
+from refold.serve.engine_process import engine_settings
 from refold.serve.labels import default_name, read_named, require_different, require_label
 from refold.serve.line_log import LineLog, log_to_stderr, require_standard_streams
 from refold.serve.messages import Open
@@ -142,6 +143,8 @@ def plan_engines(launch: ServeLaunch) -> list[PlannedEngine]:
     if source is not None:
         plain = opening.model_copy(update={"model": source[1], "tolerance": None, "is_lossless": False})
         engines.append(PlannedEngine(source[0], plain, "source"))
+    for engine in engines:
+        engine_settings(engine.opening)  # a wrong setting is told before anything is opened
     return engines
 
 

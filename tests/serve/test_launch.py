@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,8 @@ from typing import IO, Any
 
 import pytest
 
-from refold.errors import RefoldError, SourceError
+from refold.errors import FolderError, RefoldError, SourceError
+from refold.serve.engine_process import Wire, open_host
 from refold.serve.launch import ServeLaunch, plan_engines
 from refold.serve.messages import Open
 from refold.serve.server import address_of, bind, is_public, listen
@@ -272,6 +274,28 @@ def test_names_are_labels(folder: Path, given: dict[str, Any], message: str) -> 
 def test_drafts_exclude_exits(folder: Path) -> None:
     with pytest.raises(RefoldError, match="lossless: no --exits are required"):
         plan_engines(ServeLaunch(Open(model=str(folder), tolerance=0.1, is_lossless=True)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [({"weights": "float7"}, "weights:"), ({"max_rows": 0}, "max_rows:"), ({"tolerance": 1.5}, "exit_tolerance:")],
+    ids=str,
+)
+def test_wrong_settings_of_the_engine_are_told_before_it_opens(folder: Path, wrong: Any, told: str) -> None:
+    with pytest.raises(RefoldError, match=told):
+        plan_engines(ServeLaunch(Open(model=str(folder), **wrong)))
+
+
+def test_exits_that_nobody_asked_for_do_not_keep_a_model_from_being_served(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    (model / "exits.json").write_text("{}")
+    near, far = socket.socketpair()
+    with near, far:
+        wire = Wire(near)
+        assert open_host(Open(model=str(model), memory=2**20), wire).facts().tolerances == ()
+        with pytest.raises(FolderError, match=r"exits\.json"):
+            open_host(Open(model=str(model), memory=2**20, tolerance=0.1), wire)
 
 
 def test_a_model_must_be_there() -> None:
