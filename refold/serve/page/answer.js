@@ -48,6 +48,7 @@ export class Pane {
   goOn(words) {
     this.change = words && this.tokens.length ? words : null;
     this.root.classList.add("busy");
+    this.trouble.textContent = "";
     this.trouble.hidden = true;
     this.ending.textContent = "\u00a0";
   }
