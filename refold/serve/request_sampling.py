@@ -77,10 +77,12 @@ def read_max_new_tokens(body: GenerationBody, prompts: list[list[int]], facts: E
     room = min(facts.max_context, facts.max_tokens)
     longest = max(map(len, prompts))
     param = "messages" if isinstance(body, ChatBody) else "prompt"
-    if longest >= room:
+    most = room - (wanted != 0)
+    if longest > most:
+        reason = ", so that one more fits" if wanted != 0 else ","
         raise ApiFault(
             400,
-            f"{param}: must be at most {room - 1} tokens, so that one more fits the model's {room} (got {longest})",
+            f"{param}: must be at most {most} tokens{reason} the model's {room} (got {longest})",
             param=param,
             code="context_length_exceeded",
         )

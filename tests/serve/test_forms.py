@@ -100,6 +100,14 @@ def test_a_prompt_is_scored_with_echo(served: Served) -> None:
     assert served.complete("def main(", echo=True, max_tokens=0)["choices"][0]["text"] == "def main("
 
 
+def test_a_scored_prompt_may_fill_the_context(served: Served) -> None:
+    found = served.complete([5] * 256, echo=True, logprobs=0, max_tokens=0)["choices"][0]
+    assert len(found["logprobs"]["token_logprobs"]) == 256
+    refused = served.post("/v1/completions", prompt=[5] * 257, echo=True, logprobs=0, max_tokens=0)
+    assert refused.status_code == 400
+    assert "at most 256 tokens, the model's 256 (got 257)" in refused.json()["error"]["message"]
+
+
 def test_costly_forms_hold_up_nobody(served: Served) -> None:
     """A form that would take hours is refused in bounded time, while other answers go on."""
 
