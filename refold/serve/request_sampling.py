@@ -41,10 +41,11 @@ def read_sampling(body: GenerationBody, facts: EngineFacts, form: AnswerForm | N
         "exit_tolerance": body.exit_tolerance,
         "logprobs": _num_logprobs(body),
     }
-    if body.exit_depth is not None and body.exit_depth > facts.num_depths:
-        raise _bad("exit_depth", f"must lie in 1..{facts.num_depths} (got {body.exit_depth})")
+    _check_exits(body, facts)
     names = {"max_new_tokens": "max_tokens"}
     if form is not None:
+        if body.ignore_eos:
+            raise _bad("ignore_eos", f"must be false beside `{form.field}`, which the end token ends", "contradiction")
         settings["constraint"] = {"kind": form.kind, "text": form.text}
         names |= {f"constraint{part}": form.field for part in ("", ".kind", ".text")}
     if isinstance(body, CompletionBody) and (body.max_tokens == 0 or (body.echo and body.logprobs is not None)):
@@ -108,6 +109,17 @@ def require_known(prompts: list[list[int]], facts: EngineFacts, param: str = "pr
     for prompt in prompts:
         if max(prompt, default=0) >= facts.vocab_size:
             raise _bad(param, f"tokens must lie in 0..{facts.vocab_size - 1} (got {max(prompt)})")
+
+
+def _check_exits(body: GenerationBody, facts: EngineFacts) -> None:
+    depth, tolerance = body.exit_depth, body.exit_tolerance
+    if depth is not None and depth > facts.num_depths:
+        raise _bad("exit_depth", f"must lie in 1..{facts.num_depths} (got {depth})")
+    if depth is not None and tolerance is not None:
+        raise _bad("exit_tolerance", f"`exit_depth` must be absent beside it (got {depth})", "contradiction")
+    if tolerance and not facts.tolerances:
+        reason = f"must be 0, because the model is served without calibrated exits (got {tolerance:g})"
+        raise _bad("exit_tolerance", reason, "unsupported_parameter")
 
 
 def _num_logprobs(body: GenerationBody) -> int | None:

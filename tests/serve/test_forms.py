@@ -100,6 +100,19 @@ def test_a_prompt_is_scored_with_echo(served: Served) -> None:
     assert served.complete("def main(", echo=True, max_tokens=0)["choices"][0]["text"] == "def main("
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"exit_depth": 1, "exit_tolerance": 0}, "exit_tolerance"),
+        ({"ignore_eos": True, "response_format": {"type": "json_object"}}, "ignore_eos"),
+    ],
+    ids=str,
+)
+def test_fields_that_exclude_each_other_are_a_contradiction(served: Served, fields: dict[str, Any], param: str) -> None:
+    error = served.post("/v1/completions", prompt="a", **fields).json()["error"]
+    assert (error["param"], error["code"]) == (param, "contradiction")
+
+
 def test_a_scored_prompt_may_fill_the_context(served: Served) -> None:
     found = served.complete([5] * 256, echo=True, logprobs=0, max_tokens=0)["choices"][0]
     assert len(found["logprobs"]["token_logprobs"]) == 256

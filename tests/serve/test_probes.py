@@ -65,6 +65,7 @@ def test_a_prompt_over_the_context_is_told_both_lengths(served: Served) -> None:
         ("logit_bias", {"01": 1, "1": 5}, "different token ids"),
         ("logit_bias", {"99999": 1}, "must lie in 0.."),
         ("exit_depth", 13, "1..12"),
+        ("exit_tolerance", 0.1, "served without calibrated exits"),
         ("repetition_penalty", 5e-324, "at least 0.01"),
         ("prompt", [1, "a"], "all be"),
         ("prompt", [99999], "must lie in 0.."),
