@@ -87,6 +87,27 @@ def test_every_extra_is_imported_somewhere() -> None:
             assert re.search(rf"\b{modules.get(name, name.replace('-', '_'))}\b", text), f"{extra}: {name} is not used"
 
 
+CARRIED = {"pydantic_core": "pydantic", "markupsafe": "jinja2", "yaml": "pyyaml", "fla": "flash-linear-attention"}
+"""Modules whose distribution has another name, or is a part of another one."""
+ENGINES = {"vllm", "sglang", "mlx", "mlx_lm", "xllamacpp", "torchao", "langchain_openai", "litellm"}
+"""What has an environment of its own, or is tested where it happens to be."""
+
+
+def test_every_imported_module_is_declared() -> None:
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(each for extra in extras.values() for each in extra)]
+    declared = {re.split(r"[<>=!~ \[]", each)[0].replace("-", "_") for each in wanted}
+    known = sys.stdlib_module_names | ENGINES | {"refold", "tests"}
+    for path in sorted([*ROOT.rglob("*.py"), *(ROOT.parent / "tests").rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+                names = [node.module]
+            for name in {each.split(".")[0] for each in names} - known:
+                assert CARRIED.get(name, name).replace("-", "_") in declared, f"{path}: {name} is not in pyproject.toml"
+
+
 def test_relative_imports_are_not_used() -> None:
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -29,7 +29,6 @@ from refold.serve.messages import (
 
 Send = Callable[[Sequence[WireMessage]], None]
 """Takes the messages of one step, in order."""
-logger = logging.getLogger("refold.serve")
 STATE_SECONDS = 0.25
 """Time between two states while the engine works."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import uvicorn
 from starlette.applications import Starlette
@@ -47,17 +47,17 @@ class Served:
         """Runs a coroutine in the loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(120)
 
-    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+    def request(self, method: str, path: str, **options: Any) -> httpx2.Response:
         """Sends one request."""
 
-        async def send() -> httpx.Response:
-            transport = httpx.ASGITransport(self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
+        async def send() -> httpx2.Response:
+            transport = httpx2.ASGITransport(self.app)
+            async with httpx2.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
                 return await client.request(method, path, **options)
 
         return self.run(send())
 
-    def post(self, path: str, model: str = NAME, **body: Any) -> httpx.Response:
+    def post(self, path: str, model: str = NAME, **body: Any) -> httpx2.Response:
         """Sends a body to the model."""
         return self.request("POST", path, json={"model": model, **body})
 
@@ -67,13 +67,13 @@ class Served:
         assert found.status_code == 200, found.text
         return found.json()
 
-    def chat(self, *contents: str, **body: Any) -> httpx.Response:
+    def chat(self, *contents: str, **body: Any) -> httpx2.Response:
         """Sends a conversation of the user's messages."""
         messages = [{"role": "user", "content": each} for each in contents]
         return self.post("/v1/chat/completions", model=CHAT, messages=messages, **body)
 
 
-def chunks_of(found: httpx.Response) -> list[dict[str, Any]]:
+def chunks_of(found: httpx2.Response) -> list[dict[str, Any]]:
     """Returns the chunks of a stream, which ends with `[DONE]`."""
     assert found.status_code == 200, found.text
     assert found.headers["content-type"].startswith("text/event-stream")

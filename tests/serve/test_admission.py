@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from refold.serve.settings import ServeSettings
@@ -26,9 +26,9 @@ async def is_at_rest(served: Served) -> bool:
 def test_more_than_the_queue_holds_is_turned_away(make_served: Callable[..., Served]) -> None:
     served = make_served(ServeSettings(max_queue=2))
 
-    async def ask() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(served.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
+    async def ask() -> list[httpx2.Response]:
+        transport = httpx2.ASGITransport(served.app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
             body = {**LONG, "max_tokens": 12}
             return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(12)))
 
@@ -47,9 +47,9 @@ def test_more_than_the_queue_holds_is_turned_away(make_served: Callable[..., Ser
 def test_tokens_of_open_requests_are_bounded(make_served: Callable[..., Served]) -> None:
     served = make_served(ServeSettings(max_total_tokens=40))
 
-    async def ask() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(served.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
+    async def ask() -> list[httpx2.Response]:
+        transport = httpx2.ASGITransport(served.app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
             body = {**LONG, "max_tokens": 24}
             return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(3)))
 
@@ -122,9 +122,9 @@ def test_a_server_that_closes_takes_no_more(make_served: Callable[..., Served]) 
 def test_a_lost_engine_is_told_everywhere(make_served: Callable[..., Served]) -> None:
     served = make_served()
 
-    async def lose() -> httpx.Response:
-        transport = httpx.ASGITransport(served.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
+    async def lose() -> httpx2.Response:
+        transport = httpx2.ASGITransport(served.app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
             task = asyncio.create_task(client.post("/v1/completions", json=LONG))
             while served.link.num_open == 0:
                 await asyncio.sleep(0.01)

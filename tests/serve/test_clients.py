@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -77,7 +77,7 @@ def test_openai_maps_keys_fullness_and_faults(
     served = make_served(ServeSettings(api_keys=("key",), max_total_tokens=10))
 
     async def ask(key: str, **body: Any) -> Any:
-        http: Any = httpx.AsyncClient(transport=httpx.ASGITransport(served.app), base_url="http://server")
+        http: Any = httpx2.AsyncClient(transport=httpx2.ASGITransport(served.app), base_url="http://server")
         async with openai.AsyncOpenAI(
             base_url="http://server/v1", api_key=key, http_client=http, max_retries=0
         ) as client:
@@ -101,7 +101,7 @@ def test_an_error_in_a_stream_reaches_the_client(make_served: Callable[..., Serv
     served = make_served(ServeSettings(request_seconds=0.3))
 
     async def ask() -> int:
-        http: Any = httpx.AsyncClient(transport=httpx.ASGITransport(served.app), base_url="http://server")
+        http: Any = httpx2.AsyncClient(transport=httpx2.ASGITransport(served.app), base_url="http://server")
         async with openai.AsyncOpenAI(base_url="http://server/v1", api_key="none", http_client=http) as client:
             stream = await client.completions.create(
                 model=NAME, prompt=["a"] * 16, max_tokens=240, stream=True, extra_body={"ignore_eos": True}

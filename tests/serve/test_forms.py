@@ -4,7 +4,7 @@ import asyncio
 import json
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from tests.serve.conftest import NAME, Served, chunks_of
@@ -124,9 +124,9 @@ def test_a_scored_prompt_may_fill_the_context(served: Served) -> None:
 def test_costly_forms_hold_up_nobody(served: Served) -> None:
     """A form that would take hours is refused in bounded time, while other answers go on."""
 
-    async def ask() -> tuple[int, httpx.Response]:
-        transport = httpx.ASGITransport(served.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
+    async def ask() -> tuple[int, httpx2.Response]:
+        transport = httpx2.ASGITransport(served.app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://server", timeout=120) as client:
             slow = {"json": {"type": "number", "multipleOf": 1000007}}
             body = {"model": NAME, "prompt": "a", "max_tokens": 1}
             costly = asyncio.create_task(client.post("/v1/completions", json=body | {"structured_outputs": slow}))
