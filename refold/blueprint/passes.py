@@ -114,8 +114,7 @@ def describe_passes(blueprint: Blueprint) -> tuple[str, ...]:
 
 def recurrent_depths(blueprint: Blueprint) -> tuple[int, ...]:
     """Returns the depths that keep a recurrent state."""
-    mixers = [None if depth.mixer is None else blueprint.mixers[depth.mixer].mixer for depth in blueprint.depths]
-    return tuple(index for index, mixer in enumerate(mixers) if mixer is not None and mixer.is_recurrent)
+    return tuple(index for index in range(blueprint.num_depths) if blueprint.keeps_state(index))
 
 
 def last_writing_depth(blueprint: Blueprint) -> int:

@@ -170,6 +170,11 @@ class Blueprint(Frozen):
         wanted |= {head for later in self.depths for read in later.kv if read.depth == index for head in read.heads}
         return tuple(head for head in every if head in wanted)
 
+    def keeps_state(self, index: int) -> bool:
+        """Says whether a depth keeps a recurrent state instead of keys and values."""
+        mixer = self.depths[index].mixer
+        return mixer is not None and self.mixers[mixer].mixer.is_recurrent
+
     def is_read(self, index: int) -> bool:
         """Says whether a later depth reads keys and values of the depth `index`."""
         return any(read.depth == index for depth in self.depths for read in depth.kv)
@@ -319,38 +324,29 @@ def linear_pools(blueprint: Blueprint, index: int) -> dict[str, Pool]:
 
 def depth_factors(blueprint: Blueprint, index: int) -> dict[str, int]:
     """Returns the rank of each linear that a depth runs as two factors, whether the part or the depth stores them."""
-    depth = blueprint.depths[index]
-    mixer = {} if depth.mixer is None else blueprint.mixers[depth.mixer].factors
-    mlp = {} if depth.mlp is None else blueprint.mlps[depth.mlp].factors
-    return {**mixer, **mlp, **depth_coefficients(blueprint, index)}
+    return {**_part_ranks(blueprint, index, "factors"), **depth_coefficients(blueprint, index)}
 
 
 def depth_coefficients(blueprint: Blueprint, index: int) -> dict[str, int]:
     """Returns the rank of each linear of a depth whose part stores only a basis, so that the depth has coefficients."""
-    depth = blueprint.depths[index]
-    mixer = {} if depth.mixer is None else blueprint.mixers[depth.mixer].bases
-    bases = {**mixer, **({} if depth.mlp is None else blueprint.mlps[depth.mlp].bases)}
+    bases = _part_ranks(blueprint, index, "bases")
     run = depth_linears(blueprint, index) if bases else {}
     return {name: rank for name, rank in bases.items() if name in run}
 
 
 def depth_weights(blueprint: Blueprint, index: int) -> tuple[str, ...]:
     """Returns the linears whose weights a depth stores: coefficients, and LoRAs that replace a stored weight."""
-    depth = blueprint.depths[index]
-    mixer = {} if depth.mixer is None else blueprint.mixers[depth.mixer].factors
-    factors = {**mixer, **({} if depth.mlp is None else blueprint.mlps[depth.mlp].factors)}
-    replaced = (name for name in depth.ranks if factors.get(name) == 0)
+    factors = _part_ranks(blueprint, index, "factors")
+    replaced = (name for name in blueprint.depths[index].ranks if factors.get(name) == 0)
     return (*depth_coefficients(blueprint, index), *replaced)
 
 
 def depth_vectors(blueprint: Blueprint, index: int, pool: Pool) -> dict[str, Shape]:
     """Returns the norms and biases that a depth uses in one pool: those of its mixer, or of its MLP."""
-    depth = blueprint.depths[index]
-    part = getattr(depth, pool)
+    part = getattr(blueprint.depths[index], pool)
     if part is None:
         return {}
-    spec = part_spec(blueprint, pool, part)
-    vectors = spec.vectors(blueprint.part_arch(pool, part))
+    vectors = part_spec(blueprint, pool, part).vectors(blueprint.part_arch(pool, part))
     return _without(vectors, idle_names(blueprint, index) if pool == "mixer" else ())
 
 
@@ -358,8 +354,7 @@ def unused_names(blueprint: Blueprint, pool: Pool, part: int) -> frozenset[str]:
     """Returns the linears and norms of a stored part that no depth runs, and which are therefore not stored."""
     if pool == "mlp":
         return frozenset()
-    idle = [idle_names(blueprint, user) for user in blueprint.users("mixer", part)]
-    return frozenset.intersection(*idle)
+    return frozenset.intersection(*(idle_names(blueprint, user) for user in blueprint.users("mixer", part)))
 
 
 def users_of(blueprint: Blueprint, pool: Pool, part: int, name: str) -> tuple[int, ...]:
@@ -387,6 +382,12 @@ def idle_names(blueprint: Blueprint, index: int) -> frozenset[str]:
     if mixer is None or blueprint.made_heads(index):
         return frozenset()
     return blueprint.mixers[mixer].mixer.key_value_names
+
+
+def _part_ranks(blueprint: Blueprint, index: int, name: Literal["factors", "bases"]) -> dict[str, int]:
+    depth = blueprint.depths[index]
+    parts = [blueprint.pool(pool)[part] for pool in POOLS if (part := getattr(depth, pool)) is not None]
+    return {linear: rank for each in parts for linear, rank in getattr(each, name).items()}
 
 
 def _require_among(where: str, given: Mapping[str, str], known: Sequence[str]) -> None:

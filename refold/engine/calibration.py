@@ -292,8 +292,7 @@ def _choose_kv(model: RefoldForCausalLM, wanted: str | None) -> KvPolicy:
             f"kv: no keys and states behind the first exit are required for 'shared' (depth "
             f"{last_writing_depth(blueprint)} keeps some); use 'recompute' or 'propagate', or fold with share_kv"
         )
-    later = [index for index in range(first, blueprint.num_depths) if blueprint.depths[index].mixer is not None]
-    recurrent = [index for index in later if blueprint.mixers[blueprint.depths[index].mixer or 0].mixer.is_recurrent]
+    recurrent = [index for index in range(first, blueprint.num_depths) if blueprint.keeps_state(index)]
     if wanted == "propagate" and recurrent:
         raise RefoldError(
             f"kv: attention behind the first exit is required for 'propagate' (depth {recurrent[0]} keeps a state); "

@@ -133,7 +133,7 @@ def make_layout(
     attending = {
         index: places[each.window]
         for index, each in enumerate(blueprint.depths)
-        if each.mixer is not None and not blueprint.mixers[each.mixer].mixer.is_recurrent
+        if each.mixer is not None and not blueprint.keeps_state(index)
     }
     kept = [{depth: len(_among(blueprint.made_heads(depth), heads)) for depth in depths} for depths in paged.values()]
     return KeyLayout(

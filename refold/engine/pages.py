@@ -80,16 +80,10 @@ def paged_depths(blueprint: Blueprint) -> dict[int | None, dict[int, int]]:
     """Returns, for each window (None: the whole context), the depths that keep keys and the heads that each makes."""
     found: dict[int | None, dict[int, int]] = {}
     for index, depth in enumerate(blueprint.depths):
-        num_heads = 0 if is_recurrent(blueprint, index) else len(blueprint.made_heads(index))
+        num_heads = 0 if blueprint.keeps_state(index) else len(blueprint.made_heads(index))
         if num_heads:
             found.setdefault(depth.window, {})[index] = num_heads
     return found
-
-
-def is_recurrent(blueprint: Blueprint, index: int) -> bool:
-    """Says whether a depth keeps a recurrent state instead of keys and values."""
-    mixer = blueprint.depths[index].mixer
-    return mixer is not None and blueprint.mixers[mixer].mixer.is_recurrent
 
 
 class PageGroup:

@@ -12,7 +12,7 @@ from refold.engine.key_layout import make_layout
 from refold.engine.page_keeper import LocalKeeper, PageKeeper
 from refold.engine.page_plan import Spans
 from refold.engine.paged_store import PagedStore, PoolContents
-from refold.engine.pages import ABSENT, PageGroup, PoolSettings, is_recurrent, paged_depths
+from refold.engine.pages import ABSENT, PageGroup, PoolSettings, paged_depths
 from refold.engine.prefixes import CachedBlock, PrefixCache
 from refold.engine.states import Snapshot, StatePools
 
@@ -62,7 +62,7 @@ class Pools:
     ):
         self.settings, self.num_shares, depths = settings, num_shares, enumerate(blueprint.depths)
         mixing = [index for index, depth in depths if depth.mixer is not None]
-        recurrent = [index for index in mixing if is_recurrent(blueprint, index)]
+        recurrent = [index for index in mixing if blueprint.keeps_state(index)]
         sizes = settings.page_size, settings.max_rows, num_shares
         self.groups = [PageGroup(window, settings.pages_of(window), *sizes) for window in paged_depths(blueprint)]
         self.states = StatePools(recurrent, settings.max_rows)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from transformers.configuration_utils import PreTrainedConfig
 
 from refold.blueprint.part_sizes import widest_arch
-from refold.blueprint.schema import Blueprint, DepthSpec
+from refold.blueprint.schema import Blueprint
 from refold.errors import RecipeError
 from refold.modeling.registration import register, register_model_if_loaded
 
@@ -116,16 +116,15 @@ def layer_types(blueprint: Blueprint) -> list[str]:
     """
     nothing = "full_attention" if all(depth.mixer is None for depth in blueprint.depths) else "moe"
     types = [
-        _layer_type(blueprint, depth) if blueprint.made_heads(index) else nothing
-        for index, depth in enumerate(blueprint.depths)
+        _layer_type(blueprint, index) if blueprint.made_heads(index) else nothing
+        for index in range(blueprint.num_depths)
     ]
     if RECURRENT in types and not {"full_attention", "sliding_attention"} & set(types):
         types[types.index(RECURRENT)] = COUNTING
     return types
 
 
-def _layer_type(blueprint: Blueprint, depth: DepthSpec) -> str:
-    assert depth.mixer is not None
-    if blueprint.mixers[depth.mixer].mixer.is_recurrent:
+def _layer_type(blueprint: Blueprint, index: int) -> str:
+    if blueprint.keeps_state(index):
         return RECURRENT
-    return "full_attention" if depth.window is None else "sliding_attention"
+    return "full_attention" if blueprint.depths[index].window is None else "sliding_attention"

@@ -10,7 +10,6 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from refold.blueprint.passes import recurrent_depths
 from refold.blueprint.schema import unused_names
 from refold.errors import RefoldError
 from refold.modeling.cache_name import CACHE_NAME, AnyCache, one_cache
@@ -84,13 +83,12 @@ class RefoldModel(RefoldPreTrainedModel):
         self.norm = StackNorm(arch.norm, arch.hidden_size)
         mixing = [(index, depth) for index, depth in enumerate(blueprint.depths) if depth.mixer is not None]
         self.rotaries = nn.ModuleList(Rotary(rope, arch.max_position_embeddings) for rope in stack_ropes(blueprint))
-        recurrent = recurrent_depths(blueprint)
-        attending = [(index, depth) for index, depth in mixing if index not in recurrent]
+        attending = [(index, depth) for index, depth in mixing if not blueprint.keeps_state(index)]
         # The first depth of each window gives caches and masks their sizes.
         self._windows = {depth.window: index for index, depth in reversed(attending)}
         self._mixes = bool(mixing)
-        self._is_recurrent = bool(recurrent)
-        self.keeps_states_alone = bool(recurrent) and not attending
+        self._is_recurrent = len(attending) < len(mixing)
+        self.keeps_states_alone = self._mixes and not attending
         self._first_counting = next((index for index, _ in (*attending, *mixing)), 0)
         self.exit_depths = tuple(index for index, depth in enumerate(blueprint.depths) if depth.exit is not None)
         self.gradient_checkpointing = False

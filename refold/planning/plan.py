@@ -300,7 +300,7 @@ def _equals_source(blueprint: Blueprint, starts: Initialisation, index: int) -> 
     if depth.mixer is None or depth.mlp is None or depth.kv or depth.prefix:
         return False
     mixer = blueprint.mixers[depth.mixer]
-    if mixer.mixer.is_recurrent or depth.window != blueprint.arch.layers[depth.source].window:
+    if blueprint.keeps_state(index) or depth.window != blueprint.arch.layers[depth.source].window:
         return False
     mlp = blueprint.mlps[depth.mlp]
     if mixer.num_key_value_heads is not None or mlp.intermediate_size is not None:

@@ -376,7 +376,7 @@ def fill_second_half(model: Any, pools: Pools, skipped: list[int]) -> tuple[Tens
             found.append(stream.transpose(0, 1))
         else:
             for index in skipped:
-                model.fill(index, stream, batch, store)
+                model.fill(index, [RowRange(range(half, depths), stop)], stream, batch, store)
     # Without a cache: deeper depths see the exit's stream at tokens that left.
     stream = model.embed_tokens(text[None]) * model.embedding_scale
     batch = model.batch(stream)
@@ -410,7 +410,7 @@ def test_depths_that_make_no_keys_are_filled_without_effect_and_states_are_refus
     stream = torch.zeros(1, 1, 32)
     store = make_pools(recurrent).open(Spans(np.array([0]), np.array([0]), np.array([1]), False))
     with pytest.raises(RefoldError, match=r"fill: a mixer that keeps keys and values is required \(got LinearAtt"):
-        recurrent.fill(1, stream, recurrent.batch(stream), store)
+        recurrent.fill(1, [RowRange(range(1, 2), 1)], stream, recurrent.batch(stream), store)
 
 
 @pytest.mark.parametrize("harm", ["plane", "table", "row", "position"])

@@ -27,7 +27,7 @@ def test_a_section_has_the_mixers_options_and_the_placement(kind: str) -> None:
     assert not options & placed
     assert ENTRIES[kind].model_fields.keys() == options | placed
     assert ENTRIES[kind].__doc__ == MIXERS[kind].__doc__
-    assert describe_fields(ENTRIES[kind]).keys() == ENTRIES[kind].model_fields.keys() - {"type"}
+    assert describe_fields(ENTRIES[kind]).keys() == ENTRIES[kind].model_fields.keys()
     recipe = load_recipe({"mixers": [{"type": kind, "depths": [1]}]})
     assert type(recipe.mixers[0].mixer()) is MIXERS[kind]
 
