@@ -204,6 +204,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @linux
+@pytest.mark.long
 def test_a_short_soak_writes_its_page(tmp_path: Path) -> None:
     page = tmp_path / "server.md"
     run = bench(

@@ -43,7 +43,9 @@ def alone(folded: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
-@pytest.mark.parametrize("how", [[], ["--sharded"]], ids=["copies", "shards"])
+@pytest.mark.parametrize(
+    "how", [pytest.param([], id="copies", marks=pytest.mark.long), pytest.param(["--sharded"], id="shards")]
+)
 def test_two_processes_equal_one_within_rounding(folded, text, alone, tmp_path, weights, how):
     # Five sequences a step: one process has three and the other two, and one of them a pass more.
     done = _heal([*TORCHRUN, *_command(folded, tmp_path / "healed", text, *how)])

@@ -191,6 +191,7 @@ def test_a_mixer_without_a_module_is_neither_planned_nor_converted(copied: Path,
     assert "mixers: toy: an entry in refold/nn/mixers/registry.py is required" in imported.stderr
 
 
+@pytest.mark.long
 def test_a_module_that_is_not_entered_is_not_converted(copied: Path, add: Callable[..., None]) -> None:
     add("options", "entry", "module")
     done = plan(copied, ("convert", "source", "folded"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-# Imports and twenty compiled depths take long on a busy machine.
+# Imports and ten compiled depths take long on a busy machine.
 pytestmark = pytest.mark.timeout(600)
 # In a process of its own: checked annotations cannot be traced. One process for all cases: imports take longest.
 SCRIPT = """
@@ -25,7 +25,7 @@ from refold.modeling.model import RefoldForCausalLM
 torch._dynamo.config.fail_on_recompile_limit_hit = True
 compile_any = torch.compile
 arch = read_arch({"model_type": "llama", "vocab_size": 48, "hidden_size": 16, "intermediate_size": 24,
-                  "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 20})
+                  "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 10})
 
 def count(recipe, backend, what):
     torch._dynamo.reset()
@@ -61,7 +61,7 @@ def count(recipe, backend, what):
 
 print(json.dumps([count(*case) for case in json.loads(sys.argv[1])]))
 """
-FOLD = {"loops": 10}
+FOLD = {"loops": 5}
 RECIPES: dict[str, dict[str, Any]] = {
     "tied": {"fold": FOLD, "relax": {"rank": 2, "init": "zero", "vectors": "own"}},
     "untied": {},
@@ -79,7 +79,7 @@ MOST = {
     ("shared keys", "parts"): 3 * 4 * 2,
     ("bases", "parts"): 3 * 3 * 2,
 }
-"""Most graphs of twenty depths whose parts are compiled: depths share the code of equal parts."""
+"""Most graphs of ten depths whose parts are compiled: depths share the code of equal parts."""
 WHOLE = {"relaxed": 1, "shared keys": 1, "bases": 1, "prefixes": 1, "exits": 3}
 """Graphs of a whole model: one, and one more for each way out."""
 

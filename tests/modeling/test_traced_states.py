@@ -98,8 +98,8 @@ def trace(rows: str, *mixers: str) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_hybrids_trace_with_gradients() -> None:
-    trace("whole", *(f'{{"type": "{kind}"}}' for kind in ("retention", "gated_deltanet")))
+def test_a_hybrid_traces_with_gradients() -> None:
+    trace("whole", MIXERS["gated delta"])
 
 
 @pytest.mark.long
