@@ -44,7 +44,14 @@ class Server:
         stderr: int | IO[bytes] = subprocess.DEVNULL,
     ):
         command = [sys.executable, *command, *map(str, arguments)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            # These tests may themselves run under `nohup`, which switches SIGHUP off for all children.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        )
         assert self.process.stdout is not None
         self.line = self.process.stdout.readline().strip()
         self.url = self.line.split()[0] if self.line else ""
