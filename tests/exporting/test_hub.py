@@ -67,6 +67,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LONG = {"identity", "neox-tied", "qwen2", "qwen3", "gemma", "olmo2", "phi3", "lightning", "hybrid-of-three"}
 LONG |= {"gains", "prefixes", "keys-of-some-heads", "dynamic", "retention", "mamba", "features", "int8", "int4-bases"}
+LONG |= {"dropped", "window", "yarn"}
 """Cases whose parts stand in other cases or in other tests of the same code too: generating the classes is slow."""
 IN_A_CLEAN_PROCESS = """
 import sys

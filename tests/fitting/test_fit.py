@@ -172,6 +172,7 @@ def test_held_out_text_that_was_measured_on_is_said(source: Path, tmp_path: Path
     assert [any("is in --data and in --held-out" in note for note in notes) for notes in said] == [True, False]
 
 
+@pytest.mark.long
 def test_losses_on_few_tokens_are_not_given_for_many(source: Path, tmp_path: Path) -> None:
     few = fit(source, tmp_path / "out", parse_budget(bytes="50%"), QUICK, data=TEXTS)
     more = replace(AGAIN, eval_tokens=256)
@@ -212,7 +213,14 @@ def test_a_sweep_writes_a_recipe_for_each_budget_and_a_page(source: Path, measur
     assert not small.singles
 
 
-@pytest.mark.parametrize("limits", [{"cache": "60%"}, {"flops": "80%"}, {"bytes": "50%", "flops": "90%"}])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        pytest.param({"cache": "60%"}, marks=pytest.mark.long),
+        pytest.param({"flops": "80%"}, marks=pytest.mark.long),
+        {"bytes": "50%", "flops": "90%"},
+    ],
+)
 def test_other_limits_are_kept_too(source: Path, measured: Path, limits: dict[str, str]) -> None:
     found = fit(source, measured, budget_of(**limits), COMPARED, data=TEXTS)
     for name, share in limits.items():
