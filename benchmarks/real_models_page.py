@@ -20,7 +20,10 @@ alone, and on books and docs in equal parts (`all`); `-` reads none. Bytes are t
 embedding included, which no arm makes smaller.
 
 The sources were published as 4-bit integers and are dequantised here. Their weights lie on a 4-bit grid already, so the
-row `int4` flatters: rounding to nearly the same grid loses little. A source in bfloat16 would lose more."""
+row `int4` flatters: rounding to nearly the same grid loses little. A source in bfloat16 would lose more.
+
+Machines of two kinds, Intel Xeon with AMX and AMD EPYC, have measured the rows of SmolLM2; the bits per byte of its
+source differ by at most 0.0004 between them."""
 
 HEALING = """Healed on books and docs in equal parts, by distillation from the source; `calibrated on` is the text of
 the start. So few tokens do not show where a method ends, but what a short run on two cores gives back."""
