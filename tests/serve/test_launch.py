@@ -203,7 +203,7 @@ def test_a_full_disk_for_the_log_hurts_nobody(folder: Path) -> None:
                 assert client.recv(20).startswith(b"HTTP/1.1 400")
         engine = server.engine
         os.kill(engine, signal.SIGKILL)
-        until(lambda: server.get()[0] == 200 and server.engine != engine)
+        until(lambda: server.engine != engine and server.get()[0] == 200)
         assert server.ask(AT_ONCE)[-1] == {"end": "length"}
         assert server.end() == 0
 
