@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,20 +32,28 @@ LAYERS = (
     {"families"},
 )
 EVERYWHERE = {"errors", "fields", "pages", "progress", "suggest", "version", "protocols", "recipes", "shipped"}
+DISTRIBUTIONS = {"pydantic_core": "pydantic", "markupsafe": "jinja2", "yaml": "pyyaml", "fla": "flash-linear-attention"}
+"""The distribution that a module comes with, where its name is another."""
+NOT_INSTALLED = {"vllm", "sglang", "mlx", "mlx_lm", "xllamacpp", "torchao", "langchain_openai", "litellm"}
+"""Engines, which have environments of their own, and clients whose tests are skipped where they are absent."""
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
-def imported_packages(path: Path) -> set[str]:
-    """The sub-packages of refold a file imports, inside functions too."""
+@cache
+def imported_modules(path: Path) -> frozenset[str]:
+    """The modules a file imports, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
-            names = [node.module]
-        found |= {name.split(".")[1] for name in names if name.startswith("refold.")}
-    return found
+            found.add(node.module)
+    return frozenset(found)
+
+
+def imported_packages(path: Path) -> set[str]:
+    """The sub-packages of refold a file imports."""
+    return {name.split(".")[1] for name in imported_modules(path) if name.startswith("refold.")}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
@@ -79,7 +88,7 @@ def test_planning_leaves_torch_and_transformers_out(arguments: list[str]) -> Non
 
 def test_every_extra_is_imported_somewhere() -> None:
     extras = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    modules = {"flash-linear-attention": "fla"}
+    modules = {distribution: module for module, distribution in DISTRIBUTIONS.items()}
     text = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py"))
     for extra in extras.keys() - {"dev"}:
         for wanted in extras[extra]:
@@ -87,25 +96,16 @@ def test_every_extra_is_imported_somewhere() -> None:
             assert re.search(rf"\b{modules.get(name, name.replace('-', '_'))}\b", text), f"{extra}: {name} is not used"
 
 
-CARRIED = {"pydantic_core": "pydantic", "markupsafe": "jinja2", "yaml": "pyyaml", "fla": "flash-linear-attention"}
-"""Modules whose distribution has another name, or is a part of another one."""
-ENGINES = {"vllm", "sglang", "mlx", "mlx_lm", "xllamacpp", "torchao", "langchain_openai", "litellm"}
-"""What has an environment of its own, or is tested where it happens to be."""
-
-
 def test_every_imported_module_is_declared() -> None:
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *(each for extra in extras.values() for each in extra)]
     declared = {re.split(r"[<>=!~ \[]", each)[0].replace("-", "_") for each in wanted}
-    known = sys.stdlib_module_names | ENGINES | {"refold", "tests"}
+    known = sys.stdlib_module_names | NOT_INSTALLED | {"refold", "tests"}
     for path in sorted([*ROOT.rglob("*.py"), *(ROOT.parent / "tests").rglob("*.py")]):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
-                names = [node.module]
-            for name in {each.split(".")[0] for each in names} - known:
-                assert CARRIED.get(name, name).replace("-", "_") in declared, f"{path}: {name} is not in pyproject.toml"
+        for name in {each.split(".")[0] for each in imported_modules(path)} - known:
+            distribution = DISTRIBUTIONS.get(name, name).replace("-", "_")
+            assert distribution in declared, f"{path}: {distribution} is not in pyproject.toml"
 
 
 def test_relative_imports_are_not_used() -> None:

@@ -141,6 +141,7 @@ def test_open_answers_end_before_the_server(folder: Path, number: int) -> None:
         response.readline()
         server.process.send_signal(number)
         until(lambda: refuses(int(server.url.rpartition(":")[2])))
+        assert server.process.poll() is None
         assert json.loads(response.readlines()[-1]) == {"end": "length"}
         assert server.process.wait(30) == 0
         assert has_ended(engine)
