@@ -338,7 +338,8 @@ def heal_arms(study: RealModel) -> None:
             options = HealOptions(device=given.device, checkpoint_seconds=120.0)
             heal(start, out, study.text(MIXED), [stage], options=options)
         row = study.row(study.evaluate(out), RefoldConfig.from_pretrained(out).read_blueprint(), None)
-        more = {"tokens": given.tokens, "rate": given.rate, "seconds": round(time.perf_counter() - begun)}
+        more = {"tokens": given.tokens, "batch_tokens": given.batch_tokens, "rate": given.rate}
+        more |= {"seconds": round(time.perf_counter() - begun)}
         keep(path, {"arm": name, "asked": share, "calibration": kind, **row, **more})
         print(f"{name} at {share:g}, {kind}, healed: {row['kinds']}", flush=True)
 

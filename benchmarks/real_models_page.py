@@ -20,13 +20,10 @@ alone, and on books and docs in equal parts (`all`); `-` reads none. Bytes are t
 embedding included, which no arm makes smaller.
 
 The sources were published as 4-bit integers and are dequantised here. Their weights lie on a 4-bit grid already, so the
-row `int4` flatters: rounding to nearly the same grid loses little. A source in bfloat16 would lose more.
-
-Machines of two kinds, Intel Xeon with AMX and AMD EPYC, have measured the rows of SmolLM2; the bits per byte of its
-source differ by at most 0.0004 between them."""
+row `int4` flatters: rounding to nearly the same grid loses little. A source in bfloat16 would lose more."""
 
 HEALING = """Healed on books and docs in equal parts, by distillation from the source; `calibrated on` is the text of
-the start. So few tokens do not show where a method ends, but what a short run on two cores gives back."""
+the start. The last columns are the losses before. Runs of so few tokens show the beginning of healing, not its end."""
 
 
 def read(folder: Path) -> list[Row]:
@@ -56,7 +53,10 @@ def key(row: Row) -> tuple[str, float, str]:
 
 
 def body(
-    rows: Iterable[Row], kinds: Sequence[str], tasks: dict[tuple[str, float, str], Row], unhealed: Sequence[Row] = ()
+    rows: Iterable[Row],
+    kinds: Sequence[str],
+    tasks: dict[tuple[str, float, str], Row],
+    unhealed: Sequence[Row] | None = None,
 ) -> list[list[str]]:
     """Returns the lines of one table, the least mean difference first.
 
@@ -64,9 +64,9 @@ def body(
         rows: The rows.
         kinds: Kinds of text.
         tasks: Scores of tasks.
-        unhealed: Rows before healing, if these are healed; their differences stand in columns of their own.
+        unhealed: Rows before healing, whose losses fill further columns; None: these rows are not healed.
     """
-    lines, former = [], {key(row): row for row in unhealed}
+    lines, former = [], {key(row): row for row in unhealed or ()}
     for row in sorted(rows, key=mean):
         scored = tasks.get(key(row))
         line = [
@@ -76,10 +76,10 @@ def body(
             f"{row['bytes']:.0%}",
             *(cell(row["kinds"][kind]) for kind in kinds),
         ]
-        if unhealed:
-            line.append(f"{row['tokens']:,}")
+        if unhealed is not None:
             before = former.get(key(row))
-            line += [f"{before['kinds'][kind]['difference']:+.3f}" if before else "" for kind in kinds]
+            line.append(f"{row['tokens']:,} in steps of {row['batch_tokens']:,}")
+            line += [cell(before["kinds"][kind]) if before else "" for kind in kinds]
         if tasks:
             line.append("" if scored is None else average(scored, source_of(tasks)))
         lines.append(line)
@@ -121,7 +121,11 @@ def describe(page: Page, name: str, place: Path) -> None:
         page.target(
             f"{name}: the identity's logits within 2e-5 of the largest, its tokens the same", f"{apart:.1e}", is_same
         )
-    text = f"Bits per byte of the source: {first}. Machine: {facts['machine']}; {facts['software']}.{identity}"
+    machines = "; ".join(dict.fromkeys(each["machine"] for each in (facts, *read_facts(place))))
+    text = (
+        f"Bits per byte of the source: {first}; between the runs of this page they differ by at most "
+        f"{source_spread([*rows, *healed], kinds):.4f}. Machines: {machines}; {facts['software']}.{identity}"
+    )
     page.section(name, text)
     page.section(f"{name}, in integers", table([*columns, *seven(tasks)], body(integers, kinds, tasks)))
     for share in sorted({row["asked"] for row in made}, reverse=True):
@@ -148,6 +152,17 @@ def describe_identity(row: Row) -> str:
 
 def seven(tasks: dict[Any, Row]) -> list[str]:
     return ["seven tasks"] if tasks else []
+
+
+def source_spread(rows: Sequence[Row], kinds: Sequence[str]) -> float:
+    """Returns the largest difference between the source's bits per byte of two rows; each run measures them anew."""
+    measured = [[source_bits(row, kind) for row in rows] for kind in kinds]
+    return max(max(each) - min(each) for each in measured)
+
+
+def read_facts(place: Path) -> list[Row]:
+    """Returns the facts of all commands of one model."""
+    return [json.loads(path.read_text()) for path in sorted(place.glob("facts-*.json"))]
 
 
 def source_bits(row: Row, kind: str) -> float:
