@@ -94,10 +94,10 @@ def run_part(part: str, source: Path, out: Path, options: argparse.Namespace) ->
     """Runs one part in its own process."""
     size = [str(options.tokens), str(options.context)]
     if part == "plan":
-        return run_python(["-m", "refold.cli", "plan", str(source)])
+        return run_python(["-m", "refold", "plan", str(source)])
     if part == "fisher":
         return run_python(["-c", KEEP, str(source), str(out), *size])
-    analyse = ["-m", "refold.cli", "analyse", str(source), "--out", str(out), "--tokens", size[0], "--context", size[1]]
+    analyse = ["-m", "refold", "analyse", str(source), "--out", str(out), "--tokens", size[0], "--context", size[1]]
     further = {"analyse": ["--no-spectra"], "moments": ["--no-spectra", "--moments"], "spectra": []}
     return run_python([*analyse, *further[part]])
 

@@ -66,7 +66,7 @@ def measure_memory(page: Page, work: Path, layers: Sequence[int], seed: int) -> 
     runs, kept = {}, {}
     for depth in layers:
         source, out = _checkpoint(work, depth, seed), work / "relaxed"
-        runs[depth] = run_python(["-m", "refold.cli", "convert", str(source), str(out), *RELAXED])
+        runs[depth] = run_python(["-m", "refold", "convert", str(source), str(out), *RELAXED])
         kept[depth] = json.loads((out / PLAN_NAME).read_text())["kept_energy"]
         shutil.rmtree(out)
     rows = [

@@ -13,7 +13,7 @@ from pathlib import Path
 from contest import TICKS
 
 READY_SECONDS = 180.0
-SERVE = (sys.executable, "-m", "refold.cli", "serve")
+SERVE = (sys.executable, "-m", "refold", "serve")
 ENGINE = b"refold.serve.engine_process"
 
 

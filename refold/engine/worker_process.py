@@ -30,7 +30,7 @@ class WorkerProcesses:
         threads = threads or max(1, (os.cpu_count() or 1) // (count + 1))
         # Threads that spin while they wait would take the model's processors.
         env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-m", "refold.cli", "worker", "--address", "127.0.0.1:0", "--owned"]
+        command = [sys.executable, "-m", "refold", "worker", "--address", "127.0.0.1:0", "--owned"]
         command += ["--once"] if once else []
         self._processes = [
             # Their standard input is a pipe that the system closes when this process ends.

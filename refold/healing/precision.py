@@ -16,8 +16,9 @@ FLOAT32_SDPA = "refold_float32_sdpa"
 def choose_precision(wish: str, device: torch.device, hidden_size: int) -> torch.dtype | None:
     """Returns the dtype of autocast, None for float32.
 
-    `auto` chooses bfloat16 on a GPU that supports it, and on a CPU with matrix tiles (AMX) if the hidden size is at
-    least 128, where a whole step is a third faster. In other cases it chooses float32.
+    `auto` chooses bfloat16 on a GPU that supports it, and on a CPU with instructions for it (AMX or AVX512-BF16) if the
+    hidden size is at least 128: a whole step is a third faster with AMX, and takes half the time on an AMD EPYC with
+    AVX512-BF16. In other cases it chooses float32.
 
     Args:
         wish: `float32`, `bfloat16` or `auto`.
@@ -31,12 +32,15 @@ def choose_precision(wish: str, device: torch.device, hidden_size: int) -> torch
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Returns whether the device has bfloat16 products in hardware: some GPUs, and CPUs with matrix tiles (AMX)."""
+    """Returns whether the device has bfloat16 products in hardware: some GPUs, and CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    # This function of torch is private and missing in some versions.
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return device.type == "cpu" and has_tiles()
+    return device.type == "cpu" and any(_has(name) for name in ("amx_tile", "avx512_bf16"))
+
+
+def _has(instructions: str) -> bool:
+    # These functions of torch are private and missing in some versions.
+    return getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)()
 
 
 def attend_in_float32(model: PreTrainedModel) -> None:

@@ -120,7 +120,7 @@ class HealStage(Section):
     in Relaxed Recursive Transformers. Default: the teacher is the source, without training."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of matrix products; weights and optimizer states are always float32. `auto`: bfloat16 on a GPU, and on a
-    CPU with matrix tiles (AMX) from a hidden size of 128 on; else float32."""
+    CPU with AMX or AVX512-BF16 from a hidden size of 128 on; else float32."""
     micro_batch: Count | None = None
     """Sequences in one forward pass; gradients are accumulated over the batch. Default: as many as memory allows."""
     gradient_checkpointing: bool = False

@@ -288,7 +288,7 @@ def test_recipes_can_be_printed_and_used_by_path(
 
 
 def test_the_installed_command_answers() -> None:
-    done = subprocess.run([sys.executable, "-m", "refold.cli", "--version"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "refold", "--version"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert done.stdout.startswith("refold ")
 

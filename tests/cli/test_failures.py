@@ -99,7 +99,7 @@ def test_ctrl_c_says_so_and_ends_with_130(shipped: Path, tmp_path: Path) -> None
     recipe = tmp_path / "recipe"
     os.mkfifo(recipe)
     waiting = subprocess.Popen(
-        [sys.executable, "-m", "refold.cli", "plan", str(shipped), "-r", str(recipe)],
+        [sys.executable, "-m", "refold", "plan", str(shipped), "-r", str(recipe)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -124,7 +124,7 @@ def test_a_reader_that_has_gone_is_no_error(shipped: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "refold.cli", "plan", shipped],
+        [sys.executable, "-m", "refold", "plan", shipped],
         stdout=write,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,17 +9,19 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("wish", "hidden_size", "has_tiles", "expected"),
+    ("wish", "hidden_size", "has", "expected"),
     [
-        ("auto", 256, True, torch.bfloat16),
-        ("auto", 32, True, None),
-        ("auto", 256, False, None),
-        ("float32", 256, True, None),
-        ("bfloat16", 32, False, torch.bfloat16),
+        ("auto", 256, "amx_tile", torch.bfloat16),
+        ("auto", 256, "avx512_bf16", torch.bfloat16),
+        ("auto", 32, "avx512_bf16", None),
+        ("auto", 256, "avx512", None),
+        ("float32", 256, "amx_tile", None),
+        ("bfloat16", 32, "avx512", torch.bfloat16),
     ],
 )
-def test_the_choice_follows_the_machine_and_the_size(monkeypatch, wish, hidden_size, has_tiles, expected):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
+def test_the_choice_follows_the_machine_and_the_size(monkeypatch, wish, hidden_size, has, expected):
+    for name in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name == has)
     assert choose_precision(wish, CPU, hidden_size) == expected
 
 

@@ -27,7 +27,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _command(folded: Path, out: Path, text: Path, *more: str) -> list[str]:
-    return ["-m", "refold.cli", "heal", str(folded), str(out), "-d", str(text), "-t", "1000", *SMALL, *more]
+    return ["-m", "refold", "heal", str(folded), str(out), "-d", str(text), "-t", "1000", *SMALL, *more]
 
 
 def _heal(command: list[str]) -> subprocess.CompletedProcess[str]:

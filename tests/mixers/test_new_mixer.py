@@ -153,7 +153,7 @@ def plan(folder: Path, command: Sequence[str] = ("plan", "source")) -> subproces
     if not source.exists():
         shutil.copytree(ROOT / "shipped" / "stdlib-5m", source)
     (folder / "toy.yaml").write_text("mixers: [{type: toy}]\n")
-    return run(folder, "-m", "refold.cli", *command, "--recipe", "toy.yaml", "--allow-larger")
+    return run(folder, "-m", "refold", *command, "--recipe", "toy.yaml", "--allow-larger")
 
 
 def count_added(before: Path, after: Path) -> int:

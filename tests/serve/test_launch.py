@@ -25,7 +25,7 @@ from refold.serve.server import address_of, bind, is_public, listen
 SCRIPT = Path(__file__).parent / "small_app.py"
 MODEL = "refold/shipped/stdlib-5m"
 AT_ONCE, SLOWLY, KILLED = [1], [6], [8]
-COMMAND = ("-m", "refold.cli", "serve")
+COMMAND = ("-m", "refold", "serve")
 STARTING = 240.0
 
 

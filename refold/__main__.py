@@ -1,0 +1,5 @@
+"""Entry point of `python -m refold`."""
+
+from refold.cli import main
+
+main()
