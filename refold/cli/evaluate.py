@@ -18,6 +18,7 @@ def command(
     branches: scores.Branches = False,
     noise: scores.Noise = False,
     speed: scores.Speed = False,
+    amounts: scores.Amounts = None,
     seed: scores.ScoreSeed = 0,
     context: options.WindowContext = None,
     stride: options.Stride = None,
@@ -33,20 +34,19 @@ def command(
     """Measure bits per byte, few-shot tasks, recall, exits and speed, and agreement with another model."""
     from refold.cli.score_output import ScoreOutput, print_scores
     from refold.evaluation.settings import EvaluationSettings
+    from refold.scorecard.amounts import read_amounts
     from refold.scorecard.settings import ScoreSettings
 
     text = EvaluationSettings(context, stride, max_tokens, batch_size, dtype, device, quantise)
+    sections = {"recall": recall, "exits": exits, "branches": branches, "noise": noise, "speed": speed}
     settings = ScoreSettings(
         text,
         tasks=scores.split_names(tasks),
         task_data=task_data,
         shots=shots,
         limit=limit,
-        recall=recall,
-        exits=exits,
-        branches=branches,
-        noise=noise,
-        speed=speed,
+        **sections,
         seed=seed,
+        amounts=read_amounts(amounts or (), [name for name, wanted in sections.items() if wanted]),
     )
     print_scores(models, options.locate_data(data, field), settings, against, ScoreOutput(out, overwrite, json))

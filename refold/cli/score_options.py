@@ -41,6 +41,15 @@ ScoreExits = Annotated[bool, typer.Option("--exits", help="Quality by rule for l
 Branches = Annotated[bool, typer.Option("--branches", help="A hybrid's branches off.", rich_help_panel=_SECTIONS)]
 Noise = Annotated[bool, typer.Option("--noise", help="Loss after noisy text.", rich_help_panel=_SECTIONS)]
 Speed = Annotated[bool, typer.Option("--speed", help="Speed, peak memory and state.", rich_help_panel=_SECTIONS)]
+Amounts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="AMOUNT=VALUE",
+        help="An amount of a section: recall_lengths=512,4k. Repeatable.",
+        rich_help_panel=_SECTIONS,
+    ),
+]
 ScoreOut = Annotated[
     Path | None, typer.Option("--out", help="JSON file to write too; for several scorecards, a folder of them.")
 ]

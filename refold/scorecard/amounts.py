@@ -1,10 +1,30 @@
 """Amounts of the sections of a scorecard that are made on the spot: lengths, items, documents, repeats."""
 
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from refold.errors import RefoldError
+from refold.fields import read_amount
+from refold.suggest import must_be_one_of, shorten
 
 _WHOLE = ("recall_items", "documents", "exit_documents", "opening", "branch_layers", "prompt_tokens", "repeats")
+SECTIONS = {
+    "recall_lengths": ("recall",),
+    "recall_items": ("recall",),
+    "needle_depths": ("recall",),
+    "documents": ("branches", "noise", "recall"),
+    "exit_documents": ("exits",),
+    "opening": ("exits", "branches", "noise"),
+    "exit_tolerances": ("exits",),
+    "branch_layers": ("branches",),
+    "noise_shares": ("noise",),
+    "prompt_tokens": ("speed",),
+    "new_tokens": ("speed",),
+    "batches": ("speed",),
+    "repeats": ("speed",),
+}
+"""The sections that read each amount."""
 
 
 @dataclass(frozen=True)
@@ -63,3 +83,41 @@ class ScoreAmounts:
     def _require(self, name: str, value: int, least: int) -> None:
         if value < least:
             raise RefoldError(f"{name}: at least {least} is required (got {value})")
+
+
+def read_amounts(given: Sequence[str], sections: Collection[str]) -> ScoreAmounts:
+    """Reads amounts that are written as `NAME=VALUE`, several values with commas: `recall_lengths=512,4k`.
+
+    Args:
+        given: The amounts; the others keep their defaults.
+        sections: The sections that are measured.
+
+    Raises:
+        RefoldError: An amount is unknown, given twice, no number or out of range, or no section that is measured reads
+            it.
+    """
+    read: dict[str, Any] = {}
+    defaults = {each.name: each.default for each in fields(ScoreAmounts)}
+    for pair in given:
+        name, sign, text = (part.strip() for part in pair.partition("="))
+        if name not in defaults:
+            raise RefoldError(f"amount: {must_be_one_of(name, defaults)}")
+        if not sign or name in read:
+            raise RefoldError(f"{name}: one {name}=VALUE is required (got {shorten(pair)}{' again' if sign else ''})")
+        if not any(section in sections for section in SECTIONS[name]):
+            wanted = " or ".join(f"--{section}" for section in SECTIONS[name])
+            raise RefoldError(f"{name}: {wanted} is required with it")
+        default = defaults[name]
+        if isinstance(default, tuple):
+            read[name] = tuple(_read_number(name, each, type(default[0])) for each in text.split(","))
+        else:
+            read[name] = _read_number(name, text, type(default))
+    return ScoreAmounts(**read)
+
+
+def _read_number(name: str, text: str, kind: type) -> int | float:
+    try:
+        return read_amount(text) if kind is int else float(text)
+    except ValueError as error:
+        problem = str(error) if kind is int else f"must be a number such as 0.5 (got {shorten(text)})"
+        raise RefoldError(f"{name}: {problem}") from None
