@@ -18,7 +18,7 @@ def command(
     branches: scores.Branches = False,
     noise: scores.Noise = False,
     speed: scores.Speed = False,
-    amounts: scores.Amounts = None,
+    amounts: scores.SetAmounts = None,
     seed: scores.ScoreSeed = 0,
     context: options.WindowContext = None,
     stride: options.Stride = None,

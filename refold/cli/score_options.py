@@ -41,7 +41,7 @@ ScoreExits = Annotated[bool, typer.Option("--exits", help="Quality by rule for l
 Branches = Annotated[bool, typer.Option("--branches", help="A hybrid's branches off.", rich_help_panel=_SECTIONS)]
 Noise = Annotated[bool, typer.Option("--noise", help="Loss after noisy text.", rich_help_panel=_SECTIONS)]
 Speed = Annotated[bool, typer.Option("--speed", help="Speed, peak memory and state.", rich_help_panel=_SECTIONS)]
-Amounts = Annotated[
+SetAmounts = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
