@@ -17,7 +17,7 @@ from refold.scorecard.significance import LEVEL, holm
 RULE = (
     "A difference is called better or worse if its two-sided p-value is below {level:.0%} after Holm's correction for "
     "all tested rows of its column. Paired differences: Student's t over documents, the exact sign test over answers "
-    "that are right or wrong. Not paired: Welch's t. Sizes, speed, exits, noise and perplexity are not tested."
+    "that are right or wrong. Not paired: Welch's t. Sizes, speed, depths, noise and perplexity are not tested."
 )
 
 

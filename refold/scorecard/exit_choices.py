@@ -16,6 +16,7 @@ from refold.engine.search import GRID
 from refold.engine.thresholds import Thresholds, load_thresholds
 from refold.errors import RefoldError
 from refold.evaluation.document_sums import DocumentCounts, ratio_error
+from refold.evaluation.result import short_hash
 from refold.evaluation.subject import require_tokenizer
 from refold.modeling.model import RefoldForCausalLM
 from refold.scorecard.exit_outcomes import ExitOutcomes, run_exits
@@ -69,6 +70,8 @@ def measure_exits(job: ScoreJob) -> ExitSection:
         choices=tuple(choices),
         num_documents=len(judged.documents),
         num_tokens=len(judged.chosen),
+        documents=tuple(short_hash(text.document(index).astype(np.int64).tobytes()) for index in judged.documents),
+        bytes=tuple(judged.sizes[judged.documents].tolist()),
         notes=tuple(notes),
     )
 
@@ -151,6 +154,7 @@ class _Judged:
             agreement_error=ratio_error(self._by_document(agrees), self._count_tokens()),
             accuracy=float(found.is_right[rows, self.chosen].mean()),
             shares=tuple(shares.tolist()),
+            nats=tuple(self._by_document(nll)[self.documents].tolist()),
         )
 
     def _by_document(self, values: np.ndarray) -> Float[np.ndarray, "num_documents"]:

@@ -10,7 +10,7 @@ import numpy as np
 from refold.evaluation.result import Evaluation, KindScores
 from refold.scorecard.names import short_names
 from refold.scorecard.pairing import Figure, Units
-from refold.scorecard.record import RecallSection, Scorecard, SpeedSection, TaskScore
+from refold.scorecard.record import ExitSection, RecallSection, Scorecard, SpeedSection, TaskScore
 
 RowUnit = Literal["bytes", "bits", "share", "seconds", "rate", "number"]
 """`rate` is a number of tokens per second, `bits` a number of bits per byte."""
@@ -48,12 +48,8 @@ def list_figures(card: Scorecard) -> Iterator[tuple[RowKey, Figure]]:
         yield task_row(task), task_figure(task)
     if card.recall is not None:
         yield from _list_recall(card.recall)
-    for choice in () if card.exits is None else card.exits.choices:
-        # Openings are cut by tokens: those of another tokenizer are other texts.
-        row = RowKey("exits", f"{choice.rule}: depths", "number", "lower", is_by_token=True)
-        yield row, Figure(choice.mean_depths)
-        row = RowKey("exits", f"{choice.rule}: bits per byte", "bits", "lower", is_by_token=True)
-        yield row, Figure(choice.bits_per_byte)
+    if card.exits is not None:
+        yield from _list_exits(card.exits)
     for noise in card.noise:
         # A model that reads less of the text before loses less by noise there, which is no merit.
         row = RowKey("noise", f"noise: {noise.kind}, {noise.share:.0%}", "bits", None, is_by_token=True)
@@ -115,6 +111,18 @@ def _list_recall(found: RecallSection) -> Iterator[tuple[RowKey, Figure]]:
         units = _answers(score.items, score.right)
         row = RowKey("recall", name, "share", "higher", is_tested=True, is_by_token=True)
         yield row, Figure(score.accuracy, score.error, score.num_items, units)
+
+
+def _list_exits(found: ExitSection) -> Iterator[tuple[RowKey, Figure]]:
+    for choice in found.choices:
+        # Openings are cut by tokens: those of another tokenizer are other texts.
+        row = RowKey("exits", f"{choice.rule}: depths", "number", "lower", is_by_token=True)
+        yield row, Figure(choice.mean_depths)
+        units = None
+        if len(choice.nats) == len(found.documents) > 0:
+            units = _units(found.documents, [nats / math.log(2) for nats in choice.nats], found.bytes)
+        row = RowKey("exits", f"{choice.rule}: bits per byte", "bits", "lower", is_tested=True, is_by_token=True)
+        yield row, Figure(choice.bits_per_byte, None if units is None else units.error(), found.num_documents, units)
 
 
 def _list_speed(found: SpeedSection) -> Iterator[tuple[RowKey, Figure]]:

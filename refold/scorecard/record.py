@@ -113,6 +113,8 @@ class ExitChoice(ScoreRecord):
     accuracy: float
     shares: tuple[float, ...] = ()
     """Share of tokens that leave at each exit, the full depth last."""
+    nats: tuple[float, ...] = ()
+    """Negative log-likelihood of each document of `ExitSection.documents`; empty: not recorded."""
 
 
 class ExitSection(ScoreRecord):
@@ -125,6 +127,10 @@ class ExitSection(ScoreRecord):
     num_documents: int = 0
     """Documents that the figures are of; none of them chose a threshold."""
     num_tokens: int = 0
+    documents: tuple[str, ...] = ()
+    """A short hash of the tokens of each of these documents: pairs the documents of two scorecards."""
+    bytes: tuple[int, ...] = ()
+    """UTF-8 bytes of each of them that are scored."""
     notes: tuple[str, ...] = ()
 
 

@@ -255,6 +255,34 @@ def test_exits_noise_and_speed_are_rows(text):
     assert next(row for row in compare([base, longer]).rows if row.name == "tokens per second").cells[1] is None
 
 
+def test_bits_per_byte_of_exits_are_paired_by_document() -> None:
+    names, sizes = tuple(f"document {index}" for index in range(12)), (100,) * 12
+    # Documents differ far more from each other than the two models do on one of them.
+    base_nats = np.random.default_rng(0).normal(100, 30, 12)
+
+    def exits(nats: np.ndarray, documents: tuple[str, ...] = names) -> ExitSection:
+        bits = float(nats.sum()) / math.log(2) / sum(sizes)
+        choice = exit_choice("exit after 2", 2.0, bits).model_copy(update={"nats": tuple(nats.tolist())})
+        return ExitSection(
+            depths=(2,), num_depths=4, choices=(choice,), num_documents=12, documents=documents, bytes=sizes
+        )
+
+    base = card("a", exits=exits(base_nats))
+    worse = base_nats + np.random.default_rng(1).normal(3, 1, 12)
+    found = compare([base, card("b", exits=exits(worse))])
+    bits = cell(found, "exit after 2: bits per byte")
+    assert (bits.pairs, bits.verdict) == (12, "worse")
+    changes = (worse - base_nats) / math.log(2) / 100
+    assert bits.difference == pytest.approx(changes.mean())
+    assert bits.difference_error == pytest.approx(changes.std(ddof=1) / 12**0.5)
+    depths = cell(found, "exit after 2: depths")
+    assert (depths.difference, depths.verdict) == (0.0, None)
+    # Other documents of the same spread: two samples, whose difference drowns in it.
+    others = exits(worse, tuple(f"other {index}" for index in range(12)))
+    apart = cell(compare([base, card("b", exits=others)]), "exit after 2: bits per byte")
+    assert (apart.pairs, apart.verdict) == (0, "undecided")
+
+
 def test_other_windows_are_said(text):
     found = compare([card("a", text=text()), card("b", text=text(context=32, stride=16))])
     assert found.columns[1].notes == (

@@ -63,11 +63,15 @@ def test_fixed_exits_oracle_and_full_depth_equal_a_plain_loop(job: ScoreJob, fou
                 nll = -float(logits[depth][place].log_softmax(0)[label])
                 sums[rule] += (nll, depth, best[depth] == best[4], best[depth] == label)
     assert (found.num_documents, found.num_tokens) == (4, num_tokens)
+    assert len(set(found.documents)) == 4
+    assert sum(found.bytes) == num_bytes
     assert ExitSection.model_validate_json(found.model_dump_json()) == found
     rules = by_rule(found)
     for rule, (nll, depths, agreeing, right) in sums.items():
         here = rules[rule]
         assert here.bits_per_byte == pytest.approx(nll / np.log(2) / num_bytes, rel=1e-5)
+        assert len(here.nats) == 4
+        assert sum(here.nats) == pytest.approx(nll, rel=1e-5)
         assert here.mean_depths == pytest.approx(depths / num_tokens)
         assert here.agreement == pytest.approx(agreeing / num_tokens)
         assert here.accuracy == pytest.approx(right / num_tokens)
