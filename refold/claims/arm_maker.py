@@ -163,6 +163,14 @@ class ArmMaker:
         """Returns the folder of a model, which is made if it is not there."""
         return self._model(run, base_rates)[0]
 
+    def bits(self, subject: Subject, domain: Domain) -> tuple[list[float], list[list[float]]]:
+        """Returns the bits of every document at full depth and at each exit."""
+        context, documents = self.planner.scale.context, domain.documents
+        scored = WindowPass(subject.model, None, documents.num_documents, Stopwatch())
+        scored.run(documents, context, context, max(1, BATCH_TOKENS // context), None)
+        exits = [(sums.nll / math.log(2)).tolist() for sums in scored.exit_sums]
+        return (scored.sums.nll / math.log(2)).tolist(), exits
+
     def _base_run(self, base: ClaimArm, seed: int, rates: Sequence[float]) -> ArmRun:
         return ArmRun(base, seed, rates[-1] if base.heal else None, self.planner.tokens(base))
 
@@ -215,18 +223,10 @@ class ArmMaker:
         subject = open_subject(folder, device=self._device)
         bits, exit_bits = {}, {}
         for domain in () if is_trial else self.texts.domains:
-            bits[domain.name], exit_bits[domain.name] = self._bits(subject, domain)
+            bits[domain.name], exit_bits[domain.name] = self.bits(subject, domain)
         validation = self.texts.validation
-        total = sum(self._bits(subject, validation)[0]) / int(validation.sizes.sum())
+        total = sum(self.bits(subject, validation)[0]) / int(validation.sizes.sum())
         return ArmResult(bits, exit_bits, total, curve, time.perf_counter() - started)
-
-    def _bits(self, subject: Subject, domain: Domain) -> tuple[list[float], list[list[float]]]:
-        """Returns the bits of every document at full depth and at each exit."""
-        context, documents = self.planner.scale.context, domain.documents
-        scored = WindowPass(subject.model, None, documents.num_documents, Stopwatch())
-        scored.run(documents, context, context, max(1, BATCH_TOKENS // context), None)
-        exits = [(sums.nll / math.log(2)).tolist() for sums in scored.exit_sums]
-        return (scored.sums.nll / math.log(2)).tolist(), exits
 
     def _start_folder(self, draft: Draft) -> Path:
         return self.work / "starts" / self.planner.start_key(draft)

@@ -1,12 +1,13 @@
-"""The budget of a run of claims: trainings, tokens, and the time by a measured training step."""
+"""The budget of a run of claims: trainings, tokens, and the time by a measured training step and reading."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from refold.claims.arm_maker import ArmRun
+from refold.claims.arm_maker import ArmMaker, ArmRun
 from refold.claims.arm_plan import ArmPlanner
 from refold.claims.claim import ClaimArm
-from refold.data.readers import DataSource
+from refold.evaluation.subject import open_subject
 from refold.healing.probe import probe
 from refold.progress import describe_duration
 from refold.recipe.heal import HealStage
@@ -18,14 +19,27 @@ MEASUREMENTS = 10
 
 
 @dataclass(frozen=True)
+class Pace:
+    """Measured times of the source.
+
+    Attributes:
+        train: Seconds of a forward pass over one token of a training step; the backward pass is `BACKWARD - 1` of them.
+        read: Seconds of an evaluated token. Evaluation may have another dtype, and has no optimizer.
+    """
+
+    train: float
+    read: float
+
+
+@dataclass(frozen=True)
 class ArmWork:
-    """The work of one arm, in tokens of forward passes of the source.
+    """The work of one arm.
 
     Attributes:
         num_trials: Learning rates tried.
         num_seeds: Trainings of full length.
-        trial: Units of one trial.
-        full: Units of one training of full length, or of one conversion.
+        trial: Expected seconds of one trial.
+        full: Expected seconds of one training of full length, or of one conversion, with its measurement.
         tokens: Training tokens of all of them.
     """
 
@@ -36,21 +50,21 @@ class ArmWork:
     tokens: int
 
     @classmethod
-    def of(cls, arm: ClaimArm, planner: ArmPlanner, seeds: Sequence[int], text_tokens: int) -> "ArmWork":
+    def of(cls, arm: ClaimArm, planner: ArmPlanner, pace: Pace, text_tokens: int) -> "ArmWork":
         """Counts the work of an arm.
 
         Args:
             arm: The arm.
             planner: Plans of arms.
-            seeds: Seeds for which the arm is made.
+            pace: Times of the source.
             text_tokens: Test tokens of all domains.
         """
+        seeds = planner.seeds(arm)
         root = (*arm.bases, arm)[0]
         costs, context = planner.draft(root, seeds[0]).cost, planner.scale.context
         share = costs.target.flops(context) / costs.source.flops(context)
         step = BACKWARD * share + max((_teacher_passes(stage) for stage in arm.heal), default=0.0)
         validate = planner.scale.validation_documents * context * share
-        measure = text_tokens * share + validate
         followed = MEASUREMENTS * validate if arm.is_followed else 0.0
         # A conversion that reads text runs the source over it.
         convert = 2.0 * planner.scale.calibration_tokens if not arm.bases else 0.0
@@ -59,8 +73,8 @@ class ArmWork:
         return cls(
             rates,
             len(seeds),
-            trial * step + validate,
-            tokens * step + measure + followed + convert,
+            trial * step * pace.train + validate * pace.read,
+            tokens * step * pace.train + (text_tokens * share + validate + followed + convert) * pace.read,
             rates * trial + len(seeds) * tokens,
         )
 
@@ -70,12 +84,12 @@ class ArmWork:
         return self.num_trials + self.num_seeds
 
     @property
-    def units(self) -> float:
-        """Units of all runs."""
+    def seconds(self) -> float:
+        """Expected seconds of all runs."""
         return self.num_trials * self.trial + self.num_seeds * self.full
 
-    def units_of(self, run: ArmRun) -> float:
-        """Returns the units of one run."""
+    def seconds_of(self, run: ArmRun) -> float:
+        """Returns the expected seconds of one run."""
         return self.trial if run.is_trial else self.full
 
 
@@ -95,7 +109,6 @@ class ClaimsForecast:
         num_arms: Different models.
         num_runs: Trainings, or conversions that are only measured.
         tokens: Training tokens of all of them.
-        seconds_per_unit: Measured seconds of a forward pass of the source over one token.
         hours: Time of all runs, those of earlier calls included.
     """
 
@@ -103,7 +116,6 @@ class ClaimsForecast:
     num_arms: int
     num_runs: int
     tokens: int
-    seconds_per_unit: float
     hours: float
 
     @property
@@ -111,16 +123,14 @@ class ClaimsForecast:
         """The budget in one line."""
         return (
             f"budget: {self.num_claims} claims, {self.num_arms} models, {self.num_runs} trainings and measurements, "
-            f"{self.tokens:,} training tokens; about {describe_duration(self.hours)} by a measured step (what an "
-            f"earlier call finished is taken over)"
+            f"{self.tokens:,} training tokens; about {describe_duration(self.hours)} by a measured step and "
+            f"reading (what an earlier call finished is taken over)"
         )
 
 
-def forecast_claims(
-    num_claims: int, works: Sequence[ArmWork], planner: ArmPlanner, train: DataSource, device: str | None
-) -> ClaimsForecast:
-    """Measures a few training steps of the source, and forecasts a run by them."""
-    scale = planner.scale
+def measure_pace(maker: ArmMaker, device: str | None) -> Pace:
+    """Measures a few training steps of the source, and a reading of the validation text."""
+    scale, source = maker.planner.scale, maker.planner.model.source
     stage = HealStage.model_validate(
         {
             "objective": "next_token",
@@ -130,13 +140,23 @@ def forecast_claims(
             "learning_rate": 1e-4,
         }
     )
-    speed = probe(planner.model.source, train, stage, device=device, quiet=True).tokens_per_second
-    per_unit = 1 / (BACKWARD * speed)
+    speed = probe(source, maker.texts.train, stage, device=device, quiet=True).tokens_per_second
+    subject, validation = open_subject(source, device=device), maker.texts.validation
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        maker.bits(subject, validation)
+        seconds.append(time.perf_counter() - started)
+    # The first reading also allocates memory.
+    return Pace(1 / (BACKWARD * speed), min(seconds) / validation.documents.num_tokens)
+
+
+def forecast_claims(num_claims: int, works: Sequence[ArmWork]) -> ClaimsForecast:
+    """Forecasts a run by the work of its arms."""
     return ClaimsForecast(
         num_claims=num_claims,
         num_arms=len(works),
         num_runs=sum(work.num_runs for work in works),
         tokens=sum(work.tokens for work in works),
-        seconds_per_unit=per_unit,
-        hours=sum(work.units for work in works) * per_unit / 3600,
+        hours=sum(work.seconds for work in works) / 3600,
     )

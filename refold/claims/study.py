@@ -12,7 +12,7 @@ from refold.checkpoint.provenance import Stage, describe_source
 from refold.claims.arm_maker import MEMORY_TOKENS, ArmMaker
 from refold.claims.arm_plan import CLAIMS_VERSION, ArmPlanner
 from refold.claims.claim import Claim, ClaimArm, ClaimNotRun, Reading
-from refold.claims.forecast import forecast_claims
+from refold.claims.forecast import forecast_claims, measure_pace
 from refold.claims.page import render_claims, require_page
 from refold.claims.record import ClaimRecord, ClaimsRecord, ClaimVerdict, FindingRecord
 from refold.claims.registry import CLAIMS, choose_claims
@@ -144,10 +144,10 @@ def run_claims(
             maker, (*chosen, _source_claim()), show, {"task_data": settings.task_data, "engine": settings.engine}
         )
         device = settings.device
-        forecast = forecast_claims(len(chosen), bench.works(), planner, texts.train, device)
-        show.say(forecast.line)
+        works = bench.works(measure_pace(maker, device))
+        show.say(forecast_claims(len(chosen), works).line)
         with show.progress("claims", "models") as report:
-            bench.run(forecast, report)
+            bench.run(works, report)
         stage = Stage(stage="claims")
         record = ClaimsRecord(
             scale=scale.name,

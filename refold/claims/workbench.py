@@ -10,7 +10,7 @@ import numpy as np
 from refold.claims.arm_maker import ArmMaker, ArmResult, ArmRun
 from refold.claims.claim import Claim, ClaimArm, ClaimNotRun, Reading
 from refold.claims.evidence import Samples
-from refold.claims.forecast import ArmWork, ClaimsForecast
+from refold.claims.forecast import ArmWork, Pace
 from refold.claims.record import ArmRecord
 from refold.errors import RecipeError
 from refold.progress import Report, Show, describe_duration
@@ -79,33 +79,31 @@ class Workbench:
         """All arms, each once, bases first."""
         return tuple(self._arms.values())
 
-    def works(self) -> list[ArmWork]:
+    def works(self, pace: Pace) -> list[ArmWork]:
         """Returns the trainings and measurements of every arm."""
-        planner = self.maker.planner
         text = sum(domain.documents.num_tokens for domain in self.maker.texts.domains)
-        return [ArmWork.of(arm, planner, planner.seeds(arm), text) for arm in self.arms]
+        return [ArmWork.of(arm, self.maker.planner, pace, text) for arm in self.arms]
 
-    def run(self, forecast: ClaimsForecast, report: Report) -> None:
-        """Makes all arms; results of earlier calls are taken over."""
-        works = self.works()
-        left, done = sum(work.units for work in works), 0
-        num_runs, spent, made_units = sum(work.num_runs for work in works), 0.0, 0.0
+    def run(self, works: Sequence[ArmWork], report: Report) -> None:
+        """Makes all arms, whose works are given; results of earlier calls are taken over."""
+        left, done = sum(work.seconds for work in works), 0
+        num_runs, spent, expected = sum(work.num_runs for work in works), 0.0, 0.0
         for arm, work in zip(self.arms, works, strict=True):
             for run in self._runs(arm):
                 started, is_new = time.perf_counter(), self.maker.find(run, self._base_rates(arm)) is None
                 result = self._make(run)
-                done, units = done + 1, work.units_of(run)
-                left -= units
+                done, seconds = done + 1, work.seconds_of(run)
+                left -= seconds
                 report(done, num_runs)
                 if not is_new:
                     continue
                 took = time.perf_counter() - started
-                spent, made_units = spent + took, made_units + units
+                spent, expected = spent + took, expected + seconds
                 # The forecast counts until enough was measured here.
-                pace = (spent + forecast.seconds_per_unit * units) / (made_units + units)
+                slower = (spent + seconds) / (expected + seconds)
                 self.show.say(
                     f"[{done} of {num_runs}] {_describe(run)}: {result.validation:.4f} bits per byte on validation "
-                    f"text, {took:.0f} s; about {describe_duration(max(0.0, left * pace) / 3600)} left"
+                    f"text, {took:.0f} s; about {describe_duration(max(0.0, left * slower) / 3600)} left"
                 )
             self.maker.forget_start(arm, self.maker.planner.seeds(arm))
 

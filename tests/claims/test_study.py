@@ -20,6 +20,7 @@ from refold.claims import arm_maker, study
 from refold.claims.arm_plan import ArmPlanner
 from refold.claims.claim import Claim, ClaimArm
 from refold.claims.contrast import better
+from refold.claims.forecast import ArmWork, Pace
 from refold.claims.page import render_claims, require_page
 from refold.claims.record import ClaimsRecord
 from refold.claims.registry import CLAIMS, choose_claims
@@ -49,6 +50,7 @@ UPTRAIN = ({"objective": "next_token"},)
 STRICT = ClaimArm("strict", {"fold": {"loops": 2, "init": "stepwise"}}, heal=UPTRAIN)
 ALIKE = ClaimArm("strict again", {"fold": {"loops": 2, "init": "stepwise"}}, heal=UPTRAIN)
 PRUNED = ClaimArm("pruned", {"drop": {"block": {"share": 0.5}}}, heal=UPTRAIN)
+REMOVED = ClaimArm("removed", {"drop": {"block": {"share": 0.5}}})
 UNFIT = ClaimArm("three loops", {"fold": {"loops": 3}}, heal=UPTRAIN)
 
 
@@ -120,6 +122,19 @@ def test_the_budget_comes_first_and_every_run_is_told(found: tuple[ClaimsRecord,
     assert [line.split("]")[0] for line in said[1:]] == [f"[{number} of 7" for number in range(1, 8)]
     assert "left" in said[1]
     assert record.scale == "test"
+
+
+def test_trainings_and_readings_have_paces_of_their_own(tiny: Path) -> None:
+    planner = ArmPlanner(read_source_model(tiny), SCALE, "text")
+    unhealed, healed = ArmWork.of(REMOVED, planner, Pace(1, 0), 100), ArmWork.of(STRICT, planner, Pace(1, 0), 100)
+    # Without a training only text is read: that of a conversion, 100 test tokens and 2 validation documents.
+    assert (unhealed.num_trials, unhealed.num_seeds, unhealed.tokens, unhealed.seconds) == (0, 1, 0, 0)
+    share = planner.draft(REMOVED, 0).cost.target.flops(16) / planner.draft(REMOVED, 0).cost.source.flops(16)
+    assert ArmWork.of(REMOVED, planner, Pace(0, 1), 100).seconds == pytest.approx(2 * 64 + share * (100 + 2 * 16))
+    read = ArmWork.of(STRICT, planner, Pace(0, 1), 100)
+    both = ArmWork.of(STRICT, planner, Pace(1, 1), 100)
+    assert healed.full == pytest.approx(3 * 192)
+    assert both.seconds == pytest.approx(healed.seconds + read.seconds)
 
 
 def test_every_claim_has_its_verdict(found: tuple[ClaimsRecord, Path, list[str]]) -> None:
