@@ -7,9 +7,11 @@
     python benchmarks/real_models.py write --work runs/real --write docs/results/real-models.md
 
 Every figure is a file under `--work`, and healing goes on from its last checkpoint, so an interrupted command continues
-when it is given again; `--known docs/results/real-models.json` begins with the figures of the page. `measure` converts
-each arm of `benchmarks/starts.py` at each share, once with moments of the first calibration text and once with those of
-all of them together. Run it from a folder in which the paths are short: they are written into the page.
+when it is given again; `heal --minutes 9` ends after so many by itself, in the midst of an arm too.
+
+`--known docs/results/real-models.json` begins with the figures of the page. `measure` converts each arm of
+`benchmarks/starts.py` at each share, once with moments of the first calibration text and once with those of all of them
+together. Run it from a folder in which the paths are short: they are written into the page.
 """
 
 import os
@@ -20,9 +22,12 @@ import argparse
 import json
 import math
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +35,7 @@ from typing import Any
 
 import torch
 from page import run_facts
+from real_models_options import arguments
 from real_models_page import render, unpack
 from starts import ARMS, count_bytes
 from transformers import AutoModelForCausalLM
@@ -44,8 +50,8 @@ from refold.evaluation.evaluate import evaluate
 from refold.evaluation.reference import Reference
 from refold.evaluation.result import Evaluation
 from refold.evaluation.settings import EvaluationSettings
-from refold.fields import read_amount
 from refold.healing.heal import heal
+from refold.healing.interruption import HealInterrupted, Stopped, stop_on_signals
 from refold.healing.run import HealOptions
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.load import load_model, load_tokenizer
@@ -61,39 +67,6 @@ from refold.sources.source_model import read_source_model
 SCHEMES = ("int8", "int4")
 MIXED = "all"
 """Name of the calibration text that mixes all kinds in equal parts."""
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("identity", "measure", "tasks", "heal", "write"):
-        each = commands.add_parser(name)
-        each.add_argument("--work", type=Path, default=Path("runs/real-models"))
-        each.add_argument("--known", type=Path, help="figures of an earlier page, its .json, that are taken over")
-        if name == "write":
-            each.add_argument("--write", type=Path, help="page to write")
-            continue
-        each.add_argument("--name", required=True, help="name of the source in the page")
-        each.add_argument("--source", required=True)
-        each.add_argument("--train", nargs="+", metavar="KIND=TEXT", required=True, help="calibration")
-        each.add_argument("--held-out", nargs="+", metavar="KIND=TEXT", required=True)
-        each.add_argument("--calibration", nargs="+", help="kinds, or `all`; default: the first and all")
-        each.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.6, 0.67, 0.5])
-        each.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
-        each.add_argument("--tokens", type=read_amount, default=16_384, help="of calibration, or of healing")
-        each.add_argument("--moment-tokens", type=read_amount, default=16_384)
-        each.add_argument("--documents", type=int, default=12, help="of each held-out kind, spread over it")
-        each.add_argument("--characters", type=int, default=1800, help="of each document, its first")
-        each.add_argument("--context", type=int, default=512)
-        each.add_argument("--dtype", default="float32", help="dtype in which models are evaluated and healed")
-        each.add_argument("--device")
-        each.add_argument("--minutes", type=float, default=1e9, help="begin nothing further after so many")
-    commands.choices["tasks"].add_argument("--task-data", type=Path, required=True)
-    commands.choices["tasks"].add_argument("--limit", type=int, default=500)
-    commands.choices["heal"].add_argument("--batch-tokens", type=read_amount, default=4096)
-    commands.choices["heal"].add_argument("--rate", type=float, default=5e-4)
-    commands.choices["heal"].add_argument("--save-every", type=int, default=10, help="steps between checkpoints")
-    return parser.parse_args()
 
 
 def by_kind(given: Sequence[str]) -> dict[str, str]:
@@ -114,8 +87,12 @@ class RealModel:
         return self.given.work / self.given.name
 
     @property
+    def seconds_left(self) -> float:
+        return 60 * self.given.minutes - (time.perf_counter() - self.started)
+
+    @property
     def has_time(self) -> bool:
-        return time.perf_counter() - self.started < 60 * self.given.minutes
+        return self.seconds_left > 0
 
     @cached_property
     def model(self) -> Any:
@@ -336,12 +313,32 @@ def heal_arms(study: RealModel) -> None:
         begun, out = time.perf_counter(), path.with_suffix("")
         if not out.exists():
             options = HealOptions(device=given.device, checkpoint_seconds=120.0)
-            heal(start, out, study.text(MIXED), [stage], options=options)
+            try:
+                with stopping_after(study.seconds_left):
+                    heal(start, out, study.text(MIXED), [stage], options=options)
+            except (HealInterrupted, Stopped):
+                if study.has_time:
+                    raise
+                print(f"{name}: {given.minutes:g} minutes are over; the same command goes on", flush=True)
+                return
         row = study.row(study.evaluate(out), RefoldConfig.from_pretrained(out).read_blueprint(), None)
         more = {"tokens": given.tokens, "batch_tokens": given.batch_tokens, "rate": given.rate}
         more |= {"seconds": round(time.perf_counter() - begun)}
         keep(path, {"arm": name, "asked": share, "calibration": kind, **row, **more})
         print(f"{name} at {share:g}, {kind}, healed: {row['kinds']}", flush=True)
+
+
+@contextmanager
+def stopping_after(seconds: float) -> Iterator[None]:
+    """Sends this process SIGTERM after some seconds of the body: healing writes a checkpoint then, and raises."""
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    with stop_on_signals():
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def score_tasks(study: RealModel) -> None:
@@ -374,17 +371,24 @@ def score_tasks(study: RealModel) -> None:
         print(f"{key}: {card.tasks.average:.4f}, {time.perf_counter() - begun:.0f} s", flush=True)
 
 
+def keep_facts(folder: Path, command: str) -> None:
+    """Writes the facts of this call, unless an earlier call had the same command line on the same machine."""
+    facts = run_facts(0, os.getloadavg()[0])
+    earlier = [json.loads(path.read_text()) for path in folder.glob(f"facts-{command}*.json")]
+    if any(all(each[name] == facts[name] for name in ("command", "machine")) for each in earlier):
+        return
+    keep(folder / f"facts-{command}{f'-{len(earlier) + 1}' if earlier else ''}.json", facts)
+
+
 def main() -> int:
-    given = arguments()
+    given = arguments(__doc__)
     if given.known is not None:
         unpack(given.known, given.work)
     if given.command == "write":
         return render(given.work, given.write)
     study = RealModel(given)
     study.folder.mkdir(parents=True, exist_ok=True)
-    facts = study.folder / f"facts-{given.command}.json"
-    if not facts.exists():
-        keep(facts, run_facts(0, os.getloadavg()[0]))
+    keep_facts(study.folder, given.command)
     {"identity": check_identity, "measure": measure, "tasks": score_tasks, "heal": heal_arms}[given.command](study)
     return 0
 

@@ -23,7 +23,8 @@ The sources were published as 4-bit integers and are dequantised here. Their wei
 row `int4` flatters: rounding to nearly the same grid loses little. A source in bfloat16 would lose more."""
 
 HEALING = """Healed on books and docs in equal parts, by distillation from the source; `calibrated on` is the text of
-the start. The last columns are the losses before. Runs of so few tokens show the beginning of healing, not its end."""
+the start. Matrix products are in bfloat16 where the processor has instructions for it. The last columns are the losses
+before. Runs of so few tokens show the beginning of healing, not its end."""
 
 
 def read(folder: Path) -> list[Row]:
