@@ -71,8 +71,7 @@ MIXED = "all"
 
 def by_kind(given: Sequence[str]) -> dict[str, str]:
     """Returns the texts by kind, of `KIND=TEXT`."""
-    pairs = [each.partition("=") for each in given]
-    return {kind: text for kind, _, text in pairs}
+    return {kind: text for kind, _, text in (each.partition("=") for each in given)}
 
 
 @dataclass(frozen=True)
@@ -342,7 +341,7 @@ def stopping_after(seconds: float) -> Iterator[None]:
 
 
 def score_tasks(study: RealModel) -> None:
-    """Scores the source, the source in integers, and each arm, on the seven tasks."""
+    """Scores the source, the source in integers, each arm, and each that is healed, on the seven tasks."""
     given = study.given
     settings = ScoreSettings(
         text=EvaluationSettings(dtype=given.dtype, device=given.device),
@@ -360,6 +359,10 @@ def score_tasks(study: RealModel) -> None:
     for name, share, kind, recipe in study.arms():
         facts = {"arm": name, "asked": share, "calibration": kind}
         wanted.append((f"{slug(name)}-{share:g}-{kind}", facts, study.convert(name, share, kind, recipe), None))
+        for healed in sorted((study.folder / "healed").glob(f"{slug(name)}-{share:g}-{kind}-*.json")):
+            if (folder := healed.with_suffix("")).is_dir():
+                tokens = json.loads(healed.read_text())["tokens"]
+                wanted.append((healed.stem, {**facts, "tokens": tokens}, folder, None))
     for key, facts, model, scheme in wanted:
         path = place / f"{key}.json"
         if model is None or path.exists() or not study.has_time:

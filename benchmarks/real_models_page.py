@@ -49,14 +49,18 @@ def mean(row: Row) -> float:
     return sum(each["difference"] for each in row["kinds"].values()) / len(row["kinds"])
 
 
-def key(row: Row) -> tuple[str, float, str]:
-    return row["arm"], row["asked"], row["calibration"]
+Key = tuple[str, float, str, int]
+"""Arm, share that was asked for, calibration text, and tokens of healing."""
+
+
+def key(row: Row, tokens: int | None = None) -> Key:
+    return row["arm"], row["asked"], row["calibration"], row.get("tokens", 0) if tokens is None else tokens
 
 
 def body(
     rows: Iterable[Row],
     kinds: Sequence[str],
-    tasks: dict[tuple[str, float, str], Row],
+    tasks: dict[Key, Row],
     unhealed: Sequence[Row] | None = None,
 ) -> list[list[str]]:
     """Returns the lines of one table, the least mean difference first.
@@ -78,7 +82,7 @@ def body(
             *(cell(row["kinds"][kind]) for kind in kinds),
         ]
         if unhealed is not None:
-            before = former.get(key(row))
+            before = former.get(key(row, tokens=0))
             line.append(f"{row['tokens']:,} in steps of {row['batch_tokens']:,}")
             line += [cell(before["kinds"][kind]) if before else "" for kind in kinds]
         if tasks:
@@ -106,7 +110,7 @@ def average(row: Row, source: Row | None = None) -> str:
 def describe(page: Page, name: str, place: Path) -> None:
     """Adds the sections of one model."""
     rows, healed = read(place / "rows"), read(place / "healed")
-    tasks = {key(row): row for folder in sorted(place.glob("tasks-*")) for row in read(folder)}
+    tasks = {key(row): row for row in read(most_items(place))}
     facts = json.loads((place / "facts-measure.json").read_text())
     kinds = list(rows[0]["kinds"])
     columns = ["", "calibrated on", "linear weights", "bytes", *kinds]
@@ -134,11 +138,16 @@ def describe(page: Page, name: str, place: Path) -> None:
         lines = body(here, kinds, tasks)
         page.section(f"{name} at {share:.0%} of the linear weights, unhealed", table([*columns, *seven(tasks)], lines))
     if healed:
-        lines = body(healed, kinds, {}, made)
+        lines = body(healed, kinds, tasks, made)
         before = [f"{kind} before" for kind in kinds]
-        page.section(f"{name}, healed", f"{HEALING}\n\n{table([*columns, 'tokens', *before], lines)}")
+        page.section(f"{name}, healed", f"{HEALING}\n\n{table([*columns, 'tokens', *before, *seven(tasks)], lines)}")
     if tasks:
         page.section(f"{name}, tasks", each_task(tasks.values()))
+
+
+def most_items(place: Path) -> Path:
+    """Returns the folder of the scores of most items; scores of others are of other items, which do not pair."""
+    return max(place.glob("tasks-*"), key=lambda path: int(path.name.partition("-")[2]), default=place / "tasks-0")
 
 
 def describe_identity(row: Row) -> str:
@@ -183,6 +192,7 @@ def each_task(found: Iterable[Row]) -> str:
     for row in rows:
         by_name = {task["name"]: task for task in row["tasks"]["tasks"]}
         name = label(row) if row["calibration"] == NO_TEXT else f"{label(row)} ({row['calibration']})"
+        name += f", healed on {row['tokens']:,} tokens" if "tokens" in row else ""
         share = "" if row["arm"].startswith("the source") else f"{row['asked']:.0%}"
         lines.append([name, share, *(f"{by_name[name]['value']:.1%}" for name in names), average(row, source)])
     chance = {task["name"]: task["chance"] for task in rows[0]["tasks"]["tasks"]}
@@ -213,7 +223,7 @@ def pack(places: Sequence[Path], out: Path) -> None:
         str(path.relative_to(place.parent)): json.loads(path.read_text())
         for place in places
         for path in sorted(place.rglob("*.json"))
-        if path.parent == place or path.parent.name in FOLDERS or path.parent.name.startswith("tasks-")
+        if path.parent in (place, most_items(place)) or path.parent.name in FOLDERS
     }
     out.write_text(json.dumps(files, separators=(",", ":")).replace('},"', '},\n"') + "\n")
 
