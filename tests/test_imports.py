@@ -60,7 +60,7 @@ def imported_packages(path: Path) -> set[str]:
 def test_imports_point_to_the_right(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     if package not in RANK:
-        assert package.removesuffix(".py") in EVERYWHERE | {"__init__"}, f"{path}: which layer is this?"
+        assert package.removesuffix(".py") in EVERYWHERE | {"__init__", "__main__"}, f"{path}: which layer is this?"
         return
     for other in imported_packages(path) - EVERYWHERE - {package}:
         assert RANK[other] > RANK[package], f"{package} may not import {other}"
