@@ -15,6 +15,8 @@ _BOUNDS = {
     "less_than_equal": ("le", "at most"),
     "less_than": ("lt", "below"),
 }
+_DEEPEST = 3
+"""Keys of a path at most, when a key is looked for elsewhere in the recipe."""
 MAX_MISTAKES = 30
 """Maximum number of mistakes in one message."""
 # For a union, pydantic reports only the branch chosen by the value's type. These words name the other branches.
@@ -68,7 +70,11 @@ def _explain(item: ErrorDetails, model: type[BaseModel]) -> str:
         legal = sorted(
             {_key_of(found, name) for found in _models_at(model, location[:-1]) for name in found.model_fields}
         )
-        return f"unknown key{did_you_mean(str(location[-1]), legal) or '; must be one of ' + ', '.join(legal)}"
+        got = str(location[-1])
+        # A key without its section is the usual mistake in an override.
+        hint = _elsewhere(model, got) if len(location) == 1 else ""
+        hint = hint or did_you_mean(got, legal) or f"; must be one of {', '.join(legal)}"
+        return f"unknown key{hint}"
     if kind == "missing":
         return "required (not there)"
     if kind == "value_error":
@@ -92,6 +98,22 @@ def _explain(item: ErrorDetails, model: type[BaseModel]) -> str:
         hint = "; write a blank after the colon" if lacks_blank else ""
         return f"must be {required}{_alternative(item)} (got {shorten(got)}){hint}"
     return f"{item['msg'].lower()} (got {shorten(got)})"
+
+
+def _elsewhere(model: type[BaseModel], name: str) -> str:
+    """Returns `; did you mean 'heal.context'?` for the places in the recipe that have the key; empty without any."""
+    places = list(dict.fromkeys(_places(model, name, ())))
+    return f"; did you mean {' or '.join(map(repr, places))}?" if places else ""
+
+
+def _places(model: type[BaseModel], name: str, above: tuple[str, ...]) -> Iterator[str]:
+    for field, info in model.model_fields.items():
+        path = (*above, _key_of(model, field))
+        if _key_of(model, field) == name:
+            yield ".".join(path)
+        elif len(path) < _DEEPEST:
+            for inner in _models_in(info.annotation):
+                yield from _places(inner, name, path)
 
 
 def _key_of(model: type[BaseModel], name: str) -> str:

@@ -71,6 +71,8 @@ def test_defaults_are_the_recommended_pairs(fold, relax, weights, inits):
 MISTAKES = [
     ({"fold": {"loop": 2}}, r"fold\.loop: unknown key; did you mean 'loops'\?"),
     ({"folds": {"loops": 2}}, r"recipe: .*folds: unknown key; did you mean 'fold'\?"),
+    ({"batch_tokens": 512}, r"batch_tokens: unknown key; did you mean 'heal\.batch_tokens'\?"),
+    ({"context": 512}, r"context: unknown key; did you mean 'calibration\.context' or 'heal\.context'\?"),
     (
         {"serving": []},
         r"serving: unknown key; must be one of calibration, description, drop, dtype, exits, factor, fold, heal",
