@@ -42,6 +42,7 @@ from refold.data.readers import DataSource
 from refold.errors import RecipeError, SourceError, given_or_default
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.load import choose_device, load_tokenizer
+from refold.nn.float32 import fast_float32
 from refold.planning.approximation import Approximation, require_text, stored_maps
 from refold.planning.notes import Note
 from refold.planning.plan import CostPair, Draft, Plan, StackPlan, plan_model, read_influence
@@ -172,6 +173,7 @@ def carry_out(
     with (
         AtomicFolder(destination, options.overwrite, needed) as out,
         CheckpointReader(path) if _has_weights(source) else nullcontext() as reader,
+        fast_float32(device),
     ):
         scratch = out.path / SCRATCH_NAME
         scratch.mkdir()

@@ -33,6 +33,7 @@ from refold.data.packing import PackedSequence
 from refold.data.readers import DataSource
 from refold.errors import FolderError, RecipeError
 from refold.modeling.load import choose_device, load_tokenizer
+from refold.nn.float32 import fast_float32
 from refold.planning.allocation import Choice, allocate, keep_energy
 from refold.planning.build import identity_blueprint
 from refold.planning.factors import (
@@ -283,7 +284,7 @@ def keep_moments(source: str | Path, recipe: RecipeLike, text: DataSource, folde
         folder.mkdir(parents=True)
     except FileExistsError:
         raise FolderError(f"{folder}: a new folder for moments is required (it is there); choose another") from None
-    with CheckpointReader(model.source.fetch()) as reader:
+    with CheckpointReader(model.source.fetch()) as reader, fast_float32(device):
         packed, folds = pack_folds(model, text, loaded)
         layers = SourceLayers(model, PieceReader(model, reader), device)
         _measure_moments(layers, packed, MomentStore(folder, folds=folds), loaded)

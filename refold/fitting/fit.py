@@ -38,6 +38,7 @@ from refold.fitting.timed_parts import timed_parts
 from refold.fitting.vocabulary import trim_menu
 from refold.fitting.write_recipe import recipe_of
 from refold.modeling.load import choose_device
+from refold.nn.float32 import fast_float32
 from refold.planning.build import identity_blueprint
 from refold.planning.replacements import PartPlace
 from refold.sources.pieces import PieceReader
@@ -194,8 +195,9 @@ class FitRun:
     @contextmanager
     def _open_layers(self) -> Iterator[SourceLayers]:
         model = self._job.model
-        with CheckpointReader(self._job.source.fetch()) as reader:
-            yield SourceLayers(model, PieceReader(model, reader), str(choose_device(self._job.options.device)))
+        device = str(choose_device(self._job.options.device))
+        with CheckpointReader(self._job.source.fetch()) as reader, fast_float32(device):
+            yield SourceLayers(model, PieceReader(model, reader), device)
 
     def _measured_menu(self, layers: SourceLayers) -> Menu:
         """Reads the menu of this folder, or measures it."""
