@@ -302,18 +302,16 @@ def heal_arms(study: RealModel) -> None:
     stage = HealStage(
         tokens=given.tokens, learning_rate=given.rate, batch_tokens=given.batch_tokens, context=given.context
     )
-    starts: list[tuple[str, float, str, Path | None]] = []
     for name, share, kind, recipe in study.arms():
-        starts.append((name, share, kind, study.convert(name, share, kind, recipe)))
-    for name, share, kind, start in starts:
         path = study.folder / "healed" / f"{slug(name)}-{share:g}-{kind}-{given.tokens}.json"
-        if start is None or path.exists() or not study.has_time:
+        start = None if path.exists() or not study.has_time else study.convert(name, share, kind, recipe)
+        if start is None:
             continue
         begun, out = time.perf_counter(), path.with_suffix("")
         if not out.exists():
             options = HealOptions(device=given.device, checkpoint_seconds=120.0)
             try:
-                with stopping_after(study.seconds_left):
+                with stopping_after(max(0.0, study.seconds_left)):
                     heal(start, out, study.text(MIXED), [stage], options=options)
             except (HealInterrupted, Stopped):
                 if study.has_time:
