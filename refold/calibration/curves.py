@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -74,12 +75,22 @@ class GroupWeightings:
         """Returns the weightings with another second moment of the inputs of one depth, ridge included."""
         return GroupWeightings({**self.inputs, depth: inputs}, self._own_outputs)
 
+    @cached_property
+    def _only(self) -> Weighting:
+        """The weighting of a linear that one depth uses: the factors of its moments take long."""
+        (depth,) = self.inputs
+        return Weighting(self.inputs[depth], self._own_outputs.get(depth))
+
     def of(self, depth: int) -> Weighting:
         """Returns the weighting of errors at one depth."""
+        if list(self.inputs) == [depth]:
+            return self._only
         return Weighting(self.inputs[depth], self._own_outputs.get(depth))
 
     def of_all(self) -> Weighting:
         """Returns the weighting of an error that all depths share, summed over depths."""
+        if len(self.inputs) == 1:
+            return self._only
         given = [each for each in self.inputs.values() if each is not None]
         return Weighting(torch.stack(given).sum(dim=0) if given else None, self.outputs)
 
@@ -99,6 +110,8 @@ class GroupWeightings:
 
     def mean(self, weights: Mapping[int, Tensor]) -> Tensor:
         """Returns the W that minimises the summed error: (sum W_b C_b) (sum C_b)^-1."""
+        if len(weights) == 1:
+            return next(iter(weights.values()))
         if any(each is None for each in self.inputs.values()):
             return torch.stack(list(weights.values())).mean(dim=0)
         total = torch.stack([each for each in self.inputs.values() if each is not None]).sum(dim=0)
@@ -189,7 +202,8 @@ def _measure(
     # Same rule as `fit_joint`: the weighted mean if the part uses all tied layers, else the mean of its sources.
     is_shared = len(group.sources) == len(weights)
     mean = weighting.mean(weights) if is_shared else torch.stack([read[layer] for layer in group.sources]).mean(dim=0)
-    tying = sum(each[depth].energy(matrix - mean) for depth, matrix in weights.items())
+    apart_of = {depth: matrix - mean for depth, matrix in weights.items() if matrix is not mean}
+    tying = sum((each[depth].energy(change) for depth, change in apart_of.items()), 0.0)
     stored = _curve(weighting.of_all().spectrum(mean), unit, tying)
     together: tuple[SharedCurve, ...] = ()
     apart: tuple[Curve, ...] = ()

@@ -125,7 +125,9 @@ def ridged(moment: Float[Tensor, "n n"], share: float) -> Float[Tensor, "n n"]:
     mean = float(wide.diagonal().mean())
     if mean <= 0:
         return torch.eye(len(wide), dtype=torch.float64, device=wide.device)
-    return (wide + wide.T) / 2 + share * mean * torch.eye(len(wide), dtype=torch.float64, device=wide.device)
+    found = (wide + wide.T).div_(2)
+    found.diagonal().add_(share * mean)
+    return found
 
 
 def parallel_sum(
