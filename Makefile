@@ -31,7 +31,7 @@ TEST = $(QUIET) PYTHONDONTWRITEBYTECODE= $(FOUND) OMP_NUM_THREADS=1 $(RUN_PYTHON
 .PHONY: environment demo test test-long test-vllm engines gpu lint docs clean
 
 demo: $(STAMPS)/package
-	$(QUIET) $(RUN_PYTHON) -m refold.cli demo
+	$(QUIET) $(RUN_PYTHON) -m refold demo
 
 # The virtual environment alone, with nothing in it yet.
 environment: $(STAMPS)/python

@@ -36,6 +36,13 @@ def test_commands_and_options_exist(page: Path) -> None:
             assert set(OPTION.findall(rest)) <= known, f"{page.name}: refold {name}{rest}"
 
 
+@pytest.mark.parametrize("page", [ROOT / "Makefile", *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_modules_that_are_run_can_be_run(page: Path) -> None:
+    for name in set(re.findall(r"-m (refold[\w.]*)", page.read_text(encoding="utf-8"))):
+        folder = ROOT / name.replace(".", "/")
+        assert folder.with_suffix(".py").exists() or (folder / "__main__.py").exists(), f"python -m {name}"
+
+
 def test_the_recipe_reference_is_up_to_date() -> None:
     done = subprocess.run([sys.executable, "docs/make_recipe_reference.py", "--check"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr
