@@ -216,7 +216,7 @@ def test_one_kind_of_text_has_a_line_with_its_price(tmp_path: Path):
     path = _jsonl(tmp_path / "a.jsonl", TEXTS)
     for data in (path, [str(path)], f"{path}=0.5", TEXTS, iter(TEXTS), open_data(path)):
         (line,) = describe_training(data)
-        assert "on stories, which it did not read, from 0.17 to 0.16 alone" in line
+        assert "on stories, which it did not read, from 0.17 to 0.13 alone" in line
         assert "\n" not in line
     for data in ([path, path], [f"{path}=1", f"{path}=2"], Mixture([(TEXTS, 1), (OTHERS, 1)]), open_text([path, path])):
         assert describe_training(data) == ()
