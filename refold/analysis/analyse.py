@@ -23,7 +23,7 @@ from refold.data.packing import IGNORED, PackedSequence
 from refold.data.readers import DataSource
 from refold.errors import DataError, SourceError, given_or_default
 from refold.modeling.load import choose_device, load_tokenizer
-from refold.nn.float32 import fast_float32
+from refold.nn.processor import fast_float32
 from refold.sources.measurements import MOMENTS_NAME, MeasuredText, Measurements, MomentSummary, Similarity
 from refold.sources.pieces import PieceReader
 from refold.sources.source_model import SourceModel, read_source_model, record_source

@@ -202,8 +202,7 @@ def _measure(
     # Same rule as `fit_joint`: the weighted mean if the part uses all tied layers, else the mean of its sources.
     is_shared = len(group.sources) == len(weights)
     mean = weighting.mean(weights) if is_shared else torch.stack([read[layer] for layer in group.sources]).mean(dim=0)
-    apart_of = {depth: matrix - mean for depth, matrix in weights.items() if matrix is not mean}
-    tying = sum((each[depth].energy(change) for depth, change in apart_of.items()), 0.0)
+    tying = sum((each[depth].energy(matrix - mean) for depth, matrix in weights.items() if matrix is not mean), 0.0)
     stored = _curve(weighting.of_all().spectrum(mean), unit, tying)
     together: tuple[SharedCurve, ...] = ()
     apart: tuple[Curve, ...] = ()

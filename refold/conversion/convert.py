@@ -42,7 +42,7 @@ from refold.data.readers import DataSource
 from refold.errors import RecipeError, SourceError, given_or_default
 from refold.modeling.configuration import RefoldConfig
 from refold.modeling.load import choose_device, load_tokenizer
-from refold.nn.float32 import fast_float32
+from refold.nn.processor import fast_float32
 from refold.planning.approximation import Approximation, require_text, stored_maps
 from refold.planning.notes import Note
 from refold.planning.plan import CostPair, Draft, Plan, StackPlan, plan_model, read_influence

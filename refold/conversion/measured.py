@@ -33,7 +33,7 @@ from refold.data.packing import PackedSequence
 from refold.data.readers import DataSource
 from refold.errors import FolderError, RecipeError
 from refold.modeling.load import choose_device, load_tokenizer
-from refold.nn.float32 import fast_float32
+from refold.nn.processor import fast_float32
 from refold.planning.allocation import Choice, allocate, keep_energy
 from refold.planning.build import identity_blueprint
 from refold.planning.factors import (

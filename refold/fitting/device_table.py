@@ -17,6 +17,7 @@ from refold.checkpoint.atomic_file import write_text
 from refold.errors import RefoldError
 from refold.families.arch import Frozen
 from refold.fitting.form_costs import Clock
+from refold.nn.processor import processor_field
 
 TABLE_FORMAT = 1
 ENGINE = "refold"
@@ -313,11 +314,7 @@ def describe_other_machine(table: DeviceTable, threads: int | None = None) -> st
 
 def processor_name() -> str:
     """Returns the name of this machine's processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.lower().startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
+    name = processor_field("model name") or platform.processor() or platform.machine()
     return f"{name} ({os.cpu_count()} processors)"
 
 

@@ -38,7 +38,7 @@ from refold.fitting.timed_parts import timed_parts
 from refold.fitting.vocabulary import trim_menu
 from refold.fitting.write_recipe import recipe_of
 from refold.modeling.load import choose_device
-from refold.nn.float32 import fast_float32
+from refold.nn.processor import fast_float32
 from refold.planning.build import identity_blueprint
 from refold.planning.replacements import PartPlace
 from refold.sources.pieces import PieceReader

@@ -8,6 +8,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from refold.nn.processor import has_instructions
+
 SMALLEST_HIDDEN_SIZE = 128
 """Below this size the conversion of activations to bfloat16 costs as much time as the faster products save."""
 FLOAT32_SDPA = "refold_float32_sdpa"
@@ -35,12 +37,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Returns whether the device has bfloat16 products in hardware: some GPUs, and CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and any(_has(name) for name in ("amx_tile", "avx512_bf16"))
-
-
-def _has(instructions: str) -> bool:
-    # These functions of torch are private and missing in some versions.
-    return getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)()
+    return device.type == "cpu" and any(has_instructions(name) for name in ("amx_tile", "avx512_bf16"))
 
 
 def attend_in_float32(model: PreTrainedModel) -> None:

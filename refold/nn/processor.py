@@ -1,4 +1,4 @@
-"""float32 products by oneDNN, on processors where torch's own library for them is slow.
+"""What this machine's processor has, and float32 products by the library that is fast on it.
 
 torch hands float32 products on x86 to MKL, which takes two to three times as long as oneDNN on AMD processors with
 AVX-512. It hands them to oneDNN where a lower precision is allowed (`torch.set_float32_matmul_precision("medium")`).
@@ -45,22 +45,29 @@ def _precision() -> str | None:
 
 @functools.cache
 def _pays() -> bool:
-    return _vendor() == "AuthenticAMD" and _has("avx512") and not _has("amx_tile") and _is_exact()
+    is_fast = has_instructions("avx512") and not has_instructions("amx_tile")
+    return is_fast and _vendor() == "AuthenticAMD" and _is_exact()
 
 
-def _has(instructions: str) -> bool:
+def has_instructions(name: str) -> bool:
+    """Returns whether the processor has instructions that torch knows by a name, such as `amx_tile`."""
     # These functions of torch are private and missing in some versions.
-    return getattr(torch.cpu, f"_is_{instructions}_supported", lambda: False)()
+    return getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()
+
+
+def processor_field(name: str) -> str | None:
+    """Returns a field of the first processor in Linux's list, such as `model name`; None where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.lower().startswith(name)), None)
 
 
 def _vendor() -> str:
     """Returns the name that the processor gives its maker; empty if it is not known."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        # Windows has it at the end of a longer name.
-        return platform.processor().rpartition(", ")[2]
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    # Windows has it at the end of a longer name.
+    return processor_field("vendor_id") or platform.processor().rpartition(", ")[2]
 
 
 def _is_exact() -> bool:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from refold.nn import float32
-from refold.nn.float32 import MOST_ERROR, fast_float32
+from refold.nn import processor as module
+from refold.nn.processor import MOST_ERROR, fast_float32
 
 
 @pytest.fixture
@@ -12,13 +12,13 @@ def processor(monkeypatch: pytest.MonkeyPatch):
     """Makes the processor look like another."""
 
     def make(vendor: str, *instructions: str, is_exact: bool = True) -> None:
-        monkeypatch.setattr(float32, "_vendor", lambda: vendor)
-        monkeypatch.setattr(float32, "_has", lambda name: name in instructions)
-        monkeypatch.setattr(float32, "_is_exact", lambda: is_exact)
-        float32._pays.cache_clear()
+        monkeypatch.setattr(module, "_vendor", lambda: vendor)
+        monkeypatch.setattr(module, "has_instructions", lambda name: name in instructions)
+        monkeypatch.setattr(module, "_is_exact", lambda: is_exact)
+        module._pays.cache_clear()
 
     yield make
-    float32._pays.cache_clear()
+    module._pays.cache_clear()
 
 
 def test_products_are_as_exact_as_float32() -> None:
@@ -71,6 +71,6 @@ def test_products_that_are_rounded_are_noticed(monkeypatch: pytest.MonkeyPatch) 
         return product(one.bfloat16(), other.bfloat16()).float()
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", round_products)
-    assert not float32._is_exact()
+    assert not module._is_exact()
     monkeypatch.setattr(torch.Tensor, "__matmul__", product)
     assert torch.get_float32_matmul_precision() == "highest"
