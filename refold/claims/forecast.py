@@ -9,7 +9,7 @@ from refold.claims.arm_plan import ArmPlanner
 from refold.claims.claim import ClaimArm
 from refold.evaluation.subject import open_subject
 from refold.healing.probe import probe
-from refold.progress import describe_duration
+from refold.progress import Report, describe_duration
 from refold.recipe.heal import HealStage
 
 BACKWARD = 3.0
@@ -128,7 +128,7 @@ class ClaimsForecast:
         )
 
 
-def measure_pace(maker: ArmMaker, device: str | None) -> Pace:
+def measure_pace(maker: ArmMaker, device: str | None, report: Report) -> Pace:
     """Measures a few training steps of the source, and a reading of the validation text."""
     scale, source = maker.planner.scale, maker.planner.model.source
     stage = HealStage.model_validate(
@@ -143,10 +143,12 @@ def measure_pace(maker: ArmMaker, device: str | None) -> Pace:
     speed = probe(source, maker.texts.train, stage, device=device, quiet=True).tokens_per_second
     subject, validation = open_subject(source, device=device), maker.texts.validation
     seconds = []
-    for _ in range(2):
+    for done in range(1, 3):
+        report(done, 3)
         started = time.perf_counter()
         maker.bits(subject, validation)
         seconds.append(time.perf_counter() - started)
+    report(3, 3)
     # The first reading also allocates memory.
     return Pace(1 / (BACKWARD * speed), min(seconds) / validation.documents.num_tokens)
 

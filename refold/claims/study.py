@@ -144,7 +144,8 @@ def run_claims(
             maker, (*chosen, _source_claim()), show, {"task_data": settings.task_data, "engine": settings.engine}
         )
         device = settings.device
-        works = bench.works(measure_pace(maker, device))
+        with show.progress("claims: budget", "measurements") as report:
+            works = bench.works(measure_pace(maker, device, report))
         show.say(forecast_claims(len(chosen), works).line)
         with show.progress("claims", "models") as report:
             bench.run(works, report)
