@@ -3,13 +3,16 @@
 import functools
 import gc
 import json
+import multiprocessing
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from itertools import count
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -202,6 +205,20 @@ def material() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"real models are required: set REFOLD_MATERIAL to a folder that has them (got {folder})")
     return folder
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Starts processes that load torch once: a fork server does so, and has no threads whose locks a child inherits."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["refold.conversion.convert", "refold.healing.heal", "transformers.models.llama.modeling_llama"]
+    )
+    # The first child waits until the server has loaded everything; later ones start in milliseconds.
+    child = context.Process(target=time.sleep, args=(0,))
+    child.start()
+    child.join()
+    return context
 
 
 @pytest.fixture(scope="session")

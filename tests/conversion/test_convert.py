@@ -1,7 +1,6 @@
 """Conversion of whole folders: written files, and errors that leave no files."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -10,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing.synchronize import Event
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -279,14 +278,8 @@ def test_a_full_disk_leaves_nothing_behind(source, tmp_path):
         subprocess.run(["umount", place], check=True)
 
 
-def _convert(source: Path, out: Path, loops: int, begun: Event) -> None:
-    begun.set()
-    convert(source, out, {"fold": {"loops": loops, "init": "average"}}, options=ConvertOptions(overwrite=True))
-
-
-def kill_at_random(source: Path, folder: Path, times: int) -> None:
+def kill_at_random(processes: ForkServerContext, source: Path, folder: Path, times: int) -> None:
     """Overwrites a folder again and again and kills the writer on the way."""
-    context = multiprocessing.get_context("fork")
     convert(source, folder / "out", {"fold": {"loops": 2, "init": "average"}})
     whole = {}
     for loops in (2, 4):
@@ -294,10 +287,13 @@ def kill_at_random(source: Path, folder: Path, times: int) -> None:
         whole[loops] = (folder / f"loops{loops}" / "model.safetensors").read_bytes()
     dice, killed, longest = random.Random(0), 0, 0.05
     for attempt in range(40 * times):
-        begun = context.Event()
-        writer = context.Process(target=_convert, args=(source, folder / "out", 2 + attempt % 2 * 2, begun))
+        recipe = {"fold": {"loops": 2 + attempt % 2 * 2, "init": "average"}}
+        writer = processes.Process(
+            target=convert,
+            args=(source, folder / "out", recipe),
+            kwargs={"options": ConvertOptions(overwrite=True)},
+        )
         writer.start()
-        begun.wait(60)
         started = time.monotonic()
         writer.join(dice.uniform(0, longest))
         if writer.is_alive():
@@ -316,13 +312,13 @@ def kill_at_random(source: Path, folder: Path, times: int) -> None:
     pytest.fail(f"only {killed} of {times} writers were caught alive")
 
 
-def test_a_kill_during_conversion_leaves_the_old_or_the_new_folder(make_source, tmp_path):
-    kill_at_random(make_source("llama"), tmp_path, 3)
+def test_a_kill_during_conversion_leaves_the_old_or_the_new_folder(processes, make_source, tmp_path):
+    kill_at_random(processes, make_source("llama"), tmp_path, 3)
 
 
 @pytest.mark.long
-def test_twenty_kills_during_conversion_leave_the_old_or_the_new_folder(make_source, tmp_path):
-    kill_at_random(make_source("llama"), tmp_path, 20)
+def test_twenty_kills_during_conversion_leave_the_old_or_the_new_folder(processes, make_source, tmp_path):
+    kill_at_random(processes, make_source("llama"), tmp_path, 20)
 
 
 @pytest.mark.parametrize("init", ["svd", "joint"])

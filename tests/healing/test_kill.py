@@ -1,6 +1,5 @@
-"""Kills at random moments. A fork server loads torch once; its children heal and are killed."""
+"""Kills at random moments: children of the fork server heal and are killed."""
 
-import multiprocessing
 import random
 import time
 from dataclasses import replace
@@ -11,17 +10,6 @@ import torch
 from refold.checkpoint.manifest import verify
 from refold.healing.heal import heal
 from refold.healing.run import HealOptions
-
-
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["refold.healing.heal", "transformers.models.llama.modeling_llama"])
-    # The first child waits until the server has loaded everything; later ones start in milliseconds.
-    child = context.Process(target=time.sleep, args=(0,))
-    child.start()
-    child.join()
-    return context
 
 
 def _kill_at_random_moments(healing, processes, weights, tmp_path, count, seed):
