@@ -26,7 +26,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,9 +34,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from page import run_facts
+from real_models_files import keep, keep_facts, slug, unpack
 from real_models_options import arguments
-from real_models_page import render, unpack
+from real_models_page import render
 from starts import ARMS, count_bytes
 from transformers import AutoModelForCausalLM
 
@@ -69,11 +69,6 @@ MIXED = "all"
 """Name of the calibration text that mixes all kinds in equal parts."""
 
 
-def by_kind(given: Sequence[str]) -> dict[str, str]:
-    """Returns the texts by kind, of `KIND=TEXT`."""
-    return {kind: text for kind, _, text in (each.partition("=") for each in given)}
-
-
 @dataclass(frozen=True)
 class RealModel:
     """One source with the state that all commands share."""
@@ -103,14 +98,12 @@ class RealModel:
 
     @property
     def calibrations(self) -> list[str]:
-        return self.given.calibration or [next(iter(by_kind(self.given.train))), MIXED]
+        return self.given.calibration or [next(iter(self.given.train)), MIXED]
 
     def text(self, kind: str) -> DataSource:
         """Returns the calibration text of one kind, or the mixture of all in equal parts."""
-        texts = by_kind(self.given.train)
-        if kind != MIXED:
-            return open_text([texts[kind]])
-        return open_text([f"{text}={1 / len(texts):.6f}" for text in texts.values()])
+        texts = self.given.train
+        return open_mixture(texts.values() if kind == MIXED else [texts[kind]])
 
     def moments(self, kind: str) -> Path:
         """Measures the moments of a calibration text once."""
@@ -137,7 +130,7 @@ class RealModel:
     def held_out(self) -> list[DataSource]:
         """The first characters of documents that are spread evenly over each file; a file that is one text is cut."""
         given, found = self.given, []
-        for kind, text in by_kind(given.held_out).items():
+        for kind, text in given.held_out.items():
             whole = [each for each in open_text([text]).documents() if len(each) >= given.characters]
             if len(whole) < given.documents:
                 whole = paragraphs("\n\n".join(whole), given.documents)
@@ -213,21 +206,15 @@ def reads_text(model: Any, recipe: dict[str, Any]) -> bool:
     return bool(made.needs_text or made.measures_influence or made.fits_in_sequence or made.replaces)
 
 
+def open_mixture(texts: Collection[str]) -> DataSource:
+    """Opens texts in equal parts."""
+    return open_text([f"{text}={1 / len(texts):.6f}" for text in texts] if len(texts) > 1 else list(texts))
+
+
 def paragraphs(text: str, count: int) -> list[str]:
     """Returns a text from `count` evenly spaced paragraphs on."""
     starts = [text.find("\n\n", place) + 2 for place in range(0, len(text), len(text) // (count + 1))]
     return [text[start:] for start in starts[:count]]
-
-
-def slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name)
-
-
-def keep(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(row, indent=1) + "\n")
-    part.replace(path)
 
 
 def measure(study: RealModel) -> None:
@@ -297,13 +284,16 @@ def greedy(model: Any, ids: torch.Tensor) -> list[int]:
 
 
 def heal_arms(study: RealModel) -> None:
-    """Heals each arm on the mixture of all kinds, and measures it; an interrupted run goes on."""
+    """Heals each arm on a mixture in equal parts, and measures it; an interrupted run goes on."""
     given = study.given
+    kinds = "" if given.heal_on is None else "+".join(given.heal_on)
+    texts = given.train if given.heal_on is None else given.heal_on
     stage = HealStage(
         tokens=given.tokens, learning_rate=given.rate, batch_tokens=given.batch_tokens, context=given.context
     )
     for name, share, kind, recipe in study.arms():
-        path = study.folder / "healed" / f"{slug(name)}-{share:g}-{kind}-{given.tokens}.json"
+        run = f"{slug(name)}-{share:g}-{kind}-{given.tokens}{'-' if kinds else ''}{kinds}"
+        path = study.folder / "healed" / f"{run}.json"
         start = None if path.exists() or not study.has_time else study.convert(name, share, kind, recipe)
         if start is None:
             continue
@@ -312,7 +302,7 @@ def heal_arms(study: RealModel) -> None:
             options = HealOptions(device=given.device, checkpoint_seconds=120.0)
             try:
                 with stopping_after(max(0.0, study.seconds_left)):
-                    heal(start, out, study.text(MIXED), [stage], options=options)
+                    heal(start, out, open_mixture(texts.values()), [stage], options=options)
             except (HealInterrupted, Stopped):
                 if study.has_time:
                     raise
@@ -320,7 +310,7 @@ def heal_arms(study: RealModel) -> None:
                 return
         row = study.row(study.evaluate(out), RefoldConfig.from_pretrained(out).read_blueprint(), None)
         more = {"tokens": given.tokens, "batch_tokens": given.batch_tokens, "rate": given.rate}
-        more |= {"seconds": round(time.perf_counter() - begun)}
+        more |= {"seconds": round(time.perf_counter() - begun), "healed_on": kinds}
         keep(path, {"arm": name, "asked": share, "calibration": kind, **row, **more})
         print(f"{name} at {share:g}, {kind}, healed: {row['kinds']}", flush=True)
 
@@ -359,8 +349,9 @@ def score_tasks(study: RealModel) -> None:
         wanted.append((f"{slug(name)}-{share:g}-{kind}", facts, study.convert(name, share, kind, recipe), None))
         for healed in sorted((study.folder / "healed").glob(f"{slug(name)}-{share:g}-{kind}-*.json")):
             if (folder := healed.with_suffix("")).is_dir():
-                tokens = json.loads(healed.read_text())["tokens"]
-                wanted.append((healed.stem, {**facts, "tokens": tokens}, folder, None))
+                row = json.loads(healed.read_text())
+                more = {"tokens": row["tokens"], "healed_on": row.get("healed_on", "")}
+                wanted.append((healed.stem, {**facts, **more}, folder, None))
     for key, facts, model, scheme in wanted:
         path = place / f"{key}.json"
         if model is None or path.exists() or not study.has_time:
@@ -370,15 +361,6 @@ def score_tasks(study: RealModel) -> None:
         keep(path, {**facts, "seconds": round(time.perf_counter() - begun), **card.model_dump(mode="json")})
         assert card.tasks is not None
         print(f"{key}: {card.tasks.average:.4f}, {time.perf_counter() - begun:.0f} s", flush=True)
-
-
-def keep_facts(folder: Path, command: str) -> None:
-    """Writes the facts of this call, unless an earlier call had the same command line on the same machine."""
-    facts = run_facts(0, os.getloadavg()[0])
-    earlier = [json.loads(path.read_text()) for path in folder.glob(f"facts-{command}*.json")]
-    if any(all(each[name] == facts[name] for name in ("command", "machine")) for each in earlier):
-        return
-    keep(folder / f"facts-{command}{f'-{len(earlier) + 1}' if earlier else ''}.json", facts)
 
 
 def main() -> int:

@@ -1,11 +1,17 @@
 """Arguments of the commands of `real_models.py`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from starts import ARMS
 
 from refold.fields import read_amount
+
+
+def by_kind(given: Sequence[str]) -> dict[str, str]:
+    """Returns the texts by kind, of `KIND=TEXT`."""
+    return {kind: text for kind, _, text in (each.partition("=") for each in given)}
 
 
 def arguments(about: str | None) -> argparse.Namespace:
@@ -35,7 +41,14 @@ def arguments(about: str | None) -> argparse.Namespace:
         each.add_argument("--minutes", type=float, default=1e9, help="begin nothing further after so many")
     commands.choices["tasks"].add_argument("--task-data", type=Path, required=True)
     commands.choices["tasks"].add_argument("--limit", type=int, default=500)
+    commands.choices["heal"].add_argument(
+        "--heal-on", nargs="+", metavar="KIND=TEXT", help="texts to heal on, in equal parts; default: those of --train"
+    )
     commands.choices["heal"].add_argument("--batch-tokens", type=read_amount, default=4096)
     commands.choices["heal"].add_argument("--rate", type=float, default=5e-4)
     commands.choices["heal"].add_argument("--save-every", type=int, default=10, help="steps between checkpoints")
-    return parser.parse_args()
+    given = parser.parse_args()
+    for name in ("train", "held_out", "heal_on"):
+        if getattr(given, name, None) is not None:
+            setattr(given, name, by_kind(getattr(given, name)))
+    return given

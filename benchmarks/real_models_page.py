@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from page import Page, table
+from real_models_files import Row, most_items, pack, read, read_facts
 
-Row = dict[str, Any]
 NO_TEXT = "none"
+OWN = "own"
+"""Kind of text that the source has written."""
 SAME = 2e-5
-FOLDERS = ("rows", "healed")
 SCHEMES = ("the source in int8", "the source in int4")
 READING = """Differences are bits per byte above the source on the same documents, with the standard error of the paired
 difference over documents; below zero is better than the source. `books` and `docs` are held-out texts of the two kinds
@@ -22,14 +23,9 @@ embedding included, which no arm makes smaller.
 The sources were published as 4-bit integers and are dequantised here. Their weights lie on a 4-bit grid already, so the
 row `int4` flatters: rounding to nearly the same grid loses little. A source in bfloat16 would lose more."""
 
-HEALING = """Healed on books and docs in equal parts, by distillation from the source; `calibrated on` is the text of
-the start. Matrix products are in bfloat16 where the processor has instructions for it. The last columns are the losses
-before. Runs of so few tokens show the beginning of healing, not its end."""
-
-
-def read(folder: Path) -> list[Row]:
-    """Reads the rows of a folder, in order of size and then of arm."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+HEALING = """Healed by distillation from the source, on books and docs in equal parts or on text that the source wrote
+itself; `calibrated on` is the text of the start. Matrix products are in bfloat16 where the processor has instructions
+for it. The last columns are the losses before. Runs of so few tokens show the beginning of healing, not its end."""
 
 
 def cell(value: dict[str, Any]) -> str:
@@ -49,12 +45,18 @@ def mean(row: Row) -> float:
     return sum(each["difference"] for each in row["kinds"].values()) / len(row["kinds"])
 
 
-Key = tuple[str, float, str, int]
-"""Arm, share that was asked for, calibration text, and tokens of healing."""
+Key = tuple[str, float, str, int, str]
+"""Arm, share that was asked for, calibration text, tokens of healing and their text."""
 
 
-def key(row: Row, tokens: int | None = None) -> Key:
-    return row["arm"], row["asked"], row["calibration"], row.get("tokens", 0) if tokens is None else tokens
+def key(row: Row) -> Key:
+    return row["arm"], row["asked"], row["calibration"], row.get("tokens", 0), row.get("healed_on", "")
+
+
+def healed_on(row: Row) -> str:
+    """Returns the text of healing."""
+    kinds: str = row.get("healed_on") or "books+docs"
+    return "the source's own" if kinds == OWN else kinds.replace("+", ", ")
 
 
 def body(
@@ -82,8 +84,8 @@ def body(
             *(cell(row["kinds"][kind]) for kind in kinds),
         ]
         if unhealed is not None:
-            before = former.get(key(row, tokens=0))
-            line.append(f"{row['tokens']:,} in steps of {row['batch_tokens']:,}")
+            before = former.get((*key(row)[:3], 0, ""))
+            line += [f"{row['tokens']:,} in steps of {row['batch_tokens']:,}", healed_on(row)]
             line += [cell(before["kinds"][kind]) if before else "" for kind in kinds]
         if tasks:
             line.append("" if scored is None else average(scored, source_of(tasks)))
@@ -140,14 +142,11 @@ def describe(page: Page, name: str, place: Path) -> None:
     if healed:
         lines = body(healed, kinds, tasks, made)
         before = [f"{kind} before" for kind in kinds]
-        page.section(f"{name}, healed", f"{HEALING}\n\n{table([*columns, 'tokens', *before, *seven(tasks)], lines)}")
+        page.section(
+            f"{name}, healed", f"{HEALING}\n\n{table([*columns, 'tokens', 'healed on', *before, *seven(tasks)], lines)}"
+        )
     if tasks:
         page.section(f"{name}, tasks", each_task(tasks.values()))
-
-
-def most_items(place: Path) -> Path:
-    """Returns the folder of the scores of most items; scores of others are of other items, which do not pair."""
-    return max(place.glob("tasks-*"), key=lambda path: int(path.name.partition("-")[2]), default=place / "tasks-0")
 
 
 def describe_identity(row: Row) -> str:
@@ -170,11 +169,6 @@ def source_spread(rows: Sequence[Row], kinds: Sequence[str]) -> float:
     return max(max(each) - min(each) for each in measured)
 
 
-def read_facts(place: Path) -> list[Row]:
-    """Returns the facts of all commands of one model."""
-    return [json.loads(path.read_text()) for path in sorted(place.glob("facts-*.json"))]
-
-
 def source_bits(row: Row, kind: str) -> float:
     return row["kinds"][kind]["bits_per_byte"] - row["kinds"][kind]["difference"]
 
@@ -192,7 +186,7 @@ def each_task(found: Iterable[Row]) -> str:
     for row in rows:
         by_name = {task["name"]: task for task in row["tasks"]["tasks"]}
         name = label(row) if row["calibration"] == NO_TEXT else f"{label(row)} ({row['calibration']})"
-        name += f", healed on {row['tokens']:,} tokens" if "tokens" in row else ""
+        name += f", healed on {row['tokens']:,} tokens ({healed_on(row)})" if "tokens" in row else ""
         share = "" if row["arm"].startswith("the source") else f"{row['asked']:.0%}"
         lines.append([name, share, *(f"{by_name[name]['value']:.1%}" for name in names), average(row, source)])
     chance = {task["name"]: task["chance"] for task in rows[0]["tasks"]["tasks"]}
@@ -215,23 +209,3 @@ def render(work: Path, out: Path | None) -> int:
     if out is not None:
         pack(places, out.with_suffix(".json"))
     return page.finish(out)
-
-
-def pack(places: Sequence[Path], out: Path) -> None:
-    """Writes all figures into one file."""
-    files = {
-        str(path.relative_to(place.parent)): json.loads(path.read_text())
-        for place in places
-        for path in sorted(place.rglob("*.json"))
-        if path.parent in (place, most_items(place)) or path.parent.name in FOLDERS
-    }
-    out.write_text(json.dumps(files, separators=(",", ":")).replace('},"', '},\n"') + "\n")
-
-
-def unpack(known: Path, work: Path) -> None:
-    """Writes the figures of such a file as the files that the commands make, unless they are there."""
-    for name, content in json.loads(known.read_text()).items():
-        path = work / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content, indent=1) + "\n")
