@@ -1,5 +1,4 @@
 import hashlib
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -12,36 +11,13 @@ import torch
 from tokenizers import Regex, Tokenizer, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from refold.blueprint.integers import COMMON_SCHEMES, SCHEMES
-from refold.blueprint.quantisation import quantised_bytes
-from refold.conversion.convert import ConvertOptions, convert
-from refold.data.mixture import MixedSource, Mixture
+from refold.conversion.convert import convert
 from refold.data.readers import from_documents
-from refold.data.split import split
-from refold.errors import DataError, RefoldError, SourceError
 from refold.evaluation.evaluate import evaluate
-from refold.evaluation.result import Evaluation, read_evaluation
+from refold.evaluation.result import Evaluation
 from refold.evaluation.settings import DEFAULT_CONTEXT, EvaluationSettings
-from refold.evaluation.text import describe_domain
 from refold.modeling import load
 from refold.modeling.load import load_model, load_tokenizer
-from refold.modeling.quantise import quantise_linears
-from refold.planning.build import identity_blueprint
-from refold.sources.source_model import read_source_model
-
-LORA = {"type": "lora", "rank": 5}
-
-
-@pytest.fixture(scope="module")
-def source(make_model) -> Path:
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def folded(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("folded") / "out"
-    convert(source, folder, {"fold": {"loops": 2}, "relax": LORA, "exits": {"at": "loops"}})
-    return folder
 
 
 class Naive:
@@ -310,42 +286,6 @@ def test_bfloat16_weights_are_used_as_asked(source, sentences):
     assert found.bits_per_byte == pytest.approx(full.bits_per_byte, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"context": 257}, r"context: must be at most 256, the positions of .* \(got 257\)"),
-        ({"context": 0}, r"context: at least 1 token is required \(got 0\)"),
-        ({"context": 8, "stride": 9}, r"a stride between 1 and the context of 8 tokens is required \(got 9\)"),
-        ({"batch_size": 0}, r"batch_size: at least 1 window is required \(got 0\)"),
-        ({"max_tokens": 1}, r"data: a document of at least two tokens is required \(got 1 in all\)"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(source, sentences, options, message: str):
-    with pytest.raises(DataError, match=message):
-        evaluate(source, from_documents(sentences), EvaluationSettings(device="cpu", **options))
-
-
-def test_another_vocabulary_is_refused(source, make_source, make_model, sentences, tmp_path: Path):
-    data = from_documents(sentences)
-    with pytest.raises(SourceError, match=r"against: the vocabulary of .* is required \(got 300 and 96 tokens\)"):
-        evaluate(source, data, EvaluationSettings(device="cpu"), against=make_source("llama"))
-    other = make_model()
-    text = (other / "tokenizer.json").read_text(encoding="utf-8")
-    (other / "tokenizer.json").write_text(text.replace('"</s>"', '"<end>"'), encoding="utf-8")
-    config = (other / "tokenizer_config.json").read_text(encoding="utf-8")
-    (other / "tokenizer_config.json").write_text(config.replace('"</s>"', '"<end>"'), encoding="utf-8")
-    with pytest.raises(SourceError, match=r"\(got 2 entries that only one has\); compare models that share a token"):
-        evaluate(source, data, EvaluationSettings(device="cpu"), against=other)
-
-
-def test_a_tokenizer_is_required(source, make_source, sentences):
-    data = from_documents(sentences)
-    with pytest.raises(SourceError, match=r"a tokenizer is required \(none there\); copy its files into the folder"):
-        evaluate(make_source("llama"), data, EvaluationSettings(device="cpu"))
-    with pytest.raises(SourceError, match="a tokenizer is required"):
-        evaluate(load_model(source, device="cpu"), data)
-
-
 def test_stored_bytes_are_stated_where_half_precision_is_slow(source, sentences, tmp_path, monkeypatch):
     half = tmp_path / "half"
     load_model(source, device="cpu").bfloat16().save_pretrained(half)
@@ -354,70 +294,6 @@ def test_stored_bytes_are_stated_where_half_precision_is_slow(source, sentences,
         monkeypatch.setattr(load, "_has_half_instructions", lambda dtype, is_fast=is_fast: is_fast)
         facts = evaluate(half, from_documents(sentences), EvaluationSettings(device="cpu")).model
         assert (facts.dtype, facts.computed_in, facts.weight_bytes) == ("bfloat16", computed_in, 2 * facts.parameters)
-
-
-@pytest.mark.parametrize("option", [{"dtype": "bfloat16"}, {"device": "cpu"}])
-def test_a_loaded_model_is_not_moved(source, sentences, option):
-    model = load_model(source, device="cpu")
-    with pytest.raises(RefoldError, match=r"only a model loaded from a folder can be given one \(got .* for a loaded"):
-        evaluate(model, from_documents(sentences), EvaluationSettings(**option), tokenizer=load_tokenizer(source))
-
-
-@pytest.mark.parametrize("scheme", [*COMMON_SCHEMES, "int3g128", "int2"])
-def test_quantised_linears_are_scored_and_their_bytes_counted(source, folded, sentences, scheme: str):
-    data = from_documents(sentences)
-    for folder in (source, folded):
-        whole = evaluate(folder, data, EvaluationSettings(device="cpu"))
-        found = evaluate(folder, data, EvaluationSettings(quantise=scheme, device="cpu"), against=folder)
-        model: Any = load_model(folder, device="cpu")
-        quantise_linears(model, SCHEMES[scheme])
-        by_hand = evaluate(model, data, tokenizer=load_tokenizer(folder))
-        assert found.bits_per_byte == by_hand.bits_per_byte != whole.bits_per_byte
-        assert (found.model.quantised, whole.model.quantised) == (scheme, None)
-        arch = read_source_model(source).arch
-        blueprint = identity_blueprint(arch) if folder == source else model.config.read_blueprint()
-        assert found.model.weight_bytes == quantised_bytes(blueprint, 4, SCHEMES[scheme]) < whole.model.weight_bytes
-        assert found.model.parameters == whole.model.parameters
-        # The model compared with is not quantised.
-        assert found.against is not None
-        assert found.against.model == whole.model
-        assert found.against.bits_per_byte == whole.bits_per_byte
-        assert 0 < found.against.kl < (0.1 if scheme == "int8" else 10)
-
-
-def test_int8_is_nearer_than_int4(source, sentences):
-    data = from_documents(sentences)
-    found = [
-        evaluate(source, data, EvaluationSettings(quantise=scheme, device="cpu"), against=source).against
-        for scheme in COMMON_SCHEMES
-    ]
-    assert found[0].kl < 0.2 * found[1].kl  # pyright: ignore[reportOptionalMemberAccess]
-
-
-def test_what_cannot_be_quantised_is_refused(source, sentences):
-    data = from_documents(sentences)
-    with pytest.raises(RefoldError, match=r"quantise: must be int8, or int2 to int6 .* \(got 'int7'\)"):
-        evaluate(source, data, EvaluationSettings(quantise="int7", device="cpu"))
-    model = load_model(source, device="cpu")
-    with pytest.raises(
-        RefoldError, match=r"quantise: a model's folder is required \(got a loaded model, whose weights"
-    ):
-        evaluate(model, data, EvaluationSettings(quantise="int8"), tokenizer=load_tokenizer(source))
-
-
-def test_models_on_two_devices_are_refused(source, sentences):
-    other: Any = load_model(source, device="cpu")
-    other.to("meta")
-    with pytest.raises(RefoldError, match=r"against: both models on one device are required \(got cpu and meta\)"):
-        evaluate(source, from_documents(sentences), EvaluationSettings(device="cpu"), against=other)
-
-
-def test_numbers_that_are_not_finite_are_refused(source, sentences):
-    model: Any = load_model(source, device="cpu")
-    with torch.no_grad():
-        model.get_input_embeddings().weight.fill_(math.nan)
-    with pytest.raises(RefoldError, match=r"finite predictions are required \(got nan in float32\); the weights are"):
-        evaluate(model, from_documents(sentences), tokenizer=load_tokenizer(source))
 
 
 def test_all_logits_are_never_held(source, sentences, monkeypatch):
@@ -465,94 +341,3 @@ def test_a_real_model_and_its_identity_fold_score_alike(name: str, material: Pat
     ids = AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False)["input_ids"]
     assert found.tokens == len(ids)
     assert stock.config.vocab_size > max(ids)
-
-
-def test_several_kinds_are_each_reported_and_the_whole_is_over_all(source: Path, folded: Path, sentences):
-    first, second = list(sentences[:4]), ["Numbers 1 2 3 4 5 and 6.", "More of them: 7 8 9."]
-    settings = EvaluationSettings(context=16, stride=8, device="cpu")
-    kinds = [from_documents(first, name="prose"), from_documents(second, name="numbers")]
-    whole = evaluate(folded, kinds, settings, against=source)
-    assert [kind.name for kind in whole.kinds] == ["prose", "numbers"]
-    for kind, texts in zip(whole.kinds, (first, second), strict=True):
-        alone = evaluate(folded, texts, settings, against=source)
-        assert alone.kinds == ()
-        assert alone.against is not None
-        assert (kind.documents, kind.tokens, kind.bytes) == (alone.documents, alone.tokens, alone.bytes)
-        assert kind.bits_per_byte == pytest.approx(alone.bits_per_byte, rel=1e-5)
-        assert kind.bits_per_byte_error == pytest.approx(alone.bits_per_byte_error, rel=1e-4)
-        assert kind.difference == pytest.approx(alone.against.difference, abs=1e-6)
-        assert kind.kl == pytest.approx(alone.against.kl, rel=1e-4)
-        assert (kind.accuracy, kind.agreement) == pytest.approx((alone.accuracy, alone.against.agreement))
-    together = evaluate(folded, [*first, *second], settings, against=source)
-    assert whole.bits_per_byte == pytest.approx(together.bits_per_byte, rel=1e-5)
-    assert (whole.documents, whole.bytes) == (together.documents, together.bytes)
-    assert sum(kind.tokens for kind in whole.kinds) == whole.tokens
-
-
-def test_a_bound_on_tokens_is_shared_out_among_kinds(source: Path, sentences):
-    texts = [from_documents([sentence * 5], name=name) for sentence, name in zip(sentences, "abc", strict=False)]
-    short = from_documents(["Short."], name="short")
-    found = evaluate(source, [short, *texts], EvaluationSettings(max_tokens=200, context=16, device="cpu"))
-    # Start tokens count: a short kind leaves its rest to the others.
-    assert found.kinds[0].tokens < 20
-    assert [kind.tokens for kind in found.kinds[1:]] == pytest.approx([(200 - found.kinds[0].tokens) / 3] * 3, abs=3)
-    assert not found.is_whole_data
-
-
-def test_weights_are_refused_where_nothing_is_mixed(source: Path, sentences):
-    mixture = Mixture([(list(sentences), 1), (["Another kind of text here."], 2)])
-    with pytest.raises(DataError, match=r"files without weights are required for an evaluation.*drop `=WEIGHT`"):
-        evaluate(source, mixture, EvaluationSettings(device="cpu"))
-
-
-def test_a_model_evaluated_on_its_calibration_text_alone_has_a_line(source: Path, sentences, tmp_path: Path):
-    for name in ("books", "docs", "other"):
-        (tmp_path / f"{name}.txt").write_text("\n\n".join([*sentences, name] * 6))
-    texts = {name: f"{tmp_path / name}.txt?name={name}" for name in ("books", "docs", "other")}
-    recipe = {"factor": {"parameters": 0.7}, "calibration": {"tokens": 128, "context": 16}}
-    data = [f"{texts['books']}=3", f"{texts['docs']}=1"]
-    convert(source, tmp_path / "low", recipe, options=ConvertOptions(allow_larger=True), calibration=data)
-    settings = EvaluationSettings(max_tokens=60, context=16, device="cpu")
-
-    def notes(model: Path, *names: str) -> tuple[str, ...]:
-        found = evaluate(model, [texts[name] for name in names], settings)
-        assert [kind.name for kind in found.kinds] == ([*names] if len(names) > 1 else [])
-        assert found.model.fitted_to == (() if model == source else ("books", "docs"))
-        return found.notes
-
-    for names in (("books", "docs"), ("books",), ("other",)):
-        (line,) = notes(tmp_path / "low", *names)
-        told = f"the model was fitted to books and docs and is evaluated on {' and '.join(names)} alone"
-        assert line.startswith(told)
-        assert "give text of another kind as a second --data" in line
-        assert "\n" not in line
-    assert notes(tmp_path / "low", "books", "other") == ()
-    assert notes(source, "books") == ()
-    stage = json.loads((tmp_path / "low" / "provenance.json").read_text())["stages"][0]
-    assert stage["text"] == {"books": 0.75, "docs": 0.25}
-
-
-def test_the_sides_of_a_split_are_of_one_kind(sentences):
-    texts = [f"{number} {sentence}" for number in range(8) for sentence in sentences]
-    train, held_out = split(from_documents(texts, name="books"), every=3)
-    assert train.name != held_out.name
-    assert len(describe_domain([train.name], held_out)) == 1
-    both = MixedSource.of_whole(held_out, [held_out, from_documents(["Other text."], name="other")])
-    assert describe_domain([train.name], both) == ()
-
-
-def test_results_of_older_versions_are_read(source: Path, sentences, tmp_path: Path):
-    found = evaluate(source, from_documents(sentences[:2]), EvaluationSettings(device="cpu", context=16))
-    older = json.loads(found.model_dump_json())
-    del older["notes"], older["model"]["fitted_to"]
-    (tmp_path / "older.json").write_text(json.dumps(older))
-    assert read_evaluation(tmp_path / "older.json") == found
-
-
-def test_an_evaluation_of_kinds_is_read_back(source: Path, sentences, tmp_path: Path):
-    found = evaluate(
-        source,
-        [from_documents(sentences), from_documents(["Other text there."], name="b")],
-        EvaluationSettings(device="cpu"),
-    )
-    assert read_evaluation(found.write(tmp_path)) == found

@@ -16,11 +16,6 @@ from refold.evaluation.settings import EvaluationSettings
 SETTINGS = EvaluationSettings(context=16, stride=8, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def source(make_model) -> Path:
-    return make_model()
-
-
 def documents(found: Evaluation) -> DocumentScores:
     assert found.by_document is not None
     return found.by_document
