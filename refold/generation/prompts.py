@@ -31,17 +31,17 @@ class PromptBatch(NamedTuple):
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bool) -> list[int]:
     """Returns the token ids of a prompt.
 
-    A plain prompt begins a document, so the tokenizer's start token precedes it, as in evaluation and training. An
-    empty prompt is the start token alone. With `chat` the tokenizer's chat template formats the conversation.
+    A plain prompt has the special tokens that the tokenizer adds to a text, as in transformers and in other engines. An
+    empty prompt is the token that begins a document. With `chat` the tokenizer's chat template formats the
+    conversation.
 
     Raises:
         RefoldError: The prompt has no tokens, there is no chat template, or the template refuses these messages.
     """
     if isinstance(prompt, str) and not chat:
-        start = document_start_token(tokenizer)
-        found = ([] if start is None else [start]) + tokenizer(prompt, add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
+        found = list(tokenizer(prompt, verbose=False)["input_ids"])
+        if not found and (start := document_start_token(tokenizer)) is not None:
+            found = [start]
         if not found:
             raise RefoldError("prompt: some text is required (got none, and the tokenizer has no start token)")
         return found

@@ -1,3 +1,4 @@
+import copy
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -5,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from refold.conversion.convert import convert
@@ -66,6 +68,20 @@ def test_prompts_in_a_batch_continue_as_they_do_alone(generator, sentences):
 def test_an_empty_prompt_starts_from_the_start_token(generator, folded):
     assert encode_prompt(generator.tokenizer, "", chat=False) == [generator.tokenizer.bos_token_id]
     assert generator.generate([""], SHORT)[0] == _greedy(folded, "", 24)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_prompt_has_the_special_tokens_that_the_tokenizer_adds(generator, adds: bool):
+    tokenizer = copy.deepcopy(generator.tokenizer)
+    start = tokenizer.bos_token
+    if adds:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, tokenizer.bos_token_id)]
+        )
+    ids = encode_prompt(tokenizer, PROMPT, chat=False)
+    assert ids == tokenizer(PROMPT)["input_ids"]
+    assert (ids[0] == tokenizer.bos_token_id) == adds
+    assert encode_prompt(tokenizer, "", chat=False) == [tokenizer.bos_token_id]
 
 
 @pytest.mark.parametrize("sampling", [SHORT, Sampling(max_new_tokens=40, temperature=3.0, seed=5)])
@@ -241,14 +257,14 @@ def test_messages_the_template_refuses_are_named(folded):
 def test_a_prompt_that_fills_the_model_is_refused(generator):
     long = "q" * 256
     for call in (lambda: generator.generate([long]), lambda: generator.stream(long)):
-        with pytest.raises(RefoldError, match=r"prompt: must be at most 255 tokens, .* \(got 257\); shorten it"):
+        with pytest.raises(RefoldError, match=r"prompt: must be at most 255 tokens, .* \(got 256\); shorten it"):
             call()
 
 
 def test_more_new_tokens_than_fit_are_refused_and_the_default_takes_what_fits(generator):
-    with pytest.raises(RefoldError, match=r"max_new_tokens: must be at most 55 after a prompt of 201 tokens"):
-        generator.generate(["q" * 200], Sampling(max_new_tokens=56))
-    for prompt, room in (("q" * 200, 55), ("q", DEFAULT_NEW_TOKENS)):
+    with pytest.raises(RefoldError, match=r"max_new_tokens: must be at most 56 after a prompt of 200 tokens"):
+        generator.generate(["q" * 200], Sampling(max_new_tokens=57))
+    for prompt, room in (("q" * 200, 56), ("q", DEFAULT_NEW_TOKENS)):
         ids = encode_prompt(generator.tokenizer, prompt, chat=False)
         assert len(generator._run([ids], Sampling(), generator._options([ids], Sampling()))[0]) == room
 

@@ -95,8 +95,8 @@ def test_a_prompt_is_scored_with_echo(served: Served) -> None:
     assert found["usage"]["completion_tokens"] == 0
     assert found["choices"][0]["finish_reason"] == "length"
     both = served.complete("def main(", echo=True, logprobs=1, max_tokens=2, n=2)
-    assert len(both["choices"][1]["logprobs"]["tokens"]) == 6
-    assert both["choices"][0]["logprobs"]["text_offset"][4] == len("def main(")
+    assert len(both["choices"][1]["logprobs"]["tokens"]) == 5
+    assert both["choices"][0]["logprobs"]["text_offset"][3] == len("def main(")
     assert served.complete("def main(", echo=True, max_tokens=0)["choices"][0]["text"] == "def main("
 
 
