@@ -45,7 +45,7 @@ def arguments(about: str | None) -> argparse.Namespace:
         "--heal-on", nargs="+", metavar="KIND=TEXT", help="texts to heal on, in equal parts; default: those of --train"
     )
     commands.choices["heal"].add_argument("--batch-tokens", type=read_amount, default=4096)
-    commands.choices["heal"].add_argument("--rate", type=float, default=5e-4)
+    commands.choices["heal"].add_argument("--rate", type=float, default=1e-4)
     commands.choices["heal"].add_argument("--save-every", type=int, default=10, help="steps between checkpoints")
     given = parser.parse_args()
     for name in ("train", "held_out", "heal_on"):

@@ -45,12 +45,18 @@ def mean(row: Row) -> float:
     return sum(each["difference"] for each in row["kinds"].values()) / len(row["kinds"])
 
 
-Key = tuple[str, float, str, int, str]
-"""Arm, share that was asked for, calibration text, tokens of healing and their text."""
+Key = tuple[str, float, str, int, float, str]
+"""Arm, share that was asked for, calibration text; tokens of healing, learning rate and text."""
+UNHEALED = (0, 0.0, "")
+FORMER_RATE = 5e-4
+"""Learning rate of scores that do not name it."""
 
 
 def key(row: Row) -> Key:
-    return row["arm"], row["asked"], row["calibration"], row.get("tokens", 0), row.get("healed_on", "")
+    start = row["arm"], row["asked"], row["calibration"]
+    if "tokens" not in row:
+        return (*start, *UNHEALED)
+    return (*start, row["tokens"], row.get("rate", FORMER_RATE), row.get("healed_on", ""))
 
 
 def healed_on(row: Row) -> str:
@@ -84,8 +90,8 @@ def body(
             *(cell(row["kinds"][kind]) for kind in kinds),
         ]
         if unhealed is not None:
-            before = former.get((*key(row)[:3], 0, ""))
-            line += [f"{row['tokens']:,} in steps of {row['batch_tokens']:,}", healed_on(row)]
+            before = former.get((*key(row)[:3], *UNHEALED))
+            line += [f"{row['tokens']:,} in steps of {row['batch_tokens']:,}", f"{row['rate']:g}", healed_on(row)]
             line += [cell(before["kinds"][kind]) if before else "" for kind in kinds]
         if tasks:
             line.append("" if scored is None else average(scored, source_of(tasks)))
@@ -141,10 +147,8 @@ def describe(page: Page, name: str, place: Path) -> None:
         page.section(f"{name} at {share:.0%} of the linear weights, unhealed", table([*columns, *seven(tasks)], lines))
     if healed:
         lines = body(healed, kinds, tasks, made)
-        before = [f"{kind} before" for kind in kinds]
-        page.section(
-            f"{name}, healed", f"{HEALING}\n\n{table([*columns, 'tokens', 'healed on', *before, *seven(tasks)], lines)}"
-        )
+        columns += ["tokens", "learning rate", "healed on", *(f"{kind} before" for kind in kinds), *seven(tasks)]
+        page.section(f"{name}, healed", f"{HEALING}\n\n{table(columns, lines)}")
     if tasks:
         page.section(f"{name}, tasks", each_task(tasks.values()))
 
@@ -186,7 +190,7 @@ def each_task(found: Iterable[Row]) -> str:
     for row in rows:
         by_name = {task["name"]: task for task in row["tasks"]["tasks"]}
         name = label(row) if row["calibration"] == NO_TEXT else f"{label(row)} ({row['calibration']})"
-        name += f", healed on {row['tokens']:,} tokens ({healed_on(row)})" if "tokens" in row else ""
+        name += f", healed on {row['tokens']:,} tokens ({healed_on(row)}) at {key(row)[4]:g}" if "tokens" in row else ""
         share = "" if row["arm"].startswith("the source") else f"{row['asked']:.0%}"
         lines.append([name, share, *(f"{by_name[name]['value']:.1%}" for name in names), average(row, source)])
     chance = {task["name"]: task["chance"] for task in rows[0]["tasks"]["tasks"]}
