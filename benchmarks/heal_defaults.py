@@ -117,6 +117,13 @@ GRIDS = {
     "shipped-relaxed-20k": Grid(
         source="stdlib-5m", recipe="relaxed", tokens=20_000, arms=product((512, 2048), (8e-4,)), eval_tokens=8192
     ),
+    "shipped-lowrank-100k": Grid(
+        source="stdlib-5m",
+        recipe="lowrank",
+        tokens=100_000,
+        arms=product((512,), (1e-4, 2e-4, 4e-4, 8e-4)),
+        eval_tokens=16_384,
+    ),
     "stories-warmup-20k": Grid(
         **STORIES, recipe="lowrank", tokens=20_000, arms=[Arm(512, 2e-3, warmup) for warmup in (0.02, 0.1, 0.2)]
     ),

@@ -40,10 +40,12 @@ def test_far_starts_and_narrow_models_get_higher_rates():
     assert choose_learning_rate(64, 2.0) == 2e-3
     assert choose_learning_rate(512, 2.0) == 5e-4  # eight times the width, a quarter of the rate
     assert choose_learning_rate(64, None) == choose_learning_rate(64, 0.0) == 3e-4
-    rates = [choose_learning_rate(256, distance) for distance in (0.0, 0.05, 0.2, 0.5, 5.0)]
+    rates = [choose_learning_rate(256, distance) for distance in (0.0, 0.05, 0.2, 2.0, 5.0)]
     assert rates == sorted(rates)
     assert rates[3] == rates[4]
     assert choose_learning_rate(1, 9.0) == 4e-3
+    # SmolLM2-135M with 75% of its linear weights: 1e-4 and 2e-4 heal it, 5e-4 undoes some of what it knew.
+    assert 1e-4 <= choose_learning_rate(576, 0.42) <= 2e-4
     assert choose_learning_rate(65_536, 0.0) == 2e-5
 
 
