@@ -65,13 +65,13 @@ def choose_warmup(num_steps: int) -> float:
 def choose_learning_rate(hidden_size: int, distance: float | None) -> float:
     """Returns the peak learning rate of a stage.
 
-    `rate = 2e-3 * (64 / hidden_size)^(2/3) * damage`. `damage` rises from 0.15 at distance 0 to 1 at 2 nats per
-    token and more: a high rate damages a student that is near its teacher. For a student of SmolLM2-135M at 0.4 nats the
-    best rate is 0.2 to 0.4 of the full one (docs/results/real-models.md). The exponent fits 2e-3 at hidden
-    size 64 (docs/results/heal-defaults.md), the best rates of distant students at 128 and 256 (1e-3 to 2e-3 and 5e-4 to
-    1e-3, docs/results/healing.md), and the 2e-4 of Relaxed Recursive Transformers at 2,048 (arXiv 2410.20672). The
-    batch is not part of the rule: at a fixed budget the best rate was the same for all batches from 512 to 4,096
-    tokens. The result is rounded to two digits and lies between 2e-5 and 4e-3.
+    `rate = 2e-3 * (64 / hidden_size)^(2/3) * damage`. `damage` rises from 0.15 at distance 0 to 1 at 2 nats per token
+    and more: a high rate damages a student near its teacher. For a student of SmolLM2-135M at 0.4 nats the best
+    rate is 0.2 to 0.4 of the full one (docs/results/real-models.md). The exponent fits 2e-3 at hidden size 64
+    (docs/results/heal-defaults.md), the best rates of distant students at 128 and 256 (1e-3 to 2e-3 and 5e-4 to 1e-3,
+    docs/results/healing.md), and the 2e-4 of Relaxed Recursive Transformers at 2,048 (arXiv 2410.20672). The batch is
+    not part of the rule: at a fixed budget the best rate was the same for all batches from 512 to 4,096 tokens. The
+    result is rounded to two digits and lies between 2e-5 and 4e-3.
 
     Args:
         hidden_size: Width of the residual stream.
