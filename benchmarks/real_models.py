@@ -286,13 +286,13 @@ def greedy(model: Any, ids: torch.Tensor) -> list[int]:
 def heal_arms(study: RealModel) -> None:
     """Heals each arm on a mixture in equal parts, and measures it; an interrupted run goes on."""
     given = study.given
-    kinds = "" if given.heal_on is None else "+".join(given.heal_on)
-    texts = given.train if given.heal_on is None else given.heal_on
+    texts = given.heal_on or given.train
+    kinds = "+".join(texts)
     stage = HealStage(
         tokens=given.tokens, learning_rate=given.rate, batch_tokens=given.batch_tokens, context=given.context
     )
     for name, share, kind, recipe in study.arms():
-        run = f"{slug(name)}-{share:g}-{kind}-{given.tokens}-{given.rate:g}{'-' if kinds else ''}{kinds}"
+        run = f"{slug(name)}-{share:g}-{kind}-{given.tokens}-{given.rate:g}-{kinds}"
         path = study.folder / "healed" / f"{run}.json"
         start = None if path.exists() or not study.has_time else study.convert(name, share, kind, recipe)
         if start is None:
@@ -350,7 +350,7 @@ def score_tasks(study: RealModel) -> None:
         for healed in sorted((study.folder / "healed").glob(f"{slug(name)}-{share:g}-{kind}-*.json")):
             if (folder := healed.with_suffix("")).is_dir():
                 row = json.loads(healed.read_text())
-                more = {"tokens": row["tokens"], "rate": row["rate"], "healed_on": row.get("healed_on", "")}
+                more = {name: row[name] for name in ("tokens", "rate", "healed_on")}
                 wanted.append((healed.stem, {**facts, **more}, folder, None))
     for key, facts, model, scheme in wanted:
         path = place / f"{key}.json"

@@ -48,21 +48,18 @@ def mean(row: Row) -> float:
 Key = tuple[str, float, str, int, float, str]
 """Arm, share that was asked for, calibration text; tokens of healing, learning rate and text."""
 UNHEALED = (0, 0.0, "")
-FORMER_RATE = 5e-4
-"""Learning rate of scores that do not name it."""
 
 
 def key(row: Row) -> Key:
     start = row["arm"], row["asked"], row["calibration"]
     if "tokens" not in row:
         return (*start, *UNHEALED)
-    return (*start, row["tokens"], row.get("rate", FORMER_RATE), row.get("healed_on", ""))
+    return (*start, row["tokens"], row["rate"], row["healed_on"])
 
 
 def healed_on(row: Row) -> str:
     """Returns the text of healing."""
-    kinds: str = row.get("healed_on") or "books+docs"
-    return "the source's own" if kinds == OWN else kinds.replace("+", ", ")
+    return "the source's own" if row["healed_on"] == OWN else row["healed_on"].replace("+", ", ")
 
 
 def body(
@@ -190,7 +187,7 @@ def each_task(found: Iterable[Row]) -> str:
     for row in rows:
         by_name = {task["name"]: task for task in row["tasks"]["tasks"]}
         name = label(row) if row["calibration"] == NO_TEXT else f"{label(row)} ({row['calibration']})"
-        name += f", healed on {row['tokens']:,} tokens ({healed_on(row)}) at {key(row)[4]:g}" if "tokens" in row else ""
+        name += f", healed on {row['tokens']:,} tokens ({healed_on(row)}) at {row['rate']:g}" if "tokens" in row else ""
         share = "" if row["arm"].startswith("the source") else f"{row['asked']:.0%}"
         lines.append([name, share, *(f"{by_name[name]['value']:.1%}" for name in names), average(row, source)])
     chance = {task["name"]: task["chance"] for task in rows[0]["tasks"]["tasks"]}

@@ -31,15 +31,18 @@ class PromptBatch(NamedTuple):
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: bool) -> list[int]:
     """Returns the token ids of a prompt.
 
-    A plain prompt has the special tokens that the tokenizer adds to a text, as in transformers and in other engines. An
-    empty prompt is the token that begins a document. With `chat` the tokenizer's chat template formats the
-    conversation.
+    A plain prompt has the special tokens that the tokenizer adds before a text, as in transformers and in other
+    engines, but no end token that it adds after it. An empty prompt is the token that begins a document. With `chat`
+    the tokenizer's chat template formats the conversation.
 
     Raises:
         RefoldError: The prompt has no tokens, there is no chat template, or the template refuses these messages.
     """
     if isinstance(prompt, str) and not chat:
         found = list(tokenizer(prompt, verbose=False)["input_ids"])
+        end: Any = tokenizer.eos_token
+        if len(found) > 1 and found[-1] == tokenizer.eos_token_id and not prompt.endswith(end):
+            found.pop()
         if not found and (start := document_start_token(tokenizer)) is not None:
             found = [start]
         if not found:

@@ -1,4 +1,4 @@
-"""What cannot be evaluated."""
+"""Inputs that an evaluation refuses."""
 
 import math
 from pathlib import Path

@@ -84,6 +84,18 @@ def test_a_prompt_has_the_special_tokens_that_the_tokenizer_adds(generator, adds
     assert encode_prompt(tokenizer, "", chat=False) == [tokenizer.bos_token_id]
 
 
+def test_an_end_token_that_the_tokenizer_adds_does_not_end_a_prompt(generator):
+    tokenizer = copy.deepcopy(generator.tokenizer)
+    expected = encode_prompt(tokenizer, PROMPT, chat=False)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    assert tokenizer(PROMPT)["input_ids"] == [*expected, tokenizer.eos_token_id]
+    assert encode_prompt(tokenizer, PROMPT, chat=False) == expected
+    assert encode_prompt(tokenizer, PROMPT + end, chat=False)[-1] == tokenizer.eos_token_id
+
+
 @pytest.mark.parametrize("sampling", [SHORT, Sampling(max_new_tokens=40, temperature=3.0, seed=5)])
 def test_streamed_pieces_are_the_text(generator, sampling: Sampling):
     pieces = list(generator.stream(PROMPT, sampling))

@@ -1,4 +1,4 @@
-"""A conversation with a speaker that repeats what it hears, and that does not end by itself after `long`."""
+"""A conversation with a speaker that repeats each line; its answer to the line `long` has no end."""
 
 import time
 from collections.abc import Generator, Sequence
